@@ -1,0 +1,34 @@
+"""The operators: per family its schemas, shapes, gradients and public functions."""
+
+from exssnet.kernels import native as _native
+
+from .knn import knn_classify
+from .masked import masked_conv1d, masked_conv2d, masked_linear
+from .selection import TopK, density_to_k, free_mask, pack_mask, topk_mask, topk_masks, topk_select, unpack_mask
+from .sparse import SparsePattern, sparse_conv1d, sparse_conv2d, sparse_linear, sparse_pattern
+from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
+
+_native.load()
+
+__all__ = [
+    "SparsePattern",
+    "TopK",
+    "density_to_k",
+    "free_mask",
+    "knn_classify",
+    "masked_conv1d",
+    "masked_conv2d",
+    "masked_linear",
+    "pack_mask",
+    "sparse_conv1d",
+    "sparse_conv2d",
+    "sparse_linear",
+    "sparse_pattern",
+    "supermask_conv1d",
+    "supermask_conv2d",
+    "supermask_linear",
+    "topk_mask",
+    "topk_masks",
+    "topk_select",
+    "unpack_mask",
+]

@@ -1,0 +1,37 @@
+"""K-nearest-neighbour classification of features."""
+
+import torch
+from torch import Tensor
+
+from .library import define, require, same_kind
+
+define(
+    "knn_classify(Tensor features, Tensor labels, Tensor queries, int k, int classes) -> Tensor",
+    lambda features, labels, queries, k, classes: labels.new_empty(queries.shape[0]),
+)
+
+
+def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
+    """Labels of queries (m, d) by majority vote of their k nearest features (n, d), Euclidean distance.
+
+    Of equal distances the smaller index is nearer; of equal votes the smaller label wins. Works in blocks of queries:
+    neither an (n, m, d) nor an (n, m) tensor is built. features and queries: one floating dtype; labels: (n,) int64 in
+    [0, classes); k in [1, n]. Returns (m,) int64.
+    """
+    require(
+        features.dim() == 2 and queries.dim() == 2 and features.shape[1] == queries.shape[1],
+        f"knn_classify: features and queries must be (n, d) and (m, d), got {tuple(features.shape)} and "
+        f"{tuple(queries.shape)}",
+    )
+    n = features.shape[0]
+    require(
+        labels.shape == (n,) and labels.dtype == torch.int64,
+        f"knn_classify: labels must be int64 of shape ({n},), got {labels.dtype} of {tuple(labels.shape)}",
+    )
+    require(1 <= k <= n, f"knn_classify: k must be in [1, {n}], got {k}")
+    require(features.is_floating_point(), f"knn_classify: features must be floating point, got {features.dtype}")
+    same_kind("knn_classify", features, queries=queries)
+    low, high = (int(v) for v in labels.aminmax())
+    require(0 <= low and high < classes, f"knn_classify: labels must be in [0, {classes}), got {low} to {high}")
+    predicted: Tensor = torch.ops.exssnet.knn_classify(features.detach(), labels, queries.detach(), k, classes)
+    return predicted

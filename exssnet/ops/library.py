@@ -1,0 +1,122 @@
+"""Registration of operators with PyTorch's dispatcher, and the rules that all of them share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exssnet.kernels import reference
+
+_library = torch.library.Library("exssnet", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any]) -> None:
+    """Define an operator, its reference for every device, and its shapes for tracing."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"exssnet::{name}", fake, lib=_library)
+
+
+def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[..., Tensor]:
+    """A callable for operator `name` whose backward is the operator `<name>_backward`.
+
+    The backward operator takes the output's gradient, then every argument of the forward but the bias, then an
+    `output_mask`; it returns one gradient for each argument index in `gradients`. The bias, argument index `bias`,
+    has its gradient summed here.
+    """
+    forward_op = getattr(torch.ops.exssnet, name).default
+    backward_op = getattr(torch.ops.exssnet, f"{name}_backward").default
+
+    class Boundary(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
+            with torch._C._AutoDispatchBelowAutograd():
+                output: Tensor = forward_op(*args)
+            tensors = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i != bias]
+            ctx.save_for_backward(*tensors)
+            ctx.others = [None if isinstance(a, Tensor) else (a,) for i, a in enumerate(args) if i != bias]
+            return output
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+            needed = ctx.needs_input_grad
+            tensors = iter(ctx.saved_tensors)
+            args = [next(tensors) if other is None else other[0] for other in ctx.others]
+            result: list[Tensor | None] = [None] * len(needed)
+            output_mask = [needed[i] for i in gradients]
+            if any(output_mask):
+                for i, gradient in zip(gradients, backward_op(grad, *args, output_mask), strict=True):
+                    result[i] = gradient if needed[i] else None
+            if needed[bias]:
+                result[bias] = grad.sum([d for d in range(grad.dim()) if d != 1])
+            return tuple(result)
+
+    Boundary.__name__ = Boundary.__qualname__ = name
+    _library.impl(name, Boundary.apply, "Autograd")
+    _refuse_second_order(f"{name}_backward")
+
+    def call(*args: Any) -> Tensor:
+        # The compiler traces the operator and finds the Function at its Autograd key. In eager mode, calling the
+        # Function directly saves one trip through the dispatcher into Python.
+        output: Tensor = forward_op(*args) if torch.compiler.is_compiling() else Boundary.apply(*args)
+        return output
+
+    return call
+
+
+def _refuse_second_order(name: str) -> None:
+    """Let the backward operators raise when somebody differentiates through them."""
+    op = getattr(torch.ops.exssnet, name).default
+
+    def refuse(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(f"exssnet::{name} has no derivative: second-order gradients are not supported")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, refuse, "Autograd")
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The arguments in autocast's dtype where autocast is on for the device of x, else unchanged."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+
+
+def require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+def same_kind(operator: str, x: Tensor, **others: Tensor | None) -> None:
+    """Refuse arguments on another device, or of another dtype, than x."""
+    for name, t in others.items():
+        if t is None:
+            continue
+        require(t.device == x.device, f"{operator}: x is on {x.device} but {name} is on {t.device}")
+        require(t.dtype == x.dtype, f"{operator}: x is {x.dtype} but {name} is {t.dtype}")
+
+
+def pair(operator: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
+    """Two integers from one or two, each at least `least`."""
+    both = [value, value] if isinstance(value, int) else list(value)
+    require(
+        len(both) == 2 and all(v >= least for v in both),
+        f"{operator}: {name} must be one or two integers of at least {least}, got {value}",
+    )
+    return both
+
+
+def single(operator: str, name: str, value: int | Sequence[int], least: int) -> int:
+    """The one integer of a one-dimensional geometry argument, given plain or as a sequence of one."""
+    one = [value] if isinstance(value, int) else list(value)
+    require(
+        len(one) == 1 and one[0] >= least, f"{operator}: {name} must be one integer of at least {least}, got {value}"
+    )
+    return one[0]

@@ -1,0 +1,114 @@
+"""Products with a dense weight under a given mask, for people who keep their own weight and optimizer."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, conv_shape
+from .library import autocast, define, differentiable, require, same_kind
+
+_CONV = "int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
+        for t, needed in zip((x, weight), rest[-1], strict=True)  # type: ignore[call-overload]
+    )
+
+
+def _fake_conv2d(
+    x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], weight.shape[0], *conv_shape(x, weight.shape[2:], stride, padding, dilation))
+
+
+define(
+    "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, Tensor? bias) -> Tensor",
+    lambda x, weight, mask, free_mask, bias: x.new_empty(x.shape[0], weight.shape[0]),
+)
+define(
+    "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, "
+    "bool[] output_mask) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+define(
+    f"masked_conv2d(Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, Tensor? bias, {_CONV}) -> Tensor",
+    _fake_conv2d,
+)
+define(
+    f"masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, {_CONV}, "
+    "bool[] output_mask) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+_linear = differentiable("masked_linear", gradients=(0, 1), bias=4)
+_conv2d = differentiable("masked_conv2d", gradients=(0, 1), bias=4)
+
+
+def _check_masks(operator: str, weight: Tensor, **masks: Tensor | None) -> None:
+    n = weight.numel()
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        require(
+            (mask.dtype == torch.bool and mask.shape == weight.shape)
+            or (mask.dtype == torch.uint8 and mask.shape == (-(-n // 8),)),
+            f"{operator}: {name} must be bool of shape {tuple(weight.shape)} or packed uint8 of {-(-n // 8)} bytes, "
+            f"got {mask.dtype} of {tuple(mask.shape)}",
+        )
+        require(mask.device == weight.device, f"{operator}: weight is on {weight.device} but {name} on {mask.device}")
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    r"""Linear layer with a masked dense weight: :math:`y = x (W \odot M)^T + b`.
+
+    The weight's gradient is dense in storage and zero outside ``mask & free_mask`` (``free_mask=None``: the whole
+    mask). A zero gradient alone does not freeze a weight under momentum or weight decay: see `exssnet.freeze_weights`.
+
+    x: (..., I); weight: (O, I), of x's dtype; mask, free_mask: bool (O, I), or packed by `pack_mask`; bias: (O,).
+    Returns (..., O). Raises ValueError on wrong shapes. No second derivative.
+    Source: arXiv 2210.10209, section 3, eq. 2.
+    """
+    require(weight.dim() == 2, f"masked_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
+    check_linear("masked_linear", x, *weight.shape, bias)
+    _check_masks("masked_linear", weight, mask=mask, free_mask=free_mask)
+    x, weight, bias = autocast(x, weight, bias)
+    same_kind("masked_linear", x, weight=weight, bias=bias)
+    return _linear(x.reshape(-1, x.shape[-1]), weight, mask, free_mask, bias).unflatten(0, x.shape[:-1])
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None = None, bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """2-D convolution with a masked dense weight; masks, gradients and errors as in `masked_linear`.
+
+    x: (N, C, H, W); weight: (O, C/groups, R, S); bias: (O,). Returns (N, O, H', W').
+    """
+    check_groups("masked_conv2d", weight, groups)
+    geometry = conv_geometry("masked_conv2d", x, weight.shape[1] * groups, weight.shape[2:], stride, padding, dilation)
+    check_bias("masked_conv2d", bias, weight.shape[0])
+    _check_masks("masked_conv2d", weight, mask=mask, free_mask=free_mask)
+    x, weight, bias = autocast(x, weight, bias)
+    same_kind("masked_conv2d", x, weight=weight, bias=bias)
+    return _conv2d(x, weight, mask, free_mask, bias, *geometry, groups)
+
+
+def masked_conv1d(
+    x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None = None, bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """1-D convolution with a masked dense weight; masks, gradients and errors as in `masked_linear`.
+
+    x: (N, C, L); weight: (O, C/groups, S); bias: (O,). Returns (N, O, L').
+    """
+    require(weight.dim() == 3, f"masked_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
+    x, *geometry = conv1d_as_2d("masked_conv1d", x, stride, padding, dilation)
+    masks = (m.unsqueeze(2) if m is not None and m.dtype == torch.bool else m for m in (mask, free_mask))
+    return masked_conv2d(x, weight.unsqueeze(2), *masks, bias, *geometry, groups).squeeze(2)  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""Exact selection of the scores of largest magnitude, and masks as bits."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .library import define, require
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fake_topk_masks(
+    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    masks = [torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format) for s in scores]
+    selection = scores[0].new_empty(len(scores), 2, dtype=torch.int64)
+    return masks if with_masks else [], selection, torch.empty_like(selection)
+
+
+define(
+    "topk_masks(Tensor[] scores, int[] k, Tensor? hint, bool with_masks) -> (Tensor[], Tensor, Tensor)",
+    _fake_topk_masks,
+)
+define("pack_mask(Tensor mask) -> Tensor", lambda mask: mask.new_empty(-(-mask.numel() // 8), dtype=torch.uint8))
+define("unpack_mask(Tensor packed, int[] shape) -> Tensor", lambda packed, shape: packed.new_empty(shape, dtype=torch.bool))
+define(
+    "free_mask(Tensor mask, Tensor used_mask) -> Tensor",
+    lambda mask, used_mask: torch.empty_like(mask, memory_format=torch.contiguous_format),
+)
+
+
+def density_to_k(n: int, density: float) -> int:
+    """Number of weights that a density keeps: ``n - int((1 - density) * n)``, the official rule (int truncates)."""
+    require(0 <= density <= 1, f"density must be in [0, 1], got {density}")
+    return n - int((1 - density) * n)
+
+
+class TopK(NamedTuple):
+    """What `topk_masks` returns.
+
+    masks: one bool tensor per layer, in the shape of its scores.
+    selection: (layers, 2) int64, (threshold bits, tie index): entry i of a layer is kept when the bits of its
+        magnitude exceed the threshold, or equal it and i <= tie index. A mask can be computed from it inline.
+    hint: pass it to the next call on slightly changed scores; it changes speed, never results.
+    """
+
+    masks: list[Tensor]
+    selection: Tensor
+    hint: Tensor
+
+
+def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
+    require(len(scores) > 0, f"{operator}: expected at least one score tensor, got none")
+    require(len(scores) == len(k), f"{operator}: expected one k per score tensor, got {len(scores)} scores and {len(k)} k")
+    for s, count in zip(scores, k, strict=True):
+        require(s.dtype in _FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {s.dtype}")
+        require(0 <= count <= s.numel(), f"{operator}: k must be in [0, {s.numel()}], got {count}")
+        require(
+            s.device == scores[0].device, f"{operator}: scores are on two devices, {scores[0].device} and {s.device}"
+        )
+    if hint is not None:
+        require(
+            hint.shape == (len(scores), 2) and hint.dtype == torch.int64,
+            f"{operator}: hint must be int64 of shape ({len(scores)}, 2), got {hint.dtype} of {tuple(hint.shape)}",
+        )
+
+
+def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None) -> TopK:
+    """Supermasks of all layers of a model: for each, the k entries of largest magnitude, exactly k.
+
+    Of equal magnitudes the smaller flat index is kept, so masks agree bit for bit on every device. Scores of any
+    shape, layout and of dtype float32, bfloat16, float16 or float64; k in [0, n]. NaN scores raise RuntimeError.
+    Source: Ramanujan et al. 2020 (edge-popup); "Exclusive Supermask Subnetwork Training", arXiv 2210.10209.
+    """
+    _check_topk("topk_masks", scores, k, hint)
+    return TopK(*torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, True))
+
+
+def topk_select(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(selection, hint) of `topk_masks` without writing the masks: what the supermask layers take."""
+    _check_topk("topk_select", scores, k, hint)
+    _, selection, hint = torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, False)
+    return selection, hint
+
+
+def topk_mask(scores: Tensor, k: int) -> Tensor:
+    """Bool mask, in the shape of scores, of the k entries of largest magnitude: `topk_masks` for one tensor."""
+    _check_topk("topk_mask", [scores], [k], None)
+    mask: Tensor = torch.ops.exssnet.topk_masks([scores.detach()], [k], None, True)[0][0]
+    return mask
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Mask as bits: uint8 of ceil(n / 8) bytes, bit j of byte i is flat entry 8 i + j, spare bits zero."""
+    require(mask.dtype == torch.bool, f"pack_mask: mask must be bool, got {mask.dtype}")
+    packed: Tensor = torch.ops.exssnet.pack_mask(mask)
+    return packed
+
+
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Bool mask of the given shape from the bytes of `pack_mask`."""
+    n = math.prod(shape)
+    require(
+        packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() == -(-n // 8),
+        f"unpack_mask: a mask of {n} entries is {-(-n // 8)} bytes of uint8, got {packed.dtype} of {tuple(packed.shape)}",
+    )
+    mask: Tensor = torch.ops.exssnet.unpack_mask(packed, list(shape))
+    return mask
+
+
+def free_mask(mask: Tensor, used_mask: Tensor) -> Tensor:
+    """``mask & ~used_mask``: the weights that a task alone may change. Both packed (uint8) or both bool."""
+    require(
+        mask.dtype in (torch.bool, torch.uint8) and mask.dtype == used_mask.dtype and mask.shape == used_mask.shape,
+        f"free_mask: mask and used_mask must both be bool, or both packed uint8, of one shape, got {mask.dtype} of "
+        f"{tuple(mask.shape)} and {used_mask.dtype} of {tuple(used_mask.shape)}",
+    )
+    free: Tensor = torch.ops.exssnet.free_mask(mask, used_mask)
+    return free

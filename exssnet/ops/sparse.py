@@ -1,0 +1,172 @@
+"""Products with the compact values of a fixed mask: the weight phase, and evaluation of finished tasks."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
+from .library import autocast, define, differentiable, pair, require, same_kind, single
+
+_PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor col_ptr, Tensor row, Tensor slot_t"
+_VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
+_CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
+
+
+def _batch_last(x: Tensor, *shape: int) -> Tensor:
+    """A fresh tensor of the given logical shape whose batch, dimension 0, is stored innermost."""
+    return x.new_empty(*shape[1:], shape[0]).movedim(-1, 0)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, free_values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    need_x, need_values = rest[-1]  # type: ignore[misc]
+    return (
+        _batch_last(x, *x.shape) if need_x else x.new_empty(0),  # type: ignore[has-type]
+        torch.empty_like(free_values) if need_values else x.new_empty(0),  # type: ignore[has-type]
+    )
+
+
+def _fake_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    col_ptr: Tensor, row: Tensor, slot_t: Tensor, bias: Tensor | None,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
+) -> Tensor:  # fmt: skip
+    size = conv_shape(x, kernel_size, stride, padding, dilation)
+    return _batch_last(x, x.shape[0], row_ptr.numel() - 1, *size)
+
+
+define(
+    f"sparse_linear(Tensor x, {_VALUES}, Tensor? bias) -> Tensor",
+    lambda x, free_values, frozen_values, row_ptr, *rest: _batch_last(x, x.shape[0], row_ptr.numel() - 1),
+)
+define(
+    f"sparse_linear_backward(Tensor grad, Tensor x, {_VALUES}, bool[] output_mask) -> (Tensor, Tensor)", _fake_backward
+)
+define(f"sparse_conv2d(Tensor x, {_VALUES}, Tensor? bias, {_CONV}) -> Tensor", _fake_conv2d)
+define(
+    f"sparse_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, {_CONV}, bool[] output_mask) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+_linear = differentiable("sparse_linear", gradients=(0, 1), bias=9)
+_conv2d = differentiable("sparse_conv2d", gradients=(0, 1), bias=9)
+
+
+class SparsePattern(NamedTuple):
+    """Where the kept weights of a layer are, walked by rows and by columns. All tensors are int32.
+
+    The weight is seen as a matrix of O rows and C * R * S columns (column = (channel * R + r) * S + s; for a linear
+    layer the column is the input feature). Of a grouped convolution, each row has entries only in the columns of its
+    group. `slot` maps an entry to its place in the concatenation [free_values; frozen_values].
+    """
+
+    row_ptr: Tensor  # (O + 1,) entries row_ptr[o] ... row_ptr[o + 1] - 1 are those of row o, columns ascending
+    col: Tensor  # (nnz,)
+    slot: Tensor  # (nnz,)
+    col_ptr: Tensor  # (columns + 1,) the same entries by columns, rows ascending
+    row: Tensor  # (nnz,)
+    slot_t: Tensor  # (nnz,)
+
+
+def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 1) -> SparsePattern:
+    """The pattern of a bool mask of shape (O, I), (O, C/groups, S) or (O, C/groups, R, S). Build it once per mask.
+
+    free_mask: which kept weights are trainable (``None``: all), of the mask's shape and inside it. Then
+    ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen ones, in that order.
+    """
+    free = mask if free_mask is None else free_mask
+    require(
+        mask.dtype == torch.bool and free.dtype == torch.bool and mask.shape == free.shape and mask.dim() >= 2,
+        f"sparse_pattern: mask and free_mask must be bool of one shape with at least 2 dimensions, got {mask.dtype} "
+        f"of {tuple(mask.shape)} and {free.dtype} of {tuple(free.shape)}",
+    )
+    outside = int((free & ~mask).sum())
+    require(outside == 0, f"sparse_pattern: free_mask has {outside} entries outside the mask")
+    rows, width = mask.shape[0], mask[0].numel() if mask.shape[0] else 0
+    require(groups >= 1 and rows % groups == 0, f"sparse_pattern: groups must divide the {rows} rows, got {groups}")
+    require(
+        max(rows, width * groups, mask.numel()) < 2**31,
+        f"sparse_pattern: a pattern holds fewer than 2^31 weights, got {mask.numel()}",
+    )
+    entry = mask.reshape(-1).nonzero().squeeze(1)  # ascending: rows, then columns
+    row = entry // max(width, 1)
+    col = entry % max(width, 1) + row // (rows // groups if rows else 1) * width
+    is_free = free.reshape(-1)[entry]
+    free_slot = is_free.cumsum(0) - 1
+    frozen_slot = is_free.sum() + (~is_free).cumsum(0) - 1
+    slot = torch.where(is_free, free_slot, frozen_slot)
+    by_column = col.argsort(stable=True)
+
+    def pointers(index: Tensor, count: int) -> Tensor:
+        return torch.nn.functional.pad(torch.bincount(index, minlength=count).cumsum(0), (1, 0))
+
+    tensors = (pointers(row, rows), col, slot, pointers(col, width * groups), row[by_column], slot[by_column])
+    return SparsePattern(*(t.to(torch.int32) for t in tensors))
+
+
+def _check_values(
+    operator: str, pattern: SparsePattern, free_values: Tensor, frozen_values: Tensor, columns_per_channel: int
+) -> int:
+    """The number of input channels or features of a pattern that fits the values."""
+    kept, given = pattern.slot.numel(), free_values.numel() + frozen_values.numel()
+    require(
+        free_values.dim() == 1 and frozen_values.dim() == 1 and kept == given,
+        f"{operator}: the pattern keeps {kept} weights, got {free_values.numel()} free and {frozen_values.numel()} "
+        "frozen values",
+    )
+    columns = pattern.col_ptr.numel() - 1
+    require(
+        columns % columns_per_channel == 0,
+        f"{operator}: the pattern has {columns} columns, which a kernel of {columns_per_channel} taps does not divide",
+    )
+    return columns // columns_per_channel
+
+
+def sparse_linear(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer with the kept weights only: cost and optimizer state are proportional to the density.
+
+    The backward pass gives the input's gradient and the gradient of the *free* values alone (a sampled dense-dense
+    product); frozen values are constants.
+
+    x: (..., I); free_values: (F,) and frozen_values, of x's dtype, ordered as `sparse_pattern` tells; bias: (O,).
+    Returns (..., O), stored with the batch innermost. Any strides are accepted. No second derivative.
+    Source: arXiv 2210.10209, section 3, eq. 2: only W[M_t and not used] is trained.
+    """
+    in_features = _check_values("sparse_linear", pattern, free_values, frozen_values, 1)
+    check_linear("sparse_linear", x, pattern.row_ptr.numel() - 1, in_features, bias)
+    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
+    same_kind("sparse_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    flat = x.reshape(-1, x.shape[-1])
+    return _linear(flat, free_values, frozen_values, *pattern, bias).unflatten(0, x.shape[:-1])
+
+
+def sparse_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, kernel_size: int | Sequence[int],
+    bias: Tensor | None = None, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:  # fmt: skip
+    """2-D convolution with the kept weights only; values, gradients and errors as in `sparse_linear`.
+
+    x: (N, C, H, W) of any strides. Returns (N, O, H', W') in storage order (O, H', W', N): the batch is innermost, so
+    that each kept weight meets a whole vector of images, and so is the input's gradient. Groups are in the pattern.
+    """
+    taps = pair("sparse_conv2d", "kernel_size", kernel_size, 1)
+    channels = _check_values("sparse_conv2d", pattern, free_values, frozen_values, taps[0] * taps[1])
+    geometry = conv_geometry("sparse_conv2d", x, channels, taps, stride, padding, dilation)
+    check_bias("sparse_conv2d", bias, pattern.row_ptr.numel() - 1)
+    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
+    same_kind("sparse_conv2d", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    return _conv2d(x, free_values, frozen_values, *pattern, bias, taps, *geometry)
+
+
+def sparse_conv1d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, kernel_size: int | Sequence[int],
+    bias: Tensor | None = None, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:  # fmt: skip
+    """1-D convolution with the kept weights only: x (N, C, L) to (N, O, L'), otherwise as `sparse_conv2d`."""
+    x, *geometry = conv1d_as_2d("sparse_conv1d", x, stride, padding, dilation)
+    taps = [1, single("sparse_conv1d", "kernel_size", kernel_size, 1)]
+    return sparse_conv2d(x, free_values, frozen_values, pattern, taps, bias, *geometry).squeeze(2)

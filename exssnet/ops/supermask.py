@@ -1,0 +1,127 @@
+"""Products with the top-k selected weights, trained through their scores (the mask phase)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, conv_shape
+from .library import autocast, define, differentiable, require, same_kind
+from .selection import topk_select
+
+_CONV = "int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
+        for t, needed in zip((x, scores, weight), rest[-1], strict=True)  # type: ignore[call-overload]
+    )
+
+
+def _fake_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], weight.shape[0], *conv_shape(x, weight.shape[2:], stride, padding, dilation))
+
+
+define(
+    "supermask_linear(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias) -> Tensor",
+    lambda x, weight, scores, selection, bias: x.new_empty(x.shape[0], weight.shape[0]),
+)
+define(
+    "supermask_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor selection, "
+    "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+define(
+    f"supermask_conv2d(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias, {_CONV}) -> Tensor",
+    _fake_conv2d,
+)
+define(
+    f"supermask_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor selection, {_CONV}, "
+    "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+_linear = differentiable("supermask_linear", gradients=(0, 2, 1), bias=4)
+_conv2d = differentiable("supermask_conv2d", gradients=(0, 2, 1), bias=4)
+
+
+def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, selection: Tensor | None) -> Tensor:
+    """The given selection of these scores, or their top k."""
+    require(
+        scores.shape == weight.shape and scores.device == weight.device,
+        f"{operator}: scores must lie beside the weight, {tuple(weight.shape)} on {weight.device}, "
+        f"got {tuple(scores.shape)} on {scores.device}",
+    )
+    require((k is None) != (selection is None), f"{operator}: give either k or a selection")
+    if selection is None:
+        assert k is not None
+        require(0 <= k <= scores.numel(), f"{operator}: k must be in [0, {scores.numel()}], got {k}")
+        return topk_select([scores], [k])[0][0]
+    require(
+        selection.shape == (2,) and selection.dtype == torch.int64,
+        f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select, "
+        f"got {selection.dtype} of {tuple(selection.shape)}",
+    )
+    return selection
+
+
+def supermask_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, k: int | None = None, bias: Tensor | None = None,
+    *, selection: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    r"""Linear layer with the k weights of largest score: :math:`y = x (W \odot M)^T + b`, M = top-k of abs(S).
+
+    The mask counts as abs(S) in the backward pass (straight-through estimator): with G the gradient with respect to
+    the effective weight, dS = G * W * sign(S) everywhere, and, where the weight requires a gradient, dW = G * M.
+
+    x: (..., I); weight: (O, I), of x's dtype; scores: (O, I) of any real dtype; bias: (O,).
+    k: weights to keep, in [0, O * I]; or `selection`: the layer's row of `topk_select`, for a selection that was
+        made for all layers of a model at once. Exactly one of the two.
+    Returns (..., O). Raises ValueError on wrong shapes, RuntimeError on NaN scores. No second derivative.
+    Source: arXiv 2210.10209, section 3; Ramanujan et al. 2020, eq. 3.
+    """
+    require(weight.dim() == 2, f"supermask_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
+    check_linear("supermask_linear", x, *weight.shape, bias)
+    selection = _selection("supermask_linear", weight, scores, k, selection)
+    x, weight, bias = autocast(x, weight, bias)
+    same_kind("supermask_linear", x, weight=weight, bias=bias)
+    return _linear(x.reshape(-1, x.shape[-1]), weight, scores, selection, bias).unflatten(0, x.shape[:-1])
+
+
+def supermask_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, k: int | None = None, bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+    groups: int = 1, *, selection: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """2-D convolution with the k weights of largest score; mask, gradients and errors as in `supermask_linear`.
+
+    x: (N, C, H, W); weight and scores: (O, C/groups, R, S); bias: (O,). Returns (N, O, H', W').
+    """
+    check_groups("supermask_conv2d", weight, groups)
+    geometry = conv_geometry(
+        "supermask_conv2d", x, weight.shape[1] * groups, weight.shape[2:], stride, padding, dilation
+    )
+    check_bias("supermask_conv2d", bias, weight.shape[0])
+    selection = _selection("supermask_conv2d", weight, scores, k, selection)
+    x, weight, bias = autocast(x, weight, bias)
+    same_kind("supermask_conv2d", x, weight=weight, bias=bias)
+    return _conv2d(x, weight, scores, selection, bias, *geometry, groups)
+
+
+def supermask_conv1d(
+    x: Tensor, weight: Tensor, scores: Tensor, k: int | None = None, bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+    groups: int = 1, *, selection: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """1-D convolution with the k weights of largest score; mask, gradients and errors as in `supermask_linear`.
+
+    x: (N, C, L); weight and scores: (O, C/groups, S); bias: (O,). Returns (N, O, L').
+    """
+    require(weight.dim() == 3, f"supermask_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
+    x, *geometry = conv1d_as_2d("supermask_conv1d", x, stride, padding, dilation)
+    return supermask_conv2d(
+        x, weight.unsqueeze(2), scores.unsqueeze(2), k, bias, *geometry, groups, selection=selection
+    ).squeeze(2)

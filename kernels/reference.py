@@ -1,0 +1,239 @@
+"""Every operator in plain PyTorch: the definition that the other kernels are held to.
+
+Legend of shapes: B batch, I in, O out features; N, C, H, W images, kernel R x S; n weights of a layer.
+Convolutions and linear layers are functional: outputs are new, inputs are never changed, and what an
+`output_mask` does not ask for is returned as an empty tensor.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def magnitude_bits(scores: Tensor) -> Tensor:
+    """The bits of abs(scores), flat, as int64: ordered like the magnitudes, NaN above infinity."""
+    return scores.reshape(-1).abs().view(_BITS[scores.dtype]).to(torch.int64)
+
+
+def select(bits: Tensor, k: int) -> Tensor:
+    """(threshold bits, tie index) of the k largest; of equal magnitudes the smaller flat index is kept."""
+    if k == 0:
+        return torch.tensor([torch.iinfo(torch.int64).max, -1], device=bits.device)
+    last = torch.sort(bits, descending=True, stable=True).indices[k - 1]
+    return torch.stack([bits[last], last])
+
+
+def mask_of(scores: Tensor, selection: Tensor) -> Tensor:
+    """The bool mask, in the shape of scores, that a selection stands for."""
+    bits = magnitude_bits(scores)
+    index = torch.arange(bits.numel(), device=bits.device)
+    kept = (bits > selection[0]) | ((bits == selection[0]) & (index <= selection[1]))
+    return kept.reshape(scores.shape)
+
+
+def topk_masks(
+    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    for layer, s in enumerate(scores):
+        if bool(s.isnan().any()):
+            first = int(s.reshape(-1).isnan().nonzero()[0])
+            raise RuntimeError(f"topk_masks: scores[{layer}] holds NaN, first at flat index {first}")
+    selection = torch.stack([select(magnitude_bits(s), n) for s, n in zip(scores, k, strict=True)])
+    masks = [mask_of(s, row) for s, row in zip(scores, selection, strict=True)] if with_masks else []
+    return masks, selection, selection.clone()
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Bit j of byte i is flat entry 8 i + j; the last byte is filled with zeros."""
+    flat = F.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.reshape(-1)[: math.prod(shape)].reshape(shape).to(torch.bool)
+
+
+def free_mask(mask: Tensor, used_mask: Tensor) -> Tensor:
+    return mask & ~used_mask
+
+
+def _bool_mask(mask: Tensor, weight: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else unpack_mask(mask, list(weight.shape))
+
+
+def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x (B, I) and of the effective weight (O, I)."""
+    none = grad.new_empty(0)
+    return grad @ weight if need_x else none, grad.t() @ x if need_weight else none
+
+
+def _conv2d_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (N, C, H, W) and of the effective weight (O, C/groups, R, S)."""
+    none = grad.new_empty(0)
+    stride, padding, dilation, groups = geometry
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight, False]
+    )
+    return grad_x if need_x else none, grad_weight if need_weight else none
+
+
+def supermask_linear(x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.where(mask_of(scores, selection), 0), bias)
+
+
+def _supermask_gradients(
+    grad_effective: Tensor, weight: Tensor, scores: Tensor, mask: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Straight-through score gradient dW_eff * W * sign(S), and the weight gradient dW_eff * M."""
+    none = grad_effective.new_empty(0)
+    grad_scores = (grad_effective * weight * scores.sign()).to(scores.dtype) if output_mask[1] else none.to(scores.dtype)
+    return grad_scores, grad_effective.where(mask, 0) if output_mask[2] else none
+
+
+def supermask_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = mask_of(scores, selection)
+    grad_x, effective = _linear_gradients(grad, x, weight.where(mask, 0), output_mask[0], output_mask[1] or output_mask[2])
+    return grad_x, *_supermask_gradients(effective, weight, scores, mask, output_mask)
+
+
+def supermask_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return F.conv2d(x, weight.where(mask_of(scores, selection), 0), bias, stride, padding, dilation, groups)
+
+
+def supermask_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    mask = mask_of(scores, selection)
+    geometry = (stride, padding, dilation, groups)
+    grad_x, effective = _conv2d_gradients(
+        grad, x, weight.where(mask, 0), geometry, output_mask[0], output_mask[1] or output_mask[2]
+    )
+    return grad_x, *_supermask_gradients(effective, weight, scores, mask, output_mask)
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.where(_bool_mask(mask, weight), 0), bias)
+
+
+def _masked_gradient(grad_effective: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None) -> Tensor:
+    trained = _bool_mask(mask, weight)
+    if free_mask is not None:
+        trained = trained & _bool_mask(free_mask, weight)
+    return grad_effective.where(trained, 0)
+
+
+def masked_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    grad_x, effective = _linear_gradients(grad, x, weight.where(_bool_mask(mask, weight), 0), *output_mask)
+    return grad_x, _masked_gradient(effective, weight, mask, free_mask) if output_mask[1] else effective
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return F.conv2d(x, weight.where(_bool_mask(mask, weight), 0), bias, stride, padding, dilation, groups)
+
+
+def masked_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    geometry = (stride, padding, dilation, groups)
+    grad_x, effective = _conv2d_gradients(grad, x, weight.where(_bool_mask(mask, weight), 0), geometry, *output_mask)
+    return grad_x, _masked_gradient(effective, weight, mask, free_mask) if output_mask[1] else effective
+
+
+def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
+    """Row of each stored entry, from the row pointers of a CSR pattern."""
+    rows = torch.arange(row_ptr.numel() - 1, device=row_ptr.device)
+    return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=nnz)
+
+
+def _dense(free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int) -> Tensor:
+    """The (O, columns) weight that a pattern and its values stand for."""
+    weight = free_values.new_zeros(row_ptr.numel() - 1, columns)
+    values = torch.cat([free_values, frozen_values])[slot.long()]
+    return weight.index_put((_rows(row_ptr, col.numel()), col.long()), values)
+
+
+def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, count: int) -> Tensor:
+    """Entries of a dense (O, columns) gradient at the free values, in the order of the free values."""
+    free = slot < count
+    at = gradient[_rows(row_ptr, col.numel())[free], col[free].long()]
+    return gradient.new_empty(count).index_put((slot[free].long(),), at)
+
+
+def batch_last(x: Tensor) -> Tensor:
+    """The same logical tensor with its batch dimension 0 stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def sparse_linear(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    col_ptr: Tensor, row: Tensor, slot_t: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
+    return batch_last(F.linear(x, weight, bias))
+
+
+def sparse_linear_backward(
+    grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    col_ptr: Tensor, row: Tensor, slot_t: Tensor, output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
+    grad_x, effective = _linear_gradients(grad, x, weight, *output_mask)
+    return (
+        batch_last(grad_x) if output_mask[0] else grad_x,
+        _at_free(effective, row_ptr, col, slot, free_values.numel()) if output_mask[1] else effective,
+    )
+
+
+def sparse_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    col_ptr: Tensor, row: Tensor, slot_t: Tensor, bias: Tensor | None,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
+) -> Tensor:  # fmt: skip
+    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
+    weight = weight.reshape(-1, x.shape[1], *kernel_size)
+    return batch_last(F.conv2d(x, weight, bias, stride, padding, dilation))
+
+
+def sparse_conv2d_backward(
+    grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    col_ptr: Tensor, row: Tensor, slot_t: Tensor,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
+    weight = weight.reshape(-1, x.shape[1], *kernel_size)
+    grad_x, effective = _conv2d_gradients(grad, x, weight, (stride, padding, dilation, 1), *output_mask)
+    return (
+        batch_last(grad_x) if output_mask[0] else grad_x,
+        _at_free(effective.flatten(1), row_ptr, col, slot, free_values.numel()) if output_mask[1] else effective,
+    )
+
+
+def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
+    """Blocks of 1024 queries; |q|^2 is the same for a whole row and left out of the distance."""
+    squared = features.square().sum(1)
+    predictions = []
+    for block in queries.split(1024):
+        distance = squared - 2 * block @ features.t()
+        nearest = labels[distance.sort(dim=1, stable=True).indices[:, :k]]
+        votes = F.one_hot(nearest, classes).sum(1)
+        predictions.append(votes.argmax(1))  # argmax returns the first of equal votes: the smallest label
+    return torch.cat(predictions) if predictions else labels.new_empty(0)
