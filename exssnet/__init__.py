@@ -1,0 +1,38 @@
+"""Sparse supermasks for PyTorch: operators, layers, and exclusive training without forgetting."""
+
+from .kkt import transfer
+from .learner import Learner, PhaseOptions
+from .masks import MaskBank
+from .methods import METHODS, Method
+from .nn import (
+    SupermaskConv1d,
+    SupermaskConv2d,
+    SupermaskLinear,
+    TaskBatchNorm1d,
+    TaskBatchNorm2d,
+    convert,
+    freeze_weights,
+)
+from .ops import *  # noqa: F403
+from .ops import __all__ as _operators
+from .phases import Phases
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Learner",
+    "MaskBank",
+    "Method",
+    "PhaseOptions",
+    "Phases",
+    "SupermaskConv1d",
+    "SupermaskConv2d",
+    "SupermaskLinear",
+    "TaskBatchNorm1d",
+    "TaskBatchNorm2d",
+    "convert",
+    "freeze_weights",
+    "transfer",
+    *_operators,
+]

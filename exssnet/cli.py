@@ -1,0 +1,164 @@
+"""The command line: ``exssnet train`` and ``exssnet info``. Arguments and the wiring of a run live here."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from . import checkpoint
+from .info import describe
+from .kkt import RULES
+from .learner import OPTIMIZERS, Learner, PhaseOptions
+from .methods import METHODS
+from .models import MODELS
+from .nn import convert
+from .report import Report, observer
+from .tasks import load, names, permuted_pixels, rotated, split_by_class
+
+
+def _option(default: Any, help_: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help_, **more})
+
+
+@dataclass
+class TrainOptions:
+    """One training run; every field is an option of the command line and a key of the YAML file."""
+
+    data: str = _option("mnist5k", f"data set ({', '.join(names())}), an .npz file, or a folder of class folders")
+    root: str | None = _option(None, "folder where the data set lies; nothing is ever downloaded")
+    stream: str = _option(
+        "split", "tasks by class, by pixel permutation or by rotation", choices=("split", "permuted", "rotated")
+    )
+    tasks: int = _option(5, "number of tasks")
+    model: str = _option("auto", "network; auto: lenet for grey images, resnet18 for others", choices=("auto", *MODELS))
+    method: str = _option("exssnet", "what is trained when", choices=tuple(METHODS))
+    density: float = _option(0.1, "share of each layer's weights that a task's mask keeps")
+    kkt: str = _option(
+        "best", "start a task's scores from earlier tasks, by K nearest neighbours", choices=(*RULES, "none")
+    )
+    epochs: int = _option(5, "epochs of the mask phase")
+    weight_epochs: int = _option(5, "epochs of the weight phase (methods without one add them to the mask phase)")
+    mask_lr: float = _option(1e-2, "peak learning rate of the scores (cosine)")
+    weight_lr: float = _option(1e-3, "peak learning rate of the weights (cosine)")
+    optimizer: str = _option("adam", "optimizer of both phases", choices=OPTIMIZERS)
+    weight_decay: float = _option(0.0, "weight decay of both phases")
+    batch_size: int = _option(64, "images in a training batch")
+    patience: int | None = _option(None, "stop a phase after this many epochs without a better validation result")
+    validation: float = _option(0.1, "share of the training data that picks the best epoch; 0: the last epoch counts")
+    augment: bool = _option(False, "random crop and flip of 32x32 colour images")
+    init_scale: str = _option("official", "scale of the signed constant weights", choices=("official", "density"))
+    allocation: str = _option("uniform", "how the density is spread over layers", choices=("uniform", "er"))
+    all_outputs: bool = _option(False, "let loss and prediction see all outputs of the shared head")
+    keep_scores: str = _option(
+        "float32", "in which finished tasks' scores are kept for KKT", choices=("float32", "float16", "none")
+    )
+    seed: int = _option(0, "seed of weights, scores, splits and order of the data")
+    threads: int | None = _option(None, "CPU threads (default: torch's)")
+    out: str = _option("runs/train", "folder for results, plots and the model")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    for f in fields(TrainOptions):
+        name = "--" + f.name.replace("_", "-")
+        text = f"{f.metadata['help']} (default: {f.default})"
+        if isinstance(f.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=f.metadata["help"])
+            continue
+        kind = {"root": str, "patience": int, "threads": int}.get(f.name, type(f.default))
+        parser.add_argument(name, type=kind, default=None, choices=f.metadata.get("choices"), help=text)
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    """The options in a YAML file; ValueError, naming it, for an unknown key or a value of the wrong kind."""
+    with open(path) as file:
+        read = yaml.safe_load(file) or {}
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: expected options as `name: value` lines, got {type(read).__name__}")
+    known = {f.name: f for f in fields(TrainOptions)}
+    options = {}
+    for key, value in read.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ValueError(f"{path}: unknown option {key!r}; known are {', '.join(known)}")
+        f = known[name]
+        kind = {"root": str, "patience": int, "threads": int}.get(name, type(f.default))
+        if kind is float and isinstance(value, int | str):
+            value = float(value)  # YAML reads 1e-2 as a string
+        if not isinstance(value, kind) and not (value is None and f.default is None):
+            raise ValueError(f"{path}: {key} must be {kind.__name__}, got {value!r}")
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{path}: {key} must be one of {', '.join(choices)}, got {value!r}")
+        options[name] = value
+    return options
+
+
+def train(options: TrainOptions) -> int:
+    """Run `exssnet train`: learn the stream, print and write the results. Returns the exit status."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    kkt = None if options.kkt == "none" else options.kkt
+    data = load(options.data, options.root)
+    cut = {"split": split_by_class, "permuted": permuted_pixels, "rotated": rotated}[options.stream]
+    augment = {"augment": options.augment} if options.stream == "split" else {}
+    tasks = cut(*data, options.tasks, validation=options.validation, seed=options.seed, **augment)
+    shape = tasks[0].train[0][0].shape
+    name = options.model if options.model != "auto" else "lenet" if shape[0] == 1 else "resnet18"
+    torch.manual_seed(options.seed)
+    model = convert(
+        MODELS[name](shape, max(task.classes for task in tasks)), options.density, weights="signed_constant",
+        init_scale=options.init_scale, allocation=options.allocation,  # type: ignore[arg-type]
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    phase = {"optimizer": options.optimizer, "weight_decay": options.weight_decay, "patience": options.patience}
+    report = Report(options, tasks, name)
+    with observer(tasks) as watching:
+        learner = Learner(
+            model.to(device), options.method, kkt=kkt,  # type: ignore[arg-type]
+            mask=PhaseOptions(options.epochs, options.mask_lr, **phase),
+            weight=PhaseOptions(options.weight_epochs, options.weight_lr, **phase),
+            batch_size=options.batch_size, all_outputs=options.all_outputs, seed=options.seed,
+            keep_scores=None if options.keep_scores == "none" else getattr(torch, options.keep_scores),
+            observer=watching,
+        )  # fmt: skip
+        interrupted = False
+        try:
+            learner.run(tasks)
+        except KeyboardInterrupt:
+            interrupted = True
+    report.write(learner)
+    if learner.phases.phase == "idle" and learner.reports:
+        notes = {"model": name, "shape": list(shape), "classes": [r.classes for r in learner.reports]}
+        checkpoint.save(learner.phases, Path(options.out) / "model.safetensors", notes)
+    report.show(learner)
+    if interrupted:
+        print(f"Interrupted after {len(learner.reports)} of {len(tasks)} tasks; what was learned is in {options.out}.")
+        return 130
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the command ``exssnet``; returns the exit status."""
+    parser = argparse.ArgumentParser("exssnet", description="Sparse supermasks and continual learning for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="learn a stream of tasks and report", description=train.__doc__)
+    training.add_argument("--config", help="YAML file of the options below; options given here win")
+    _add_options(training)
+    commands.add_parser("info", help="versions, hardware, and which kernel serves each operator")
+    given = vars(parser.parse_args(arguments))
+    if given.pop("command") == "info":
+        print(describe())
+        return 0
+    try:
+        config = given.pop("config")
+        chosen = _from_file(config) if config else {}
+        chosen.update({name: value for name, value in given.items() if value is not None})
+        return train(TrainOptions(**chosen))
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        print(f"exssnet: {error}", file=sys.stderr)
+        return 2

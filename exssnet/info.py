@@ -1,0 +1,49 @@
+"""What this installation is made of, and which kernel serves each operator."""
+
+import os
+import platform
+import shutil
+
+import torch
+
+from .kernels import KERNELS, OPERATORS, native
+
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def serving(operator: str, device: str) -> str:
+    """The file whose kernel serves an operator on a device ("cpu" or "cuda"), as the dispatcher has it now."""
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{operator}", _KEYS[device])
+    return KERNELS[operator, device] if own else "kernels/reference.py"
+
+
+def describe() -> str:
+    """The text of ``exssnet info``."""
+    from . import __version__
+
+    gpu = "none"
+    if torch.cuda.is_available():
+        gpu = ", ".join(
+            f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+            for i in range(torch.cuda.device_count())
+        )
+    lines = [
+        f"exssnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
+        f"GPU     {gpu} (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU alone'})",
+        f"native  {'loaded' if native.missing is None else f'not loaded: {native.missing}'}",
+        "",
+        f"{'operator':<18}{'cpu':<24}cuda",
+        *(f"{op:<18}{serving(op, 'cpu'):<24}{serving(op, 'cuda')}" for op in OPERATORS),
+        "",
+    ]
+    wishes = []
+    if native.missing is not None:
+        compiler = shutil.which(os.environ.get("CXX", "c++"))
+        found = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
+        wishes.append(
+            f"for the native CPU kernels: a C++20 compiler ({found}), then `pip install --force-reinstall --no-deps .`, "
+            "without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
+        )
+    wishes.append("for the GPU: this version has no CUDA kernels; operators run there on the reference, in plain PyTorch")
+    return "\n".join(lines + wishes)

@@ -1,0 +1,112 @@
+"""KNN-based knowledge transfer: which learned task's features classify a new task best, and its scores to start from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .nn import SupermaskLinear
+from .ops import knn_classify
+from .phases import Phases
+from .tasks import stratified_split
+
+Rule = Literal["best", "always", "all"]
+RULES: tuple[Rule, ...] = ("best", "always", "all")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The outcome of KKT for one new task.
+
+    accuracies: of K nearest neighbours on each learned task's features; chance: 1 / classes.
+    sources: the tasks whose scores were taken (empty: none was above chance, start from random scores).
+    scores: initial scores by layer name, or None.
+    """
+
+    accuracies: list[float]
+    chance: float
+    sources: list[int] = field(default_factory=list)
+    scores: Mapping[str, Tensor] | None = None
+
+
+def sample_share(images: int) -> float:
+    """Share of a task's training images that KKT looks at: 20 %, at least 500 images, at most all."""
+    return min(1.0, max(0.2, 500 / images))
+
+
+def penultimate_features(model: nn.Module, x: Tensor) -> Tensor:
+    """Penultimate activations, flat (B, d): ``model.penultimate(x)`` where it is defined, else the head's input.
+
+    The head is the last `SupermaskLinear` of the model, or else its last `nn.Linear`.
+    """
+    if hasattr(model, "penultimate"):
+        features: Tensor = model.penultimate(x)
+        return features.flatten(1)
+    linear = [m for m in model.modules() if isinstance(m, SupermaskLinear)] or [
+        m for m in model.modules() if isinstance(m, nn.Linear)
+    ]
+    if not linear:
+        raise ValueError("KKT needs a linear head, or a method `penultimate(x)` of the model: it has neither")
+    caught: list[Tensor] = []
+    handle = linear[-1].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    return caught[-1].flatten(1)
+
+
+def knn_accuracy(features: Tensor, labels: Tensor, classes: int, generator: torch.Generator) -> float:
+    """Accuracy of K nearest neighbours: a stratified 66 % of the sample classify the other 34 %.
+
+    K = min(200, max(1, n66 // (2 classes))): the paper's 200 where the sample is large enough for it to mean anything.
+    """
+    known, asked = stratified_split(labels, 0.34, generator)
+    if not len(known) or not len(asked):
+        raise ValueError(f"KKT needs more than one image a class, got {labels.numel()} of {classes} classes")
+    k = min(200, max(1, known.numel() // (2 * classes)))
+    predicted = knn_classify(features[known], labels[known], features[asked], k, classes)
+    return (predicted == labels[asked]).double().mean().item()
+
+
+def transfer(
+    phases: Phases, x: Tensor, labels: Tensor, classes: int, rule: Rule = "best", seed: int = 0, batch_size: int = 256
+) -> Transfer:
+    """Choose the initial scores of a new task among those of all finished ones.
+
+    x, labels: one fixed, unaugmented sample (n, ...) of the new task's training data; classes: of the new task.
+    rule: "best" copies the scores of the source with the highest accuracy if that is above chance; "always" copies
+        them in any case; "all" takes the mean of all sources above chance. Ties go to the earlier task.
+    Statistics, masks and scores of the sources are not touched. RuntimeError if their scores were dropped.
+    Source: arXiv 2210.10209, section 3.3.
+    """
+    if rule not in RULES:
+        raise ValueError(f"kkt must be one of {', '.join(RULES)}, got {rule!r}")
+    tasks = len(phases.bank)
+    if len(phases.scores) != tasks:
+        raise RuntimeError(f"KKT needs the scores of {tasks} finished tasks, but keep_scores=None dropped them")
+    labels = labels.cpu()
+    accuracies = []
+    for task in range(tasks):
+        with phases.using(task) as model, torch.no_grad():
+            training = model.training
+            model.eval()
+            try:
+                features = torch.cat([penultimate_features(model, part) for part in x.split(batch_size)])
+            finally:
+                model.train(training)
+        # The same split for every source
+        generator = torch.Generator().manual_seed(seed)
+        accuracies.append(knn_accuracy(features.float().cpu(), labels, classes, generator))
+    chance = 1 / classes
+    above = [task for task in range(tasks) if accuracies[task] > chance]
+    best = max(range(tasks), key=lambda task: accuracies[task], default=None)
+    if best is None or (rule != "always" and not above):
+        return Transfer(accuracies, chance)
+    sources = above if rule == "all" else [best]
+    scores = {
+        name: torch.stack([phases.scores[task][name].float() for task in sources]).mean(0) for name in phases.layers
+    }
+    return Transfer(accuracies, chance, sources, scores)

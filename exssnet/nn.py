@@ -1,0 +1,476 @@
+"""Layers with a supermask, norms and pools that keep the sparse kernels' layout, and `convert` for whole models."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ops import (
+    SparsePattern,
+    density_to_k,
+    sparse_conv1d,
+    sparse_conv2d,
+    sparse_linear,
+    sparse_pattern,
+    supermask_conv1d,
+    supermask_conv2d,
+    supermask_linear,
+    topk_mask,
+    topk_select,
+)
+
+__all__ = [
+    "SupermaskConv1d",
+    "SupermaskConv2d",
+    "SupermaskLayer",
+    "SupermaskLinear",
+    "TaskBatchNorm1d",
+    "TaskBatchNorm2d",
+    "allocate_density",
+    "convert",
+    "freeze_weights",
+    "signed_constant_",
+    "supermask_layers",
+]
+
+
+class SupermaskLayer(nn.Module):
+    """What the supermask layers share: a dense weight that is no parameter, and one of three ways to use it.
+
+    - Scores (the mask phase; how a new layer starts): `scores` is the parameter, the mask is their top k.
+    - Values (the weight phase): `free_values` is the parameter, the kept weights that may change; `frozen_values`
+      and the pattern are buffers. The rest of the weight is out of every optimizer's reach.
+    - A fixed mask (evaluation): values of which none is free.
+
+    `weight` is a buffer of the plain layer's shape in all of them.
+    """
+
+    weight: Tensor
+    scores: nn.Parameter | None
+    free_values: nn.Parameter | None
+    frozen_values: Tensor | None
+    bias: nn.Parameter | None
+    selection: Tensor | None  # made by the converted model for all layers at once; valid for one forward
+    k: int
+
+    def _own_weight(self, density: float) -> None:
+        """Turn the plain layer's weight into a buffer and start with random scores."""
+        self.k = density_to_k(self.weight.numel(), density)
+        weight = self._parameters.pop("weight")
+        assert weight is not None
+        self.register_buffer("weight", weight.detach())
+        for name in ("scores", "free_values"):
+            self.register_parameter(name, None)
+        for name in ("frozen_values", *SparsePattern._fields):
+            self.register_buffer(name, None, persistent=False)
+        self.selection = None
+        self.use_scores(self.random_scores())
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that a mask keeps."""
+        return self.k / max(1, self.weight.numel())
+
+    def random_scores(self, generator: torch.Generator | None = None) -> Tensor:
+        """Fresh scores, Kaiming-uniform with a = sqrt(5), drawn on the CPU so that every device starts alike."""
+        scores = torch.empty(self.weight.shape)
+        if scores.numel():
+            nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
+        return scores.to(self.weight.device)
+
+    def use_scores(self, scores: Tensor) -> None:
+        """Enter the mask phase from a copy of the given scores, of the weight's shape."""
+        self._clear()
+        self.scores = nn.Parameter(scores.detach().to(self.weight.device, torch.float32, copy=True).contiguous())
+
+    def use_values(self, mask: Tensor, free_mask: Tensor) -> None:
+        """Fix a mask (bool, of the weight's shape); the kept weights inside free_mask become trainable."""
+        pattern = sparse_pattern(mask, free_mask, getattr(self, "groups", 1))
+        self._clear()
+        if bool(free_mask.any()):
+            self.free_values = nn.Parameter(self.weight[free_mask])
+        self.frozen_values = self.weight[mask & ~free_mask]
+        for name, tensor in zip(SparsePattern._fields, pattern, strict=True):
+            setattr(self, name, tensor)
+
+    def store_values(self, free_mask: Tensor) -> None:
+        """Scatter the trained values back into the weight; free_mask is the one of `use_values`."""
+        if self.free_values is not None:
+            self.weight[free_mask] = self.free_values.detach()
+
+    def mask(self) -> Tensor:
+        """The current bool mask, of the weight's shape."""
+        if self.scores is not None:
+            return topk_mask(self.scores, self.k)
+        rows = torch.repeat_interleave(torch.arange(self.weight.shape[0], device=self.weight.device), self._pattern().row_ptr.diff().long())
+        width = self.weight[0].numel() if self.weight.shape[0] else 0
+        kept = torch.zeros(self.weight.shape[0], width, dtype=torch.bool, device=self.weight.device)
+        kept[rows, self._pattern().col.long() % max(1, width)] = True
+        return kept.reshape(self.weight.shape)
+
+    def _pattern(self) -> SparsePattern:
+        if self.frozen_values is None:
+            raise RuntimeError("this layer has neither scores nor a mask: start a task or activate one")
+        return SparsePattern(*(getattr(self, name) for name in SparsePattern._fields))
+
+    def _values(self) -> tuple[Tensor, Tensor, SparsePattern]:
+        pattern = self._pattern()
+        assert self.frozen_values is not None
+        free = self.frozen_values.new_empty(0) if self.free_values is None else self.free_values
+        return free, self.frozen_values, pattern
+
+    def _chosen(self) -> dict[str, Any]:
+        return {"k": self.k} if self.selection is None else {"selection": self.selection}
+
+    def _clear(self) -> None:
+        for name in ("scores", "free_values", "frozen_values", *SparsePattern._fields):
+            setattr(self, name, None)
+
+    def extra_repr(self) -> str:
+        phase = "scores" if self.scores is not None else "values" if self.free_values is not None else "fixed mask"
+        return f"{super().extra_repr()}, k={self.k} of {self.weight.numel()}, {phase}"
+
+
+class SupermaskLinear(SupermaskLayer, nn.Linear):
+    """`nn.Linear` of which only a supermask of the weights is used; see `SupermaskLayer` and `supermask_linear`.
+
+    density: share of the weights kept, in [0, 1]. x (..., in_features) to (..., out_features). The bias, if any, has
+    no mask. ValueError for a density out of range.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, density: float = 0.1, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._own_weight(density)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scores is not None:
+            return supermask_linear(x, self.weight, self.scores, bias=self.bias, **self._chosen())
+        return sparse_linear(x, *self._values(), self.bias)
+
+
+class _SupermaskConv(SupermaskLayer):
+    """The geometry that both convolutions share."""
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x, self.padding
+        mode = "constant" if self.padding_mode == "zeros" else str(self.padding_mode)
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0  # type: ignore[arg-type]
+
+
+class SupermaskConv1d(_SupermaskConv, nn.Conv1d):
+    """`nn.Conv1d` of which only a supermask of the weights is used: x (N, C, L) to (N, O, L').
+
+    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv1d`, without a bias.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, density: float = 0.1,
+                 bias: bool = False, **geometry: Any) -> None:  # fmt: skip
+        nn.Conv1d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, **geometry)
+        self._own_weight(density)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self._padded(x)
+        if self.scores is not None:
+            return supermask_conv1d(
+                x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
+                dilation=self.dilation, groups=self.groups, **self._chosen(),
+            )  # fmt: skip
+        return sparse_conv1d(x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation)
+
+
+class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
+    """`nn.Conv2d` of which only a supermask of the weights is used: x (N, C, H, W) to (N, O, H', W').
+
+    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv2d`, without a bias.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], density: float = 0.1,
+                 bias: bool = False, **geometry: Any) -> None:  # fmt: skip
+        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, **geometry)
+        self._own_weight(density)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self._padded(x)
+        if self.scores is not None:
+            return supermask_conv2d(
+                x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
+                dilation=self.dilation, groups=self.groups, **self._chosen(),
+            )  # fmt: skip
+        return sparse_conv2d(x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation)
+
+
+def _batch_innermost(x: Tensor) -> bool:
+    """Whether x is stored (C, ..., N), as the sparse products return it, and not in plain order as well."""
+    return not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
+
+
+class TaskBatchNorm1d(nn.BatchNorm1d):
+    """Batch norm that belongs to one task at a time: not affine by default; `Phases` keeps its statistics per task.
+
+    x (N, C) or (N, C, L). A batch stored innermost is normalised where it lies, without a copy.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = False,
+                 **options: Any) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _batch_innermost(x):
+            return super().forward(x)
+        stored = x.movedim(0, -1)  # (C, ..., N)
+        return super().forward(stored.flatten(1).unsqueeze(0)).reshape(stored.shape).movedim(-1, 0)
+
+
+class TaskBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that belongs to one task at a time, for x (N, C, H, W); see `TaskBatchNorm1d`."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = False,
+                 **options: Any) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _batch_innermost(x):
+            return super().forward(x)
+        stored = x.movedim(0, -1)  # (C, H, W, N)
+        return super().forward(stored.reshape(1, stored.shape[0], 1, -1)).reshape(stored.shape).movedim(-1, 0)
+
+
+class _PoolInPlace(nn.Module):
+    """Pools a batch that is stored innermost: with C and N exchanged it is an ordinary channels_last tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        if x.dim() != 4 or not _batch_innermost(x):
+            return super().forward(x)
+        pooled = super().forward(x.transpose(0, 1))
+        return tuple(p.transpose(0, 1) for p in pooled) if isinstance(pooled, tuple) else pooled.transpose(0, 1)
+
+
+class _MaxPool2d(_PoolInPlace, nn.MaxPool2d):
+    pass
+
+
+class _AvgPool2d(_PoolInPlace, nn.AvgPool2d):
+    pass
+
+
+class _AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.output_size in (1, (1, 1)):  # the mean of a whole image is much faster in either layout
+            return x.mean((-2, -1), keepdim=True)
+        return super().forward(x)
+
+
+MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
+    nn.Linear: SupermaskLinear,
+    nn.Conv1d: SupermaskConv1d,
+    nn.Conv2d: SupermaskConv2d,
+}
+SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: TaskBatchNorm1d,
+    nn.BatchNorm2d: TaskBatchNorm2d,
+    nn.MaxPool2d: _MaxPool2d,
+    nn.AvgPool2d: _AvgPool2d,
+    nn.AdaptiveAvgPool2d: _AdaptiveAvgPool2d,
+}
+
+
+def supermask_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLayer]]:
+    """(name, layer) of every supermask layer of a model, in the order of `named_modules`."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, SupermaskLayer))
+
+
+def allocate_density(
+    shapes: Iterable[torch.Size], density: float, allocation: Literal["uniform", "er"] = "uniform"
+) -> list[float]:
+    """Density of each layer such that the whole keeps `density` of all weights.
+
+    "uniform": the same everywhere. "er" (Erdős-Rényi, Mocanu et al. 2018; Evci et al. 2020): proportional to
+    (O + I) / (O I R S), capped at 1; what a capped layer cannot take goes to the others.
+    """
+    shapes = list(shapes)
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}")
+    if allocation == "uniform":
+        return [density] * len(shapes)
+    if allocation != "er":
+        raise ValueError(f'allocation must be "uniform" or "er", got {allocation!r}')
+    sizes = [math.prod(s) for s in shapes]
+    shares = [(s[0] + s[1]) / n for s, n in zip(shapes, sizes, strict=True)]
+    full: set[int] = set()
+    while True:
+        room = density * sum(sizes) - sum(sizes[i] for i in full)
+        scale = room / max(1e-30, sum(shares[i] * sizes[i] for i in range(len(sizes)) if i not in full))
+        over = {i for i in range(len(sizes)) if i not in full and shares[i] * scale > 1}
+        if not over:
+            return [1.0 if i in full else shares[i] * scale for i in range(len(sizes))]
+        full |= over
+
+
+def signed_constant_(weight: Tensor, density: float, init_scale: Literal["official", "density"] = "official") -> None:
+    """Replace a weight (O, I, ...) in place by its signs times one constant, with the ReLU gain sqrt(2).
+
+    "official": gain / sqrt(fan_in), whatever the density. "density": gain / sqrt(density fan_in), which keeps the
+    activations' scale in networks without batch norm. Source: Ramanujan et al. 2020, section 4 ("signed constant").
+    """
+    if init_scale not in ("official", "density"):
+        raise ValueError(f'init_scale must be "official" or "density", got {init_scale!r}')
+    fan_in = max(1, weight[0].numel() if weight.shape[0] else 0)
+    constant = math.sqrt(2 / (fan_in * (density if init_scale == "density" else 1)))
+    with torch.no_grad():
+        weight.copy_(torch.where(weight < 0, -constant, constant))
+
+
+def convert(
+    model: nn.Module,
+    density: float = 0.1,
+    include: Iterable[str | type[nn.Module]] | None = None,
+    exclude: Iterable[str | type[nn.Module]] = (),
+    weights: Literal["keep", "signed_constant"] = "keep",
+    init_scale: Literal["official", "density"] = "official",
+    allocation: Literal["uniform", "er"] = "uniform",
+) -> nn.Module:
+    """Put supermasks into any torch model, in place; returns the model.
+
+    `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms become per task and, like pools,
+    keep the layout of the sparse products. All modules keep their identity, name and hooks.
+
+    density: share of the weights kept, in (0, 1]; allocation: how it is spread over layers, see `allocate_density`.
+    include, exclude: layers by name pattern ("encoder.*") or by type; all three types are included by default.
+    weights: "keep" what the model has (pretrained weights), or "signed_constant" for training from scratch, of
+        scale `init_scale`, see `signed_constant_`.
+    Biases, affine norms, embeddings and excluded layers have no mask: those that require a gradient become per task
+    under `Phases`, those that do not are frozen.
+    ValueError if nothing is to convert, or if a weight to be masked is tied to another module's.
+    """
+    wanted = tuple(MASKED) if include is None else tuple(include)
+
+    def chosen(name: str, module: nn.Module, by: Iterable[str | type[nn.Module]]) -> bool:
+        return any(fnmatch(name, p) if isinstance(p, str) else isinstance(module, p) for p in by)
+
+    layers = [
+        m
+        for name, m in model.named_modules()
+        if type(m) in MASKED and chosen(name, m, wanted) and not chosen(name, m, exclude)
+    ]
+    if not layers:
+        raise ValueError("convert: the model has no nn.Linear, nn.Conv1d or nn.Conv2d layer that was included")
+    if weights not in ("keep", "signed_constant"):
+        raise ValueError(f'convert: weights must be "keep" or "signed_constant", got {weights!r}')
+    _refuse_tied(model, layers)
+    densities = allocate_density([m.weight.shape for m in layers], density, allocation)  # type: ignore[misc]
+    for layer, layer_density in zip(layers, densities, strict=True):
+        layer.__class__ = MASKED[type(layer)]
+        assert isinstance(layer, SupermaskLayer)
+        layer._own_weight(layer_density)
+        if weights == "signed_constant":
+            signed_constant_(layer.weight, layer_density, init_scale)
+    for module in model.modules():
+        module.__class__ = SWAPPED.get(type(module), type(module))
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fast path would read the weights behind the masks' back
+    model.register_buffer("selection_hint", None, persistent=False)
+    model.register_forward_pre_hook(_select_for_all)
+    model.register_forward_hook(_forget_selection, always_call=True)
+    return model
+
+
+def _refuse_tied(model: nn.Module, layers: list[nn.Module]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
+    for layer in layers:
+        names = owners[id(layer.weight)]
+        if len(names) > 1:
+            raise ValueError(f"convert: {' and '.join(names)} are one tensor; exclude tied layers or untie them")
+
+
+def _select_for_all(model: nn.Module, args: Any) -> None:
+    """Before the model's forward: one selection for all layers in the mask phase."""
+    layers = [m for m in model.modules() if isinstance(m, SupermaskLayer) and m.scores is not None]
+    if not layers:
+        return
+    hint = model.selection_hint
+    scores = [m.scores for m in layers if m.scores is not None]
+    if hint is not None and len(hint) != len(layers):
+        hint = None
+    selection, model.selection_hint = topk_select(scores, [m.k for m in layers], hint)  # type: ignore[arg-type]
+    for layer, row in zip(layers, selection.unbind(), strict=True):
+        layer.selection = row
+
+
+def _forget_selection(model: nn.Module, args: Any, output: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, SupermaskLayer):
+            module.selection = None
+
+
+def unconvert(model: nn.Module) -> None:
+    """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
+    backward = {new: old for old, new in (MASKED | SWAPPED).items()}  # type: ignore[operator]
+    for _, layer in supermask_layers(model):
+        weight = layer.weight.where(layer.mask(), 0)
+        layer._clear()
+        for name in ("scores", "free_values"):
+            del layer._parameters[name]
+        for name in ("weight", "frozen_values", *SparsePattern._fields):
+            del layer._buffers[name]
+            layer._non_persistent_buffers_set.discard(name)
+        del layer.selection, layer.k
+        layer.weight = nn.Parameter(weight)
+    for module in model.modules():
+        module.__class__ = backward.get(type(module), type(module))
+        for hooks, ours in (
+            (module._forward_pre_hooks, _select_for_all),
+            (module._forward_hooks, _forget_selection),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+        module._buffers.pop("selection_hint", None)
+        module._non_persistent_buffers_set.discard("selection_hint")
+
+
+def freeze_weights(
+    optimizer: torch.optim.Optimizer, frozen: Mapping[Tensor, Tensor]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hold entries of dense parameters bitwise at their present values through every step of an optimizer.
+
+    A zero gradient does not freeze a weight: momentum, carried Adam moments and weight decay move it. This puts the
+    frozen entries back after each step, whatever the optimizer does. For people who train a dense weight with the
+    `masked_*` operators; `Phases` needs no guard, because its frozen weights are no parameters.
+
+    frozen: parameter -> bool mask of its shape, True where it must not change (the used mask).
+    Returns a handle whose ``remove()`` ends the guard. ValueError if a parameter is not the optimizer's.
+    """
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = []
+    for parameter, mask in frozen.items():
+        if id(parameter) not in known:
+            raise ValueError(f"freeze_weights: a parameter of shape {tuple(parameter.shape)} is not the optimizer's")
+        if mask.dtype != torch.bool or mask.shape != parameter.shape:
+            raise ValueError(
+                f"freeze_weights: the mask must be bool of shape {tuple(parameter.shape)}, "
+                f"got {mask.dtype} of {tuple(mask.shape)}"
+            )
+        where = mask.reshape(-1).nonzero().squeeze(1)
+        held.append((parameter, where, parameter.detach().reshape(-1)[where]))
+
+    def restore(*_: Any) -> None:
+        with torch.no_grad():
+            for parameter, where, values in held:
+                flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
+                flat.index_copy_(0, where, values)
+                if not parameter.is_contiguous():
+                    parameter.copy_(flat.view_as(parameter))
+
+    return optimizer.register_step_post_hook(restore)

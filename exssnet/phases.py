@@ -1,0 +1,252 @@
+"""The phases of a task over a converted model: which task is active, and which parameters it may train."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .masks import MaskBank
+from .nn import SupermaskLayer, freeze_weights, supermask_layers, unconvert
+
+Phase = Literal["idle", "mask", "weight", "joint"]
+
+
+class Phases:
+    """Takes a converted model from task to task: ``start_task`` -> ``start_weight_phase`` -> ``finish_task``.
+
+    Everything that is not a supermask layer's weight belongs to one task: the parameters that require a gradient when
+    this object is made (biases, affine norms), and the persistent buffers (batch norm statistics). They start anew
+    for each task, are stored when it is finished, and come back with ``activate``. Parameters that require none are
+    frozen. So nothing that two tasks share can change, except the free weights of the task at hand.
+
+        phases = Phases(convert(model, density=0.05))
+        phases.start_task()                    # the mask phase: train phases.parameters(), the scores
+        phases.start_weight_phase()            # train phases.parameters(), the free values
+        phases.finish_task()                   # masks and statistics are stored; the task stays active
+        phases.activate(0)                     # the model now is task 0's network
+
+    model: a model that went through `convert`.
+    keep_scores: dtype in which the scores of finished tasks are kept for KKT (float32, float16, bfloat16), or None
+        to drop them.
+    seed: of the random scores; task t's depend on seed and t alone.
+    Calls out of order raise RuntimeError and change nothing.
+    """
+
+    def __init__(self, model: nn.Module, keep_scores: torch.dtype | None = torch.float32, seed: int = 0) -> None:
+        self.model = model
+        self.layers: dict[str, SupermaskLayer] = dict(supermask_layers(model))
+        if not self.layers:
+            raise ValueError("Phases: the model has no supermask layers: pass it through convert first")
+        self.keep_scores = keep_scores
+        self.seed = seed
+        self.bank = MaskBank({name: layer.weight.shape for name, layer in self.layers.items()})
+        self.phase: Phase = "idle"
+        self.active: int | None = None
+        self.scores: list[dict[str, Tensor]] = []  # of finished tasks
+        self.states: list[dict[str, Tensor]] = []  # of finished tasks: what differs from the initial state
+        self._open_masks: dict[str, Tensor] = {}
+        self._open_free: dict[str, Tensor] = {}
+        self._open_scores: dict[str, Tensor] = {}
+        masked = {f"{name}.{key}".lstrip(".") for name in self.layers for key in ("weight", "scores", "free_values")}
+        self._trainable = {n for n, p in model.named_parameters() if p.requires_grad and n not in masked}
+        self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad} - masked
+        self.initial = {n: t.detach().clone() for n, t in model.state_dict().items() if n not in masked | self._frozen}
+        for layer in self.layers.values():
+            layer._clear()
+
+    # The phases
+
+    def start_task(self, scores: Mapping[str, Tensor] | None = None, joint: bool = False) -> int:
+        """Begin the mask phase of the next task and return the task's number.
+
+        scores: initial scores by layer name, copied (KKT); None for random ones.
+        joint: train the dense weights together with the scores (WSN, Kang et al. 2022); the weights that earlier
+            tasks use must then be guarded, see `guard`.
+        """
+        self._require("start_task", "idle")
+        self._refuse_strangers()
+        if scores is None:
+            scores = self.random_scores(len(self.bank))
+        if set(scores) != set(self.layers):
+            raise ValueError(f"start_task: expected scores of the layers {sorted(self.layers)}, got {sorted(scores)}")
+        for name, layer in self.layers.items():
+            if scores[name].shape != layer.weight.shape:
+                raise ValueError(
+                    f"start_task: scores of {name} must have shape {tuple(layer.weight.shape)}, "
+                    f"got {tuple(scores[name].shape)}"
+                )
+        self._load_state({})
+        for name, layer in self.layers.items():
+            layer.use_scores(scores[name])
+            layer.weight.requires_grad_(joint)
+        self.phase, self.active = "joint" if joint else "mask", len(self.bank)
+        return self.active
+
+    def start_weight_phase(self, exclusive: bool = True) -> None:
+        """Fix the masks and make the compact values trainable.
+
+        exclusive: only the free weights, mask and not used before (ExSSNeT); else the whole mask, which overwrites
+        earlier tasks' weights (SSNeT).
+        """
+        self._require("start_weight_phase", "mask")
+        self._fix_masks()
+        for name, layer in self.layers.items():
+            mask = self._open_masks[name]
+            self._open_free[name] = self.bank.free(name, mask) if exclusive else mask
+            layer.use_values(mask, self._open_free[name])
+        self.phase = "weight"
+
+    def finish_task(self) -> int:
+        """Store the task's weights, masks, scores and state; it stays active. Returns its number."""
+        self._require("finish_task", "mask", "joint", "weight")
+        if self.phase != "weight":
+            self._fix_masks()
+        for name, layer in self.layers.items():
+            if self.phase == "weight":
+                layer.store_values(self._open_free[name])
+            layer.weight.requires_grad_(False)
+        state = {
+            n: t.clone() for n, t in self._live_state().items() if not torch.equal(t, self.initial[n].to(t.device))
+        }
+        keep = self.keep_scores
+        scores = {} if keep is None else {name: s.to(keep) for name, s in self._open_scores.items()}
+        self.phase = "idle"
+        task = self.adopt(self._open_masks, state, scores)
+        self._open_masks, self._open_free, self._open_scores = {}, {}, {}
+        return task
+
+    def adopt(self, masks: Mapping[str, Tensor], state: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> int:
+        """Append a task that is already learned, and activate it: its masks (bool or packed), state and scores."""
+        self._require("adopt", "idle")
+        task = self.bank.add(masks)
+        self.states.append(dict(state))
+        if scores:
+            self.scores.append(dict(scores))
+        self.activate(task)
+        return task
+
+    def activate(self, task: int) -> None:
+        """Make the model the network of a finished task: its masks, its batch norms, its biases."""
+        self._require("activate", "idle")
+        masks = {name: self.bank.mask(task, name).to(layer.weight.device) for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.use_values(masks[name], torch.zeros_like(masks[name]))
+        self._load_state(self.states[task])
+        self.active = task
+
+    @contextmanager
+    def using(self, task: int) -> Iterator[nn.Module]:
+        """The network of a finished task for the length of a block, in any phase; then all is as it was."""
+        held = {name: (dict(layer._parameters), dict(layer._buffers)) for name, layer in self.layers.items()}
+        state = {n: t.clone() for n, t in self._live_state().items()}
+        phase, active = self.phase, self.active
+        self.phase = "idle"
+        try:
+            self.activate(task)
+            yield self.model
+        finally:
+            self._write_state(state)
+            for name, layer in self.layers.items():
+                parameters, buffers = held[name]
+                for key in ("scores", "free_values"):
+                    layer._parameters[key] = parameters[key]
+                layer._buffers.update({k: b for k, b in buffers.items() if k in layer._non_persistent_buffers_set})
+            self.phase, self.active = phase, active
+
+    # What is trained
+
+    def parameters(self) -> list[Tensor]:
+        """What the present phase trains: scores or free values, then the task's own unmasked parameters."""
+        return self.masked_parameters() + self.task_parameters()
+
+    def masked_parameters(self) -> list[Tensor]:
+        """Scores (mask phase), scores and weights (joint), or free values (weight phase; possibly none)."""
+        found: list[Tensor | None] = []
+        for layer in self.layers.values():
+            found += [layer.scores, layer.free_values, layer.weight if self.phase == "joint" else None]
+        return [p for p in found if p is not None]
+
+    def task_parameters(self) -> list[Tensor]:
+        """Parameters without a mask, which each task has its own of."""
+        return [p for n, p in self.model.named_parameters() if n in self._trainable]
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """Parameters without a mask that never train, by name: the same for all tasks."""
+        return {n: p for n, p in self.model.named_parameters() if n in self._frozen}
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer."""
+        self._require("guard", "joint")
+        if len(self.bank):
+            used = {
+                layer.weight: ~self.bank.free(name, torch.ones_like(layer.weight, dtype=torch.bool))
+                for name, layer in self.layers.items()
+            }
+            freeze_weights(optimizer, used)
+
+    def random_scores(self, task: int) -> dict[str, Tensor]:
+        """The random initial scores of a task."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task)
+        return {name: layer.random_scores(generator) for name, layer in self.layers.items()}
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of all that the open phase trains and of the task's state; `restore` puts it back."""
+        return {
+            "phase": self.phase,
+            "masked": [p.detach().clone() for p in self.masked_parameters()],
+            "state": {n: t.clone() for n, t in self._live_state().items()},
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Return to a snapshot of the same phase."""
+        if snapshot["phase"] != self.phase:
+            raise RuntimeError(f"restore: the snapshot is of the {snapshot['phase']} phase, this is {self.phase}")
+        with torch.no_grad():
+            for parameter, value in zip(self.masked_parameters(), snapshot["masked"], strict=True):
+                parameter.copy_(value)
+        self._write_state(snapshot["state"])
+
+    def fold(self, task: int) -> nn.Module:
+        """A plain dense copy of a finished task's network, which needs no exssnet."""
+        with self.using(task):
+            plain = copy.deepcopy(self.model)
+        unconvert(plain)
+        return plain
+
+    # Inside
+
+    def _fix_masks(self) -> None:
+        self._open_masks = {name: layer.mask() for name, layer in self.layers.items()}
+        self._open_scores = {
+            name: layer.scores.detach() for name, layer in self.layers.items() if layer.scores is not None
+        }
+
+    def _require(self, call: str, *phases: Phase) -> None:
+        if self.phase not in phases:
+            raise RuntimeError(f"{call} belongs to the {' or '.join(phases)} phase, but the phase is {self.phase}")
+
+    def _refuse_strangers(self) -> None:
+        masked = {id(p) for layer in self.layers.values() for p in (layer.scores, layer.free_values)}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and name not in self._trainable and id(parameter) not in masked:
+                raise RuntimeError(
+                    f"parameter {name} was not trainable when Phases was made: shared by all tasks, it would make them "
+                    "forget. Set requires_grad before, or freeze it"
+                )
+
+    def _live_state(self) -> dict[str, Tensor]:
+        """The task's own parameters and buffers, as they are in the model now."""
+        state = self.model.state_dict()
+        return {n: state[n] for n in self.initial}
+
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._write_state(self.initial | dict(state))
+
+    def _write_state(self, state: Mapping[str, Tensor]) -> None:
+        live = self._live_state()
+        with torch.no_grad():
+            for name, value in state.items():
+                live[name].copy_(value)
