@@ -6,10 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "cpu/floats.h"
 
 namespace exssnet {
 
@@ -17,10 +20,44 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
+using Flags = std::vector<bool>;
 
 // Throws the plain sentence: STD_TORCH_CHECK would put a file name before it.
 inline void check(bool condition, const char* who, const char* expected) {
   if (!condition) throw std::runtime_error(std::string(who) + ": expected " + expected);
+}
+
+inline cpu::Float float_type(const Tensor& t, const char* who) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return cpu::Float::float16;
+    case ScalarType::BFloat16: return cpu::Float::bfloat16;
+    case ScalarType::Float: return cpu::Float::float32;
+    case ScalarType::Double: return cpu::Float::float64;
+    default: throw std::runtime_error(std::string(who) + ": expected float32, float64, bfloat16 or float16");
+  }
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+inline Tensor like(const Tensor& shape, ScalarType dtype) {
+  return torch::stable::new_empty(shape, shape.sizes(), dtype);
+}
+
+// Calls an ATen operator that returns `kResults` tensors. Arguments are in the order of its schema.
+template <size_t kResults = 1, class... Args>
+auto aten(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, std::max(kResults, sizeof...(Args))> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  if constexpr (kResults == 1) {
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  } else {
+    std::array<Tensor, kResults> results;
+    for (size_t i = 0; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
+    return results;
+  }
 }
 
 }  // namespace exssnet
