@@ -84,7 +84,7 @@ def native() -> list[Extension]:
 
 extensions = native()
 setup(
-    packages=["exssnet", "exssnet.ops", "exssnet.kernels"],
+    packages=["exssnet", "exssnet.ops", "exssnet.tasks", "exssnet.kernels"],
     package_dir={"exssnet.kernels": "kernels"},
     package_data={"exssnet": ["py.typed"]},
     ext_modules=extensions,

@@ -1,0 +1,135 @@
+"""Labelled data, in memory or lazily loaded, and its batches. N items, B a batch of them."""
+
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset, default_collate
+
+Transform: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def _check_labels(labels: Tensor, items: int) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (items,):
+        raise ValueError(f"labels must be int64 of shape ({items},), got {labels.dtype} of {tuple(labels.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Labelled images, or any other features, in memory. A list of indices reads a whole batch at once.
+
+    images: (N, ...); uint8 stays uint8 in memory and is scaled to float32 in [0, 1] per batch.
+    labels: (N,) int64.
+    mean, std: broadcastable to one item, or None: a batch x leaves as (x - mean) / std.
+    transform: of a whole batch (B, ...), after scaling and before normalisation.
+    augment: the same, random, for training data only.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    transform: Transform | None = None
+    augment: Transform | None = None
+
+    def __post_init__(self) -> None:
+        _check_labels(self.labels, len(self.images))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """One item and its label, or for B indices the batch (B, ...) and its labels (B,)."""
+        index = torch.as_tensor(index, dtype=torch.int64)
+        if index.dim() == 0:
+            images, labels = self[index[None]]
+            return images[0], labels[0]
+        x = self.images[index]
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        for change in (self.transform, self.augment):
+            x = x if change is None else change(x)
+        x = x if self.mean is None else x - self.mean
+        return x if self.std is None else x / self.std, self.labels[index]
+
+
+@dataclass(frozen=True, eq=False)
+class Relabelled(Dataset[tuple[Any, Tensor]]):
+    """Some items of a dataset under labels of our own; the items stay where they are, in memory or lazily loaded.
+
+    A list of indices reads a whole batch.
+    """
+
+    dataset: Dataset[Any]
+    index: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        _check_labels(self.labels, len(self.index))
+
+    @classmethod
+    def of(cls, dataset: Dataset[Any]) -> "Relabelled":
+        """All items of a map-style dataset of (item, label) pairs, under its own labels.
+
+        They are `dataset.targets` or `dataset.labels`; without either, every item is loaded once to see its label.
+        Tensors (`Labelled`, `TensorDataset`) are read in batches, other datasets item by item.
+        Raises ValueError for a dataset without length, and for labels that are not one integer per item.
+        """
+        if isinstance(dataset, Relabelled):
+            return dataset
+        if isinstance(dataset, Subset):
+            return cls.of(dataset.dataset).select(torch.as_tensor(dataset.indices, dtype=torch.int64))
+        if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+            dataset = Labelled(dataset.tensors[0], dataset.tensors[1].long())
+        if not isinstance(dataset, Sized):
+            raise ValueError(f"{type(dataset).__name__} has no length: a map-style dataset is needed")
+        found = getattr(dataset, "targets", getattr(dataset, "labels", None))
+        labels = torch.as_tensor([dataset[i][1] for i in range(len(dataset))] if found is None else found)
+        return cls(dataset, torch.arange(len(dataset)), labels if labels.is_floating_point() else labels.long())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[Any, Tensor]:
+        index = torch.as_tensor(index, dtype=torch.int64)
+        source = self.index[index]
+        if isinstance(self.dataset, Labelled):
+            items = self.dataset[source][0]
+        elif index.dim() == 0:
+            items = self.dataset[int(source)][0]
+        else:
+            items = default_collate([self.dataset[i][0] for i in source.tolist()])
+        return items, self.labels[index]
+
+    def select(self, index: Tensor) -> "Relabelled":
+        """The items at these indices."""
+        return Relabelled(self.dataset, self.index[index], self.labels[index])
+
+    def unaugmented(self) -> "Relabelled":
+        """The same items without random augmentation."""
+        return self.with_source(augment=None) if isinstance(self.dataset, Labelled) else self
+
+    def with_source(self, **changes: Any) -> "Relabelled":
+        """The same items of the same images in memory, read with other fields of `Labelled`."""
+        assert isinstance(self.dataset, Labelled)
+        return replace(self, dataset=replace(self.dataset, **changes))
+
+
+def loader(
+    dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None
+) -> DataLoader[Any]:
+    """Batches (x, labels) of a dataset, the last one possibly smaller; data in memory is indexed once per batch.
+
+    generator: draws the order; required with shuffle (ValueError), so that the order can be repeated.
+    """
+    if shuffle and generator is None:
+        raise ValueError("loader: shuffle=True needs a torch.Generator, so that the order can be repeated")
+    # A DataLoader without a generator draws a seed from the global random state at each pass, shuffled or not.
+    generator = generator or torch.Generator()
+    if not isinstance(dataset, Labelled | Relabelled):
+        return DataLoader(dataset, batch_size, shuffle, generator=generator)
+    sampler = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)

