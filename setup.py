@@ -6,7 +6,6 @@ MAX_JOBS limits the compilers that run at once; CXX names the compiler.
 
 import importlib.util
 import os
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,12 +47,14 @@ class Build(build_ext):
                 "exssnet: torch >= 2.10 was not found, and the native library is compiled against its headers: "
                 "install torch first, or set EXSSNET_NATIVE=0 to go without."
             )
-        flags = ["/std:c++20", "/O2"] if os.name == "nt" else ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        if sys.platform != "win32":
-            flags.append("-Wno-unknown-pragmas")
+        headers = str(torch / "include")
+        if os.name == "nt":
+            flags = ["/std:c++20", "/O2", "/external:I", headers]
+        else:
+            flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-isystem", headers]
 
         def compile_one(source: str) -> str:
-            options = {"include_dirs": [str(torch / "include"), "csrc"], "extra_postargs": flags, "depends": ext.depends}
+            options = {"include_dirs": ["csrc"], "extra_postargs": flags, "depends": ext.depends}
             macros = [("TORCH_TARGET_VERSION", OLDEST_TORCH)]
             return self.compiler.compile([source], output_dir=self.build_temp, macros=macros, **options)[0]
 

@@ -35,7 +35,7 @@ class TrainOptions:
         "split", "tasks by class, by pixel permutation or by rotation", choices=("split", "permuted", "rotated")
     )
     tasks: int = _option(5, "number of tasks")
-    model: str = _option("auto", "network; auto: lenet for grey images, resnet18 for others", choices=("auto", *MODELS))
+    model: str = _option("auto", "network; auto: lenet-300-100 for grey images, resnet18 for others", choices=("auto", *MODELS))
     method: str = _option("exssnet", "what is trained when", choices=tuple(METHODS))
     density: float = _option(0.1, "share of each layer's weights that a task's mask keeps")
     kkt: str = _option(
@@ -108,7 +108,7 @@ def train(options: TrainOptions) -> int:
     augment = {"augment": options.augment} if options.stream == "split" else {}
     tasks = cut(*data, options.tasks, validation=options.validation, seed=options.seed, **augment)
     shape = tasks[0].train[0][0].shape
-    name = options.model if options.model != "auto" else "lenet" if shape[0] == 1 else "resnet18"
+    name = options.model if options.model != "auto" else "lenet-300-100" if shape[0] == 1 else "resnet18"
     torch.manual_seed(options.seed)
     model = convert(
         MODELS[name](shape, max(task.classes for task in tasks)), options.density, weights="signed_constant",

@@ -15,7 +15,7 @@ from .kkt import RULES, Rule, Transfer, sample_share, transfer
 from .masks import LayerUse
 from .methods import Method, preset
 from .phases import Phases
-from .tasks import Task, loader, stratified_split, unaugmented
+from .tasks import Task, loader, stratified_split
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -182,7 +182,7 @@ class Learner:
 
     def _transfer(self, task: Task, report: TaskReport) -> dict[str, Tensor] | None:
         assert self.kkt is not None
-        data = unaugmented(task.train)
+        data = task.train.unaugmented()
         _, index = stratified_split(data.labels, sample_share(len(data)), self._generator(report.task, 0))
         picked = data.select(index)
         x = torch.cat([batch for batch, _ in loader(picked, 4 * self.batch_size)]).to(self.device)

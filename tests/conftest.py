@@ -1,0 +1,67 @@
+"""What holds for every test: fresh memory is NaN, seeds are fixed, one thread works."""
+
+import os
+import warnings
+from collections.abc import Iterator
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of CUDA
+
+import pytest
+import torch
+from hypothesis import settings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a missing native library warns, and its tests are skipped with a reason
+    import exssnet.ops  # noqa: F401
+from exssnet.kernels import native as native_library
+
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty is NaN, or the largest integer
+settings.register_profile("exssnet", derandomize=True, deadline=None, database=None)
+settings.load_profile("exssnet")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`device` is the CPU, and CUDA where there is one."""
+    if "device" in metafunc.fixturenames:
+        absent = [] if torch.cuda.is_available() else [pytest.mark.skip(reason="no CUDA device")]
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=absent)])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without CUDA, one skipped test in each file says so."""
+    if torch.cuda.is_available():
+        return
+    told: set[object] = set()
+    kept = []
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is None or callspec.params.get("device") != "cuda":
+            kept.append(item)
+        elif item.path not in told:
+            told.add(item.path)
+            kept.append(item)
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def threads(request: pytest.FixtureRequest) -> int:
+    """How many threads torch, and so every kernel, works with; one in tests without this fixture."""
+    torch.set_num_threads(request.param)
+    return int(request.param)
+
+
+@pytest.fixture
+def native() -> None:
+    """For tests of the compiled library itself."""
+    if native_library.missing is not None:
+        pytest.skip(f"no native library: {native_library.missing}")
