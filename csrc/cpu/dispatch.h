@@ -1,0 +1,64 @@
+// Instruction sets. A kernel's body is written once, in a header that includes nothing, and compiled per set:
+//
+//   namespace baseline {
+//   #include "body.h"
+//   }
+//   #if EXSSNET_X86
+//   EXSSNET_AVX2_BEGIN
+//   namespace avx2 {
+//   #include "body.h"
+//   }
+//   EXSSNET_TARGET_END
+//   ... avx512 alike
+//   #endif
+//
+// EXSSNET_PICK(f) is then the f of the best set that the running machine has. Everything a body calls must be in the
+// body (a callee does not inherit the set), or be baseline code.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EXSSNET_X86 1
+
+#ifdef __clang__
+#define EXSSNET_AVX2_BEGIN \
+  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
+#define EXSSNET_AVX512_BEGIN                                                                                     \
+  _Pragma(                                                                                                       \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\"" \
+      "))), apply_to = function)")
+#define EXSSNET_TARGET_END _Pragma("clang attribute pop")
+#else
+#define EXSSNET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,bmi,bmi2,popcnt\")")
+#define EXSSNET_AVX512_BEGIN \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\")")
+#define EXSSNET_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#define EXSSNET_PICK(f) \
+  (isa() == Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : baseline::f)
+#else
+#define EXSSNET_X86 0
+#define EXSSNET_PICK(f) (baseline::f)
+#endif
+
+namespace exssnet::cpu {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa isa() {
+#if EXSSNET_X86
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+  }();
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+}  // namespace exssnet::cpu
