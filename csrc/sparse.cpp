@@ -1,0 +1,247 @@
+// sparse_linear, sparse_conv2d and their backward operators: PyTorch meets csrc/cpu/sparse.
+#include "cpu/sparse.h"
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+
+namespace exssnet {
+namespace {
+
+using cpu::Convolution;
+using cpu::PackedImage;
+using cpu::Pattern;
+using cpu::Strides;
+using cpu::Values;
+using Bools = std::vector<bool>;
+
+constexpr int64_t kMost = int64_t(1) << 31;  // of any size: products of the few that are multiplied stay in int64
+
+Tensor to_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// What the kernels compute in: float32 for the half types.
+ScalarType compute_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A new tensor (N, C, H, W), or (B, I), with dimension 0 stored innermost.
+Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
+  Ints strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1, step = shape[0]; i > 0; --i) {
+    strides[i] = step;
+    step *= std::max<int64_t>(shape[i], 1);
+  }
+  std::array<StableIValue, 7> stack{
+      torch::stable::detail::from(like),         torch::stable::detail::from(shape),
+      torch::stable::detail::from(strides),      torch::stable::detail::from(std::optional(dtype)),
+      torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt),
+      torch::stable::detail::from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// The pattern and the values of a layer, checked so far that no pointer, index or slot can leave its array.
+struct Weights {
+  const char* who;
+  ScalarType dtype;
+  Tensor free, frozen, row_ptr, col, slot, col_ptr, row, slot_t;
+
+  Weights(const char* who, const Tensor& x, const std::array<const Tensor*, 8>& t)
+      : who(who), dtype(compute_dtype(x)), free(floats(*t[0])), frozen(floats(*t[1])), row_ptr(indices(*t[2])),
+        col(indices(*t[3])), slot(indices(*t[4])), col_ptr(indices(*t[5])), row(indices(*t[6])), slot_t(indices(*t[7])) {
+    check(x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float ||
+              x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
+          who, "x of dtype float32, float64, bfloat16 or float16");
+    check(row_ptr.numel() > 0 && col_ptr.numel() > 0 && col.numel() == slot.numel() && row.numel() == slot_t.numel(), who,
+          "a pattern with row and column pointers and a slot for every entry");
+  }
+
+  Pattern by_rows() const { return checked(row_ptr, col, slot, col_ptr.numel() - 1); }
+  Pattern by_columns() const { return checked(col_ptr, row, slot_t, row_ptr.numel() - 1); }
+
+  template <class T>
+  Values<T> values() const {
+    return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel()};
+  }
+
+  Tensor floats(const Tensor& t) const { return torch::stable::contiguous(to_dtype(t, dtype)); }
+
+ private:
+  Tensor indices(const Tensor& t) const {
+    check(t.scalar_type() == ScalarType::Int && t.dim() == 1, who, "a pattern of flat int32 tensors");
+    return torch::stable::contiguous(t);
+  }
+
+  Pattern checked(const Tensor& ptr, const Tensor& index, const Tensor& slots, int64_t columns) const {
+    const Pattern pattern{ptr.const_data_ptr<int32_t>(), index.const_data_ptr<int32_t>(), slots.const_data_ptr<int32_t>(),
+                          ptr.numel() - 1, columns, index.numel()};
+    check(cpu::in_range(pattern, free.numel() + frozen.numel()), who,
+          "a pattern whose pointers rise from 0 to the number of entries and whose indices and slots are in range");
+    return pattern;
+  }
+};
+
+Convolution convolution(const Weights& w, const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
+                        const Ints& dilation) {
+  check(x.dim() == 4 && kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, w.who,
+        "x (N, C, H, W) and two numbers each of kernel_size, stride, padding and dilation");
+  cpu::Window windows[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t size = x.size(2 + i);
+    check(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0 && size < kMost && kernel[i] < kMost &&
+              stride[i] < kMost && padding[i] < kMost && dilation[i] < kMost,
+          w.who, "kernel_size, stride and dilation of at least 1, padding of at least 0, all below 2^31");
+    const int64_t room = size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    check(size > 0 && room >= 0, w.who, "an image that, padded, is at least as large as the kernel");
+    windows[i] = {size, room / stride[i] + 1, kernel[i], stride[i], padding[i], dilation[i]};
+  }
+  check(w.col_ptr.numel() - 1 == x.size(1) * kernel[0] * kernel[1], w.who, "a pattern with C * R * S columns");
+  const Convolution c{x.size(0), x.size(1), w.row_ptr.numel() - 1, windows[0], windows[1]};
+  for (const PackedImage& image : {packed_input(c), packed_input_gradient(c), packed_output_gradient(c)})
+    check(double(image.channels) * image.h.phases * image.h.length * image.w.phases * image.w.length * image.batch < 1e15,
+          w.who, "images that, padded, have fewer than 10^15 elements");
+  return c;
+}
+
+// A linear layer is the 1 x 1 convolution of 1 x 1 images.
+Convolution linear(const Weights& w, const Tensor& x) {
+  check(x.dim() == 2 && x.size(1) == w.col_ptr.numel() - 1, w.who, "x (B, I) and a pattern with I columns");
+  const cpu::Window one{1, 1, 1, 1, 0, 1};
+  return {x.size(0), x.size(1), w.row_ptr.numel() - 1, one, one};
+}
+
+// x in the layout of `image`: itself where it is that already and lines of `width` elements are whole vectors (the
+// kernels read whole vectors), else a copy.
+template <class T>
+Tensor packed(const Tensor& x, const PackedImage& image, int64_t width) {
+  const bool is_linear = x.dim() == 2;
+  const Strides strides{x.stride(0), x.stride(1), is_linear ? 1 : x.stride(2), is_linear ? 1 : x.stride(3)};
+  const auto dense = [&](int64_t size, int64_t stride, int64_t step) { return size == 1 || stride == step; };
+  if (image.h.is_plain() && image.w.is_plain() && width * sizeof(T) % 64 == 0 && dense(image.batch, strides.n, 1) &&
+      dense(image.w.size, strides.w, image.batch) && dense(image.h.size, strides.h, image.line()) &&
+      dense(image.channels, strides.c, image.plane()))
+    return x;
+  Tensor copy = torch::stable::new_empty(x, {image.size() + PackedImage::kSlack});
+  if (is_linear)  // the features as pixels of a line, which can be copied like a row of an image
+    cpu::pack(x.const_data_ptr<T>(), {strides.n, 0, 0, strides.c},
+              {image.batch, 1, {1, 1, 1, 1, 1, 0}, {image.channels, 1, 1, 1, image.channels, 0}},
+              copy.mutable_data_ptr<T>());
+  else
+    cpu::pack(x.const_data_ptr<T>(), strides, image, copy.mutable_data_ptr<T>());
+  return copy;
+}
+
+Ints shape_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
+
+template <class T>
+Tensor forward(const Weights& w, const Convolution& c, const Tensor& x, const OptTensor& bias) {
+  check(!bias || bias->numel() == c.out_channels, w.who, "a bias for every output");
+  Ints shape{c.batch, c.out_channels};
+  if (x.dim() == 4) shape.insert(shape.end(), {c.h.out, c.w.out});
+  Tensor y = new_batch_last(x, shape, w.dtype);
+  if (y.numel() == 0) return y;
+  const Tensor from = packed<T>(to_dtype(x, w.dtype), cpu::packed_input(c), c.w.out * c.batch);
+  const OptTensor offset = bias ? OptTensor(w.floats(*bias)) : std::nullopt;
+  cpu::sparse_forward(c, w.by_rows(), w.values<T>(), offset ? offset->const_data_ptr<T>() : nullptr,
+                      from.const_data_ptr<T>(), y.mutable_data_ptr<T>());
+  return y;
+}
+
+template <class T>
+Tensor input_gradient(const Weights& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
+  Tensor grad_x = new_batch_last(x, shape_of(x), w.dtype);
+  if (grad_x.numel() == 0) return grad_x;
+  const PackedImage image = cpu::packed_input_gradient(c);
+  const Tensor from = packed<T>(grad, cpu::packed_output_gradient(c), image.line());
+  T* to = grad_x.mutable_data_ptr<T>();
+  if (c.h.stride == 1 && c.w.stride == 1) {
+    cpu::sparse_input_gradient(c, w.by_columns(), w.values<T>(), from.const_data_ptr<T>(), to);
+  } else {
+    Tensor phases = torch::stable::new_empty(grad, {image.size()});
+    cpu::sparse_input_gradient(c, w.by_columns(), w.values<T>(), from.const_data_ptr<T>(), phases.mutable_data_ptr<T>());
+    cpu::unpack(phases.const_data_ptr<T>(), image, to);
+  }
+  return grad_x;
+}
+
+template <class T>
+Tensor value_gradient(const Weights& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
+  Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
+  if (grad_values.numel() == 0) return grad_values;
+  const int64_t width = c.w.out * c.batch;
+  const Tensor from = packed<T>(x, cpu::packed_input(c), width);
+  const PackedImage plain{c.batch, c.out_channels, {c.h.out, 1, 1, 1, c.h.out, 0}, {c.w.out, 1, 1, 1, c.w.out, 0}};
+  const Tensor lines = packed<T>(grad, plain, width);
+  cpu::sparse_value_gradient(c, w.by_rows(), w.free.numel(), from.const_data_ptr<T>(), lines.const_data_ptr<T>(),
+                             grad_values.mutable_data_ptr<T>());
+  return grad_values;
+}
+
+Tensor run_forward(const Weights& w, const Convolution& c, const Tensor& x, const OptTensor& bias) {
+  return to_dtype(w.dtype == ScalarType::Double ? forward<double>(w, c, x, bias) : forward<float>(w, c, x, bias),
+                  x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> run_backward(const Weights& w, const Convolution& c, const Tensor& grad, const Tensor& x,
+                                        const Bools& output_mask) {
+  Ints expected{c.batch, c.out_channels};
+  if (x.dim() == 4) expected.insert(expected.end(), {c.h.out, c.w.out});
+  check(shape_of(grad) == expected && output_mask.size() == 2, w.who, "the output's gradient and two flags");
+  const Tensor g = to_dtype(grad, w.dtype), from = to_dtype(x, w.dtype);
+  const auto run = [&](bool wanted, auto* as_double, auto* as_float) {
+    if (!wanted) return nothing(x);
+    return to_dtype((w.dtype == ScalarType::Double ? as_double : as_float)(w, c, from, g), x.scalar_type());
+  };
+  return {run(output_mask[0], input_gradient<double>, input_gradient<float>),
+          run(output_mask[1], value_gradient<double>, value_gradient<float>)};
+}
+
+Tensor sparse_linear(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values, const Tensor& row_ptr,
+                     const Tensor& col, const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                     const Tensor& slot_t, const OptTensor& bias) {
+  const Weights w("sparse_linear", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+  return run_forward(w, linear(w, x), x, bias);
+}
+
+std::tuple<Tensor, Tensor> sparse_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
+                                                  const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
+                                                  const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                                                  const Tensor& slot_t, const Bools& output_mask) {
+  const Weights w("sparse_linear_backward", x,
+                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+  return run_backward(w, linear(w, x), grad, x, output_mask);
+}
+
+Tensor sparse_conv2d(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values, const Tensor& row_ptr,
+                     const Tensor& col, const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                     const Tensor& slot_t, const OptTensor& bias, const Ints& kernel_size, const Ints& stride,
+                     const Ints& padding, const Ints& dilation) {
+  const Weights w("sparse_conv2d", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+  return run_forward(w, convolution(w, x, kernel_size, stride, padding, dilation), x, bias);
+}
+
+std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
+                                                  const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
+                                                  const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                                                  const Tensor& slot_t, const Ints& kernel_size, const Ints& stride,
+                                                  const Ints& padding, const Ints& dilation, const Bools& output_mask) {
+  const Weights w("sparse_conv2d_backward", x,
+                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+  return run_backward(w, convolution(w, x, kernel_size, stride, padding, dilation), grad, x, output_mask);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(exssnet, CPU, m) {
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
+  m.impl("sparse_linear_backward", TORCH_BOX(&sparse_linear_backward));
+  m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
+  m.impl("sparse_conv2d_backward", TORCH_BOX(&sparse_conv2d_backward));
+}
+
+}  // namespace exssnet
