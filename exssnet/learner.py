@@ -162,6 +162,10 @@ class Learner:
         with self.phases.using(task):
             return self._score(data, self.reports[task].classes)[0]
 
+    def validate(self, task: Task) -> tuple[float, float]:
+        """(accuracy, mean loss) of the network as it is now on a task's validation data; NaN without any."""
+        return self._score(task.validation, task.classes) if task.validation is not None else (math.nan, math.nan)
+
     # Inside
 
     def _check(self, task: Task) -> None:
@@ -265,8 +269,8 @@ class Learner:
                 )
             result = None
             if task.validation is not None:
-                accuracy, loss_value = self._score(task.validation, task.classes)
-                result = (accuracy, -loss_value)
+                accuracy, validation_loss = self.validate(task)
+                result = (accuracy, -validation_loss)
             record = EpochRecord(
                 number, phase, epoch + 1, epochs, mean_loss, right.item() / seen, result[0] if result else None,
                 time.perf_counter() - started,
