@@ -88,7 +88,7 @@ def supermask_linear(
     selection = _selection("supermask_linear", weight, scores, k, selection)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("supermask_linear", x, weight=weight, bias=bias)
-    return _linear(x.reshape(-1, x.shape[-1]), weight, scores, selection, bias).unflatten(0, x.shape[:-1])
+    return _linear(x.reshape(-1, x.shape[-1]), weight, scores, selection, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def supermask_conv2d(
