@@ -78,7 +78,7 @@ def masked_linear(
     _check_masks("masked_linear", weight, mask=mask, free_mask=free_mask)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("masked_linear", x, weight=weight, bias=bias)
-    return _linear(x.reshape(-1, x.shape[-1]), weight, mask, free_mask, bias).unflatten(0, x.shape[:-1])
+    return _linear(x.reshape(-1, x.shape[-1]), weight, mask, free_mask, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def masked_conv2d(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .library import define, require
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake_topk_masks(
@@ -56,7 +56,7 @@ def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint:
     require(len(scores) > 0, f"{operator}: expected at least one score tensor, got none")
     require(len(scores) == len(k), f"{operator}: expected one k per score tensor, got {len(scores)} scores and {len(k)} k")
     for s, count in zip(scores, k, strict=True):
-        require(s.dtype in _FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {s.dtype}")
+        require(s.dtype in FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {s.dtype}")
         require(0 <= count <= s.numel(), f"{operator}: k must be in [0, {s.numel()}], got {count}")
         require(
             s.device == scores[0].device, f"{operator}: scores are on two devices, {scores[0].device} and {s.device}"
