@@ -9,7 +9,6 @@ frozen for all seeds; KKT uses those of its method. The test data is only report
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import time
 from typing import Any
@@ -26,7 +25,9 @@ GRID = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 1000
 
 
-def learner(method: str, density: float, rates: tuple[float, float], kkt: str | None, epochs: int, seed: int) -> Learner:
+def learner(
+    method: str, density: float, rates: tuple[float, float], kkt: str | None, epochs: int, seed: int
+) -> Learner:
     torch.manual_seed(seed)
     model = convert(LeNet300100(784, 2), density, weights="signed_constant")
     mask, weight = (PhaseOptions(epochs, rate) for rate in rates)
@@ -55,7 +56,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.05, 0.02])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=5, help="of each phase; methods with one phase train twice as long")
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="of each phase; methods with one phase train twice as long"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs=2, help="mask and weight learning rate, instead of tuning")
     parser.add_argument("--json")
@@ -64,13 +67,17 @@ def main() -> None:
     train, test = load(options.data, options.root)
     streams = {seed: split_by_class(train, test, 5, seed=seed) for seed in (*range(options.seeds), TUNING_SEED)}
     print(
-        f"{options.data}, 5 tasks, {options.epochs} + {options.epochs} epochs, {options.seeds} seeds, batch 64; torch "
-        f"{torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads"
+        f"{options.data}, 5 tasks, {options.epochs} + {options.epochs} epochs, {options.seeds} seeds, batch 64; "
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads"
     )
-    print(f"{'method':<16}{'density':>8}{'accuracy %':>12}{'± std':>7}{'forgetting %':>14}{'s/run':>7}  mask lr, weight lr")
+    print(
+        f"{'method':<16}{'density':>8}{'accuracy %':>12}{'± std':>7}{'forgetting %':>14}{'s/run':>7}  mask lr, weight lr"
+    )
     rows: list[dict[str, Any]] = []
     for density, method in itertools.product(options.densities, options.methods):
-        rates = tuple(options.rates) if options.rates else tune(method, density, options.epochs, streams[TUNING_SEED][:3])
+        rates = (
+            tuple(options.rates) if options.rates else tune(method, density, options.epochs, streams[TUNING_SEED][:3])
+        )
         for kkt in (None, "best"):
             matrices, began = [], time.perf_counter()
             for seed in range(options.seeds):

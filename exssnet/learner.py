@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ class Learner:
         tasks = len(self._rows)
         return torch.tensor([row + [math.nan] * (tasks - len(row)) for row in self._rows], dtype=torch.float64)
 
-    def evaluate(self, task: int, data: Dataset) -> float:
+    def evaluate(self, task: int, data: Dataset[Any]) -> float:
         """Accuracy in [0, 1] of a finished task's network on labelled data; the model is left as it was."""
         with self.phases.using(task):
             return self._score(data, self.reports[task].classes)[0]
@@ -290,7 +290,7 @@ class Learner:
         report.seconds[phase] = time.perf_counter() - began
         return best
 
-    def _score(self, data: Dataset, classes: int) -> tuple[float, float]:
+    def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
         training = self.model.training
         self.model.eval()

@@ -63,9 +63,7 @@ class _Bars:
         shown = record.accuracy if record.validation is None else record.validation
         kind = "accuracy" if record.validation is None else "validation"
         self.accuracy = f", {kind} {100 * shown:.1f} %"
-        self.progress.update(
-            self.bars[record.task, record.phase], numbers=f"loss {record.loss:.3f}{self.accuracy}"
-        )
+        self.progress.update(self.bars[record.task, record.phase], numbers=f"loss {record.loss:.3f}{self.accuracy}")
 
 
 @contextmanager

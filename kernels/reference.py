@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def magnitude_bits(scores: Tensor) -> Tensor:
@@ -67,13 +72,20 @@ def _bool_mask(mask: Tensor, weight: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else unpack_mask(mask, list(weight.shape))
 
 
-def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def _linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of x (B, I) and of the effective weight (O, I)."""
     return grad @ weight if need_x else grad.new_empty(0), grad.t() @ x if need_weight else grad.new_empty(0)
 
 
 def _conv2d_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, need_x: bool, need_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[list[int], list[int], list[int], int],
+    need_x: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (N, C, H, W) and of the effective weight (O, C/groups, R, S)."""
     stride, padding, dilation, groups = geometry
@@ -106,7 +118,9 @@ def supermask_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(scores, selection)
-    grad_x, effective = _linear_gradients(grad, x, weight.where(mask, 0), output_mask[0], output_mask[1] or output_mask[2])
+    grad_x, effective = _linear_gradients(
+        grad, x, weight.where(mask, 0), output_mask[0], output_mask[1] or output_mask[2]
+    )
     return grad_x, *_supermask_gradients(effective, weight, scores, mask, output_mask)
 
 
@@ -171,7 +185,9 @@ def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
     return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=nnz)
 
 
-def _dense(free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int) -> Tensor:
+def _dense(
+    free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int
+) -> Tensor:
     """The (O, columns) weight that a pattern and its values stand for."""
     weight = free_values.new_zeros(row_ptr.numel() - 1, columns)
     values = torch.cat([free_values, frozen_values])[slot.long()]
@@ -186,7 +202,7 @@ def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, count
 
 
 def batch_last(x: Tensor) -> Tensor:
-    """The same logical tensor with its batch dimension 0 stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
+    """The same tensor with its batch, dimension 0, stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
     return x.movedim(0, -1).contiguous().movedim(-1, 0)
 
 

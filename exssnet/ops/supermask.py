@@ -87,7 +87,7 @@ def supermask_linear(
     Source: arXiv 2210.10209, section 3; Ramanujan et al. 2020, eq. 3.
     """
     require(weight.dim() == 2, f"supermask_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
-    check_linear("supermask_linear", x, *weight.shape, bias)
+    check_linear("supermask_linear", x, weight.shape[0], weight.shape[1], bias)
     selection = _selection("supermask_linear", weight, scores, k, selection)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("supermask_linear", x, weight=weight, bias=bias)
@@ -124,7 +124,7 @@ def supermask_conv1d(
     x: (N, C, L); weight and scores: (O, C/groups, S); bias: (O,). Returns (N, O, L').
     """
     require(weight.dim() == 3, f"supermask_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
-    x, *geometry = conv1d_as_2d("supermask_conv1d", x, stride, padding, dilation)
+    x, steps, pads, gaps = conv1d_as_2d("supermask_conv1d", x, stride, padding, dilation)
     return supermask_conv2d(
-        x, weight.unsqueeze(2), scores.unsqueeze(2), k, bias, *geometry, groups, selection=selection
+        x, weight.unsqueeze(2), scores.unsqueeze(2), k, bias, steps, pads, gaps, groups, selection=selection
     ).squeeze(2)
