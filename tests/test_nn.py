@@ -34,7 +34,9 @@ LAYERS = {
 
 @pytest.mark.parametrize(("make", "plain", "shape"), LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("phase", ["scores", "values", "fixed"])
-def test_a_layer_is_its_plain_twin_under_the_mask(make: object, plain: type[nn.Module], shape: tuple, phase: str) -> None:
+def test_a_layer_is_its_plain_twin_under_the_mask(
+    make: object, plain: type[nn.Module], shape: tuple, phase: str
+) -> None:
     layer = make()  # type: ignore[operator]
     mask = topk_mask(layer.scores, layer.k)
     if phase != "scores":
