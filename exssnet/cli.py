@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def train(options: TrainOptions) -> int:
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     phase = {"optimizer": options.optimizer, "weight_decay": options.weight_decay, "patience": options.patience}
-    report = Report(options, tasks, name)
+    report = Report(asdict(options), tasks, name)
     with observer(tasks) as watching:
         learner = Learner(
             model.to(device), options.method, kkt=kkt,  # type: ignore[arg-type]
