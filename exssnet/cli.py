@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def train(options: TrainOptions) -> int:
         "weight_decay": options.weight_decay,
         "patience": options.patience,
     }
-    report = Report(options, tasks, name)
+    report = Report(asdict(options), tasks, name)
     with observer(tasks) as watching:
         learner = Learner(
             model.to(device), options.method, kkt=kkt,  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,9 +18,6 @@ from torch import Tensor
 from . import metrics
 from .learner import EpochRecord, Learner, Observer, TaskReport
 from .tasks import Task
-
-if TYPE_CHECKING:
-    from .cli import TrainOptions
 
 
 def _line(record: EpochRecord) -> str:
@@ -115,11 +112,11 @@ def _task_entry(learner: Learner, report: TaskReport) -> dict[str, Any]:
 
 
 class Report:
-    """Writes and shows the outcome of one run in the folder `options.out`."""
+    """Writes and shows the outcome of one run in the folder `options["out"]`."""
 
-    def __init__(self, options: "TrainOptions", tasks: list[Task], model: str) -> None:
+    def __init__(self, options: dict[str, Any], tasks: list[Task], model: str) -> None:
         self.options, self.tasks, self.model = options, tasks, model
-        self.out = Path(options.out)
+        self.out = Path(options["out"])
         self.out.mkdir(parents=True, exist_ok=True)
 
     def write(self, learner: Learner) -> None:
@@ -131,7 +128,7 @@ class Report:
                 file.writelines(json.dumps(asdict(record)) + "\n" for record in report.history)
         done = len(learner.accuracy) > 0
         result = {
-            "options": asdict(self.options),
+            "options": self.options,
             "model": self.model,
             "versions": {"exssnet": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "threads": torch.get_num_threads(),
@@ -196,7 +193,7 @@ class Report:
                 axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < 85 else "black")
         axes.set(
             xlabel="test data of task", ylabel="after learning task",
-            title=f"Accuracy (%), {self.options.method}, density {self.options.density:g}",
+            title=f"Accuracy (%), {self.options['method']}, density {self.options['density']:g}",
             xticks=range(tasks), yticks=range(tasks),
         )  # fmt: skip
         figure.colorbar(image, label="accuracy (%)")
