@@ -131,7 +131,7 @@ class Learner:
         if self.method.weight_phase:
             self.phases.start_weight_phase(self.method.exclusive)
             after = self._train(task, report, self.weight, weight_epochs, best)
-            report.reverted = task.validation is not None and after == best
+            report.reverted = "weight" in report.seconds and task.validation is not None and after == best
         self.phases.finish_task()
         report.use = self.phases.bank.use[number]
         self.reports.append(report)
