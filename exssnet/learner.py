@@ -37,6 +37,8 @@ class PhaseOptions:
                 f"a phase needs epochs >= 0, lr >= 0 and an optimizer of {', '.join(OPTIMIZERS)}, "
                 f"got epochs={self.epochs}, lr={self.lr}, optimizer={self.optimizer!r}"
             )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch, or None, got {self.patience}")
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,10 @@ class Learner:
         head = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         if head and head[-1].out_features < task.classes:
             raise ValueError(
-                f"task {task.name} has {task.classes} classes but the model's head has {head[-1].out_features} outputs"
+                f"{task.name} has {task.classes} classes but the model's head has {head[-1].out_features} outputs"
             )
         if len(task.train) == 0:
-            raise ValueError(f"task {task.name} has no training data")
+            raise ValueError(f"{task.name} has no training data")
 
     def _generator(self, task: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + task) * 8 + purpose)
@@ -260,7 +262,7 @@ class Learner:
             mean_loss = loss_sum.item() / seen
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(
-                    f"task {task.name}: the mean loss became {mean_loss} in epoch {epoch + 1} of the {phase} phase; "
+                    f"{task.name}: the mean loss became {mean_loss} in epoch {epoch + 1} of the {phase} phase; "
                     f"lower its learning rate, {options.lr}"
                 )
             result = None
