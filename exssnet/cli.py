@@ -106,6 +106,8 @@ def _from_file(path: str) -> dict[str, Any]:
 def train(options: TrainOptions) -> int:
     """Run `exssnet train`: learn the stream, print and write the results. Returns the exit status."""
     if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     kkt = None if options.kkt == "none" else options.kkt
     data = load(options.data, options.root)
