@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _from_file(path: str) -> dict[str, Any]:
     """The options in a YAML file; ValueError, naming it, for an unknown key or a value of the wrong kind."""
-    with open(path) as file:
-        read = yaml.safe_load(file) or {}
+    try:
+        read = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(read, dict):
         raise ValueError(f"{path}: expected options as `name: value` lines, got {type(read).__name__}")
     known = {f.name: f for f in fields(TrainOptions)}
@@ -89,9 +92,11 @@ def _from_file(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown option {key!r}; known are {', '.join(known)}")
         f = known[name]
         kind = {"root": str, "patience": int, "threads": int}.get(name, type(f.default))
-        if kind is float and isinstance(value, int | str):
-            value = float(value)  # YAML reads 1e-2 as a string
-        if not isinstance(value, kind) and not (value is None and f.default is None):
+        if kind is float and not isinstance(value, bool):
+            with suppress(TypeError, ValueError):
+                value = float(value)  # YAML reads 1e-2 as a string
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not fits and not (value is None and f.default is None):
             raise ValueError(f"{path}: {key} must be {kind.__name__}, got {value!r}")
         choices = f.metadata.get("choices")
         if choices and value not in choices:
@@ -103,6 +108,8 @@ def _from_file(path: str) -> dict[str, Any]:
 def train(options: TrainOptions) -> int:
     """Run `exssnet train`: learn the stream, print and write the results. Returns the exit status."""
     if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     kkt = None if options.kkt == "none" else options.kkt
     data = load(options.data, options.root)

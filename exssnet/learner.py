@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -37,6 +38,8 @@ class PhaseOptions:
                 f"a phase needs epochs >= 0, lr >= 0 and an optimizer of {', '.join(OPTIMIZERS)}, "
                 f"got epochs={self.epochs}, lr={self.lr}, optimizer={self.optimizer!r}"
             )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch, or None, got {self.patience}")
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,14 @@ class Learner:
             scores = self._transfer(task, report)
             report.seconds["kkt"] = time.perf_counter() - began
         mask_epochs, weight_epochs = self.method.budget(self.mask.epochs, self.weight.epochs)
-        self.phases.start_task(scores, joint=self.method.joint)
-        best = self._train(task, report, self.mask, mask_epochs, None)
-        if self.method.weight_phase:
-            self.phases.start_weight_phase(self.method.exclusive)
-            after = self._train(task, report, self.weight, weight_epochs, best)
-            report.reverted = task.validation is not None and after == best
-        self.phases.finish_task()
+        with self._divergence_told(task):
+            self.phases.start_task(scores, joint=self.method.joint)
+            best = self._train(task, report, self.mask, mask_epochs, None)
+            if self.method.weight_phase:
+                self.phases.start_weight_phase(self.method.exclusive)
+                after = self._train(task, report, self.weight, weight_epochs, best)
+                report.reverted = "weight" in report.seconds and task.validation is not None and after == best
+            self.phases.finish_task()
         report.use = self.phases.bank.use[number]
         self.reports.append(report)
         return report
@@ -172,10 +176,25 @@ class Learner:
         head = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         if head and head[-1].out_features < task.classes:
             raise ValueError(
-                f"task {task.name} has {task.classes} classes but the model's head has {head[-1].out_features} outputs"
+                f"{task.name} has {task.classes} classes but the model's head has {head[-1].out_features} outputs"
             )
         if len(task.train) == 0:
-            raise ValueError(f"task {task.name} has no training data")
+            raise ValueError(f"{task.name} has no training data")
+
+    @contextmanager
+    def _divergence_told(self, task: Task) -> Iterator[None]:
+        """Names the task and the learning rates where the selection finds NaN among the scores."""
+        try:
+            yield
+        except RuntimeError as error:
+            if all(bool(p.isfinite().all()) for p in self.phases.masked_parameters()):
+                raise
+            raise FloatingPointError(
+                f"{task.name}: the {self.phases.phase} phase diverged ({error}); {self._lower_the_rates()}"
+            ) from error
+
+    def _lower_the_rates(self) -> str:
+        return f"lower the learning rates, mask {self.mask.lr} and weight {self.weight.lr}"
 
     def _generator(self, task: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + task) * 8 + purpose)
@@ -264,8 +283,8 @@ class Learner:
             mean_loss = loss_sum.item() / seen
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(
-                    f"task {task.name}: the mean loss became {mean_loss} in epoch {epoch + 1} of the {phase} phase; "
-                    f"lower its learning rate, {options.lr}"
+                    f"{task.name}: the mean loss became {mean_loss} in epoch {epoch + 1} of the {phase} phase; "
+                    f"{self._lower_the_rates()}"
                 )
             result = None
             if task.validation is not None:

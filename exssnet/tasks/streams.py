@@ -150,6 +150,8 @@ def _changed(
     train: Relabelled, test: Relabelled, changes: Sequence[Transform], validation: float, seed: int
 ) -> list[Task]:
     """One task per change of the images, all tasks with all classes and with the same images in memory."""
+    if not changes:
+        raise ValueError("a stream must have at least 1 task, got none")
 
     def through(data: Relabelled, change: Transform) -> Relabelled:
         first = _in_memory(data).transform
