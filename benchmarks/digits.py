@@ -70,9 +70,7 @@ def main() -> None:
         f"{options.data}, 5 tasks, {options.epochs} + {options.epochs} epochs, {options.seeds} seeds, batch 64; "
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads"
     )
-    print(
-        f"{'method':<16}{'density':>8}{'accuracy %':>12}{'± std':>7}{'forgetting %':>14}{'s/run':>7}  mask lr, weight lr"
-    )
+    print(f"{'method':<16}{'density':>8}{'accuracy %':>12}{'± std':>7}{'forgetting %':>14}{'s/run':>7}  learning rates")
     rows: list[dict[str, Any]] = []
     for density, method in itertools.product(options.densities, options.methods):
         rates = (

@@ -159,8 +159,12 @@ class Report:
         for name, value in scores_of(learner).items():
             numbers.add_row(name, f"{100 * value:.2f}")
         console.print(numbers)
-        use = Table(title="Masks and time")
-        for name in ("task", "kept", "free", "overlap %", "capacity used %", "KKT source", "seconds: mask", "weight"):
+        reverted = [r.name for r in learner.reports if r.reverted]
+        caption = "overlap: share of the mask that earlier tasks use; used: share of all weights used so far" + (
+            f"\nweight phase undone, no better on validation: {', '.join(reverted)}" if reverted else ""
+        )
+        use = Table(title="Weights of each task's masks, and time", caption=caption)
+        for name in ("task", "kept", "free", "overlap %", "used %", "KKT from", "mask s", "weight s"):
             use.add_column(name, justify="right")
         for report in learner.reports:
             entry = _task_entry(learner, report)
@@ -169,7 +173,7 @@ class Report:
             use.add_row(
                 report.name, f"{entry['kept']:,}", f"{entry['free']:,}", f"{100 * entry['sparse_overlap']:.1f}",
                 f"{100 * entry['capacity_used']:.1f}", sources, f"{seconds.get('mask', seconds.get('joint', 0)):.1f}",
-                f"{seconds.get('weight', 0):.1f}" + (" (reverted)" if report.reverted else ""),
+                f"{seconds.get('weight', 0):.1f}",
             )  # fmt: skip
         console.print(use)
         console.print(f"Results, plots and the model are in {self.out}")
