@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = {
@@ -82,11 +83,33 @@ LARGE = (
     Layer("conv2d-stride2-large", (16, 32, 17, 15), (64, 32, 3, 3), stride=2, padding=1, bias=False),
 )
 """Large enough that kernels share them among threads, small enough that float32 sums of small integers are exact."""
+TAILS = (
+    *(Layer(f"linear-batch{n}", (n, 17), (9, 17)) for n in (*range(1, 18), 31, 33, 63, 65, 127, 129)),
+    *(Layer(f"linear-features{i}", (3, i), (i + 1, i)) for i in (*range(1, 18), 31, 33, 63, 65)),
+    *(Layer(f"conv2d-batch{n}", (n, 3, 4, 5), (6, 3, 3, 3), padding=1) for n in (*range(1, 18), 31, 33, 63, 65)),
+    *(Layer(f"conv2d-width{w}", (2, 3, 4, w), (6, 3, 3, 3), padding=1) for w in (*range(1, 18), 31, 33, 63, 65)),
+)
+"""One dimension after the other through the sizes around which vectors end."""
 FEW = tuple(layer for layer in LAYERS if layer.name in ("linear-7x33x65", "conv2d-rectangular", "conv2d-groups"))
 SMALL = (
     Layer("linear-3x5x4", (3, 5), (4, 5)),
     Layer("conv2d-small", (2, 4, 5, 4), (6, 2, 3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=2),
 )
+
+
+@st.composite
+def any_convolution(draw: st.DrawFn) -> Layer:
+    """A convolution of any small geometry."""
+
+    def two(least: int, most: int) -> tuple[int, int]:
+        return draw(st.integers(least, most)), draw(st.integers(least, most))
+
+    taps, stride, dilation, padding, beyond = two(1, 4), two(1, 5), two(1, 4), two(0, 5), two(0, 7)
+    reach = [d * (t - 1) + 1 for d, t in zip(dilation, taps, strict=True)]
+    size = [max(1, r - 2 * p) + b for r, p, b in zip(reach, padding, beyond, strict=True)]
+    batch, channels, outputs, groups = (draw(st.integers(*ends)) for ends in ((0, 9), (1, 3), (1, 3), (1, 3)))
+    x, weight = (batch, channels * groups, *size), (outputs * groups, channels, *taps)
+    return Layer("any", x, weight, stride, padding, dilation, groups, draw(st.booleans()))
 
 
 def layers(which: tuple[Layer, ...] = LAYERS) -> pytest.MarkDecorator:

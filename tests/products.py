@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from accuracy import Results, assert_accurate, assert_exact, representable, run
-from cases import DENSITIES, FEW, LARGE, LAYERS, LAYOUTS, SMALL, Layer, dtypes, layers
+from cases import DENSITIES, FEW, LARGE, LAYERS, LAYOUTS, SMALL, TAILS, Layer, any_convolution, dtypes, layers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,6 +170,17 @@ class ProductTests:
     def test_integers_give_exact_output_and_gradients(self, layer: Layer, dtype: torch.dtype) -> None:
         self.family.check_exact(problem(layer, dtype, integers=True))
 
+    @layers(TAILS)
+    @dtypes("float32", "float64", "bfloat16")
+    def test_exact_around_the_ends_of_vectors(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.family.check_exact(problem(layer, dtype, integers=True))
+
+    @settings(suppress_health_check=[HealthCheck.differing_executors])
+    @given(any_convolution(), st.sampled_from([0.1, 0.5, 1.0]))
+    def test_exact_in_any_geometry(self, layer: Layer, density: float) -> None:
+        torch.manual_seed(0)
+        self.family.check_exact(problem(layer, integers=True, density=density))
+
     @layers(LAYERS + LARGE)
     def test_exact_with_threads(self, layer: Layer, threads: int) -> None:
         self.family.check_exact(problem(layer, integers=True, density=0.1))
@@ -224,7 +237,7 @@ class ProductTests:
 
     @layers(FEW)
     def test_backward_computes_only_what_is_asked(self, layer: Layer) -> None:
-        p = problem(layer)
+        p = problem(layer, integers=True)
         count = len(self.family.gradients)
         backward = self.family.operator(p, "_backward")
         everything = backward(*self.family.raw_backward(p, [True] * count))

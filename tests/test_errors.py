@@ -155,6 +155,51 @@ def test_sentence(sentence: str) -> None:
         SENTENCES[sentence]()
 
 
+def broken(**changed: Tensor) -> ops.SparsePattern:
+    return PATTERN._replace(**changed)
+
+
+def raw(operator: str, *arguments: object) -> object:
+    return getattr(torch.ops.exssnet, operator)(*arguments)
+
+
+BYTES, SHORT = ops.pack_mask(M), ops.pack_mask(M)[:2]
+STEPS = [1, 1], [0, 0], [1, 1]
+SPARSE = X, VALUES, NONE
+WILD: dict[str, Callable[[], object]] = {
+    "more to keep than there is": lambda: raw("topk_masks", [W], [21], None, True),
+    "a short hint": lambda: raw("topk_masks", [W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64), True),
+    "too few packed bytes": lambda: raw("unpack_mask", SHORT, [4, 5]),
+    "a short used mask": lambda: raw("free_mask", BYTES, SHORT),
+    "short scores": lambda: raw("supermask_linear", X, W, W[:3], ROW, None),
+    "short scores of a convolution": lambda: raw(
+        "supermask_conv2d", IMAGES, KERNELS, KERNELS[:3], ROW, None, *STEPS, 1
+    ),
+    "a short selection": lambda: raw("supermask_linear", X, W, W, ROW[:1], None),
+    "a short packed mask": lambda: raw("masked_linear", X, W, SHORT, None, None),
+    "a short packed mask of a convolution": lambda: raw("masked_conv2d", IMAGES, KERNELS, SHORT, None, None, *STEPS, 1),
+    "a short free mask": lambda: raw("masked_linear_backward", W[:3, :4], X, W, M, SHORT, [True, True]),
+    "a column beyond the last": lambda: raw("sparse_linear", *SPARSE, *broken(col=PATTERN.col + 1), None),
+    "a negative column": lambda: raw("sparse_linear", *SPARSE, *broken(col=PATTERN.col - 1), None),
+    "a slot beyond the values": lambda: raw("sparse_linear", *SPARSE, *broken(slot=PATTERN.slot + 1), None),
+    "pointers beyond the entries": lambda: raw("sparse_linear", *SPARSE, *broken(row_ptr=PATTERN.row_ptr * 2), None),
+    "pointers that fall": lambda: raw("sparse_linear", *SPARSE, *broken(row_ptr=PATTERN.row_ptr.flip(0)), None),
+    "a row beyond the last": lambda: raw(
+        "sparse_linear_backward", W[:3, :4], *SPARSE, *broken(row=PATTERN.row + 1), [True, True]
+    ),
+    "a label beyond the classes": lambda: raw("knn_classify", FEATURES, LABELS, FEATURES, 3, 2),
+    "more neighbours than features": lambda: raw("knn_classify", FEATURES, LABELS, FEATURES, 7, 3),
+    "queries of other length": lambda: raw("knn_classify", FEATURES, LABELS, X, 1, 3),
+}
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("what", WILD)
+def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
+    with pytest.raises(RuntimeError):
+        WILD[what]()
+
+
 def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXSSNET_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"^EXSSNET_BACKEND must be one of reference, native, triton, got fast$"):
