@@ -53,7 +53,7 @@ SENTENCES: dict[str, Callable[[], object]] = {
         [W], [1], torch.zeros(1, 2)
     ),
     "pack_mask: mask must be bool, got torch.float32": lambda: ops.pack_mask(W),
-    "unpack_mask: a mask of 20 entries is 3 bytes of uint8, got torch.uint8 of (2,)": lambda: ops.unpack_mask(
+    "unpack_mask: 20 entries are 3 bytes of uint8, got torch.uint8 of (2,)": lambda: ops.unpack_mask(
         torch.zeros(2, dtype=torch.uint8), (4, 5)
     ),
     "free_mask: mask and used_mask must both be bool, or both packed uint8, of one shape, got torch.bool of (4, 5) and "
