@@ -34,11 +34,11 @@
 #define EXSSNET_TARGET_END _Pragma("GCC pop_options")
 #endif
 
-#define EXSSNET_PICK(f) \
-  (isa() == Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : baseline::f)
+#define EXSSNET_PICK(...) \
+  (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
 #define EXSSNET_X86 0
-#define EXSSNET_PICK(f) (baseline::f)
+#define EXSSNET_PICK(...) (baseline::__VA_ARGS__)
 #endif
 
 namespace exssnet::cpu {
