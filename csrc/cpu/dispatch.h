@@ -22,10 +22,8 @@
 #ifdef __clang__
 #define EXSSNET_AVX2_BEGIN \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
-#define EXSSNET_AVX512_BEGIN                                                                                     \
-  _Pragma(                                                                                                       \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\"" \
-      "))), apply_to = function)")
+#define EXSSNET_AVX512_BEGIN \
+  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
 #define EXSSNET_TARGET_END _Pragma("clang attribute pop")
 #else
 #define EXSSNET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,bmi,bmi2,popcnt\")")
