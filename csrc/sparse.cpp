@@ -18,9 +18,11 @@ using Bools = std::vector<bool>;
 
 constexpr int64_t kMost = int64_t(1) << 31;  // of any size: products of the few that are multiplied stay in int64
 
+// The checks before the two calls save trips through the dispatcher, of which a small layer would notice ten.
 Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
+Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // What the kernels compute in: float32 for the half types.
 ScalarType compute_dtype(const Tensor& x) {
@@ -69,12 +71,12 @@ struct Weights {
     return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel()};
   }
 
-  Tensor floats(const Tensor& t) const { return torch::stable::contiguous(to_dtype(t, dtype)); }
+  Tensor floats(const Tensor& t) const { return to_contiguous(to_dtype(t, dtype)); }
 
  private:
   Tensor indices(const Tensor& t) const {
     check(t.scalar_type() == ScalarType::Int && t.dim() == 1, who, "a pattern of flat int32 tensors");
-    return torch::stable::contiguous(t);
+    return to_contiguous(t);
   }
 
   Pattern checked(const Tensor& ptr, const Tensor& index, const Tensor& slots, int64_t columns) const {

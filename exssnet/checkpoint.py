@@ -43,10 +43,10 @@ def save(phases: Phases, path: str | Path, notes: Mapping[str, Any] | None = Non
 
 
 def load(phases: Phases, path: str | Path) -> Any:
-    """Read a file of `save` into a fresh `Phases` over a model of the same layers; the last task becomes active.
+    """Read a file of `save` into a fresh `Phases` over a model of the same layers, and activate the last task.
 
-    Returns the notes. ValueError, before anything is changed, for another format, other layers or shapes; RuntimeError if `phases`
-    already has finished tasks.
+    Returns the notes. ValueError, before anything is changed, for another format, other layers or shapes;
+    RuntimeError if `phases` already has finished tasks.
     """
     if len(phases.bank) or phases.phase != "idle":
         raise RuntimeError(

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ class TrainOptions:
         "split", "tasks by class, by pixel permutation or by rotation", choices=("split", "permuted", "rotated")
     )
     tasks: int = _option(5, "number of tasks")
-    model: str = _option("auto", "network; auto: lenet-300-100 for grey images, resnet18 for others", choices=("auto", *MODELS))
+    model: str = _option(
+        "auto", "network; auto: lenet-300-100 for grey images, resnet18 for others", choices=("auto", *MODELS)
+    )
     method: str = _option("exssnet", "what is trained when", choices=tuple(METHODS))
     density: float = _option(0.1, "share of each layer's weights that a task's mask keeps")
     kkt: str = _option(
@@ -111,7 +113,7 @@ def train(options: TrainOptions) -> int:
         torch.set_num_threads(options.threads)
     kkt = None if options.kkt == "none" else options.kkt
     data = load(options.data, options.root)
-    cut = {"split": split_by_class, "permuted": permuted_pixels, "rotated": rotated}[options.stream]
+    cut: Any = {"split": split_by_class, "permuted": permuted_pixels, "rotated": rotated}[options.stream]
     augment = {"augment": options.augment} if options.stream == "split" else {}
     tasks = cut(*data, options.tasks, validation=options.validation, seed=options.seed, **augment)
     shape = tasks[0].train[0][0].shape
@@ -122,8 +124,12 @@ def train(options: TrainOptions) -> int:
         init_scale=options.init_scale, allocation=options.allocation,  # type: ignore[arg-type]
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    phase = {"optimizer": options.optimizer, "weight_decay": options.weight_decay, "patience": options.patience}
-    report = Report(options, tasks, name)
+    phase: dict[str, Any] = {
+        "optimizer": options.optimizer,
+        "weight_decay": options.weight_decay,
+        "patience": options.patience,
+    }
+    report = Report(asdict(options), tasks, name)
     with observer(tasks) as watching:
         learner = Learner(
             model.to(device), options.method, kkt=kkt,  # type: ignore[arg-type]

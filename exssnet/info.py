@@ -29,7 +29,7 @@ def describe() -> str:
         )
     lines = [
         f"exssnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
+        f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
         f"GPU     {gpu} (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU alone'})",
         f"native  {'loaded' if native.missing is None else f'not loaded: {native.missing}'}",
         "",
@@ -42,8 +42,10 @@ def describe() -> str:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         found = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
         wishes.append(
-            f"for the native CPU kernels: a C++20 compiler ({found}), then `pip install --force-reinstall --no-deps .`, "
+            f"for the native CPU kernels: a C++20 compiler ({found}), then `pip install --force-reinstall --no-deps .` "
             "without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
         )
-    wishes.append("for the GPU: this version has no CUDA kernels; operators run there on the reference, in plain PyTorch")
+    wishes.append(
+        "for the GPU: this version has no CUDA kernels; operators run there on the reference, in plain PyTorch"
+    )
     return "\n".join(lines + wishes)

@@ -1,8 +1,8 @@
-"""KNN-based knowledge transfer: which learned task's features classify a new task best, and its scores to start from."""
+"""KNN-based knowledge transfer: which learned task's features classify a new task best, to start from its scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,12 @@ def penultimate_features(model: nn.Module, x: Tensor) -> Tensor:
 
     The head is the last `SupermaskLinear` of the model, or else its last `nn.Linear`.
     """
-    if hasattr(model, "penultimate"):
-        features: Tensor = model.penultimate(x)
+    penultimate: Any = getattr(model, "penultimate", None)
+    if callable(penultimate):
+        features: Tensor = penultimate(x)
         return features.flatten(1)
-    linear = [m for m in model.modules() if isinstance(m, SupermaskLinear)] or [
-        m for m in model.modules() if isinstance(m, nn.Linear)
-    ]
+    every = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    linear = [m for m in every if isinstance(m, SupermaskLinear)] or every
     if not linear:
         raise ValueError("KKT needs a linear head, or a method `penultimate(x)` of the model: it has neither")
     caught: list[Tensor] = []

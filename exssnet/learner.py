@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -161,10 +161,14 @@ class Learner:
         tasks = len(self._rows)
         return torch.tensor([row + [math.nan] * (tasks - len(row)) for row in self._rows], dtype=torch.float64)
 
-    def evaluate(self, task: int, data: Dataset) -> float:
+    def evaluate(self, task: int, data: Dataset[Any]) -> float:
         """Accuracy in [0, 1] of a finished task's network on labelled data; the model is left as it was."""
         with self.phases.using(task):
             return self._score(data, self.reports[task].classes)[0]
+
+    def validate(self, task: Task) -> tuple[float, float]:
+        """(accuracy, mean loss) of the network as it is now on a task's validation data; NaN without any."""
+        return self._score(task.validation, task.classes) if task.validation is not None else (math.nan, math.nan)
 
     # Inside
 
@@ -284,8 +288,8 @@ class Learner:
                 )
             result = None
             if task.validation is not None:
-                accuracy, loss_value = self._score(task.validation, task.classes)
-                result = (accuracy, -loss_value)
+                accuracy, validation_loss = self.validate(task)
+                result = (accuracy, -validation_loss)
             record = EpochRecord(
                 number, phase, epoch + 1, epochs, mean_loss, right.item() / seen, result[0] if result else None,
                 time.perf_counter() - started,
@@ -305,7 +309,7 @@ class Learner:
         report.seconds[phase] = time.perf_counter() - began
         return best
 
-    def _score(self, data: Dataset, classes: int) -> tuple[float, float]:
+    def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
         right, loss, seen = 0, 0.0, 0
         with evaluation(self.model):

@@ -53,7 +53,6 @@ class SupermaskLayer(nn.Module):
     scores: nn.Parameter | None
     free_values: nn.Parameter | None
     frozen_values: Tensor | None
-    bias: nn.Parameter | None
     selection: Tensor | None  # made by the converted model for all layers at once; valid for one forward
     k: int
 
@@ -106,7 +105,9 @@ class SupermaskLayer(nn.Module):
         """The current bool mask, of the weight's shape."""
         if self.scores is not None:
             return topk_mask(self.scores, self.k)
-        rows = torch.repeat_interleave(torch.arange(self.weight.shape[0], device=self.weight.device), self._pattern().row_ptr.diff().long())
+        rows = torch.repeat_interleave(
+            torch.arange(self.weight.shape[0], device=self.weight.device), self._pattern().row_ptr.diff().long()
+        )
         width = self.weight[0].numel() if self.weight.shape[0] else 0
         kept = torch.zeros(self.weight.shape[0], width, dtype=torch.bool, device=self.weight.device)
         kept[rows, self._pattern().col.long() % max(1, width)] = True
@@ -399,11 +400,11 @@ def _select_for_all(model: nn.Module, args: Any) -> None:
     layers = [m for m in model.modules() if isinstance(m, SupermaskLayer) and m.scores is not None]
     if not layers:
         return
-    hint = model.selection_hint
-    scores = [m.scores for m in layers if m.scores is not None]
+    hint = model._buffers["selection_hint"]
     if hint is not None and len(hint) != len(layers):
         hint = None
-    selection, model.selection_hint = topk_select(scores, [m.k for m in layers], hint)  # type: ignore[arg-type]
+    scores = [m.scores for m in layers if m.scores is not None]
+    selection, model.selection_hint = topk_select(scores, [m.k for m in layers], hint)
     for layer, row in zip(layers, selection.unbind(), strict=True):
         layer.selection = row
 

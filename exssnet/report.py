@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,9 +18,6 @@ from torch import Tensor
 from . import metrics
 from .learner import EpochRecord, Learner, Observer, TaskReport
 from .tasks import Task
-
-if TYPE_CHECKING:
-    from .cli import TrainOptions
 
 
 def _line(record: EpochRecord) -> str:
@@ -63,9 +60,7 @@ class _Bars:
         shown = record.accuracy if record.validation is None else record.validation
         kind = "accuracy" if record.validation is None else "validation"
         self.accuracy = f", {kind} {100 * shown:.1f} %"
-        self.progress.update(
-            self.bars[record.task, record.phase], numbers=f"loss {record.loss:.3f}{self.accuracy}"
-        )
+        self.progress.update(self.bars[record.task, record.phase], numbers=f"loss {record.loss:.3f}{self.accuracy}")
 
 
 @contextmanager
@@ -117,11 +112,11 @@ def _task_entry(learner: Learner, report: TaskReport) -> dict[str, Any]:
 
 
 class Report:
-    """Writes and shows the outcome of one run in the folder `options.out`."""
+    """Writes and shows the outcome of one run in the folder `options["out"]`."""
 
-    def __init__(self, options: "TrainOptions", tasks: list[Task], model: str) -> None:
+    def __init__(self, options: dict[str, Any], tasks: list[Task], model: str) -> None:
         self.options, self.tasks, self.model = options, tasks, model
-        self.out = Path(options.out)
+        self.out = Path(options["out"])
         self.out.mkdir(parents=True, exist_ok=True)
 
     def write(self, learner: Learner) -> None:
@@ -133,7 +128,7 @@ class Report:
                 file.writelines(json.dumps(asdict(record)) + "\n" for record in report.history)
         done = len(learner.accuracy) > 0
         result = {
-            "options": asdict(self.options),
+            "options": self.options,
             "model": self.model,
             "versions": {"exssnet": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "threads": torch.get_num_threads(),
@@ -164,8 +159,12 @@ class Report:
         for name, value in scores_of(learner).items():
             numbers.add_row(name, f"{100 * value:.2f}")
         console.print(numbers)
-        use = Table(title="Masks and time")
-        for name in ("task", "kept", "free", "overlap %", "capacity used %", "KKT source", "seconds: mask", "weight"):
+        reverted = [r.name for r in learner.reports if r.reverted]
+        caption = "overlap: share of the mask that earlier tasks use; used: share of all weights used so far" + (
+            f"\nweight phase undone, no better on validation: {', '.join(reverted)}" if reverted else ""
+        )
+        use = Table(title="Weights of each task's masks, and time", caption=caption)
+        for name in ("task", "kept", "free", "overlap %", "used %", "KKT from", "mask s", "weight s"):
             use.add_column(name, justify="right")
         for report in learner.reports:
             entry = _task_entry(learner, report)
@@ -174,7 +173,7 @@ class Report:
             use.add_row(
                 report.name, f"{entry['kept']:,}", f"{entry['free']:,}", f"{100 * entry['sparse_overlap']:.1f}",
                 f"{100 * entry['capacity_used']:.1f}", sources, f"{seconds.get('mask', seconds.get('joint', 0)):.1f}",
-                f"{seconds.get('weight', 0):.1f}" + (" (reverted)" if report.reverted else ""),
+                f"{seconds.get('weight', 0):.1f}",
             )  # fmt: skip
         console.print(use)
         console.print(f"Results, plots and the model are in {self.out}")
@@ -198,7 +197,7 @@ class Report:
                 axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < 85 else "black")
         axes.set(
             xlabel="test data of task", ylabel="after learning task",
-            title=f"Accuracy (%), {self.options.method}, density {self.options.density:g}",
+            title=f"Accuracy (%), {self.options['method']}, density {self.options['density']:g}",
             xticks=range(tasks), yticks=range(tasks),
         )  # fmt: skip
         figure.colorbar(image, label="accuracy (%)")

@@ -2,7 +2,8 @@
 
 Legend of shapes: B batch, I in, O out features; N, C, H, W images, kernel R x S; n weights of a layer.
 Convolutions and linear layers are functional: outputs are new, inputs are never changed, and what an
-`output_mask` does not ask for is returned as an empty tensor.
+`output_mask` does not ask for is returned as an empty tensor. Whatever the strides of the inputs, outputs are
+contiguous, those of the sparse layers with the batch innermost.
 """
 
 import math
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def magnitude_bits(scores: Tensor) -> Tensor:
@@ -66,22 +72,30 @@ def _bool_mask(mask: Tensor, weight: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else unpack_mask(mask, list(weight.shape))
 
 
-def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def _linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of x (B, I) and of the effective weight (O, I)."""
-    none = grad.new_empty(0)
-    return grad @ weight if need_x else none, grad.t() @ x if need_weight else none
+    return grad @ weight if need_x else grad.new_empty(0), grad.t() @ x if need_weight else grad.new_empty(0)
 
 
 def _conv2d_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, need_x: bool, need_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[list[int], list[int], list[int], int],
+    need_x: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (N, C, H, W) and of the effective weight (O, C/groups, R, S)."""
-    none = grad.new_empty(0)
     stride, padding, dilation, groups = geometry
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight, False]
     )
-    return grad_x if need_x else none, grad_weight if need_weight else none
+    return (
+        grad_x.contiguous() if need_x else grad.new_empty(0),
+        grad_weight.contiguous() if need_weight else grad.new_empty(0),
+    )
 
 
 def supermask_linear(x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,16 +106,21 @@ def _supermask_gradients(
     grad_effective: Tensor, weight: Tensor, scores: Tensor, mask: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Straight-through score gradient dW_eff * W * sign(S), and the weight gradient dW_eff * M."""
-    none = grad_effective.new_empty(0)
-    grad_scores = (grad_effective * weight * scores.sign()).to(scores.dtype) if output_mask[1] else none.to(scores.dtype)
-    return grad_scores, grad_effective.where(mask, 0) if output_mask[2] else none
+    grad_scores, grad_weight = scores.new_empty(0), grad_effective.new_empty(0)
+    if output_mask[1]:
+        grad_scores = (grad_effective * weight * scores.sign()).to(scores.dtype).contiguous()
+    if output_mask[2]:
+        grad_weight = grad_effective.where(mask, 0).contiguous()
+    return grad_scores, grad_weight
 
 
 def supermask_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(scores, selection)
-    grad_x, effective = _linear_gradients(grad, x, weight.where(mask, 0), output_mask[0], output_mask[1] or output_mask[2])
+    grad_x, effective = _linear_gradients(
+        grad, x, weight.where(mask, 0), output_mask[0], output_mask[1] or output_mask[2]
+    )
     return grad_x, *_supermask_gradients(effective, weight, scores, mask, output_mask)
 
 
@@ -109,7 +128,8 @@ def supermask_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    return F.conv2d(x, weight.where(mask_of(scores, selection), 0), bias, stride, padding, dilation, groups)
+    effective = weight.where(mask_of(scores, selection), 0)
+    return F.conv2d(x, effective, bias, stride, padding, dilation, groups).contiguous()
 
 
 def supermask_conv2d_backward(
@@ -132,7 +152,7 @@ def _masked_gradient(grad_effective: Tensor, weight: Tensor, mask: Tensor, free_
     trained = _bool_mask(mask, weight)
     if free_mask is not None:
         trained = trained & _bool_mask(free_mask, weight)
-    return grad_effective.where(trained, 0)
+    return grad_effective.where(trained, 0).contiguous()
 
 
 def masked_linear_backward(
@@ -146,7 +166,8 @@ def masked_conv2d(
     x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    return F.conv2d(x, weight.where(_bool_mask(mask, weight), 0), bias, stride, padding, dilation, groups)
+    effective = weight.where(_bool_mask(mask, weight), 0)
+    return F.conv2d(x, effective, bias, stride, padding, dilation, groups).contiguous()
 
 
 def masked_conv2d_backward(
@@ -164,7 +185,9 @@ def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
     return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=nnz)
 
 
-def _dense(free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int) -> Tensor:
+def _dense(
+    free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int
+) -> Tensor:
     """The (O, columns) weight that a pattern and its values stand for."""
     weight = free_values.new_zeros(row_ptr.numel() - 1, columns)
     values = torch.cat([free_values, frozen_values])[slot.long()]
@@ -179,7 +202,7 @@ def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, count
 
 
 def batch_last(x: Tensor) -> Tensor:
-    """The same logical tensor with its batch dimension 0 stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
+    """The same tensor with its batch, dimension 0, stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
     return x.movedim(0, -1).contiguous().movedim(-1, 0)
 
 

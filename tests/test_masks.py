@@ -57,9 +57,7 @@ def test_a_mask_takes_one_bit_a_weight() -> None:
         ({"a": torch.zeros(5, 5, dtype=torch.bool)}, "layer a has 12 weights, got a mask of 25 entries"),
     ],
 )
-def test_wrong_masks_are_refused_and_change_nothing(
-    bank: MaskBank, masks: dict[str, Tensor], sentence: str
-) -> None:
+def test_wrong_masks_are_refused_and_change_nothing(bank: MaskBank, masks: dict[str, Tensor], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         bank.add(masks)
     assert len(bank) == 3

@@ -34,7 +34,9 @@ LAYERS = {
 
 @pytest.mark.parametrize(("make", "plain", "shape"), LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("phase", ["scores", "values", "fixed"])
-def test_a_layer_is_its_plain_twin_under_the_mask(make: object, plain: type[nn.Module], shape: tuple, phase: str) -> None:
+def test_a_layer_is_its_plain_twin_under_the_mask(
+    make: object, plain: type[nn.Module], shape: tuple[int, ...], phase: str
+) -> None:
     layer = make()  # type: ignore[operator]
     mask = topk_mask(layer.scores, layer.k)
     if phase != "scores":
@@ -108,7 +110,7 @@ def test_convert_takes_what_is_included_and_not_excluded(options: dict, masked: 
 
 
 def test_convert_refuses_a_model_without_layers() -> None:
-    with pytest.raises(ValueError, match="no nn.Linear, nn.Conv1d or nn.Conv2d layer that was included"):
+    with pytest.raises(ValueError, match=r"no nn\.Linear, nn\.Conv1d or nn\.Conv2d layer that was included"):
         convert(SmallNet(), 0.3, include=["nothing"])
 
 

@@ -147,7 +147,7 @@ def test_a_shared_parameter_that_becomes_trainable_is_refused() -> None:
 
 def test_calls_out_of_order_are_refused() -> None:
     phases = Phases(small_net())
-    with pytest.raises(RuntimeError, match="finish_task belongs to the mask or joint or weight phase, but .* idle"):
+    with pytest.raises(RuntimeError, match=r"finish_task belongs to the mask or joint or weight phase, but .* idle"):
         phases.finish_task()
     with pytest.raises(RuntimeError, match="start_weight_phase belongs to the mask phase, but the phase is idle"):
         phases.start_weight_phase()

@@ -26,13 +26,28 @@ typename Vector<T>::type load(const T* from, int64_t count) {
   return v;
 }
 
+// Sums of neighbouring lanes, those of a before those of b.
+template <class T, int... i>
+typename Vector<T>::type add_pairs(const typename Vector<T>::type& a, const typename Vector<T>::type& b,
+                                   std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
+#else
+  using Index = decltype(a < b);
+  return __builtin_shuffle(a, b, Index{(2 * i)...}) + __builtin_shuffle(a, b, Index{(2 * i + 1)...});
+#endif
+}
+
+// The sums over the lanes of as many vectors as a vector has lanes.
 template <class T>
-T sum_lanes(const typename Vector<T>::type& v) {
-  T lanes[Vector<T>::lanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int half = Vector<T>::lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+typename Vector<T>::type sum_lanes(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int lanes = Vector<T>::lanes;
+#pragma GCC unroll 16
+  for (int count = lanes; count > 1; count /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < count / 2; ++i)
+      v[i] = add_pairs<T>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes>());
+  return v[0];
 }
 
 // Rows [begin, end) of the product, `count` elements from x and y on. The piece of x that a block of columns touches
@@ -64,34 +79,37 @@ void multiply_rows(const Walk<T>& walk, int64_t begin, int64_t end, const T* x, 
   });
 }
 
-// Adds to the gradients of the free values in rows [begin, end) what `count` elements from x and grad on contribute.
+// Adds to the values of the entries in rows [begin, end) their inner products of x and grad over `count` elements.
 template <class T>
 void sample_rows(const Walk<T>& walk, int64_t begin, int64_t end, const T* x, const T* grad, int64_t grad_plane,
-                 int64_t count, T* grad_values) {
+                 int64_t count) {
   using V = typename Vector<T>::type;
   in_pieces<T>(0, count, [&]<int vectors, bool partial>(int64_t at, int64_t size) {
-    constexpr int lanes = Vector<T>::lanes, chains = vectors < 4 ? vectors : 4;
+    constexpr int lanes = Vector<T>::lanes;
     V lane;
-#pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) lane[i] = T(i);
     const auto inside = lane < V{} + T(size);  // of a partial vector; x may hold anything outside
     for (int64_t block = 0; block < walk.blocks; ++block)
       for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = walk.start[row * (walk.blocks + 1) + block];
+        const int64_t last = walk.start[row * (walk.blocks + 1) + block + 1];
+        if (first == last) continue;
         V g[vectors];
 #pragma GCC unroll 16
         for (int i = 0; i < vectors; ++i) g[i] = load<partial>(grad + row * grad_plane + at + i * lanes, size);
-        for (int64_t k = walk.start[row * (walk.blocks + 1) + block];
-             k < walk.start[row * (walk.blocks + 1) + block + 1]; ++k) {
-          const T* from = x + walk.offset[k] + at;
-          V sum[chains] = {};
+        for (int64_t k = first; k < last; k += lanes) {  // as many entries at a time as a vector has lanes
+          const int64_t entries = std::min<int64_t>(lanes, last - k);
+          V product[lanes] = {};
+          for (int64_t entry = 0; entry < entries; ++entry) {
+            const T* from = x + walk.offset[k + entry] + at;
 #pragma GCC unroll 16
-          for (int i = 0; i < vectors; ++i) {
-            const V v = load<false>(from + i * lanes, 0);
-            sum[i % chains] += g[i] * (partial ? (inside ? v : V{}) : v);
+            for (int i = 0; i < vectors; ++i) {
+              const V v = load<false>(from + i * lanes, 0);
+              product[entry] += g[i] * (partial ? (inside ? v : V{}) : v);
+            }
           }
-#pragma GCC unroll 16
-          for (int i = 1; i < chains; ++i) sum[0] += sum[i];
-          grad_values[walk.slot[k]] += sum_lanes<T>(sum[0]);
+          const V sums = load<true>(&walk.value[k], entries) + sum_lanes<T>(product);
+          std::memcpy(&walk.value[k], &sums, entries * sizeof(T));
         }
       }
   });

@@ -32,6 +32,6 @@ def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, clas
     require(features.is_floating_point(), f"knn_classify: features must be floating point, got {features.dtype}")
     same_kind("knn_classify", features, queries=queries)
     low, high = (int(v) for v in labels.aminmax())
-    require(0 <= low and high < classes, f"knn_classify: labels must be in [0, {classes}), got {low} to {high}")
+    require(low >= 0 and high < classes, f"knn_classify: labels must be in [0, {classes}), got {low} to {high}")
     predicted: Tensor = torch.ops.exssnet.knn_classify(features.detach(), labels, queries.detach(), k, classes)
     return predicted

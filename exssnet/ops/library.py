@@ -83,7 +83,8 @@ def _refuse_second_order(name: str) -> None:
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The arguments in autocast's dtype where autocast is on for the device of x, else unchanged."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not on or not x.is_floating_point() or x.dtype == torch.float64:
         return x, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))

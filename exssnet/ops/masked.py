@@ -74,11 +74,11 @@ def masked_linear(
     Source: arXiv 2210.10209, section 3, eq. 2.
     """
     require(weight.dim() == 2, f"masked_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
-    check_linear("masked_linear", x, *weight.shape, bias)
+    check_linear("masked_linear", x, weight.shape[0], weight.shape[1], bias)
     _check_masks("masked_linear", weight, mask=mask, free_mask=free_mask)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("masked_linear", x, weight=weight, bias=bias)
-    return _linear(x.reshape(-1, x.shape[-1]), weight, mask, free_mask, bias).unflatten(0, x.shape[:-1])
+    return _linear(x.reshape(-1, x.shape[-1]), weight, mask, free_mask, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def masked_conv2d(
@@ -109,6 +109,8 @@ def masked_conv1d(
     x: (N, C, L); weight: (O, C/groups, S); bias: (O,). Returns (N, O, L').
     """
     require(weight.dim() == 3, f"masked_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
-    x, *geometry = conv1d_as_2d("masked_conv1d", x, stride, padding, dilation)
-    masks = (m.unsqueeze(2) if m is not None and m.dtype == torch.bool else m for m in (mask, free_mask))
-    return masked_conv2d(x, weight.unsqueeze(2), *masks, bias, *geometry, groups).squeeze(2)  # type: ignore[arg-type]
+    x, steps, pads, gaps = conv1d_as_2d("masked_conv1d", x, stride, padding, dilation)
+    mask = mask.unsqueeze(2) if mask.dtype == torch.bool else mask
+    if free_mask is not None and free_mask.dtype == torch.bool:
+        free_mask = free_mask.unsqueeze(2)
+    return masked_conv2d(x, weight.unsqueeze(2), mask, free_mask, bias, steps, pads, gaps, groups).squeeze(2)

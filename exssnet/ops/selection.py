@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .library import define, require
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake_topk_masks(
@@ -25,7 +25,9 @@ define(
     _fake_topk_masks,
 )
 define("pack_mask(Tensor mask) -> Tensor", lambda mask: mask.new_empty(-(-mask.numel() // 8), dtype=torch.uint8))
-define("unpack_mask(Tensor packed, int[] shape) -> Tensor", lambda packed, shape: packed.new_empty(shape, dtype=torch.bool))
+define(
+    "unpack_mask(Tensor packed, int[] shape) -> Tensor", lambda packed, shape: packed.new_empty(shape, dtype=torch.bool)
+)
 define(
     "free_mask(Tensor mask, Tensor used_mask) -> Tensor",
     lambda mask, used_mask: torch.empty_like(mask, memory_format=torch.contiguous_format),
@@ -54,9 +56,11 @@ class TopK(NamedTuple):
 
 def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
     require(len(scores) > 0, f"{operator}: expected at least one score tensor, got none")
-    require(len(scores) == len(k), f"{operator}: expected one k per score tensor, got {len(scores)} scores and {len(k)} k")
+    require(
+        len(scores) == len(k), f"{operator}: expected one k per score tensor, got {len(scores)} scores and {len(k)} k"
+    )
     for s, count in zip(scores, k, strict=True):
-        require(s.dtype in _FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {s.dtype}")
+        require(s.dtype in FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {s.dtype}")
         require(0 <= count <= s.numel(), f"{operator}: k must be in [0, {s.numel()}], got {count}")
         require(
             s.device == scores[0].device, f"{operator}: scores are on two devices, {scores[0].device} and {s.device}"
@@ -105,7 +109,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     n = math.prod(shape)
     require(
         packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() == -(-n // 8),
-        f"unpack_mask: a mask of {n} entries is {-(-n // 8)} bytes of uint8, got {packed.dtype} of {tuple(packed.shape)}",
+        f"unpack_mask: {n} entries are {-(-n // 8)} bytes of uint8, got {packed.dtype} of {tuple(packed.shape)}",
     )
     mask: Tensor = torch.ops.exssnet.unpack_mask(packed, list(shape))
     return mask

@@ -135,11 +135,12 @@ def sparse_linear(
     Source: arXiv 2210.10209, section 3, eq. 2: only W[M_t and not used] is trained.
     """
     in_features = _check_values("sparse_linear", pattern, free_values, frozen_values, 1)
-    check_linear("sparse_linear", x, pattern.row_ptr.numel() - 1, in_features, bias)
+    out_features = pattern.row_ptr.numel() - 1
+    check_linear("sparse_linear", x, out_features, in_features, bias)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
     same_kind("sparse_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
     flat = x.reshape(-1, x.shape[-1])
-    return _linear(flat, free_values, frozen_values, *pattern, bias).unflatten(0, x.shape[:-1])
+    return _linear(flat, free_values, frozen_values, *pattern, bias).reshape(*x.shape[:-1], out_features)
 
 
 def sparse_conv2d(

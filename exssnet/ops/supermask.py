@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .geometry import check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, conv_shape
 from .library import autocast, define, differentiable, require, same_kind
-from .selection import topk_select
+from .selection import FLOATS, topk_select
 
 _CONV = "int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -55,15 +55,18 @@ def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, sel
         f"{operator}: scores must lie beside the weight, {tuple(weight.shape)} on {weight.device}, "
         f"got {tuple(scores.shape)} on {scores.device}",
     )
+    require(
+        scores.dtype in FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {scores.dtype}"
+    )
     require((k is None) != (selection is None), f"{operator}: give either k or a selection")
     if selection is None:
         assert k is not None
         require(0 <= k <= scores.numel(), f"{operator}: k must be in [0, {scores.numel()}], got {k}")
         return topk_select([scores], [k])[0][0]
     require(
-        selection.shape == (2,) and selection.dtype == torch.int64,
-        f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select, "
-        f"got {selection.dtype} of {tuple(selection.shape)}",
+        selection.shape == (2,) and selection.dtype == torch.int64 and selection.device == weight.device,
+        f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select on {weight.device}, "
+        f"got {selection.dtype} of {tuple(selection.shape)} on {selection.device}",
     )
     return selection
 
@@ -77,18 +80,18 @@ def supermask_linear(
     The mask counts as abs(S) in the backward pass (straight-through estimator): with G the gradient with respect to
     the effective weight, dS = G * W * sign(S) everywhere, and, where the weight requires a gradient, dW = G * M.
 
-    x: (..., I); weight: (O, I), of x's dtype; scores: (O, I) of any real dtype; bias: (O,).
+    x: (..., I); weight: (O, I), of x's dtype; scores: (O, I), float32, bfloat16, float16 or float64; bias: (O,).
     k: weights to keep, in [0, O * I]; or `selection`: the layer's row of `topk_select`, for a selection that was
         made for all layers of a model at once. Exactly one of the two.
     Returns (..., O). Raises ValueError on wrong shapes, RuntimeError on NaN scores. No second derivative.
     Source: arXiv 2210.10209, section 3; Ramanujan et al. 2020, eq. 3.
     """
     require(weight.dim() == 2, f"supermask_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
-    check_linear("supermask_linear", x, *weight.shape, bias)
+    check_linear("supermask_linear", x, weight.shape[0], weight.shape[1], bias)
     selection = _selection("supermask_linear", weight, scores, k, selection)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("supermask_linear", x, weight=weight, bias=bias)
-    return _linear(x.reshape(-1, x.shape[-1]), weight, scores, selection, bias).unflatten(0, x.shape[:-1])
+    return _linear(x.reshape(-1, x.shape[-1]), weight, scores, selection, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def supermask_conv2d(
@@ -121,7 +124,7 @@ def supermask_conv1d(
     x: (N, C, L); weight and scores: (O, C/groups, S); bias: (O,). Returns (N, O, L').
     """
     require(weight.dim() == 3, f"supermask_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
-    x, *geometry = conv1d_as_2d("supermask_conv1d", x, stride, padding, dilation)
+    x, steps, pads, gaps = conv1d_as_2d("supermask_conv1d", x, stride, padding, dilation)
     return supermask_conv2d(
-        x, weight.unsqueeze(2), scores.unsqueeze(2), k, bias, *geometry, groups, selection=selection
+        x, weight.unsqueeze(2), scores.unsqueeze(2), k, bias, steps, pads, gaps, groups, selection=selection
     ).squeeze(2)

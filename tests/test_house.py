@@ -1,0 +1,220 @@
+"""The rules of the house that a program can hold."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import exssnet
+from exssnet.kernels import KERNELS, OPERATORS, reference
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = (
+    ("kernels",),
+    ("ops",),
+    ("masks", "nn", "metrics", "tasks", "models", "methods"),
+    ("phases",),
+    ("kkt",),
+    ("learner", "checkpoint", "info"),
+    ("report",),
+    ("cli",),
+    ("__main__",),
+)
+"""Arrows point down only: a module imports from the layers above its own line, never from its own line or below."""
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
+
+
+def tracked() -> list[Path]:
+    """The files that git knows, and those that it would take."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def module_name(file: Path) -> str:
+    """`exssnet.ops.knn` for exssnet/ops/knn.py, `exssnet.kernels.native` for kernels/native.py."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = ("exssnet", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_files() -> dict[str, Path]:
+    folders = ((ROOT / "exssnet", ROOT / "exssnet/kernels"), (ROOT / "kernels", None))
+    files = [f for folder, link in folders for f in folder.rglob("*.py") if link not in f.parents]
+    return {module_name(file): file for file in sorted(files)}
+
+
+def imports(name: str) -> set[str]:
+    """Absolute names of what a module imports, anywhere in it; of `from a import b` both a and a.b."""
+    file = package_files()[name]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+            for _ in range(node.level - 1):
+                package = package.rpartition(".")[0]
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(name: str) -> set[str]:
+    """Which members of exssnet a module imports from, its own package left out: {"ops", "nn"}."""
+    own = name.split(".")[1:2]
+    members = {i.split(".")[1] for i in imports(name) if i.startswith("exssnet.")}
+    return {m for m in members if f"exssnet.{m}" in package_files()} - set(own)
+
+
+def height(member: str) -> int:
+    for number, layer in enumerate(LAYERS):
+        if member in layer:
+            return number
+    raise AssertionError(f"exssnet.{member} has no place in LAYERS: give it one")
+
+
+def members(*which: str) -> pytest.MarkDecorator:
+    """The modules of the named members of exssnet, or of all."""
+    names = [name for name in package_files() if name != "exssnet" and (not which or name.split(".")[1] in which)]
+    return pytest.mark.parametrize("name", names)
+
+
+@members()
+def test_imports_point_down(name: str) -> None:
+    own = height(name.split(".")[1])
+    assert {m for m in ours(name) if height(m) >= own} == set()
+
+
+def test_package_itself_does_not_import_the_command_line() -> None:
+    assert "cli" not in ours("exssnet")
+
+
+@members("metrics", "tasks", "models")
+def test_stands_alone(name: str) -> None:
+    assert ours(name) == set()
+
+
+@members("kernels", "ops")
+def test_operators_and_kernels_need_nothing_but_torch(name: str) -> None:
+    roots = {i.split(".")[0] for i in imports(name)} - set(sys.stdlib_module_names)
+    assert roots <= {"torch", "triton", "exssnet"}
+
+
+def test_packages_of_the_wheel_are_those_of_the_tree() -> None:
+    folders = {module_name(file) for file in package_files().values() if file.name == "__init__.py"}
+    listed = re.search(r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r'"([^"]+)"', listed[1])) == folders
+
+
+def test_type_hints_ship_with_the_package() -> None:
+    assert (ROOT / "exssnet/py.typed").exists()
+    assert re.search(r"package_data=\{[^}]*py\.typed", (ROOT / "setup.py").read_text())
+
+
+@pytest.mark.parametrize("folder", ["csrc/cpu", "csrc/cuda"])
+def test_kernels_know_no_torch_header(folder: str) -> None:
+    include = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10|caffe2)/", re.MULTILINE)
+    files = [f for f in (ROOT / folder).rglob("*") if f.suffix in SOURCES]
+    assert [f.name for f in files if include.search(f.read_text())] == []
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_has_a_reference(operator: str) -> None:
+    assert callable(getattr(reference, operator))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_has_a_test(operator: str) -> None:
+    files = [f for f in (ROOT / "tests").glob("test_*.py") if f.name != Path(__file__).name]
+    assert any(re.search(rf"\b{operator}\b", f.read_text()) for f in files)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_has_a_benchmark_row(operator: str) -> None:
+    benchmarks = ROOT / "benchmarks/ops.py"
+    if not benchmarks.exists():
+        pytest.skip("benchmarks/ops.py is not in this tree")
+    assert re.search(rf"\b{operator}\b", benchmarks.read_text())
+
+
+def test_operators_are_those_that_are_defined() -> None:
+    names = [schema.name for schema in torch._C._jit_get_all_schemas()]
+    ours = {n.removeprefix("exssnet::").removesuffix("_backward") for n in names if n.startswith("exssnet::")}
+    assert ours == set(OPERATORS)
+
+
+@pytest.mark.parametrize("file", sorted(set(KERNELS.values())))
+def test_table_of_kernels_names_a_file_that_exists(file: str) -> None:
+    assert (ROOT / file).is_file()
+
+
+def test_table_of_kernels_has_every_operator_on_every_device() -> None:
+    assert set(KERNELS) == {(operator, device) for operator in OPERATORS for device in ("cpu", "cuda")}
+
+
+@pytest.mark.parametrize(("operator", "kind"), sorted(KERNELS))
+@pytest.mark.usefixtures("native")
+def test_table_of_kernels_is_what_the_dispatcher_has(operator: str, kind: str) -> None:
+    both = [name for name in (operator, f"{operator}_backward") if hasattr(torch.ops.exssnet, name)]
+    registered = {torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{n}", kind.upper()) for n in both}
+    assert registered == {KERNELS[operator, kind] != "kernels/reference.py"}
+
+
+def test_no_source_file_has_more_than_500_lines() -> None:
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in tracked() if f.suffix in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    path = re.compile(rb"(?<![\w.])/(?:home|root|work|Users|mnt)/\w|[A-Z]:\\\\?Users")
+    assert [str(f.relative_to(ROOT)) for f in tracked() if path.search(f.read_bytes())] == []
+
+
+def exporters() -> list[str]:
+    return [name for name, file in package_files().items() if "__all__" in file.read_text()]
+
+
+@pytest.mark.parametrize("name", exporters())
+def test_every_exported_name_exists(name: str) -> None:
+    module = importlib.import_module(name)
+    assert [n for n in module.__all__ if not hasattr(module, n)] == []
+
+
+def exported_objects() -> dict[str, object]:
+    """Functions and classes that users see, by qualified name, with the public methods of the classes."""
+    found: dict[str, object] = {}
+    for name in exssnet.__all__:
+        thing = getattr(exssnet, name)
+        if inspect.isclass(thing):
+            methods = {f"{name}.{n}": f for n, f in vars(thing).items() if inspect.isfunction(f) and n[0] != "_"}
+            found |= {name: thing, **methods}
+        elif inspect.isfunction(thing):
+            found[name] = thing
+    return found
+
+
+@pytest.mark.parametrize("name", exported_objects())
+def test_exported_name_has_a_docstring(name: str) -> None:
+    thing = exported_objects()[name]
+    documented = vars(thing).get("__doc__") if inspect.isclass(thing) else inspect.getdoc(thing)
+    inherited = "." in name and name.rpartition(".")[2] in vars(torch.nn.Module)
+    assert documented or inherited
+
+
+@pytest.mark.parametrize("name", [n for n, thing in exported_objects().items() if inspect.isfunction(thing)])
+def test_exported_function_has_type_hints(name: str) -> None:
+    signature = inspect.signature(exported_objects()[name])  # type: ignore[arg-type]
+    bare = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+    assert bare == []
+    assert signature.return_annotation is not signature.empty

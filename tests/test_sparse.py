@@ -1,0 +1,194 @@
+"""sparse_linear, sparse_conv1d, sparse_conv2d: products with the compact values of a fixed mask."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accuracy import Results, assert_exact, representable, run
+from cases import DENSITIES, FEW, LAYERS, Layer, dtypes, layers
+from products import Family, LayerFunction, Problem, ProductTests, geometry, problem
+from torch import Tensor
+from torch.nn import functional as F
+
+from exssnet import ops
+
+FUNCTIONS = {
+    "sparse_linear": ops.sparse_linear,
+    "sparse_conv1d": ops.sparse_conv1d,
+    "sparse_conv2d": ops.sparse_conv2d,
+}
+
+
+def pattern(p: Problem) -> ops.SparsePattern:
+    return ops.sparse_pattern(p.mask, p.free, p.layer.groups)
+
+
+def frozen_values(p: Problem) -> Tensor:
+    return p.weight[p.mask & ~p.free]
+
+
+def sparse(p: Problem, t: Results, frozen: Tensor, where: ops.SparsePattern) -> Tensor:
+    kernel_size = () if p.layer.kind == "linear" else (p.layer.weight[2:],)
+    function = FUNCTIONS[f"sparse_{p.layer.kind}"]
+    return function(t["x"], t["free_values"], frozen, where, *kernel_size, bias=t.get("bias"), **p.layer.steps)
+
+
+class Sparse(Family):
+    name = "sparse"
+    bias_index = 9
+    gradients = ("x", "free_values")
+
+    def leaves(self, p: Problem) -> Results:
+        return {**p.tensors("x", "bias"), "free_values": p.weight[p.free]}
+
+    def public(self, p: Problem) -> LayerFunction:
+        constants = frozen_values(p), pattern(p)
+        return lambda t: sparse(p, t, *constants)
+
+    def effective(self, p: Problem, t: Results) -> Tensor:
+        """Zeros, with the free values where the free mask is and the frozen ones in the rest of the mask."""
+        frozen = p.weight.where(p.mask & ~p.free, 0).detach()
+        return frozen.index_put(p.free.nonzero(as_tuple=True), t["free_values"])
+
+    def raw(self, p: Problem, t: Results) -> tuple[Any, ...]:
+        convolution = () if p.layer.kind == "linear" else (list(p.layer.weight[2:]), *geometry(p.layer))
+        return t["x"], t["free_values"], frozen_values(p), *pattern(p), t.get("bias"), *convolution
+
+
+def block_diagonal(weight: Tensor, groups: int) -> Tensor:
+    """The (O, columns) matrix of a weight, in which each row fills the columns of its group alone."""
+    rows, width = weight.shape[0], weight[0].numel()
+    matrix = weight.new_zeros(rows, groups * width)
+    for o in range(rows):
+        group = o // (rows // groups)
+        matrix[o, group * width : (group + 1) * width] = weight[o].flatten()
+    return matrix
+
+
+def walk(pointers: Tensor, index: Tensor) -> list[tuple[int, int, int]]:
+    """(line, index, entry) of all entries, line after line."""
+    return [
+        (line, int(index[entry]), entry)
+        for line in range(len(pointers) - 1)
+        for entry in range(int(pointers[line]), int(pointers[line + 1]))
+    ]
+
+
+WEIGHTS = pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((5, 7), 1), ((1, 1), 1), ((6, 3, 4), 2), ((4, 3, 2, 2), 1), ((6, 2, 3, 3), 3), ((6, 1, 3, 3), 6)],
+    ids=str,
+)
+
+
+def drawn_mask(shape: tuple[int, ...], density: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight without zeros, a mask, and a free mask in it."""
+    weight = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
+    mask = torch.rand(shape) < density
+    return weight, mask, mask & (torch.rand(shape) < 0.5)
+
+
+class TestPattern:
+    @pytest.mark.parametrize("density", DENSITIES)
+    @WEIGHTS
+    def test_walk_by_rows_meets_every_kept_weight(self, shape: tuple[int, ...], groups: int, density: float) -> None:
+        weight, mask, free = drawn_mask(shape, density)
+        p = ops.sparse_pattern(mask, free, groups)
+        values = torch.cat([weight[free], weight[mask & ~free]])
+        matrix = torch.zeros(len(p.row_ptr) - 1, len(p.col_ptr) - 1)
+        for o, column, entry in walk(p.row_ptr, p.col):
+            matrix[o, column] = values[p.slot[entry]]
+        assert torch.equal(matrix, block_diagonal(weight.where(mask, 0), groups))
+
+    @pytest.mark.parametrize("density", DENSITIES)
+    @WEIGHTS
+    def test_walk_by_columns_meets_every_kept_weight(self, shape: tuple[int, ...], groups: int, density: float) -> None:
+        weight, mask, free = drawn_mask(shape, density)
+        p = ops.sparse_pattern(mask, free, groups)
+        values = torch.cat([weight[free], weight[mask & ~free]])
+        matrix = torch.zeros(len(p.row_ptr) - 1, len(p.col_ptr) - 1)
+        for column, o, entry in walk(p.col_ptr, p.row):
+            matrix[o, column] = values[p.slot_t[entry]]
+        assert torch.equal(matrix, block_diagonal(weight.where(mask, 0), groups))
+
+    @WEIGHTS
+    def test_both_walks_ascend(self, shape: tuple[int, ...], groups: int) -> None:
+        p = ops.sparse_pattern(torch.rand(shape) < 0.6, groups=groups)
+        for pointers, index in ((p.row_ptr, p.col), (p.col_ptr, p.row)):
+            order = [(line, at) for line, at, _ in walk(pointers, index)]
+            assert order == sorted(set(order))
+            assert len(order) == len(index)
+
+    @WEIGHTS
+    def test_all_tensors_are_int32(self, shape: tuple[int, ...], groups: int) -> None:
+        assert {t.dtype for t in ops.sparse_pattern(torch.rand(shape) < 0.6, groups=groups)} == {torch.int32}
+
+    @WEIGHTS
+    def test_no_free_mask_means_all_free(self, shape: tuple[int, ...], groups: int) -> None:
+        mask = torch.rand(shape) < 0.6
+        for one, other in zip(
+            ops.sparse_pattern(mask, groups=groups), ops.sparse_pattern(mask, mask, groups), strict=True
+        ):
+            assert torch.equal(one, other)
+
+    def test_strided_mask_has_the_pattern_of_its_copy(self) -> None:
+        mask = (torch.rand(3, 4, 5, 6) < 0.5).transpose(0, 1)
+        for one, other in zip(ops.sparse_pattern(mask), ops.sparse_pattern(mask.contiguous()), strict=True):
+            assert torch.equal(one, other)
+
+
+class TestSparse(ProductTests):
+    family = Sparse()
+
+    @pytest.mark.parametrize("free_share", [0, 1], ids=["no-free-values", "no-frozen-values"])
+    @dtypes("float32", "bfloat16")
+    @layers(FEW)
+    def test_exact_with(self, layer: Layer, dtype: torch.dtype, free_share: float) -> None:
+        self.family.check_exact(problem(layer, dtype, integers=True, free_share=free_share))
+
+    @layers(FEW)
+    def test_gradient_of_no_free_values_has_no_entries(self, layer: Layer) -> None:
+        assert self.family.kernel(problem(layer, free_share=0))["grad_free_values"].shape == (0,)
+
+    @layers(FEW)
+    def test_frozen_values_are_constants(self, layer: Layer) -> None:
+        p = problem(layer)
+        leaves = {n: t.requires_grad_() for n, t in self.family.leaves(p).items()}
+        frozen = frozen_values(p).requires_grad_()
+        sparse(p, leaves, frozen, pattern(p)).sum().backward()
+        assert frozen.grad is None
+        assert leaves["free_values"].grad is not None
+
+    @layers(FEW)
+    def test_exact_with_strided_frozen_values(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+        strided = torch.stack([frozen_values(p)] * 2, 1)[:, 0]
+        got = run(lambda t: sparse(p, t, strided, pattern(p)), self.family.leaves(p), p.grad)
+        assert_exact(got, representable(self.family.truth(p), got))
+
+    @layers(tuple(layer for layer in LAYERS if layer.kind != "linear"))
+    def test_convolution_output_and_input_gradient_are_stored_batch_innermost(self, layer: Layer) -> None:
+        got = self.family.kernel(problem(layer))
+        assert [got[n].movedim(0, -1).is_contiguous() for n in ("output", "grad_x")] == [True, True]
+
+    @layers(tuple(layer for layer in LAYERS if layer.kind == "linear"))
+    def test_linear_output_is_stored_batch_innermost(self, layer: Layer) -> None:
+        assert self.family.kernel(problem(layer))["output"].movedim(-1, 0).is_contiguous()
+
+    @layers(tuple(layer for layer in FEW if layer.kind == "conv2d"))
+    def test_chain_of_convolutions_keeps_the_batch_innermost_and_is_exact(self, layer: Layer) -> None:
+        first = problem(layer, integers=True)
+        shape = tuple(first.grad.shape)
+        second = problem(Layer("second", shape, (4, shape[1], 2, 2), padding=1), integers=True, density=0.2)
+        strides = []
+
+        def chain(layer_of: Callable[[Problem], LayerFunction], t: Results) -> Tensor:
+            between = F.relu(layer_of(first)(t))
+            strides.append(between.stride(0))
+            return layer_of(second)({"x": between, "free_values": t["second_values"], "bias": second.bias})
+
+        leaves = {**self.family.leaves(first), "second_values": second.weight[second.free]}
+        got = run(lambda t: chain(self.family.public, t), leaves, second.grad)
+        assert_exact(got, run(lambda t: chain(self.family.plain, t), leaves, second.grad))
+        assert strides[0] == 1

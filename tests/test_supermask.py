@@ -1,0 +1,108 @@
+"""supermask_linear, supermask_conv1d, supermask_conv2d: products with the top-k weights, trained through scores."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accuracy import Results, assert_exact, representable, run
+from cases import FEW, Layer, dtypes, layers
+from products import Family, LayerFunction, Problem, ProductTests, dense, geometry, problem
+from torch import Tensor
+
+from exssnet import ops
+from exssnet.kernels import reference
+
+FUNCTIONS = {
+    "supermask_linear": ops.supermask_linear,
+    "supermask_conv1d": ops.supermask_conv1d,
+    "supermask_conv2d": ops.supermask_conv2d,
+}
+
+
+def supermask(p: Problem, t: Results, **selected: Any) -> Tensor:
+    groups = {} if p.layer.kind == "linear" else {"groups": p.layer.groups}
+    function = FUNCTIONS[f"supermask_{p.layer.kind}"]
+    return function(t["x"], t["weight"], t["scores"], bias=t.get("bias"), **selected, **p.layer.steps, **groups)
+
+
+class Supermask(Family):
+    name = "supermask"
+    bias_index = 4
+    gradients = ("x", "scores", "weight")
+
+    def leaves(self, p: Problem) -> Results:
+        return p.tensors("x", "weight", "scores", "bias")
+
+    def public(self, p: Problem) -> LayerFunction:
+        return lambda t: supermask(p, t, k=p.k)
+
+    def effective(self, p: Problem, t: Results) -> Tensor:
+        """W * (M + |S| - |S|, the last one constant): the mask counts as |S| in the backward pass."""
+        magnitude = t["scores"].abs()
+        return t["weight"] * (p.mask + (magnitude - magnitude.detach())).to(t["weight"].dtype)
+
+    def raw(self, p: Problem, t: Results) -> tuple[Any, ...]:
+        convolution = () if p.layer.kind == "linear" else (*geometry(p.layer), p.layer.groups)
+        return t["x"], t["weight"], t["scores"], row(p), t.get("bias"), *convolution
+
+
+def row(p: Problem) -> Tensor:
+    """The selection that the problem's mask stands for."""
+    return reference.select(reference.magnitude_bits(p.scores), p.k)
+
+
+class TestSupermask(ProductTests):
+    family = Supermask()
+
+    @layers(FEW)
+    def test_score_gradient_is_that_of_the_effective_weight_times_weight_times_sign(self, layer: Layer) -> None:
+        p = problem(layer, torch.float64, integers=True)
+        effective = p.weight.where(p.mask, 0)
+        plain = run(lambda t: dense(layer, p.x, t["effective"], p.bias), {"effective": effective}, p.grad)
+        expected = plain["grad_effective"] * p.weight * p.scores.sign()
+        assert torch.equal(self.family.kernel(p)["grad_scores"], expected)
+
+    @layers(FEW)
+    def test_zero_scores_have_zero_gradient(self, layer: Layer) -> None:
+        p = problem(layer)
+        zero = torch.rand(layer.weight) < 0.5
+        p.scores = p.scores.where(~zero, torch.zeros(()).copysign(p.scores))
+        gradient = self.family.kernel(p)["grad_scores"]
+        assert torch.equal(gradient != 0, ~zero)
+
+    @layers(FEW)
+    def test_selection_given_is_k_given(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+
+        selection = ops.topk_select([p.scores], [p.k])[0][0]
+        got = run(lambda t: supermask(p, t, selection=selection), self.family.leaves(p), p.grad)
+        assert_exact(got, self.family.kernel(p))
+
+    @layers(FEW)
+    def test_weights_outside_the_mask_are_not_read(self, layer: Layer) -> None:
+        p = problem(layer)
+        holes = replace(p, weight=p.weight.where(p.mask, torch.nan))
+        for name in ("output", "grad_x", "grad_bias"):
+            assert torch.equal(self.family.kernel(holes)[name], self.family.kernel(p)[name]), name
+
+    @layers(FEW)
+    def test_autocast_selects_by_the_float32_bits_of_the_scores(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+        p.scores = 1 + torch.rand(layer.weight) / 1024  # one and the same number in bfloat16
+        p.mask = reference.mask_of(p.scores, row(p))
+        p.grad = p.grad.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            got = self.family.kernel(p)
+        assert_exact(got, representable(self.family.truth(p), got))
+
+    @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @dtypes()
+    @layers(FEW)
+    def test_scores_keep_a_dtype_of_their_own(
+        self, layer: Layer, dtype: torch.dtype, scores_dtype: torch.dtype
+    ) -> None:
+        p = problem(layer, dtype, integers=True, scores_dtype=scores_dtype)
+        got = self.family.kernel(p)
+        assert got["grad_scores"].dtype == scores_dtype
+        assert_exact(got, representable(self.family.truth(p), got))
