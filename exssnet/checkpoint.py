@@ -49,7 +49,9 @@ def load(phases: Phases, path: str | Path) -> Any:
     RuntimeError if `phases` already has finished tasks.
     """
     if len(phases.bank) or phases.phase != "idle":
-        raise RuntimeError(f"load: needs a Phases without tasks, this one has {len(phases.bank)}")
+        raise RuntimeError(
+            f"load: needs a Phases without tasks, this one has {len(phases.bank)} and is in the {phases.phase} phase"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -65,6 +67,8 @@ def load(phases: Phases, path: str | Path) -> Any:
     targets = {f"weight/{n}": layer.weight for n, layer in phases.layers.items()}
     targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
     targets |= {f"initial/{n}": t for n, t in phases.initial.items()}
+    if more := sorted(k for k in tensors if k.startswith(("weight/", "frozen/", "initial/")) and k not in targets):
+        raise ValueError(f"load: {path} holds {', '.join(more)}, which has no place in the model")
     for key, target in targets.items():
         if key not in tensors or tensors[key].shape != target.shape:
             found = tuple(tensors[key].shape) if key in tensors else "nothing"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .nn import SupermaskLinear
 from .ops import knn_classify
-from .phases import Phases
+from .phases import Phases, evaluation
 from .tasks import stratified_split
 
 Rule = Literal["best", "always", "all"]
@@ -90,13 +90,8 @@ def transfer(
     labels = labels.cpu()
     accuracies = []
     for task in range(tasks):
-        with phases.using(task) as model, torch.no_grad():
-            training = model.training
-            model.eval()
-            try:
-                features = torch.cat([penultimate_features(model, part) for part in x.split(batch_size)])
-            finally:
-                model.train(training)
+        with phases.using(task) as model, evaluation(model):
+            features = torch.cat([penultimate_features(model, part) for part in x.split(batch_size)])
         # The same split for every source
         generator = torch.Generator().manual_seed(seed)
         accuracies.append(knn_accuracy(features.float().cpu(), labels, classes, generator))

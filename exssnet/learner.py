@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from .kkt import RULES, Rule, Transfer, sample_share, transfer
 from .masks import LayerUse
 from .methods import Method, preset
-from .phases import Phases
+from .phases import Phases, evaluation
 from .tasks import Task, loader, stratified_split
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -311,17 +311,12 @@ class Learner:
 
     def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
-        training = self.model.training
-        self.model.eval()
         right, loss, seen = 0, 0.0, 0
-        try:
-            with torch.no_grad():
-                for x, y in loader(data, 4 * self.batch_size):
-                    y = y.to(self.device)
-                    logits = self._logits(x, classes)
-                    right += int((logits.argmax(1) == y).sum())
-                    loss += F.cross_entropy(logits, y, reduction="sum").item()
-                    seen += len(y)
-        finally:
-            self.model.train(training)
+        with evaluation(self.model):
+            for x, y in loader(data, 4 * self.batch_size):
+                y = y.to(self.device)
+                logits = self._logits(x, classes)
+                right += int((logits.argmax(1) == y).sum())
+                loss += F.cross_entropy(logits, y, reduction="sum").item()
+                seen += len(y)
         return (right / seen, loss / seen) if seen else (math.nan, math.nan)

@@ -14,6 +14,19 @@ from .nn import SupermaskLayer, freeze_weights, supermask_layers, unconvert
 Phase = Literal["idle", "mask", "weight", "joint"]
 
 
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients for the length of a block; then every module is in the mode it was in."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
 class Phases:
     """Takes a converted model from task to task: ``start_task`` -> ``start_weight_phase`` -> ``finish_task``.
 

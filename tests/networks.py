@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from exssnet.nn import convert
+from exssnet.phases import Phases
 from exssnet.tasks import Labelled, Task, split_by_class
 
 
@@ -46,3 +47,30 @@ def stream(tasks: int = 3, classes: int = 2, per_class: int = 40, validation: fl
         return Labelled(centres[labels] + noise, labels)
 
     return split_by_class(drawn(per_class), drawn(20), tasks, validation=validation)
+
+
+def picture(phases: Phases) -> dict[str, object]:
+    """Copies of what a call must leave alone: tensors, modes and hooks of the model, its tasks, the random state."""
+    found: dict[str, object] = {"random state": torch.get_rng_state(), "active": phases.active, "phase": phases.phase}
+    for name, module in phases.model.named_modules():
+        found[f"{name} in training"] = module.training
+        found[f"{name} hooks"] = len(module._forward_hooks), len(module._forward_pre_hooks)
+        for key, tensor in (module._parameters | module._buffers).items():
+            found[f"{name}.{key}"] = None if tensor is None else tensor.detach().clone()
+    for task in range(len(phases.bank)):
+        tables = {"mask": {n: phases.bank.mask(task, n) for n in phases.layers}, "state": phases.states[task]}
+        tables |= {"scores": phases.scores[task]} if phases.scores else {}
+        found |= {f"{kind} {task} {n}": t.clone() for kind, table in tables.items() for n, t in table.items()}
+    return found
+
+
+def changes(before: dict[str, object], after: dict[str, object]) -> list[str]:
+    """Names of what differs, bit for bit, between two pictures."""
+
+    def equal(a: object, b: object) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        return type(a) is type(b) and a == b
+
+    names = sorted(before.keys() | after.keys())
+    return [n for n in names if n not in before or n not in after or not equal(before[n], after[n])]

@@ -1,0 +1,300 @@
+"""KKT: which source is chosen, from which features, and that no source notices."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from networks import SmallNet, changes, images, picture, small_net
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from exssnet import Phases, convert, kkt, transfer
+from exssnet.models import LeNet300100
+
+CLEAR, NOISE, BLANK = (0, 1), (2, 3), (4, 5)  # columns of `sample` that tell the class, that do not, that are zero
+
+
+class Reader(nn.Module):
+    """Its penultimate features are the two inputs that the mask lets through."""
+
+    def __init__(self, features: int = 2) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, features, bias=False)
+        self.head = nn.Linear(features, 3, bias=False)
+
+    def penultimate(self, x: Tensor) -> Tensor:
+        out: Tensor = self.hidden(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.penultimate(x))
+        return out
+
+
+def sources(*columns: Sequence[int], features: int = 2) -> Phases:
+    """A finished task for each pair of input columns; its network sees these alone."""
+    model = convert(Reader(features), 1 / 3)
+    phases = Phases(model, seed=5)
+    for task, seen in enumerate(columns):
+        hidden = torch.zeros(features, 6, dtype=torch.bool)
+        hidden[:, list(seen)] = True
+        head = torch.ones(3, features, dtype=torch.bool)
+        phases.adopt({"hidden": hidden, "head": head}, {}, phases.random_scores(task))
+    return phases
+
+
+def sample(count: int = 120, classes: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(count, 6) inputs and their labels, which take turns."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    x = torch.randn(count, 6, generator=generator)
+    x[:, list(CLEAR)] += 20 * labels[:, None]
+    x[:, list(BLANK)] = 0
+    return x, labels
+
+
+def trained() -> Phases:
+    """Two tasks with biases, affine norms and statistics of their own."""
+    phases = Phases(small_net())
+    for seed in range(2):
+        phases.start_task()
+        optimizer = torch.optim.Adam(phases.parameters(), 0.05)
+        for step in range(3):
+            optimizer.zero_grad()
+            x = images(seed=10 * seed + step) * (seed + 1) + seed
+            F.cross_entropy(phases.model(x), torch.arange(24) % 4).backward()
+            optimizer.step()
+        phases.finish_task()
+    return phases
+
+
+# The choice
+
+
+@pytest.mark.parametrize("rule", ["best", "always"])
+@pytest.mark.parametrize(
+    ("columns", "chosen"),
+    [((NOISE, CLEAR, BLANK), 1), ((CLEAR, BLANK), 0), ((BLANK, NOISE, CLEAR), 2), ((NOISE, CLEAR, CLEAR), 1)],
+    ids=["second", "first", "third", "the earlier of two equals"],
+)
+def test_scores_come_from_the_source_whose_features_separate_best(
+    columns: tuple[Sequence[int], ...], chosen: int, rule: kkt.Rule
+) -> None:
+    phases = sources(*columns)
+    outcome = transfer(phases, *sample(), 2, rule)
+    assert outcome.sources == [chosen]
+    assert outcome.accuracies[chosen] == 1
+    assert outcome.scores is not None
+    assert all(torch.equal(outcome.scores[n], s) for n, s in phases.scores[chosen].items())
+
+
+@pytest.mark.parametrize("rule", ["best", "all"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_source_at_chance_is_not_above_it(rule: kkt.Rule, classes: int) -> None:
+    # All distances are equal: every vote is for one label, and the classes are equally large.
+    outcome = transfer(sources(BLANK, BLANK), *sample(150, classes), classes, rule)
+    assert outcome.accuracies == [pytest.approx(1 / classes)] * 2
+    assert outcome.chance == 1 / classes
+    assert outcome.sources == []
+    assert outcome.scores is None
+
+
+def test_always_takes_the_best_source_even_at_chance() -> None:
+    phases = sources(BLANK, BLANK)
+    outcome = transfer(phases, *sample(), 2, "always")
+    assert outcome.sources == [0]
+    assert outcome.scores is not None
+    assert torch.equal(outcome.scores["head"], phases.scores[0]["head"])
+
+
+def test_all_takes_the_mean_of_the_sources_above_chance() -> None:
+    phases = sources(CLEAR, BLANK, CLEAR)
+    outcome = transfer(phases, *sample(), 2, "all")
+    assert outcome.sources == [0, 2]
+    assert outcome.scores is not None
+    for name, scores in outcome.scores.items():
+        assert torch.equal(scores, (phases.scores[0][name] + phases.scores[2][name]) / 2)
+
+
+def test_without_finished_tasks_nothing_is_transferred() -> None:
+    assert transfer(sources(), *sample(), 2).scores is None
+
+
+def test_half_precision_scores_are_given_in_full() -> None:
+    phases = sources(CLEAR)
+    phases.scores = [{n: s.half() for n, s in phases.scores[0].items()}]
+    outcome = transfer(phases, *sample(), 2)
+    assert outcome.scores is not None
+    assert torch.equal(outcome.scores["hidden"], phases.scores[0]["hidden"].float())
+    assert outcome.scores["hidden"].dtype == torch.float32
+
+
+def test_dropped_scores_are_told() -> None:
+    phases = sources(CLEAR, CLEAR)
+    phases.scores.clear()
+    with pytest.raises(RuntimeError, match="needs the scores of 2 finished tasks, but keep_scores=None dropped them"):
+        transfer(phases, *sample(), 2)
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="kkt must be one of best, always, all, got 'worst'"):
+        transfer(sources(CLEAR), *sample(), 2, "worst")  # type: ignore[arg-type]
+
+
+# What must not change
+
+
+@pytest.mark.parametrize("rule", kkt.RULES)
+@pytest.mark.parametrize("mode", ["training", "evaluation", "norm in evaluation"])
+def test_sources_and_model_stay_bitwise_what_they_were(rule: kkt.Rule, mode: str) -> None:
+    phases = trained()
+    phases.model.train(mode != "evaluation")
+    phases.model.norm.train(mode == "training")  # type: ignore[operator, union-attr]
+    before = picture(phases)
+    transfer(phases, images(40), torch.arange(40) % 2, 2, rule)
+    assert changes(before, picture(phases)) == []
+
+
+@pytest.mark.parametrize(("rule", "columns"), [("best", [CLEAR]), ("always", [BLANK]), ("all", [CLEAR, CLEAR])])
+def test_training_the_given_scores_leaves_the_sources_alone(rule: kkt.Rule, columns: list[Sequence[int]]) -> None:
+    phases = sources(*columns)
+    before = picture(phases)
+    outcome = transfer(phases, *sample(), 2, rule)
+    assert outcome.scores is not None
+    for scores in outcome.scores.values():
+        scores.fill_(torch.nan)
+    assert changes(before, picture(phases)) == []
+
+
+# One fixed sample
+
+
+def test_every_source_is_asked_about_the_same_split() -> None:
+    x, labels = sample()
+    x[:, list(NOISE)] += 0.7 * labels[:, None]
+    accuracies = transfer(sources(NOISE, NOISE, NOISE), x, labels, 2).accuracies
+    assert 0.5 < accuracies[0] < 1
+    assert len(set(accuracies)) == 1
+
+
+def test_the_split_depends_on_the_seed_alone() -> None:
+    x, labels = sample()
+    x[:, list(NOISE)] += 0.7 * labels[:, None]
+    phases = sources(NOISE)
+    found = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.rand(3)  # the global random state has moved on
+        found.append(transfer(phases, x, labels, 2, seed=seed).accuracies[0])
+    assert found[0] == found[1]
+    assert len(set(found)) > 1
+
+
+def test_batches_of_another_size_give_the_same_result() -> None:
+    phases = sources(NOISE, CLEAR)
+    assert transfer(phases, *sample(), 2, batch_size=7).accuracies == transfer(phases, *sample(), 2).accuracies
+
+
+# K nearest neighbours
+
+
+@pytest.mark.parametrize(
+    ("per_class", "classes", "k", "known"),
+    [(2, 2, 1, 2), (6, 2, 2, 8), (50, 3, 16, 99), (610, 2, 200, 806), (650, 2, 200, 858)],
+)
+def test_k_and_the_split_follow_the_rule(
+    monkeypatch: pytest.MonkeyPatch, per_class: int, classes: int, k: int, known: int
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def record(features: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
+        seen.append((len(features), len(queries), k, classes))
+        assert labels.bincount().tolist() == [len(features) // classes] * classes
+        return torch.zeros(len(queries), dtype=torch.int64)
+
+    monkeypatch.setattr(kkt, "knn_classify", record)
+    labels = torch.arange(per_class * classes) % classes
+    kkt.knn_accuracy(torch.zeros(len(labels), 1), labels, classes, torch.Generator())
+    assert seen == [(known, len(labels) - known, k, classes)]
+
+
+def test_one_image_a_class_is_too_few() -> None:
+    with pytest.raises(ValueError, match="KKT needs more than one image a class, got 3 of 3 classes"):
+        transfer(sources(CLEAR), torch.zeros(3, 6), torch.arange(3), 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "share"), [(1, 1), (100, 1), (500, 1), (1000, 0.5), (2000, 0.25), (2500, 0.2), (50_000, 0.2)]
+)
+def test_the_sample_is_a_fifth_but_at_least_500_images_or_all(images: int, share: float) -> None:
+    assert kkt.sample_share(images) == share
+
+
+def test_memory_stays_below_one_number_per_pair_and_feature() -> None:
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor):
+                    self.entries = max(self.entries, tensor.numel())
+            return out
+
+    phases, features = sources(CLEAR, features=64), 64
+    x, labels = sample(600)
+    pairs = 396 * 204
+    with Largest() as largest:
+        transfer(phases, x, labels, 2)
+    assert 0 < largest.entries <= pairs < pairs * features
+
+
+# Features
+
+
+def test_features_are_those_of_the_source_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = trained()
+    x, labels = images(30), torch.arange(30) % 2
+    seen: list[Tensor] = []
+    monkeypatch.setattr(kkt, "knn_accuracy", lambda features, *_: seen.append(features) or 0.9)
+    phases.model.train()
+    transfer(phases, x, labels, 2, batch_size=7)
+    for task, features in enumerate(seen):
+        phases.activate(task)
+        phases.model.eval()
+        with torch.no_grad():
+            expected = kkt.penultimate_features(phases.model, x)
+        assert torch.allclose(features, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert len(seen) == 2
+    assert not torch.allclose(seen[0], seen[1])
+
+
+def test_features_are_what_the_model_calls_penultimate() -> None:
+    model = LeNet300100(12, 4)
+    x = torch.randn(5, 3, 4)
+    features = kkt.penultimate_features(model, x)
+    assert torch.equal(features, model.penultimate(x))
+    assert bool((features < 0).any())  # taken before the ReLU
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_without_penultimate_the_features_are_the_input_of_the_head(converted: bool) -> None:
+    model = convert(SmallNet(), 0.3, include=["head"]) if converted else SmallNet()
+    model.eval()
+    x = images(5)
+    features = kkt.penultimate_features(model, x)
+    hidden = model.grouped(model.pool(model.norm(model.conv(x)).relu())).relu()
+    assert torch.equal(features, hidden.flatten(1))
+    assert not model.head._forward_pre_hooks
+
+
+def test_the_hook_goes_when_the_model_fails() -> None:
+    model = SmallNet()
+    with pytest.raises(RuntimeError):
+        kkt.penultimate_features(model, torch.zeros(1, 5, 8, 8))
+    assert not model.head._forward_pre_hooks
+
+
+def test_a_model_without_features_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"linear head, or a method `penultimate\(x\)` of the model: it has neither"):
+        kkt.penultimate_features(nn.Conv1d(1, 1, 1), torch.zeros(1, 1, 1))
