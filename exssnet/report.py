@@ -220,7 +220,7 @@ class Report:
         validated = any(r.validation is not None for report in learner.reports for r in report.history)
         above.set(ylabel="training loss", yscale="log", title="Learning curves of all tasks, one after another")
         below.set(xlabel="epoch", ylabel=f"{'validation' if validated else 'training'} accuracy (%)")
-        if tasks <= 6:
+        if tasks <= 6 and below.lines:
             below.legend(fontsize="x-small", ncols=2)
         figure.savefig(self.out / "curves.png", dpi=120)
         plt.close(figure)
