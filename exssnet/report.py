@@ -190,7 +190,7 @@ class Report:
         accuracy = 100 * learner.accuracy
         tasks = len(accuracy)
         figure, axes = plt.subplots(figsize=(1.2 + 0.7 * max(5, tasks), 1 + 0.6 * max(5, tasks)), layout="constrained")
-        image = axes.imshow(accuracy, cmap="viridis", vmin=min(50.0, float(accuracy.nan_to_num(100).min())), vmax=100)
+        image = axes.imshow(accuracy.numpy(), cmap="viridis", vmin=min(50.0, float(accuracy.nan_to_num(100).min())), vmax=100)
         for i in range(tasks if tasks <= 20 else 0):
             for j in range(i + 1):
                 value = accuracy[i, j].item()
@@ -220,7 +220,7 @@ class Report:
         validated = any(r.validation is not None for report in learner.reports for r in report.history)
         above.set(ylabel="training loss", yscale="log", title="Learning curves of all tasks, one after another")
         below.set(xlabel="epoch", ylabel=f"{'validation' if validated else 'training'} accuracy (%)")
-        if tasks <= 6:
+        if tasks <= 6 and below.lines:
             below.legend(fontsize="x-small", ncols=2)
         figure.savefig(self.out / "curves.png", dpi=120)
         plt.close(figure)
