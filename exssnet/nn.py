@@ -1,7 +1,7 @@
 """Layers with a supermask, norms and pools that keep the sparse kernels' layout, and `convert` for whole models."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -139,15 +139,13 @@ class SupermaskLayer(nn.Module):
 class SupermaskLinear(SupermaskLayer, nn.Linear):
     """`nn.Linear` of which only a supermask of the weights is used; see `SupermaskLayer` and `supermask_linear`.
 
-    density: share of the weights kept, in [0, 1]. x (..., in_features) to (..., out_features). The bias, if any, has
-    no mask. ValueError for a density out of range.
+    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Linear`, by default without a
+    bias. The bias, if any, has no mask. x (..., in_features) to (..., out_features). ValueError for a wrong density.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, density: float = 0.1, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *options: Any, density: float = 0.1,
+                 **more: Any) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, *options, **more)
         self._own_weight(density)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +155,26 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
 
 
 class _SupermaskConv(SupermaskLayer):
-    """The geometry that both convolutions share."""
+    """What both convolutions share; they name the operators."""
+
+    supermask_product: Callable[..., Tensor]
+    sparse_product: Callable[..., Tensor]
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], *geometry: Any,
+                 density: float = 0.1, bias: bool = False, **options: Any) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, *geometry, bias=bias, **options)  # type: ignore[call-arg]
+        self._own_weight(density)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self._padded(x)
+        if self.scores is not None:
+            return self.supermask_product(
+                x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
+                dilation=self.dilation, groups=self.groups, **self._chosen(),
+            )  # fmt: skip
+        return self.sparse_product(
+            x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
+        )  # fmt: skip
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
@@ -170,43 +187,23 @@ class _SupermaskConv(SupermaskLayer):
 class SupermaskConv1d(_SupermaskConv, nn.Conv1d):
     """`nn.Conv1d` of which only a supermask of the weights is used: x (N, C, L) to (N, O, L').
 
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv1d`, without a bias.
+    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv1d`, by default without a
+    bias. See `SupermaskLayer` and `supermask_conv1d`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, density: float = 0.1,
-                 bias: bool = False, **geometry: Any) -> None:  # fmt: skip
-        nn.Conv1d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, **geometry)
-        self._own_weight(density)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = self._padded(x)
-        if self.scores is not None:
-            return supermask_conv1d(
-                x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
-                dilation=self.dilation, groups=self.groups, **self._chosen(),
-            )  # fmt: skip
-        return sparse_conv1d(x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation)
+    supermask_product = staticmethod(supermask_conv1d)
+    sparse_product = staticmethod(sparse_conv1d)
 
 
 class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
     """`nn.Conv2d` of which only a supermask of the weights is used: x (N, C, H, W) to (N, O, H', W').
 
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv2d`, without a bias.
+    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv2d`, by default without a
+    bias. See `SupermaskLayer` and `supermask_conv2d`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], density: float = 0.1,
-                 bias: bool = False, **geometry: Any) -> None:  # fmt: skip
-        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, **geometry)
-        self._own_weight(density)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = self._padded(x)
-        if self.scores is not None:
-            return supermask_conv2d(
-                x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
-                dilation=self.dilation, groups=self.groups, **self._chosen(),
-            )  # fmt: skip
-        return sparse_conv2d(x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation)
+    supermask_product = staticmethod(supermask_conv2d)
+    sparse_product = staticmethod(sparse_conv2d)
 
 
 def _batch_innermost(x: Tensor) -> bool:

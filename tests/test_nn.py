@@ -21,13 +21,13 @@ def _batch_innermost(x: Tensor) -> Tensor:
 
 
 LAYERS = {
-    "linear": (lambda: SupermaskLinear(7, 5, 0.3, bias=True), nn.Linear, (4, 7)),
-    "linear-3d": (lambda: SupermaskLinear(7, 5, 0.3), nn.Linear, (2, 3, 7)),
-    "conv1d": (lambda: SupermaskConv1d(4, 6, 3, 0.3, stride=2, padding=1), nn.Conv1d, (2, 4, 9)),
-    "conv2d": (lambda: SupermaskConv2d(4, 6, 3, 0.3, bias=True, groups=2, dilation=2), nn.Conv2d, (2, 4, 9, 7)),
-    "conv2d-same": (lambda: SupermaskConv2d(4, 6, (1, 3), 0.3, padding="same"), nn.Conv2d, (2, 4, 6, 7)),
+    "linear": (lambda: SupermaskLinear(7, 5, True, density=0.3), nn.Linear, (4, 7)),
+    "linear-3d": (lambda: SupermaskLinear(7, 5, density=0.3), nn.Linear, (2, 3, 7)),
+    "conv1d": (lambda: SupermaskConv1d(4, 6, 3, 2, 1, density=0.3), nn.Conv1d, (2, 4, 9)),
+    "conv2d": (lambda: SupermaskConv2d(4, 6, 3, density=0.3, bias=True, groups=2, dilation=2), nn.Conv2d, (2, 4, 9, 7)),
+    "conv2d-same": (lambda: SupermaskConv2d(4, 6, (1, 3), padding="same", density=0.3), nn.Conv2d, (2, 4, 6, 7)),
     "conv2d-reflect": (
-        lambda: SupermaskConv2d(4, 6, 3, 0.3, padding=1, padding_mode="reflect"), nn.Conv2d, (2, 4, 6, 7),
+        lambda: SupermaskConv2d(4, 6, 3, density=0.3, padding=1, padding_mode="reflect"), nn.Conv2d, (2, 4, 6, 7),
     ),
 }  # fmt: skip
 

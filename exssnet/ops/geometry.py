@@ -41,6 +41,17 @@ def conv_shape(
     ]
 
 
+CONV = "int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def fake_conv2d(
+    x: Tensor, weight: Tensor, mask: Tensor, also: Tensor | None, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """Shape of a convolution with a dense weight (O, C/groups, R, S), whatever masks it."""
+    return x.new_empty(x.shape[0], weight.shape[0], *conv_shape(x, weight.shape[2:], stride, padding, dilation))
+
+
 def conv1d_as_2d(
     operator: str,
     x: Tensor,

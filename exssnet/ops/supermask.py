@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, conv_shape
+from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
 from .library import autocast, define, differentiable, require, same_kind
 from .selection import FLOATS, topk_select
-
-_CONV = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -17,13 +15,6 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, *res
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
         for t, needed in zip((x, scores, weight), rest[-1], strict=True)  # type: ignore[call-overload]
     )
-
-
-def _fake_conv2d(
-    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], weight.shape[0], *conv_shape(x, weight.shape[2:], stride, padding, dilation))
 
 
 define(
@@ -36,11 +27,11 @@ define(
     _fake_backward,
 )
 define(
-    f"supermask_conv2d(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias, {_CONV}) -> Tensor",
-    _fake_conv2d,
+    f"supermask_conv2d(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias, {CONV}) -> Tensor",
+    fake_conv2d,
 )
 define(
-    f"supermask_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor selection, {_CONV}, "
+    f"supermask_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor selection, {CONV}, "
     "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
