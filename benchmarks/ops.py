@@ -1,0 +1,324 @@
+"""Speed of every operator against what a user would write in plain PyTorch.
+
+    python benchmarks/ops.py [--threads 1 2] [--quick] [--only NAME ...] [--json FILE]
+
+Every result is checked against the operator's reference before it is timed. Layers are timed forward and backward,
+with gradients of their input and their parameters. Rates count what has to be done: one read of the scores and one
+write of the mask, or the FLOPs of the three products of a layer (of the kept weights only, for the sparse ones).
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import plain
+import torch
+from timing import Row, Variant, alternate, check_accurate, check_equal, parser, report
+from torch import Tensor
+
+from exssnet import ops
+from exssnet.kernels import OPERATORS, reference
+
+
+@dataclass
+class Case:
+    """One row. check: raises WrongResult unless `ours` is right; work: bytes or FLOPs of one call, in `unit` of 1e9."""
+
+    shape: str
+    ours: Variant
+    baselines: dict[str, Variant]
+    check: Callable[[], None]
+    work: float
+    unit: str
+    density: float | None = None
+
+
+Cases = Iterator[Case]
+
+
+def topk_masks(quick: bool) -> Cases:
+    for n in (10_000,) if quick else (1 << 20, 1 << 24):
+        for density in (0.1, 0.02):
+            torch.manual_seed(0)
+            scores = torch.randn(n)
+            hint = ops.topk_masks([scores], [ops.density_to_k(n, density)]).hint
+            yield _topk_masks(scores, density, None)
+            yield _topk_masks(scores, density, hint)
+
+
+def _topk_masks(scores: Tensor, density: float, hint: Tensor | None) -> Case:
+    k = [ops.density_to_k(scores.numel(), density)]
+    return Case(
+        shape=f"{scores.numel():,}" + ("" if hint is None else ", hint"),
+        ours=lambda: ops.topk_masks([scores], k, hint),
+        baselines={
+            "sort": lambda: plain.sort_mask(scores.abs(), density),
+            "topk": lambda: plain.topk_mask(scores.abs(), density),
+            "kthvalue": lambda: plain.kthvalue_mask(scores.abs(), density),
+        },
+        check=lambda: check_equal(
+            "the mask", ops.topk_masks([scores], k, hint).masks[0], reference.topk_masks([scores], k, None, True)[0][0]
+        ),
+        work=scores.numel() * (scores.element_size() + 1),
+        unit="GB/s",
+        density=density,
+    )
+
+
+def _random_mask(quick: bool, density: float) -> Tensor:
+    torch.manual_seed(0)
+    return torch.rand(10_000 if quick else 1 << 24) < density
+
+
+def pack_mask(quick: bool) -> Cases:
+    mask = _random_mask(quick, 0.1)
+    yield Case(
+        shape=f"{mask.numel():,}",
+        ours=lambda: ops.pack_mask(mask),
+        baselines={"numpy": lambda: np.packbits(mask.numpy(), bitorder="little")},
+        check=lambda: check_equal("the bytes", ops.pack_mask(mask), reference.pack_mask(mask)),
+        work=mask.numel() * (1 + 1 / 8),
+        unit="GB/s",
+    )
+
+
+def unpack_mask(quick: bool) -> Cases:
+    mask = _random_mask(quick, 0.1)
+    packed, n = reference.pack_mask(mask), mask.numel()
+    yield Case(
+        shape=f"{n:,}",
+        ours=lambda: ops.unpack_mask(packed, [n]),
+        baselines={"numpy": lambda: np.unpackbits(packed.numpy(), count=n, bitorder="little").view(np.bool_)},
+        check=lambda: check_equal("the mask", ops.unpack_mask(packed, [n]), mask),
+        work=n * (1 + 1 / 8),
+        unit="GB/s",
+    )
+
+
+def free_mask(quick: bool) -> Cases:
+    mask, used = _random_mask(quick, 0.1), _random_mask(quick, 0.3)
+    packed, packed_used = reference.pack_mask(mask), reference.pack_mask(used)
+    baselines = {"bool masks": lambda: mask & ~used}
+    yield Case(
+        shape=f"{mask.numel():,}",
+        ours=lambda: ops.free_mask(mask, used),
+        baselines=baselines,
+        check=lambda: check_equal("the mask", ops.free_mask(mask, used), mask & ~used),
+        work=3 * mask.numel(),
+        unit="GB/s",
+    )
+    yield Case(
+        shape=f"{mask.numel():,}, packed",
+        ours=lambda: ops.free_mask(packed, packed_used),
+        baselines=baselines,
+        check=lambda: check_equal("the bytes", ops.free_mask(packed, packed_used), packed & ~packed_used),
+        work=3 * packed.numel(),
+        unit="GB/s",
+    )
+
+
+class Layer:
+    """The tensors of a linear layer, or with `image` pixels of a 3 x 3 convolution, drawn from seed 0."""
+
+    def __init__(self, batch: int, width: int, out: int, image: int = 0, stride: int = 1) -> None:
+        torch.manual_seed(0)
+        self.stride, self.is_linear = stride, image == 0
+        self.x = torch.randn(batch, width) if self.is_linear else torch.randn(batch, width, image, image)
+        self.weight = torch.randn(out, width) if self.is_linear else torch.randn(out, width, 3, 3)
+        self.scores = torch.randn(self.weight.shape)
+        self.grad = torch.randn(plain.layer(self.x, self.weight, stride).shape)
+        self.geometry = {} if self.is_linear else {"stride": stride, "padding": 1}
+        size = "" if self.is_linear else f", {image}x{image}" + (f", stride {stride}" if stride > 1 else "")
+        self.name = f"{batch} x {width} to {out}{size}"
+
+    def mask(self, density: float) -> Tensor:
+        return plain.sort_mask(self.scores.abs(), density).bool()
+
+    def flops(self, weights: int) -> float:
+        """Of the output and two gradients with this many weights."""
+        return 3 * 2 * weights * (self.grad.numel() // self.weight.shape[0])
+
+
+LINEAR = [(64, 784, 300), (64, 300, 100), (128, 1024, 1024)]
+IMAGES = [
+    (64, 20, 20, 32), (64, 64, 64, 32), (64, 128, 128, 16), (64, 256, 256, 8), (64, 512, 512, 4),
+    (64, 64, 128, 32, 2), (64, 256, 512, 8, 2),
+]  # fmt: skip
+
+
+def layers(case: Callable[[Layer, float], Case], linear: bool, densities: tuple[float, ...]) -> Callable[[bool], Cases]:
+    """A generator of cases for layers of one kind."""
+
+    def cases(quick: bool) -> Cases:
+        small = (64, 40, 30) if linear else (8, 5, 6, 8)
+        for shape in [small] if quick else LINEAR if linear else IMAGES:
+            layer = Layer(*shape)
+            for density in densities[:1] if quick else densities:
+                yield case(layer, density)
+
+    return cases
+
+
+def step(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Variant:
+    """Forward and backward: a call returns the output and the gradients of all leaves."""
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+
+    def run() -> tuple[Tensor, ...]:
+        output = function(*leaves)
+        return output, *torch.autograd.grad(output, leaves, grad)
+
+    return run
+
+
+def accurate(ours: Variant, peer: Callable[[torch.dtype], Variant]) -> Callable[[], None]:
+    """A check of ours against the same in plain PyTorch, in float64 and in float32."""
+
+    def check() -> None:
+        for i, results in enumerate(zip(ours(), peer(torch.float64)(), peer(torch.float32)(), strict=True)):
+            check_accurate("the output" if i == 0 else f"gradient {i}", *results)
+
+    return check
+
+
+def supermask(layer: Layer, density: float) -> Case:
+    operator = ops.supermask_linear if layer.is_linear else ops.supermask_conv2d
+    k = ops.density_to_k(layer.weight.numel(), density)
+
+    def peer(dtype: torch.dtype, select: plain.Selection = plain.sort_mask) -> Variant:
+        weight = layer.weight.to(dtype)
+        return step(
+            lambda x, s: plain.layer(x, plain.supermask_weight(weight, s, density, select), layer.stride),
+            layer.grad.to(dtype), layer.x.to(dtype), layer.scores.to(dtype),
+        )  # fmt: skip
+
+    ours = step(lambda x, s: operator(x, layer.weight, s, k, **layer.geometry), layer.grad, layer.x, layer.scores)
+    return Case(
+        shape=layer.name,
+        ours=ours,
+        baselines={
+            "sort": peer(torch.float32),
+            "kthvalue": peer(torch.float32, plain.kthvalue_mask),
+            "no mask": step(lambda x, w: plain.layer(x, w, layer.stride), layer.grad, layer.x, layer.weight),
+        },
+        check=accurate(ours, peer),
+        work=layer.flops(layer.weight.numel()),
+        unit="GFLOP/s",
+        density=density,
+    )
+
+
+def cached_mask(layer: Layer, mask: Tensor, dtype: torch.dtype = torch.float32) -> Variant:
+    """The peer of a fixed mask: kept as floats, multiplied into the weight."""
+    factors = mask.to(dtype)
+    return step(
+        lambda x, w: plain.layer(x, w * factors, layer.stride),
+        layer.grad.to(dtype), layer.x.to(dtype), layer.weight.to(dtype),
+    )  # fmt: skip
+
+
+def masked(layer: Layer, density: float) -> Case:
+    operator = ops.masked_linear if layer.is_linear else ops.masked_conv2d
+    mask = layer.mask(density)
+    ours = step(lambda x, w: operator(x, w, mask, **layer.geometry), layer.grad, layer.x, layer.weight)
+    return Case(
+        shape=layer.name,
+        ours=ours,
+        baselines={"cached mask": cached_mask(layer, mask)},
+        check=accurate(ours, lambda dtype: cached_mask(layer, mask, dtype)),
+        work=layer.flops(layer.weight.numel()),
+        unit="GFLOP/s",
+        density=density,
+    )
+
+
+def sparse(layer: Layer, density: float) -> Case:
+    mask = layer.mask(density)
+    pattern, none = ops.sparse_pattern(mask), torch.empty(0)
+
+    def product(x: Tensor, values: Tensor) -> Tensor:
+        if layer.is_linear:
+            return ops.sparse_linear(x, values, none, pattern)
+        return ops.sparse_conv2d(x, values, none, pattern, 3, **layer.geometry)
+
+    def kept(dtype: torch.dtype) -> Variant:
+        def run() -> tuple[Tensor, ...]:
+            output, grad_x, grad_weight = cached_mask(layer, mask, dtype)()
+            return output, grad_x, grad_weight[mask]
+
+        return run
+
+    # Inside a network, activations and gradients come with the batch innermost from the layers around.
+    ours = step(product, reference.batch_last(layer.grad), reference.batch_last(layer.x), layer.weight[mask])
+    return Case(
+        shape=layer.name,
+        ours=ours,
+        baselines={"cached mask": cached_mask(layer, mask)},
+        check=accurate(ours, kept),
+        work=layer.flops(int(mask.sum())),
+        unit="GFLOP/s",
+        density=density,
+    )
+
+
+def knn_classify(quick: bool) -> Cases:
+    for shape in [(200, 50, 8, 5)] if quick else [(5000, 2500, 100, 50), (5000, 2500, 512, 200)]:
+        yield _knn_classify(*shape)
+
+
+def _knn_classify(n: int, m: int, width: int, k: int) -> Case:
+    torch.manual_seed(0)  # integers make every distance exact, so that votes can be compared
+    features, queries = torch.randint(-4, 5, (n, width)).float(), torch.randint(-4, 5, (m, width)).float()
+    labels = torch.randint(10, (n,))
+    return Case(
+        shape=f"{m:,} of {n:,} x {width}, k {k}",
+        ours=lambda: ops.knn_classify(features, labels, queries, k, 10),
+        baselines={"cdist, topk, mode": lambda: plain.knn_classify(features, labels, queries, k)},
+        check=lambda: check_equal(
+            "a vote",
+            ops.knn_classify(features, labels, queries, k, 10),
+            reference.knn_classify(features, labels, queries, k, 10),
+        ),
+        work=2 * n * m * width,
+        unit="GFLOP/s",
+    )
+
+
+CASES: dict[str, Callable[[bool], Cases]] = {
+    "topk_masks": topk_masks,
+    "pack_mask": pack_mask,
+    "unpack_mask": unpack_mask,
+    "free_mask": free_mask,
+    "supermask_linear": layers(supermask, linear=True, densities=(0.1, 0.02)),
+    "supermask_conv2d": layers(supermask, linear=False, densities=(0.1, 0.02)),
+    "masked_linear": layers(masked, linear=True, densities=(0.1,)),
+    "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
+    "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),
+    "sparse_conv2d": layers(sparse, linear=False, densities=(0.1, 0.05, 0.02)),
+    "knn_classify": knn_classify,
+}
+"""The rows of each operator; True asks for one small shape."""
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="NAME")
+    arguments = options.parse_args()
+
+    def measure(threads: int) -> list[Row]:
+        rows = []
+        for operator in arguments.only:
+            for case in CASES[operator](arguments.quick):
+                case.check()
+                ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if arguments.quick else 1.0)
+                rate = case.work / ours.median / 1e9
+                baselines = dict(zip(case.baselines, others, strict=True))
+                rows.append(Row(operator, case.shape, case.density, threads, ours, rate, case.unit, baselines))
+                print(".", end="", flush=True, file=sys.stderr)
+        return rows
+
+    report(arguments, measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a user would write in plain PyTorch: the peers that the operators are measured against."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Selection = Callable[[Tensor, float], Tensor]
+
+
+def sort_mask(magnitudes: Tensor, density: float) -> Tensor:
+    """Mask of zeros and ones through a full sort, as in hidden-networks, SupSup and the official ExSSNeT."""
+    out = magnitudes.clone()
+    _, order = magnitudes.flatten().sort()
+    dropped = int((1 - density) * magnitudes.numel())
+    flat = out.flatten()
+    flat[order[:dropped]] = 0
+    flat[order[dropped:]] = 1
+    return flat.view_as(magnitudes)
+
+
+def kthvalue_mask(magnitudes: Tensor, density: float) -> Tensor:
+    """Mask of zeros and ones by a threshold; of equal magnitudes it keeps too many."""
+    dropped = int((1 - density) * magnitudes.numel())
+    threshold = magnitudes.flatten().kthvalue(dropped + 1).values
+    return (magnitudes >= threshold).to(magnitudes.dtype)
+
+
+def topk_mask(magnitudes: Tensor, density: float) -> Tensor:
+    """Mask of zeros and ones by `torch.topk`; of equal magnitudes it keeps any."""
+    kept = magnitudes.numel() - int((1 - density) * magnitudes.numel())
+    flat = torch.zeros_like(magnitudes).flatten()
+    flat[magnitudes.flatten().topk(kept, sorted=False).indices] = 1
+    return flat.view_as(magnitudes)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, magnitudes: Tensor, density: float, select: Selection) -> Tensor:
+        return select(magnitudes, density)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad, None, None
+
+
+def supermask_weight(weight: Tensor, scores: Tensor, density: float, select: Selection = sort_mask) -> Tensor:
+    """weight * mask, whose mask counts as abs(scores) in the backward pass."""
+    return weight * _StraightThrough.apply(scores.abs(), density, select)
+
+
+def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tensor:
+    """Distances, top k and vote, for blocks of queries."""
+    blocks = queries.split(1024)
+    nearest = (torch.cdist(block, features).topk(k, largest=False).indices for block in blocks)
+    return torch.cat([labels[indices].mode(1).values for indices in nearest])
+
+
+def layer(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """A linear layer for a matrix, a padded convolution for (O, C, R, S)."""
+    return F.linear(x, weight) if weight.dim() == 2 else F.conv2d(x, weight, None, stride, weight.shape[2] // 2)
