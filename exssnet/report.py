@@ -190,7 +190,8 @@ class Report:
         accuracy = 100 * learner.accuracy
         tasks = len(accuracy)
         figure, axes = plt.subplots(figsize=(1.2 + 0.7 * max(5, tasks), 1 + 0.6 * max(5, tasks)), layout="constrained")
-        image = axes.imshow(accuracy.numpy(), cmap="viridis", vmin=min(50.0, float(accuracy.nan_to_num(100).min())), vmax=100)
+        lowest = min(50.0, float(accuracy.nan_to_num(100).min()))
+        image = axes.imshow(accuracy.numpy(), cmap="viridis", vmin=lowest, vmax=100)
         for i in range(tasks if tasks <= 20 else 0):
             for j in range(i + 1):
                 value = accuracy[i, j].item()
