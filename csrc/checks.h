@@ -42,6 +42,9 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
 }
 
+// The tensor itself where it is contiguous, without a trip through the dispatcher.
+inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor like(const Tensor& shape, ScalarType dtype) {
   return torch::stable::new_empty(shape, shape.sizes(), dtype);
 }

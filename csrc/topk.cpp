@@ -16,14 +16,14 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> topk_masks(const std::vector<Ten
   OptTensor old_hint;
   if (hint) {
     check(hint->scalar_type() == ScalarType::Long && same_shape(*hint, selection), "topk_masks", "an int64 hint (layers, 2)");
-    old_hint = torch::stable::contiguous(*hint);
+    old_hint = row_major(*hint);
   }
   std::vector<cpu::TopkLayer> layers;
   for (int64_t i = 0; i < count; ++i) {
     const Tensor& s = scores[i];
     check(s.is_cpu() && 0 <= k[i] && k[i] <= s.numel() && s.numel() < int64_t{1} << 33, "topk_masks",
           "CPU scores of fewer than 2^33 entries and k among them");
-    flat.push_back(torch::stable::contiguous(s));
+    flat.push_back(row_major(s));
     uint8_t* mask = nullptr;
     if (with_masks) {
       masks.push_back(like(s, ScalarType::Bool));

@@ -65,7 +65,7 @@ def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
 
 
 def free_mask(mask: Tensor, used_mask: Tensor) -> Tensor:
-    return mask & ~used_mask
+    return (mask & ~used_mask).contiguous()
 
 
 def _bool_mask(mask: Tensor, weight: Tensor) -> Tensor:

@@ -22,10 +22,8 @@
 #ifdef __clang__
 #define EXSSNET_AVX2_BEGIN \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
-#define EXSSNET_AVX512_BEGIN                                                                                     \
-  _Pragma(                                                                                                       \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\"" \
-      "))), apply_to = function)")
+#define EXSSNET_AVX512_BEGIN \
+  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
 #define EXSSNET_TARGET_END _Pragma("clang attribute pop")
 #else
 #define EXSSNET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,bmi,bmi2,popcnt\")")
@@ -34,11 +32,11 @@
 #define EXSSNET_TARGET_END _Pragma("GCC pop_options")
 #endif
 
-#define EXSSNET_PICK(f) \
-  (isa() == Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : baseline::f)
+#define EXSSNET_PICK(...) \
+  (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
 #define EXSSNET_X86 0
-#define EXSSNET_PICK(f) (baseline::f)
+#define EXSSNET_PICK(...) (baseline::__VA_ARGS__)
 #endif
 
 namespace exssnet::cpu {

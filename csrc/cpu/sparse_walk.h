@@ -61,12 +61,13 @@ inline Plan plan_columns(const Convolution& c) {
 // With only_free, the entries of frozen values are left out, and values are zero.
 template <bool only_free, class T>
 Walk<T> make_walk(const Plan& plan, const Pattern& pattern, const Values<T>& values) {
-  // Fewer entries of a row in a block, and adding up blocks costs more than a nearer cache gains.
-  constexpr int64_t kEntriesPerBlock = 16, kGrain = 1 << 14;
+  // Of a row: with fewer, adding up blocks costs more than a nearer cache gains; with more, rounding errors grow.
+  constexpr int64_t kEntriesPerBlock = 16;
+  constexpr int64_t kGrain = 1 << 14;                // entries that are worth a thread
+  constexpr int64_t unit = only_free ? 64 / sizeof(T) : 1;  // entries whose gradients are summed together
   Walk<T> walk;
   walk.rows = plan.rows;
-  walk.blocks = std::clamp<int64_t>(pattern.entries / std::max<int64_t>(1, plan.rows * kEntriesPerBlock), 1,
-                                    std::max<int64_t>(1, pattern.columns));
+  walk.blocks = pattern.entries / std::max<int64_t>(1, plan.rows * kEntriesPerBlock) + 1;
   walk.start.resize(plan.rows * (walk.blocks + 1));
   walk.offset.reset(new int64_t[pattern.entries]);
   walk.value.reset(new T[pattern.entries]);
@@ -108,7 +109,7 @@ Walk<T> make_walk(const Plan& plan, const Pattern& pattern, const Values<T>& val
         int64_t at = start[0];
         for_each_entry([&](int32_t index, int32_t slot, int64_t shift) { put(at++, index, slot, shift); });
         for (int64_t block = 1; block < walk.blocks; ++block)
-          start[block] = start[0] + (at - start[0]) * block / walk.blocks / kEntriesPerBlock * kEntriesPerBlock;
+          start[block] = start[0] + (at - start[0]) * block / walk.blocks / unit * unit;
         start[walk.blocks] = at;
       } else {  // sort by block
         for_each_entry([&](int32_t index, int32_t, int64_t) { ++start[block_of[index] + 1]; });

@@ -1,0 +1,123 @@
+#include "epilogue.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "bits.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace exssnet::cpu {
+
+namespace {
+
+constexpr int64_t kBlock = 1024;  // entries treated at a time, so that what is between two steps stays in the L1 cache
+constexpr int64_t kGrain = 32;    // blocks that are worth a thread
+constexpr int64_t kNothing = std::numeric_limits<int64_t>::max();  // the threshold of k = 0
+
+namespace baseline {
+#include "epilogue_body.h"
+}
+#if EXSSNET_X86
+EXSSNET_AVX2_BEGIN
+namespace avx2 {
+#include "epilogue_body.h"
+}
+EXSSNET_TARGET_END
+EXSSNET_AVX512_BEGIN
+namespace avx512 {
+#include "epilogue_body.h"
+}
+EXSSNET_TARGET_END
+#endif
+
+template <class B>
+void at_least(const B* scores, int64_t n, int64_t threshold, uint8_t* kept) {
+  if (threshold > std::numeric_limits<B>::max() || threshold == kNothing) std::memset(kept, 0, n);
+  else EXSSNET_PICK(at_least<B>)(scores, n, static_cast<B>(std::max<int64_t>(threshold, 0)), kept);
+}
+
+template <class B>
+void select(const Mask& mask, int64_t begin, int64_t n, uint8_t* kept) {
+  const B* scores = static_cast<const B*>(mask.data) + begin;
+  const int64_t with_ties = std::clamp<int64_t>(mask.tie_index - begin + 1, 0, n);  // entries up to the tie index
+  const int64_t above = mask.threshold + (mask.threshold < kNothing);
+  at_least(scores, with_ties, mask.threshold, kept);
+  at_least(scores + with_ties, n - with_ties, above, kept + with_ties);
+}
+
+// The mask of entries begin ... begin + n - 1 as bytes: in `kept`, or where they already are.
+const uint8_t* bytes_of(const Mask& mask, int64_t begin, int64_t n, uint8_t* kept) {
+  switch (mask.form) {
+    case Mask::Form::none: return nullptr;
+    case Mask::Form::bytes: return static_cast<const uint8_t*>(mask.data) + begin;
+    case Mask::Form::bits: unpack_bits(static_cast<const uint8_t*>(mask.data) + begin / 8, n, kept); return kept;
+    case Mask::Form::selection: break;
+  }
+  if (mask.score_bytes == 2) select<int16_t>(mask, begin, n, kept);
+  else if (mask.score_bytes == 4) select<int32_t>(mask, begin, n, kept);
+  else select<int64_t>(mask, begin, n, kept);
+  return kept;
+}
+
+template <class U>
+void where(const void* in, const uint8_t* kept, int64_t begin, int64_t n, void* out) {
+  const U* from = static_cast<const U*>(in) + begin;
+  U* to = static_cast<U*>(out) + begin;
+  if (in != out) return EXSSNET_PICK(where<U>)(from, kept, n, to);
+  U block[kBlock];
+  EXSSNET_PICK(where<U>)(from, kept, n, block);
+  std::memcpy(to, block, n * sizeof(U));
+}
+
+void keep_block(const void* in, int entry_bytes, int64_t begin, int64_t n, const Mask& mask, const Mask& free_mask,
+                void* out) {
+  uint8_t kept_here[kBlock], free_here[kBlock], both[kBlock];
+  const uint8_t* kept = bytes_of(mask, begin, n, kept_here);
+  if (const uint8_t* free = bytes_of(free_mask, begin, n, free_here)) {
+    for (int64_t i = 0; i < n; ++i) both[i] = kept[i] & free[i];
+    kept = both;
+  }
+  if (entry_bytes == 2) where<uint16_t>(in, kept, begin, n, out);
+  else if (entry_bytes == 4) where<uint32_t>(in, kept, begin, n, out);
+  else where<uint64_t>(in, kept, begin, n, out);
+}
+
+template <class W, class S>
+void score_block(const void* grad, const void* weight, const void* scores, int64_t begin, int64_t n, void* out) {
+  S block[kBlock];
+  EXSSNET_PICK(straight_through<W, S>)
+  (static_cast<const W*>(grad) + begin, static_cast<const W*>(weight) + begin, static_cast<const S*>(scores) + begin, n,
+   block);
+  std::memcpy(static_cast<S*>(out) + begin, block, n * sizeof(S));
+}
+
+using ScoreBlock = void (*)(const void*, const void*, const void*, int64_t, int64_t, void*);
+
+template <class Body>
+void for_blocks(int64_t n, Body&& body) {
+  parallel_for((n + kBlock - 1) / kBlock, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) body(b * kBlock, std::min(kBlock, n - b * kBlock));
+  });
+}
+
+}  // namespace
+
+void keep(const void* in, int entry_bytes, int64_t n, const Mask& mask, const Mask& free_mask, void* out) {
+  for_blocks(n, [&](int64_t begin, int64_t size) { keep_block(in, entry_bytes, begin, size, mask, free_mask, out); });
+}
+
+void score_gradient(void* grad, const void* weight, Float weight_type, const void* scores, Float score_type, int64_t n,
+                    void* out, bool keep_grad, const Mask& mask) {
+  const ScoreBlock block = with_type(weight_type, [&]<class W>(W*) {
+    return with_type(score_type, []<class S>(S*) -> ScoreBlock { return score_block<W, S>; });
+  });
+  const int entry_bytes = with_type(weight_type, []<class W>(W*) { return static_cast<int>(sizeof(W)); });
+  for_blocks(n, [&](int64_t begin, int64_t size) {
+    block(grad, weight, scores, begin, size, out);
+    if (keep_grad) keep_block(grad, entry_bytes, begin, size, mask, {}, grad);
+  });
+}
+
+}  // namespace exssnet::cpu

@@ -1,0 +1,56 @@
+// supermask_linear, masked_linear and their backwards: csrc/cpu/epilogue around ATen's dense products.
+#include "effective.h"
+
+namespace exssnet {
+namespace {
+
+// Gradients of x (B, I) and of the effective weight (O, I).
+Tensor input_gradient(const Tensor& grad, const Tensor& weight) { return aten("aten::mm", "", grad, weight); }
+Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
+  return aten("aten::mm", "", torch::stable::transpose(grad, 0, 1), x);
+}
+
+Tensor supermask_linear(const Tensor& x, const Tensor& weight, const Tensor& scores, const Tensor& selection,
+                        const OptTensor& bias) {
+  constexpr auto kWho = "supermask_linear";
+  return aten("aten::linear", "", x, effective(weight, selected(weight, scores, selection, kWho), kWho), bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> supermask_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                             const Tensor& scores, const Tensor& selection,
+                                                             const Flags& output_mask) {
+  constexpr auto kWho = "supermask_linear_backward";
+  check(output_mask.size() == 3, kWho, "an output_mask of 3");
+  const MaskOf mask = selected(weight, scores, selection, kWho);
+  Tensor grad_x = output_mask[0] ? input_gradient(grad, effective(weight, mask, kWho)) : none_like(x);
+  const bool need_weight = output_mask[1] || output_mask[2];
+  auto [grad_scores, grad_weight] = supermask_gradients(need_weight ? weight_gradient(grad, x) : weight, weight, scores,
+                                                        mask, output_mask, kWho);
+  return {grad_x, grad_scores, grad_weight};
+}
+
+Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& mask, const OptTensor&, const OptTensor& bias) {
+  constexpr auto kWho = "masked_linear";
+  return aten("aten::linear", "", x, effective(weight, given(weight, mask, kWho), kWho), bias);
+}
+
+std::tuple<Tensor, Tensor> masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                  const Tensor& mask, const OptTensor& free_mask,
+                                                  const Flags& output_mask) {
+  constexpr auto kWho = "masked_linear_backward";
+  check(output_mask.size() == 2, kWho, "an output_mask of 2");
+  const MaskOf kept = given(weight, mask, kWho);
+  return {output_mask[0] ? input_gradient(grad, effective(weight, kept, kWho)) : none_like(x),
+          output_mask[1] ? masked_gradient(weight_gradient(grad, x), weight, kept, free_mask, kWho) : none_like(weight)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(exssnet, CPU, m) {
+  m.impl("supermask_linear", TORCH_BOX(&supermask_linear));
+  m.impl("supermask_linear_backward", TORCH_BOX(&supermask_linear_backward));
+  m.impl("masked_linear", TORCH_BOX(&masked_linear));
+  m.impl("masked_linear_backward", TORCH_BOX(&masked_linear_backward));
+}
+
+}  // namespace exssnet
