@@ -1,0 +1,205 @@
+"""Installation: what is in a wheel, what happens without a compiler or the library, and which backend runs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import exssnet
+from exssnet import kernels
+from exssnet.kernels.native import BACKENDS
+
+ROOT = Path(__file__).parent.parent
+
+USE = """
+import torch, exssnet
+from exssnet.kernels import native
+layer = exssnet.SupermaskLinear(7, 5, 0.3)
+x = torch.randn(4, 7)
+assert torch.allclose(layer(x), x @ (layer.weight * layer.mask()).t(), atol=1e-6)
+layer.use_values(layer.mask(), layer.mask())
+layer(x).sum().backward()
+print("missing:", native.missing)
+"""
+
+
+def execute(command: list[str], cwd: Path, path: list[Path] | None = None, **environment: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of a command; `path` is searched for modules before all else."""
+    found = [str(p) for p in path or []] + [p for p in sys.path if p and Path(p) != ROOT / "tests"]
+    inherited = {n: v for n, v in os.environ.items() if n not in ("EXSSNET_BACKEND", "EXSSNET_NATIVE", "FORCE_CUDA")}
+    environment = inherited | {"PYTHONPATH": os.pathsep.join(found)} | environment
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def python(code: str, cwd: Path, path: list[Path] | None = None, **environment: str) -> tuple[int, str, str]:
+    """The same of Python code; of all warnings it prints ours alone."""
+    return execute([sys.executable, "-W", "ignore", "-W", "always:exssnet", "-c", code], cwd, path, **environment)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with a copy of the package that has no native library."""
+    ignored = shutil.ignore_patterns("kernels", "__pycache__")
+    shutil.copytree(Path(exssnet.__file__).parent, tmp_path / "exssnet", ignore=ignored)
+    ignored = shutil.ignore_patterns("_native*", "__pycache__")
+    shutil.copytree(Path(kernels.__file__).parent, tmp_path / "exssnet/kernels", ignore=ignored)
+    return tmp_path
+
+
+def copied_sources(to: Path) -> Path:
+    """A copy of what is needed to build, without anything that was built."""
+    try:  # not by import: setuptools takes the place of distutils in this process
+        metadata.version("pip")
+        setuptools = int(metadata.version("setuptools").partition(".")[0])
+    except metadata.PackageNotFoundError as error:
+        pytest.skip(f"builds need pip and setuptools >= 77, {error}")
+    if setuptools < 77:
+        pytest.skip(f"builds need setuptools >= 77, this is {setuptools}")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, to / name)
+    built = shutil.ignore_patterns("*.so", "*.dll", "__pycache__", "*.egg-info")
+    for name in ("exssnet", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, to / name, ignore=built, symlinks=True)
+    (to / "exssnet/kernels").unlink(missing_ok=True)
+    return to
+
+
+@pytest.fixture
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied_sources(tmp_path_factory.mktemp("sources"))
+
+
+# Backends
+
+
+def test_the_reference_backend_needs_no_library_and_does_not_warn(tmp_path: Path) -> None:
+    status, said, errors = python(USE, tmp_path, EXSSNET_BACKEND="reference")
+    assert (status, said, errors) == (0, "missing: EXSSNET_BACKEND=reference\n", "")
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    status, _, errors = python("import exssnet", tmp_path, EXSSNET_BACKEND="cuda")
+    assert status == 1
+    assert errors.splitlines()[-1] == f"ValueError: EXSSNET_BACKEND must be one of {', '.join(BACKENDS)}, got cuda"
+
+
+def test_info_is_a_module_command_too(tmp_path: Path) -> None:
+    status, said, errors = execute([sys.executable, "-m", "exssnet", "info"], tmp_path, EXSSNET_BACKEND="reference")
+    assert status == 0, errors
+    assert said.startswith(f"exssnet {exssnet.__version__}, torch {torch.__version__}, ")
+    assert "native  not loaded: EXSSNET_BACKEND=reference" in said
+    assert "csrc/" not in said
+    assert said.count("kernels/reference.py") == 2 * len(kernels.OPERATORS)
+
+
+@pytest.mark.parametrize("library", ["absent", "damaged"])
+def test_without_a_sound_library_one_warning_is_given_and_all_works(package: Path, library: str) -> None:
+    if library == "damaged":
+        (package / "exssnet/kernels/_native.so").write_bytes(b"no library")
+    status, said, errors = python(USE + "import exssnet.cli, exssnet.kernels", package, [package])
+    assert status == 0, errors
+    why = {"absent": "the package was installed without it; reinstall with", "damaged": "_native.so does not load in"}
+    assert said.startswith(f"missing: {why[library]}")
+    assert errors.count("Warning") == 1
+    assert f"UserWarning: exssnet runs on its reference in plain PyTorch, native kernels: {why[library]}" in errors
+
+
+def test_the_folder_of_kernels_is_no_package_of_its_own() -> None:
+    status, _, errors = python("import kernels", ROOT, [ROOT])
+    assert status == 1
+    sentence = "this folder is the package exssnet.kernels: install exssnet and import it by that name"
+    assert errors.splitlines()[-1] == f"ImportError: {sentence}"
+
+
+# Builds
+
+
+def build(sources: Path, to: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(to), "--build-lib", str(to)]
+    return execute([*command, *arguments], sources, **environment)
+
+
+def test_a_build_with_cuda_is_refused_while_there_are_no_cuda_kernels(sources: Path, tmp_path: Path) -> None:
+    status, said, errors = build(sources, tmp_path, FORCE_CUDA="1")
+    assert (status, said) == (1, "")
+    assert errors == "exssnet: FORCE_CUDA=1, but csrc/cuda holds no kernels: this version has none for CUDA.\n"
+
+
+def test_a_missing_compiler_is_told_in_one_sentence(sources: Path, tmp_path: Path) -> None:
+    status, _, errors = build(sources, tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert status == 1
+    assert "Traceback" not in errors
+    sentence = errors.splitlines()[-1]
+    assert sentence.startswith("exssnet: the native library did not compile (")
+    assert "/nonexistent/c" in sentence
+    assert sentence.endswith("set EXSSNET_NATIVE=0 to install without it.")
+    assert not list(tmp_path.rglob("_native*"))
+
+
+def wheel(sources: Path, to: Path, **environment: str) -> zipfile.ZipFile:
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    status, _, errors = execute([*command, "-w", str(to), str(sources)], to, **environment)
+    assert status == 0, errors
+    (file,) = to.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    with wheel(
+        copied_sources(tmp_path_factory.mktemp("sources")), tmp_path_factory.mktemp("pure"), EXSSNET_NATIVE="0"
+    ) as found:
+        yield found
+
+
+def test_without_the_native_part_the_wheel_is_pure(pure: zipfile.ZipFile) -> None:
+    assert Path(str(pure.filename)).name == f"exssnet-{exssnet.__version__}-py3-none-any.whl"
+
+
+def test_the_wheel_holds_the_whole_package_and_nothing_else(pure: zipfile.ZipFile) -> None:
+    inside = {name for name in pure.namelist() if ".dist-info/" not in name}
+    expected = {f"exssnet/{p.relative_to(ROOT / 'exssnet')}" for p in (ROOT / "exssnet").rglob("*.py")}
+    expected |= {f"exssnet/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    assert {"exssnet/py.typed", "exssnet/tasks/streams.py", "exssnet/ops/sparse.py"} <= inside
+    assert inside == expected | {"exssnet/py.typed"}
+
+
+def test_the_wheel_installs_the_command(pure: zipfile.ZipFile) -> None:
+    (entry,) = [name for name in pure.namelist() if name.endswith("entry_points.txt")]
+    assert "exssnet = exssnet.cli:main" in pure.read(entry).decode()
+    (told,) = [name for name in pure.namelist() if name.endswith("METADATA")]
+    assert "Requires-Dist: torch>=2.10" in pure.read(told).decode()
+    assert any(name.endswith("LICENSE") for name in pure.namelist())
+
+
+def test_the_source_distribution_holds_all_that_is_compiled(sources: Path, tmp_path: Path) -> None:
+    code = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    status, said, errors = execute([sys.executable, "-c", code], sources)
+    assert status == 0, errors
+    shutil.unpack_archive(tmp_path / said.split()[-1], tmp_path)
+    (unpacked,) = [p for p in tmp_path.iterdir() if p.is_dir()]
+    for folder in ("csrc", "kernels", "exssnet"):
+        there = {p.relative_to(unpacked) for p in (unpacked / folder).rglob("*") if p.is_file()}
+        assert {p.relative_to(sources) for p in (sources / folder).rglob("*") if p.is_file()} <= there
+    assert (unpacked / "setup.py").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_a_native_wheel_is_for_every_python_and_its_library_loads(sources: Path, tmp_path: Path) -> None:
+    with wheel(sources, tmp_path, MAX_JOBS="2") as found:
+        assert re.fullmatch(r"exssnet-[\d.]+-py3-none-(?!any)\w+\.whl", Path(str(found.filename)).name)
+        libraries = [name for name in found.namelist() if "_native" in name]
+        assert libraries == ["exssnet/kernels/_native" + Path(libraries[0]).suffix]
+        found.extractall(tmp_path / "site")
+    status, said, errors = python(USE, tmp_path, [tmp_path / "site"])
+    assert (status, said, errors) == (0, "missing: None\n", "")
