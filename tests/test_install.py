@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 USE = """
 import torch, exssnet
 from exssnet.kernels import native
-layer = exssnet.SupermaskLinear(7, 5, 0.3)
+layer = exssnet.SupermaskLinear(7, 5, density=0.3)
 x = torch.randn(4, 7)
 assert torch.allclose(layer(x), x @ (layer.weight * layer.mask()).t(), atol=1e-6)
 layer.use_values(layer.mask(), layer.mask())
