@@ -19,20 +19,16 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define EXSSNET_X86 1
 
+#define EXSSNET_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
-#define EXSSNET_AVX2_BEGIN \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
-#define EXSSNET_AVX512_BEGIN                                                                                     \
-  _Pragma(                                                                                                       \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\"" \
-      "))), apply_to = function)")
-#define EXSSNET_TARGET_END _Pragma("clang attribute pop")
+#define EXSSNET_TARGET(sets) EXSSNET_PRAGMA(clang attribute push(__attribute__((target(sets))), apply_to = function))
+#define EXSSNET_TARGET_END EXSSNET_PRAGMA(clang attribute pop)
 #else
-#define EXSSNET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,bmi,bmi2,popcnt\")")
-#define EXSSNET_AVX512_BEGIN \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\")")
-#define EXSSNET_TARGET_END _Pragma("GCC pop_options")
+#define EXSSNET_TARGET(sets) EXSSNET_PRAGMA(GCC push_options) EXSSNET_PRAGMA(GCC target(sets))
+#define EXSSNET_TARGET_END EXSSNET_PRAGMA(GCC pop_options)
 #endif
+#define EXSSNET_AVX2_BEGIN EXSSNET_TARGET("avx2,fma,bmi,bmi2,popcnt")
+#define EXSSNET_AVX512_BEGIN EXSSNET_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")
 
 #define EXSSNET_PICK(...) \
   (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
