@@ -49,6 +49,8 @@ inline Tensor like(const Tensor& shape, ScalarType dtype) {
   return torch::stable::new_empty(shape, shape.sizes(), dtype);
 }
 
+inline Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+
 // Calls an ATen operator that returns `kResults` tensors. Arguments are in the order of its schema.
 template <size_t kResults = 1, class... Args>
 auto aten(const char* name, const char* overload, const Args&... args) {

@@ -50,8 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> supermask_conv2d_backward(const Tensor& grad,
   return {output_mask[0] ? grad_x : none_like(x), grad_scores, grad_weight};
 }
 
-Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const Tensor& mask, const OptTensor&, const OptTensor& bias,
-                     const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups) {
+Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const Tensor& mask, const OptTensor& /*free_mask*/,
+                     const OptTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
+                     int64_t groups) {
   constexpr auto kWho = "masked_conv2d";
   return convolution(x, effective(weight, given(weight, mask, kWho), kWho), bias, {stride, padding, dilation, groups});
 }

@@ -46,12 +46,10 @@ inline Tensor effective(const Tensor& weight, const MaskOf& mask, const char* wh
   return out;
 }
 
-inline Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
-
 // The gradients of (scores, weight) from that of the effective weight, which is a fresh tensor and is used up.
 inline std::tuple<Tensor, Tensor> supermask_gradients(const Tensor& grad_effective, const Tensor& weight,
-                                                      const Tensor& scores, const MaskOf& mask, const Flags& output_mask,
-                                                      const char* who) {
+                                                      const Tensor& scores, const MaskOf& mask,
+                                                      const Flags& output_mask, const char* who) {
   const bool need_scores = output_mask[1], need_weight = output_mask[2];
   if (!need_scores && !need_weight) return {none_like(scores), none_like(weight)};
   Tensor grad = row_major(grad_effective);

@@ -33,7 +33,8 @@ Tensor knn_classify(const Tensor& features, const Tensor& labels, const Tensor& 
   check(1 <= k && k <= n, kWho, "k in [1, n]");
   const Tensor flat = row_major(labels);
   const int64_t* label = flat.const_data_ptr<int64_t>();
-  check(std::all_of(label, label + n, [=](int64_t v) { return 0 <= v && v < classes; }), kWho, "labels in [0, classes)");
+  check(std::all_of(label, label + n, [=](int64_t v) { return 0 <= v && v < classes; }), kWho,
+        "labels in [0, classes)");
   Tensor out = torch::stable::new_empty(labels, {queries.size(0)});
   if (float_type(features, kWho) == cpu::Float::float64) {
     classify<double>(row_major(features), flat, queries, k, classes, out);

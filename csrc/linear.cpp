@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> supermask_linear_backward(const Tensor& grad,
   return {grad_x, grad_scores, grad_weight};
 }
 
-Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& mask, const OptTensor&, const OptTensor& bias) {
+Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& mask, const OptTensor& /*free_mask*/,
+                     const OptTensor& bias) {
   constexpr auto kWho = "masked_linear";
   return aten("aten::linear", "", x, effective(weight, given(weight, mask, kWho), kWho), bias);
 }
@@ -40,8 +41,9 @@ std::tuple<Tensor, Tensor> masked_linear_backward(const Tensor& grad, const Tens
   constexpr auto kWho = "masked_linear_backward";
   check(output_mask.size() == 2, kWho, "an output_mask of 2");
   const MaskOf kept = given(weight, mask, kWho);
-  return {output_mask[0] ? input_gradient(grad, effective(weight, kept, kWho)) : none_like(x),
-          output_mask[1] ? masked_gradient(weight_gradient(grad, x), weight, kept, free_mask, kWho) : none_like(weight)};
+  Tensor grad_x = output_mask[0] ? input_gradient(grad, effective(weight, kept, kWho)) : none_like(x);
+  if (!output_mask[1]) return {grad_x, none_like(weight)};
+  return {grad_x, masked_gradient(weight_gradient(grad, x), weight, kept, free_mask, kWho)};
 }
 
 }  // namespace

@@ -14,15 +14,13 @@ using cpu::PackedImage;
 using cpu::Pattern;
 using cpu::Strides;
 using cpu::Values;
-using Bools = std::vector<bool>;
 
 constexpr int64_t kMost = int64_t(1) << 31;  // of any size: products of the few that are multiplied stay in int64
 
-// The checks before the two calls save trips through the dispatcher, of which a small layer would notice ten.
+// Without a trip through the dispatcher where nothing changes: a small layer would notice ten.
 Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
-Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // What the kernels compute in: float32 for the half types.
 ScalarType compute_dtype(const Tensor& x) {
@@ -36,16 +34,9 @@ Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
     strides[i] = step;
     step *= std::max<int64_t>(shape[i], 1);
   }
-  std::array<StableIValue, 7> stack{
-      torch::stable::detail::from(like),         torch::stable::detail::from(shape),
-      torch::stable::detail::from(strides),      torch::stable::detail::from(std::optional(dtype)),
-      torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return aten("aten::new_empty_strided", "", like, shape, strides, std::optional(dtype), std::nullopt, std::nullopt,
+              std::nullopt);
 }
-
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 // The pattern and the values of a layer, checked so far that no pointer, index or slot can leave its array.
 struct Weights {
@@ -71,12 +62,12 @@ struct Weights {
     return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel()};
   }
 
-  Tensor floats(const Tensor& t) const { return to_contiguous(to_dtype(t, dtype)); }
+  Tensor floats(const Tensor& t) const { return row_major(to_dtype(t, dtype)); }
 
  private:
   Tensor indices(const Tensor& t) const {
     check(t.scalar_type() == ScalarType::Int && t.dim() == 1, who, "a pattern of flat int32 tensors");
-    return to_contiguous(t);
+    return row_major(t);
   }
 
   Pattern checked(const Tensor& ptr, const Tensor& index, const Tensor& slots, int64_t columns) const {
@@ -190,13 +181,13 @@ Tensor run_forward(const Weights& w, const Convolution& c, const Tensor& x, cons
 }
 
 std::tuple<Tensor, Tensor> run_backward(const Weights& w, const Convolution& c, const Tensor& grad, const Tensor& x,
-                                        const Bools& output_mask) {
+                                        const Flags& output_mask) {
   Ints expected{c.batch, c.out_channels};
   if (x.dim() == 4) expected.insert(expected.end(), {c.h.out, c.w.out});
   check(shape_of(grad) == expected && output_mask.size() == 2, w.who, "the output's gradient and two flags");
   const Tensor g = to_dtype(grad, w.dtype), from = to_dtype(x, w.dtype);
   const auto run = [&](bool wanted, auto* as_double, auto* as_float) {
-    if (!wanted) return nothing(x);
+    if (!wanted) return none_like(x);
     return to_dtype((w.dtype == ScalarType::Double ? as_double : as_float)(w, c, from, g), x.scalar_type());
   };
   return {run(output_mask[0], input_gradient<double>, input_gradient<float>),
@@ -213,7 +204,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& free_values, const Tensor& f
 std::tuple<Tensor, Tensor> sparse_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
                                                   const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
                                                   const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
-                                                  const Tensor& slot_t, const Bools& output_mask) {
+                                                  const Tensor& slot_t, const Flags& output_mask) {
   const Weights w("sparse_linear_backward", x,
                   {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
   return run_backward(w, linear(w, x), grad, x, output_mask);
@@ -231,7 +222,7 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad, const Tens
                                                   const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
                                                   const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
                                                   const Tensor& slot_t, const Ints& kernel_size, const Ints& stride,
-                                                  const Ints& padding, const Ints& dilation, const Bools& output_mask) {
+                                                  const Ints& padding, const Ints& dilation, const Flags& output_mask) {
   const Weights w("sparse_conv2d_backward", x,
                   {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
   return run_backward(w, convolution(w, x, kernel_size, stride, padding, dilation), grad, x, output_mask);

@@ -15,7 +15,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> topk_masks(const std::vector<Ten
   const Tensor new_hint = torch::stable::new_empty(scores[0], {count, 2}, ScalarType::Long);
   OptTensor old_hint;
   if (hint) {
-    check(hint->scalar_type() == ScalarType::Long && same_shape(*hint, selection), "topk_masks", "an int64 hint (layers, 2)");
+    check(hint->scalar_type() == ScalarType::Long && same_shape(*hint, selection) && hint->is_cpu(), "topk_masks",
+          "an int64 hint (layers, 2)");
     old_hint = row_major(*hint);
   }
   std::vector<cpu::TopkLayer> layers;

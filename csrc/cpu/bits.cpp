@@ -21,7 +21,8 @@ void pack_bits(const bool* __restrict mask, int64_t bytes, uint8_t* __restrict p
   }
 }
 
-void and_not_bytes(const uint8_t* __restrict mask, const uint8_t* __restrict used, int64_t n, uint8_t* __restrict free) {
+void and_not_bytes(const uint8_t* __restrict mask, const uint8_t* __restrict used, int64_t n,
+                   uint8_t* __restrict free) {
   for (int64_t i = 0; i < n; ++i) free[i] = mask[i] & ~used[i];
 }
 }  // namespace

@@ -1,16 +1,7 @@
 // Instruction sets. A kernel's body is written once, in a header that includes nothing, and compiled per set:
 //
-//   namespace baseline {
-//   #include "body.h"
-//   }
-//   #if EXSSNET_X86
-//   EXSSNET_AVX2_BEGIN
-//   namespace avx2 {
-//   #include "body.h"
-//   }
-//   EXSSNET_TARGET_END
-//   ... avx512 alike
-//   #endif
+//   #define EXSSNET_BODY "cpu/body.h"
+//   #include "cpu/each_isa.h"
 //
 // EXSSNET_PICK(f) is then the f of the best set that the running machine has. Everything a body calls must be in the
 // body (a callee does not inherit the set), or be baseline code.
@@ -19,18 +10,16 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define EXSSNET_X86 1
 
+#define EXSSNET_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
-#define EXSSNET_AVX2_BEGIN \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
-#define EXSSNET_AVX512_BEGIN \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\"))), apply_to = function)")
-#define EXSSNET_TARGET_END _Pragma("clang attribute pop")
+#define EXSSNET_TARGET(sets) EXSSNET_PRAGMA(clang attribute push(__attribute__((target(sets))), apply_to = function))
+#define EXSSNET_TARGET_END EXSSNET_PRAGMA(clang attribute pop)
 #else
-#define EXSSNET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,bmi,bmi2,popcnt\")")
-#define EXSSNET_AVX512_BEGIN \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt\")")
-#define EXSSNET_TARGET_END _Pragma("GCC pop_options")
+#define EXSSNET_TARGET(sets) EXSSNET_PRAGMA(GCC push_options) EXSSNET_PRAGMA(GCC target(sets))
+#define EXSSNET_TARGET_END EXSSNET_PRAGMA(GCC pop_options)
 #endif
+#define EXSSNET_AVX2_BEGIN EXSSNET_TARGET("avx2,fma,bmi,bmi2,popcnt")
+#define EXSSNET_AVX512_BEGIN EXSSNET_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")
 
 #define EXSSNET_PICK(...) \
   (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)

@@ -1,12 +1,12 @@
-#include "epilogue.h"
+#include "cpu/epilogue.h"
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
-#include "bits.h"
-#include "dispatch.h"
-#include "parallel.h"
+#include "cpu/bits.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
 
 namespace exssnet::cpu {
 
@@ -16,21 +16,8 @@ constexpr int64_t kBlock = 1024;  // entries treated at a time, so that what is 
 constexpr int64_t kGrain = 32;    // blocks that are worth a thread
 constexpr int64_t kNothing = std::numeric_limits<int64_t>::max();  // the threshold of k = 0
 
-namespace baseline {
-#include "epilogue_body.h"
-}
-#if EXSSNET_X86
-EXSSNET_AVX2_BEGIN
-namespace avx2 {
-#include "epilogue_body.h"
-}
-EXSSNET_TARGET_END
-EXSSNET_AVX512_BEGIN
-namespace avx512 {
-#include "epilogue_body.h"
-}
-EXSSNET_TARGET_END
-#endif
+#define EXSSNET_BODY "cpu/epilogue_body.h"
+#include "cpu/each_isa.h"
 
 template <class B>
 void at_least(const B* scores, int64_t n, int64_t threshold, uint8_t* kept) {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "floats.h"
+#include "cpu/floats.h"
 
 namespace exssnet::cpu {
 
@@ -19,8 +19,9 @@ struct Mask {
 void keep(const void* in, int entry_bytes, int64_t n, const Mask& mask, const Mask& free_mask, void* out);
 
 // Straight-through gradient of the scores, grad * weight * sign(scores), computed in float32 or, for float64 weights,
-// in float64. grad (n, of the weight's type) is that of the effective weight; out is of the scores' type. With keep_grad,
-// grad becomes the weight's gradient in the same pass, 0 where the mask does not keep; without, out may be grad.
+// in float64. grad (n, of the weight's type) is that of the effective weight; out is of the scores' type. With
+// keep_grad, grad becomes the weight's gradient in the same pass, 0 where the mask does not keep; without, out may be
+// grad.
 void score_gradient(void* grad, const void* weight, Float weight_type, const void* scores, Float score_type, int64_t n,
                     void* out, bool keep_grad, const Mask& mask);
 

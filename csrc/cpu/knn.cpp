@@ -1,11 +1,11 @@
-#include "knn.h"
+#include "cpu/knn.h"
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 #include <vector>
 
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace exssnet::cpu {
 
@@ -28,7 +28,7 @@ struct Neighbour {
   }
 };
 
-// The k nearest to the front of `near`, which is scratch. Whoever is not nearer than the k-th of those seen so far is out.
+// The k nearest to the front of `near`, which is scratch. Who is not nearer than the k-th of those seen so far is out.
 template <class T>
 void nearest(const T* products, const T* squares, int64_t n, int64_t k, std::vector<Neighbour<T>>& near) {
   constexpr int64_t kBlock = 64;

@@ -16,24 +16,8 @@ namespace {
 constexpr int64_t kChunk = 1024;     // bytes of an output line that are taken at a time
 constexpr int64_t kGrain = 1 << 17;  // multiply-adds that are worth a thread
 
-namespace baseline {
-constexpr int kVectorBytes = 16, kVectors = 8;
-#include "cpu/sparse_body.h"
-}  // namespace baseline
-#if EXSSNET_X86
-EXSSNET_AVX2_BEGIN
-namespace avx2 {
-constexpr int kVectorBytes = 32, kVectors = 8;
-#include "cpu/sparse_body.h"
-}  // namespace avx2
-EXSSNET_TARGET_END
-EXSSNET_AVX512_BEGIN
-namespace avx512 {
-constexpr int kVectorBytes = 64, kVectors = 16;
-#include "cpu/sparse_body.h"
-}  // namespace avx512
-EXSSNET_TARGET_END
-#endif
+#define EXSSNET_BODY "cpu/sparse_body.h"
+#include "cpu/each_isa.h"
 
 // First rows of `parts` shares of about equally many entries.
 template <class T>

@@ -1,4 +1,4 @@
-#include "topk.h"
+#include "cpu/topk.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,8 +8,8 @@
 #include <limits>
 #include <memory>
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
 
 // How it works. A layer has a bracket [lo, hi] of magnitude bits that nearly surely holds the k-th largest: from the
 // last call's hint, or from a sample of the scores. One pass over the scores counts what lies above the bracket, writes
@@ -29,21 +29,8 @@ struct ScanCounts {
   int64_t above, inside, largest;
 };
 
-namespace baseline {
-#include "topk_scan.h"
-}
-#if EXSSNET_X86
-EXSSNET_AVX2_BEGIN
-namespace avx2 {
-#include "topk_scan.h"
-}
-EXSSNET_TARGET_END
-EXSSNET_AVX512_BEGIN
-namespace avx512 {
-#include "topk_scan.h"
-}
-EXSSNET_TARGET_END
-#endif
+#define EXSSNET_BODY "cpu/topk_scan.h"
+#include "cpu/each_isa.h"
 
 // Calls body(0) ... body(count - 1); threads take the next one when they are done with one.
 template <class Body>
@@ -239,9 +226,9 @@ class LayerOf final : public Layer {
   bool has_hint() const { return in.hint && 0 <= in.hint[0] && in.hint[0] <= in.hint[1] && in.hint[1] <= infinity_; }
 
   // The bracket that holds the k-th but for about one layer in ten thousand: order statistics of a sample around its
-  // rank, four standard deviations away. n^(2/3) / 2 balances the cost of the sample and of the candidates.
+  // rank, four standard deviations away. n^(2/3) balances the cost of the sample and of the candidates.
   void sample() {
-    const auto size = std::max<int64_t>(512, static_cast<int64_t>(std::pow(static_cast<double>(in.n), 2.0 / 3) / 2));
+    const auto size = std::max<int64_t>(512, static_cast<int64_t>(std::pow(static_cast<double>(in.n), 2.0 / 3)));
     const int64_t stride = in.n / size;
     std::vector<B> drawn(size);
     uint64_t random = 0;  // the place inside each stride, lest a pattern in the scores meets the stride
@@ -249,7 +236,8 @@ class LayerOf final : public Layer {
       random = random * 6364136223846793005ull + 1442695040888963407ull;
       drawn[i] = magnitude(i * stride + static_cast<int64_t>((random >> 33) % static_cast<uint64_t>(stride)));
     }
-    const double share = static_cast<double>(in.k) / static_cast<double>(in.n), rank = share * static_cast<double>(size);
+    const double share = static_cast<double>(in.k) / static_cast<double>(in.n);
+    const double rank = share * static_cast<double>(size);
     const double margin = 4 * std::sqrt(rank * (1 - share)) + 4;
     const auto top = static_cast<int64_t>(rank - margin), bottom = static_cast<int64_t>(rank + margin);
     hi_ = infinity_, lo_ = 0;

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "floats.h"
+#include "cpu/floats.h"
 
 namespace exssnet::cpu {
 

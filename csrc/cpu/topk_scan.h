@@ -1,8 +1,8 @@
 // Body of the one pass over the scores (see dispatch.h): compiled per instruction set, so it includes nothing.
 
 // Writes mask[i] = magnitude > hi, counts the magnitudes above and inside [lo, hi], and puts the positions of those
-// inside into `found` unless it is null (there it may write 3 entries more). Blocks of 64 are bytes of 0 and 1, which compilers turn into vector compares;
-// most blocks have nothing inside and cost nothing more. n is at most 2^16.
+// inside into `found` unless it is null (there it may write 3 entries more). Blocks of 64 are bytes of 0 and 1, which
+// compilers turn into vector compares; most blocks have nothing inside and cost nothing more. n is at most 2^16.
 template <class B>
 static ScanCounts scan(const B* __restrict scores, int64_t n, B lo, B hi, uint8_t* __restrict mask,
                        uint16_t* __restrict found) {
@@ -22,11 +22,11 @@ static ScanCounts scan(const B* __restrict scores, int64_t n, B lo, B hi, uint8_
     }
     uint64_t above_sum = 0, inside_sum = 0, eight[8];  // every byte of the sums is at most 8
     for (int w = 0; w < 8; ++w) {
-      __builtin_memcpy(&eight[w], above + 8 * w, 8);
+      std::memcpy(&eight[w], above + 8 * w, 8);
       above_sum += eight[w];
     }
     for (int w = 0; w < 8; ++w) {
-      __builtin_memcpy(&eight[w], inside + 8 * w, 8);
+      std::memcpy(&eight[w], inside + 8 * w, 8);
       inside_sum += eight[w];
     }
     counts.above += (above_sum * kOnes) >> 56;
