@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .library import pair, require, single
+from .library import pair, single
 
 
 def conv_geometry(
@@ -17,17 +17,19 @@ def conv_geometry(
     dilation: int | Sequence[int],
 ) -> tuple[list[int], list[int], list[int]]:
     """Checked (stride, padding, dilation), two numbers each, of a convolution over x (N, C, H, W)."""
-    require(x.dim() == 4, f"{operator}: x must have 4 dimensions (N, C, H, W), got {x.dim()}")
-    require(x.shape[1] == in_channels, f"{operator}: expected x with {in_channels} channels, got {x.shape[1]}")
+    if x.dim() != 4:
+        raise ValueError(f"{operator}: x must have 4 dimensions (N, C, H, W), got {x.dim()}")
+    if x.shape[1] != in_channels:
+        raise ValueError(f"{operator}: expected x with {in_channels} channels, got {x.shape[1]}")
     steps = pair(operator, "stride", stride, 1)
     pads = pair(operator, "padding", padding, 0)
     gaps = pair(operator, "dilation", dilation, 1)
     for size, pad, gap, taps in zip(x.shape[2:], pads, gaps, kernel_size, strict=True):
         reach = gap * (taps - 1) + 1
-        require(
-            size + 2 * pad >= reach,
-            f"{operator}: the kernel spans {reach} pixels but the padded image has only {size + 2 * pad}",
-        )
+        if size + 2 * pad < reach:
+            raise ValueError(
+                f"{operator}: the kernel spans {reach} pixels but the padded image has only {size + 2 * pad}"
+            )
     return steps, pads, gaps
 
 
@@ -60,7 +62,8 @@ def conv1d_as_2d(
     dilation: int | Sequence[int],
 ) -> tuple[Tensor, list[int], list[int], list[int]]:
     """x (N, C, L) as an image of height 1, with its geometry."""
-    require(x.dim() == 3, f"{operator}: x must have 3 dimensions (N, C, L), got {x.dim()}")
+    if x.dim() != 3:
+        raise ValueError(f"{operator}: x must have 3 dimensions (N, C, L), got {x.dim()}")
     return (
         x.unsqueeze(2),
         [1, single(operator, "stride", stride, 1)],
@@ -70,23 +73,22 @@ def conv1d_as_2d(
 
 
 def check_bias(operator: str, bias: Tensor | None, out_features: int) -> None:
-    require(
-        bias is None or bias.shape == (out_features,),
-        f"{operator}: bias must have shape ({out_features},), got {None if bias is None else tuple(bias.shape)}",
-    )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(
+            f"{operator}: bias must have shape ({out_features},), got {None if bias is None else tuple(bias.shape)}"
+        )
 
 
 def check_groups(operator: str, weight: Tensor, groups: int) -> None:
-    require(weight.dim() == 4, f"{operator}: weight must have shape (O, C/groups, R, S), got {tuple(weight.shape)}")
-    require(
-        groups >= 1 and weight.shape[0] % groups == 0,
-        f"{operator}: groups must divide the {weight.shape[0]} output channels, got {groups}",
-    )
+    if weight.dim() != 4:
+        raise ValueError(f"{operator}: weight must have shape (O, C/groups, R, S), got {tuple(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"{operator}: groups must divide the {weight.shape[0]} output channels, got {groups}")
 
 
 def check_linear(operator: str, x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> None:
-    require(
-        x.dim() >= 1 and x.shape[-1] == in_features,
-        f"{operator}: expected x with {in_features} features in its last dimension, got shape {tuple(x.shape)}",
-    )
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"{operator}: expected x with {in_features} features in its last dimension, got shape {tuple(x.shape)}"
+        )
     check_bias(operator, bias, out_features)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import define, require, same_kind
+from .library import define, same_kind
 
 define(
     "knn_classify(Tensor features, Tensor labels, Tensor queries, int k, int classes) -> Tensor",
@@ -18,20 +18,23 @@ def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, clas
     neither an (n, m, d) nor an (n, m) tensor is built. features and queries: one floating dtype; labels: (n,) int64 in
     [0, classes); k in [1, n]. Returns (m,) int64.
     """
-    require(
-        features.dim() == 2 and queries.dim() == 2 and features.shape[1] == queries.shape[1],
-        f"knn_classify: features and queries must be (n, d) and (m, d), got {tuple(features.shape)} and "
-        f"{tuple(queries.shape)}",
-    )
+    if not (features.dim() == 2 and queries.dim() == 2 and features.shape[1] == queries.shape[1]):
+        raise ValueError(
+            f"knn_classify: features and queries must be (n, d) and (m, d), got {tuple(features.shape)} and "
+            f"{tuple(queries.shape)}"
+        )
     n = features.shape[0]
-    require(
-        labels.shape == (n,) and labels.dtype == torch.int64,
-        f"knn_classify: labels must be int64 of shape ({n},), got {labels.dtype} of {tuple(labels.shape)}",
-    )
-    require(1 <= k <= n, f"knn_classify: k must be in [1, {n}], got {k}")
-    require(features.is_floating_point(), f"knn_classify: features must be floating point, got {features.dtype}")
+    if not (labels.shape == (n,) and labels.dtype == torch.int64):
+        raise ValueError(
+            f"knn_classify: labels must be int64 of shape ({n},), got {labels.dtype} of {tuple(labels.shape)}"
+        )
+    if not 1 <= k <= n:
+        raise ValueError(f"knn_classify: k must be in [1, {n}], got {k}")
+    if not features.is_floating_point():
+        raise ValueError(f"knn_classify: features must be floating point, got {features.dtype}")
     same_kind("knn_classify", features, queries=queries)
     low, high = (int(v) for v in labels.aminmax())
-    require(low >= 0 and high < classes, f"knn_classify: labels must be in [0, {classes}), got {low} to {high}")
+    if low < 0 or high >= classes:
+        raise ValueError(f"knn_classify: labels must be in [0, {classes}), got {low} to {high}")
     predicted: Tensor = torch.ops.exssnet.knn_classify(features.detach(), labels, queries.detach(), k, classes)
     return predicted

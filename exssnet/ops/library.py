@@ -48,7 +48,9 @@ def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[.
             result: list[Tensor | None] = [None] * len(needed)
             output_mask = [needed[i] for i in gradients]
             if any(output_mask):
-                for i, gradient in zip(gradients, backward_op(grad, *args, output_mask), strict=True):
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = backward_op(grad, *args, output_mask)
+                for i, gradient in zip(gradients, found, strict=True):
                     result[i] = gradient if needed[i] else None
             if needed[bias]:
                 result[bias] = grad.sum([d for d in range(grad.dim()) if d != 1])
@@ -90,34 +92,28 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
-def require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
-
-
 def same_kind(operator: str, x: Tensor, **others: Tensor | None) -> None:
     """Refuse arguments on another device, or of another dtype, than x."""
     for name, t in others.items():
         if t is None:
             continue
-        require(t.device == x.device, f"{operator}: x is on {x.device} but {name} is on {t.device}")
-        require(t.dtype == x.dtype, f"{operator}: x is {x.dtype} but {name} is {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{operator}: x is on {x.device} but {name} is on {t.device}")
+        if t.dtype != x.dtype:
+            raise ValueError(f"{operator}: x is {x.dtype} but {name} is {t.dtype}")
 
 
 def pair(operator: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
     """Two integers from one or two, each at least `least`."""
     both = [value, value] if isinstance(value, int) else list(value)
-    require(
-        len(both) == 2 and all(v >= least for v in both),
-        f"{operator}: {name} must be one or two integers of at least {least}, got {value}",
-    )
+    if not (len(both) == 2 and all(v >= least for v in both)):
+        raise ValueError(f"{operator}: {name} must be one or two integers of at least {least}, got {value}")
     return both
 
 
 def single(operator: str, name: str, value: int | Sequence[int], least: int) -> int:
     """The one integer of a one-dimensional geometry argument, given plain or as a sequence of one."""
     one = [value] if isinstance(value, int) else list(value)
-    require(
-        len(one) == 1 and one[0] >= least, f"{operator}: {name} must be one integer of at least {least}, got {value}"
-    )
+    if not (len(one) == 1 and one[0] >= least):
+        raise ValueError(f"{operator}: {name} must be one integer of at least {least}, got {value}")
     return one[0]

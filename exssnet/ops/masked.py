@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
-from .library import autocast, define, differentiable, require, same_kind
+from .library import autocast, define, differentiable, same_kind
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -43,13 +43,16 @@ def _check_masks(operator: str, weight: Tensor, **masks: Tensor | None) -> None:
     for name, mask in masks.items():
         if mask is None:
             continue
-        require(
+        if not (
             (mask.dtype == torch.bool and mask.shape == weight.shape)
-            or (mask.dtype == torch.uint8 and mask.shape == (-(-n // 8),)),
-            f"{operator}: {name} must be bool of shape {tuple(weight.shape)} or packed uint8 of {-(-n // 8)} bytes, "
-            f"got {mask.dtype} of {tuple(mask.shape)}",
-        )
-        require(mask.device == weight.device, f"{operator}: weight is on {weight.device} but {name} on {mask.device}")
+            or (mask.dtype == torch.uint8 and mask.shape == (-(-n // 8),))
+        ):
+            raise ValueError(
+                f"{operator}: {name} must be bool of shape {tuple(weight.shape)} or packed uint8 of {-(-n // 8)} bytes"
+                f", got {mask.dtype} of {tuple(mask.shape)}"
+            )
+        if mask.device != weight.device:
+            raise ValueError(f"{operator}: weight is on {weight.device} but {name} on {mask.device}")
 
 
 def masked_linear(
@@ -64,7 +67,8 @@ def masked_linear(
     Returns (..., O). Raises ValueError on wrong shapes. No second derivative.
     Source: arXiv 2210.10209, section 3, eq. 2.
     """
-    require(weight.dim() == 2, f"masked_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"masked_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
     check_linear("masked_linear", x, weight.shape[0], weight.shape[1], bias)
     _check_masks("masked_linear", weight, mask=mask, free_mask=free_mask)
     x, weight, bias = autocast(x, weight, bias)
@@ -99,7 +103,8 @@ def masked_conv1d(
 
     x: (N, C, L); weight: (O, C/groups, S); bias: (O,). Returns (N, O, L').
     """
-    require(weight.dim() == 3, f"masked_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
+    if weight.dim() != 3:
+        raise ValueError(f"masked_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
     x, steps, pads, gaps = conv1d_as_2d("masked_conv1d", x, stride, padding, dilation)
     mask = mask.unsqueeze(2) if mask.dtype == torch.bool else mask
     if free_mask is not None and free_mask.dtype == torch.bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import define, require
+from .library import define
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,7 +36,8 @@ define(
 
 def density_to_k(n: int, density: float) -> int:
     """Number of weights that a density keeps: ``n - int((1 - density) * n)``, the official rule (int truncates)."""
-    require(0 <= density <= 1, f"density must be in [0, 1], got {density}")
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must be in [0, 1], got {density}")
     return n - int((1 - density) * n)
 
 
@@ -55,20 +56,20 @@ class TopK(NamedTuple):
 
 
 def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
-    require(len(scores) > 0, f"{operator}: expected at least one score tensor, got none")
-    require(
-        len(scores) == len(k), f"{operator}: expected one k per score tensor, got {len(scores)} scores and {len(k)} k"
-    )
+    if not scores:
+        raise ValueError(f"{operator}: expected at least one score tensor, got none")
+    if len(scores) != len(k):
+        raise ValueError(f"{operator}: expected one k per score tensor, got {len(scores)} scores and {len(k)} k")
     for s, count in zip(scores, k, strict=True):
-        require(s.dtype in FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {s.dtype}")
-        require(0 <= count <= s.numel(), f"{operator}: k must be in [0, {s.numel()}], got {count}")
-        require(
-            s.device == scores[0].device, f"{operator}: scores are on two devices, {scores[0].device} and {s.device}"
-        )
-    if hint is not None:
-        require(
-            hint.shape == (len(scores), 2) and hint.dtype == torch.int64,
-            f"{operator}: hint must be int64 of shape ({len(scores)}, 2), got {hint.dtype} of {tuple(hint.shape)}",
+        if s.dtype not in FLOATS:
+            raise ValueError(f"{operator}: scores must be float32, bfloat16, float16 or float64, got {s.dtype}")
+        if not 0 <= count <= s.numel():
+            raise ValueError(f"{operator}: k must be in [0, {s.numel()}], got {count}")
+        if s.device != scores[0].device:
+            raise ValueError(f"{operator}: scores are on two devices, {scores[0].device} and {s.device}")
+    if hint is not None and not (hint.shape == (len(scores), 2) and hint.dtype == torch.int64):
+        raise ValueError(
+            f"{operator}: hint must be int64 of shape ({len(scores)}, 2), got {hint.dtype} of {tuple(hint.shape)}"
         )
 
 
@@ -99,7 +100,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Mask as bits: uint8 of ceil(n / 8) bytes, bit j of byte i is flat entry 8 i + j, spare bits zero."""
-    require(mask.dtype == torch.bool, f"pack_mask: mask must be bool, got {mask.dtype}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"pack_mask: mask must be bool, got {mask.dtype}")
     packed: Tensor = torch.ops.exssnet.pack_mask(mask)
     return packed
 
@@ -107,20 +109,22 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Bool mask of the given shape from the bytes of `pack_mask`."""
     n = math.prod(shape)
-    require(
-        packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() == -(-n // 8),
-        f"unpack_mask: {n} entries are {-(-n // 8)} bytes of uint8, got {packed.dtype} of {tuple(packed.shape)}",
-    )
+    if not (packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() == -(-n // 8)):
+        raise ValueError(
+            f"unpack_mask: {n} entries are {-(-n // 8)} bytes of uint8, got {packed.dtype} of {tuple(packed.shape)}"
+        )
     mask: Tensor = torch.ops.exssnet.unpack_mask(packed, list(shape))
     return mask
 
 
 def free_mask(mask: Tensor, used_mask: Tensor) -> Tensor:
     """``mask & ~used_mask``: the weights that a task alone may change. Both packed (uint8) or both bool."""
-    require(
-        mask.dtype in (torch.bool, torch.uint8) and mask.dtype == used_mask.dtype and mask.shape == used_mask.shape,
-        f"free_mask: mask and used_mask must both be bool, or both packed uint8, of one shape, got {mask.dtype} of "
-        f"{tuple(mask.shape)} and {used_mask.dtype} of {tuple(used_mask.shape)}",
-    )
+    if not (
+        mask.dtype in (torch.bool, torch.uint8) and mask.dtype == used_mask.dtype and mask.shape == used_mask.shape
+    ):
+        raise ValueError(
+            f"free_mask: mask and used_mask must both be bool, or both packed uint8, of one shape, got {mask.dtype} of "
+            f"{tuple(mask.shape)} and {used_mask.dtype} of {tuple(used_mask.shape)}"
+        )
     free: Tensor = torch.ops.exssnet.free_mask(mask, used_mask)
     return free

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
-from .library import autocast, define, differentiable, pair, require, same_kind, single
+from .library import autocast, define, differentiable, pair, same_kind, single
 
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor col_ptr, Tensor row, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
@@ -75,19 +75,19 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
     ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen ones, in that order.
     """
     free = mask if free_mask is None else free_mask
-    require(
-        mask.dtype == torch.bool and free.dtype == torch.bool and mask.shape == free.shape and mask.dim() >= 2,
-        f"sparse_pattern: mask and free_mask must be bool of one shape with at least 2 dimensions, got {mask.dtype} "
-        f"of {tuple(mask.shape)} and {free.dtype} of {tuple(free.shape)}",
-    )
+    if not (mask.dtype == torch.bool and free.dtype == torch.bool and mask.shape == free.shape and mask.dim() >= 2):
+        raise ValueError(
+            f"sparse_pattern: mask and free_mask must be bool of one shape with at least 2 dimensions, got "
+            f"{mask.dtype} of {tuple(mask.shape)} and {free.dtype} of {tuple(free.shape)}"
+        )
     outside = int((free & ~mask).sum())
-    require(outside == 0, f"sparse_pattern: free_mask has {outside} entries outside the mask")
+    if outside != 0:
+        raise ValueError(f"sparse_pattern: free_mask has {outside} entries outside the mask")
     rows, width = mask.shape[0], mask[0].numel() if mask.shape[0] else 0
-    require(groups >= 1 and rows % groups == 0, f"sparse_pattern: groups must divide the {rows} rows, got {groups}")
-    require(
-        max(rows, width * groups, mask.numel()) < 2**31,
-        f"sparse_pattern: a pattern holds fewer than 2^31 weights, got {mask.numel()}",
-    )
+    if groups < 1 or rows % groups:
+        raise ValueError(f"sparse_pattern: groups must divide the {rows} rows, got {groups}")
+    if max(rows, width * groups, mask.numel()) >= 2**31:
+        raise ValueError(f"sparse_pattern: a pattern holds fewer than 2^31 weights, got {mask.numel()}")
     entry = mask.reshape(-1).nonzero().squeeze(1)  # ascending: rows, then columns
     row = entry // max(width, 1)
     col = entry % max(width, 1) + row // (rows // groups if rows else 1) * width
@@ -109,16 +109,17 @@ def _check_values(
 ) -> int:
     """The number of input channels or features of a pattern that fits the values."""
     kept, given = pattern.slot.numel(), free_values.numel() + frozen_values.numel()
-    require(
-        free_values.dim() == 1 and frozen_values.dim() == 1 and kept == given,
-        f"{operator}: the pattern keeps {kept} weights, got {free_values.numel()} free and {frozen_values.numel()} "
-        "frozen values",
-    )
+    if not (free_values.dim() == 1 and frozen_values.dim() == 1 and kept == given):
+        raise ValueError(
+            f"{operator}: the pattern keeps {kept} weights, got {free_values.numel()} free and {frozen_values.numel()} "
+            "frozen values"
+        )
     columns = pattern.col_ptr.numel() - 1
-    require(
-        columns % columns_per_channel == 0,
-        f"{operator}: the pattern has {columns} columns, which a kernel of {columns_per_channel} taps does not divide",
-    )
+    if columns % columns_per_channel != 0:
+        raise ValueError(
+            f"{operator}: the pattern has {columns} columns, "
+            f"which a kernel of {columns_per_channel} taps does not divide"
+        )
     return columns // columns_per_channel
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
-from .library import autocast, define, differentiable, require, same_kind
+from .library import autocast, define, differentiable, same_kind
 from .selection import FLOATS, topk_select
 
 
@@ -41,24 +41,25 @@ _conv2d = differentiable("supermask_conv2d", gradients=(0, 2, 1), bias=4)
 
 def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, selection: Tensor | None) -> Tensor:
     """The given selection of these scores, or their top k."""
-    require(
-        scores.shape == weight.shape and scores.device == weight.device,
-        f"{operator}: scores must lie beside the weight, {tuple(weight.shape)} on {weight.device}, "
-        f"got {tuple(scores.shape)} on {scores.device}",
-    )
-    require(
-        scores.dtype in FLOATS, f"{operator}: scores must be float32, bfloat16, float16 or float64, got {scores.dtype}"
-    )
-    require((k is None) != (selection is None), f"{operator}: give either k or a selection")
+    if not (scores.shape == weight.shape and scores.device == weight.device):
+        raise ValueError(
+            f"{operator}: scores must lie beside the weight, {tuple(weight.shape)} on {weight.device}, "
+            f"got {tuple(scores.shape)} on {scores.device}"
+        )
+    if scores.dtype not in FLOATS:
+        raise ValueError(f"{operator}: scores must be float32, bfloat16, float16 or float64, got {scores.dtype}")
+    if (k is None) == (selection is None):
+        raise ValueError(f"{operator}: give either k or a selection")
     if selection is None:
         assert k is not None
-        require(0 <= k <= scores.numel(), f"{operator}: k must be in [0, {scores.numel()}], got {k}")
+        if not 0 <= k <= scores.numel():
+            raise ValueError(f"{operator}: k must be in [0, {scores.numel()}], got {k}")
         return topk_select([scores], [k])[0][0]
-    require(
-        selection.shape == (2,) and selection.dtype == torch.int64 and selection.device == weight.device,
-        f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select on {weight.device}, "
-        f"got {selection.dtype} of {tuple(selection.shape)} on {selection.device}",
-    )
+    if not (selection.shape == (2,) and selection.dtype == torch.int64 and selection.device == weight.device):
+        raise ValueError(
+            f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select on {weight.device}, "
+            f"got {selection.dtype} of {tuple(selection.shape)} on {selection.device}"
+        )
     return selection
 
 
@@ -77,7 +78,8 @@ def supermask_linear(
     Returns (..., O). Raises ValueError on wrong shapes, RuntimeError on NaN scores. No second derivative.
     Source: arXiv 2210.10209, section 3; Ramanujan et al. 2020, eq. 3.
     """
-    require(weight.dim() == 2, f"supermask_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"supermask_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
     check_linear("supermask_linear", x, weight.shape[0], weight.shape[1], bias)
     selection = _selection("supermask_linear", weight, scores, k, selection)
     x, weight, bias = autocast(x, weight, bias)
@@ -114,7 +116,8 @@ def supermask_conv1d(
 
     x: (N, C, L); weight and scores: (O, C/groups, S); bias: (O,). Returns (N, O, L').
     """
-    require(weight.dim() == 3, f"supermask_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
+    if weight.dim() != 3:
+        raise ValueError(f"supermask_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
     x, steps, pads, gaps = conv1d_as_2d("supermask_conv1d", x, stride, padding, dilation)
     return supermask_conv2d(
         x, weight.unsqueeze(2), scores.unsqueeze(2), k, bias, steps, pads, gaps, groups, selection=selection
