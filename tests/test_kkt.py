@@ -1,6 +1,6 @@
 """KKT: which source is chosen, from which features, and that no source notices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exssnet import Phases, convert, kkt, transfer
+from exssnet.kernels import reference
 from exssnet.models import LeNet300100
 
 CLEAR, NOISE, BLANK = (0, 1), (2, 3), (4, 5)  # columns of `sample` that tell the class, that do not, that are zero
@@ -230,7 +231,12 @@ def test_the_sample_is_a_fifth_but_at_least_500_images_or_all(images: int, share
     assert kkt.sample_share(images) == share
 
 
-def test_memory_stays_below_one_number_per_pair_and_feature() -> None:
+@pytest.mark.parametrize("classify", [kkt.knn_classify, reference.knn_classify], ids=["as called", "reference"])
+def test_memory_stays_below_one_number_per_pair_and_feature(
+    monkeypatch: pytest.MonkeyPatch, classify: Callable[..., Tensor]
+) -> None:
+    monkeypatch.setattr(kkt, "knn_classify", classify)
+
     class Largest(TorchDispatchMode):
         entries = 0
 
@@ -286,6 +292,20 @@ def test_without_penultimate_the_features_are_the_input_of_the_head(converted: b
     hidden = model.grouped(model.pool(model.norm(model.conv(x)).relu())).relu()
     assert torch.equal(features, hidden.flatten(1))
     assert not model.head._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("masked", "head"),
+    [([], 4), (["0", "2", "4"], 4), (["0", "2"], 2)],
+    ids=["none masked", "all masked", "last plain"],
+)
+def test_the_head_is_the_last_masked_linear_layer_or_the_last_of_all(masked: list[str], head: int) -> None:
+    layers = [nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7)]
+    model = nn.Sequential(*layers)
+    if masked:
+        convert(model, 0.5, include=masked)
+    x = torch.randn(4, 3)
+    assert torch.equal(kkt.penultimate_features(model, x), model[:head](x))
 
 
 def test_the_hook_goes_when_the_model_fails() -> None:
