@@ -57,8 +57,8 @@ def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, sel
         return topk_select([scores], [k])[0][0]
     if not (selection.shape == (2,) and selection.dtype == torch.int64 and selection.device == weight.device):
         raise ValueError(
-            f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select on {weight.device}, "
-            f"got {selection.dtype} of {tuple(selection.shape)} on {selection.device}"
+            f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select on "
+            f"{weight.device}, got {selection.dtype} of {tuple(selection.shape)} on {selection.device}"
         )
     return selection
 
