@@ -139,20 +139,25 @@ def train(options: TrainOptions) -> int:
             keep_scores=None if options.keep_scores == "none" else getattr(torch, options.keep_scores),
             observer=watching,
         )  # fmt: skip
-        interrupted = False
+        stopped: BaseException | None = None
         try:
             learner.run(tasks)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, FloatingPointError) as error:
+            stopped = error
     report.write(learner)
-    if learner.phases.phase == "idle" and learner.reports:
+    if learner.phases.phase != "idle":
+        learner.phases.abandon_task()
+    if learner.reports:
         notes = {"model": name, "shape": list(shape), "classes": [r.classes for r in learner.reports]}
         checkpoint.save(learner.phases, Path(options.out) / "model.safetensors", notes)
     report.show(learner)
-    if interrupted:
-        print(f"Interrupted after {len(learner.reports)} of {len(tasks)} tasks; what was learned is in {options.out}.")
-        return 130
-    return 0
+    if stopped is None:
+        return 0
+    if learner.reports:
+        print(f"Stopped after {len(learner.reports)} of {len(tasks)} tasks; what was learned is in {options.out}.")
+    if isinstance(stopped, FloatingPointError):
+        raise stopped
+    return 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -131,6 +131,18 @@ class Phases:
         self._open_masks, self._open_free, self._open_scores = {}, {}, {}
         return task
 
+    def abandon_task(self) -> None:
+        """Drop the open task and what it trained; the last finished task, if any, becomes active."""
+        self._require("abandon_task", "mask", "joint", "weight")
+        for layer in self.layers.values():
+            layer._clear()
+            layer.weight.requires_grad_(False)
+        self._open_masks, self._open_free, self._open_scores = {}, {}, {}
+        self.phase, self.active = "idle", None
+        self._load_state({})
+        if len(self.bank):
+            self.activate(len(self.bank) - 1)
+
     def adopt(self, masks: Mapping[str, Tensor], state: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> int:
         """Append a task that is already learned, and activate it: its masks (bool or packed), state and scores."""
         self._require("adopt", "idle")

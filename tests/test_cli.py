@@ -268,12 +268,14 @@ def test_ctrl_c_leaves_the_results_of_the_finished_tasks(
 ) -> None:
     monkeypatch.setattr(cli, "observer", interrupting(1, phase))
     assert main([*RUN, "--weight-epochs", "2", "--out", str(tmp_path)]) == 130
-    assert f"Interrupted after 1 of 2 tasks; what was learned is in {tmp_path}." in capsys.readouterr().out
+    assert f"Stopped after 1 of 2 tasks; what was learned is in {tmp_path}." in capsys.readouterr().out
     found = result(tmp_path)
     assert np.shape(found["accuracy"]) == (1, 1)
     assert [task["name"] for task in found["tasks"]] == ["task 0"]
     assert {record.task for record in records(tmp_path)} == {0}
     assert image.imread(tmp_path / "accuracy.png").size > 0
+    phases = Phases(convert(MODELS["lenet-300-100"]((1, 8, 8), 5), 0.1))
+    assert checkpoint.load(phases, tmp_path / "model.safetensors")["classes"] == [5]
 
 
 def test_ctrl_c_within_the_first_task_leaves_an_empty_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

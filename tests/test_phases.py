@@ -171,6 +171,33 @@ def test_an_unknown_task_is_refused() -> None:
         phases.activate(3)
 
 
+@pytest.mark.parametrize("phase", ["mask", "weight", "joint"])
+def test_abandoning_returns_to_the_finished_tasks_from_the(phase: str) -> None:
+    phases = Phases(small_net())
+    _learn(phases, 0)
+    before, state = _logits(phases, 0), copy.deepcopy(phases.model.state_dict())
+    phases.start_task(joint=phase == "joint")
+    if phase == "weight":
+        phases.start_weight_phase()
+    _steps(phases, OPTIMIZERS["sgd-momentum-decay"])
+    phases.abandon_task()
+    assert (phases.phase, phases.active, len(phases.bank)) == ("idle", 0, 1)
+    assert torch.equal(_logits(phases, 0), before)
+    after = phases.model.state_dict()
+    if phase != "joint":  # there, weights that no task uses were trained
+        assert all(torch.equal(after[n], t) for n, t in state.items())
+    assert phases.start_task() == 1
+
+
+def test_abandoning_the_first_task_leaves_no_active_task() -> None:
+    phases = Phases(small_net())
+    with pytest.raises(RuntimeError, match="abandon_task belongs to"):
+        phases.abandon_task()
+    phases.start_task()
+    phases.abandon_task()
+    assert (phases.phase, phases.active) == ("idle", None)
+
+
 def test_scores_of_the_wrong_shape_change_nothing() -> None:
     phases = Phases(small_net())
     scores = phases.random_scores(0)
