@@ -89,3 +89,12 @@ def learning_gain(accuracy: Accuracies, individual: Accuracies) -> float:
     """
     a = _learned(accuracy)
     return (a.diagonal() - _per_task("individual", individual, len(a))).mean().item()
+
+
+def epochs_to_reach(accuracies: Sequence[float], target: float) -> int | None:
+    """Number of epochs until a learning curve first reaches a target accuracy; None if it never does.
+
+    accuracies: one after each epoch. With KKT and without, this tells how much faster transfer learns; for seconds,
+    add up those of so many epochs.
+    """
+    return next((epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy >= target), None)

@@ -69,3 +69,8 @@ def test_a_hole_below_the_diagonal_is_named():
 def test_another_number_of_individual_networks_is_refused():
     with pytest.raises(ValueError, match=r"individual must hold one accuracy for each of 3 tasks, got shape \(2,\)"):
         metrics.learning_gain(ROWS, [0.1, 0.2])
+
+
+@pytest.mark.parametrize(("target", "epochs"), [(0.1, 1), (0.5, 2), (0.7, 4), (0.8, None)])
+def test_epochs_to_reach_counts_from_one_to_the_first_epoch_there(target: float, epochs: int | None) -> None:
+    assert metrics.epochs_to_reach([0.2, 0.5, 0.4, 0.7], target) == epochs
