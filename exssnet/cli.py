@@ -47,7 +47,7 @@ class TrainOptions:
     epochs: int = _option(5, "epochs of the mask phase")
     weight_epochs: int = _option(5, "epochs of the weight phase (methods without one add them to the mask phase)")
     mask_lr: float = _option(1e-2, "peak learning rate of the scores (cosine)")
-    weight_lr: float = _option(1e-3, "peak learning rate of the weights (cosine)")
+    weight_lr: float = _option(1e-2, "peak learning rate of the weights (cosine)")
     optimizer: str = _option("adam", "optimizer of both phases", choices=OPTIMIZERS)
     weight_decay: float = _option(0.0, "weight decay of both phases")
     batch_size: int = _option(64, "images in a training batch")

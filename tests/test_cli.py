@@ -420,7 +420,7 @@ def test_training_that_diverges_is_told_in_one_sentence(capsys: pytest.CaptureFi
     np.savez(tmp_path / "nan.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     said = refused(capsys, "--data", str(tmp_path / "nan.npz"), "--tasks", "2", "--out", str(tmp_path / "out"))
     assert said.startswith("task 0: the ")
-    assert "lower the learning rates, mask 0.01 and weight 0.001" in said
+    assert "lower the learning rates, mask 0.01 and weight 0.01" in said
 
 
 # Information
