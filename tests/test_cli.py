@@ -246,11 +246,11 @@ def test_without_matplotlib_a_run_ends_well_and_says_what_is_missing(
 # Interruption
 
 
-def interrupting(task: int, phase: str) -> Callable[[object], object]:
+def interrupting(task: int, phase: str, error: BaseException) -> Callable[[object], object]:
     class Stop:
         def on_step(self, task_: int, phase_: str, step: int, steps: int, loss: Tensor) -> None:
             if (task_, phase_, step) == (task, phase, 2):
-                raise KeyboardInterrupt
+                raise error
 
         def on_epoch(self, record: EpochRecord) -> None:
             pass
@@ -263,12 +263,20 @@ def interrupting(task: int, phase: str) -> Callable[[object], object]:
 
 
 @pytest.mark.parametrize("phase", ["mask", "weight"])
-def test_ctrl_c_leaves_the_results_of_the_finished_tasks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], phase: str
-) -> None:
-    monkeypatch.setattr(cli, "observer", interrupting(1, phase))
-    assert main([*RUN, "--weight-epochs", "2", "--out", str(tmp_path)]) == 130
-    assert f"Stopped after 1 of 2 tasks; what was learned is in {tmp_path}." in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [(KeyboardInterrupt(), 130, ""), (FloatingPointError("it diverged"), 2, "exssnet: it diverged\n")],
+    ids=["Ctrl-C", "divergence"],
+)
+def test_a_run_that_stops_leaves_the_results_of_the_finished_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], phase: str,
+    error: BaseException, status: int, sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli, "observer", interrupting(1, phase, error))
+    assert main([*RUN, "--weight-epochs", "2", "--out", str(tmp_path)]) == status
+    said = capsys.readouterr()
+    assert f"Stopped after 1 of 2 tasks; what was learned is in {tmp_path}." in said.out
+    assert said.err == sentence
     found = result(tmp_path)
     assert np.shape(found["accuracy"]) == (1, 1)
     assert [task["name"] for task in found["tasks"]] == ["task 0"]
@@ -279,7 +287,7 @@ def test_ctrl_c_leaves_the_results_of_the_finished_tasks(
 
 
 def test_ctrl_c_within_the_first_task_leaves_an_empty_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "observer", interrupting(0, "mask"))
+    monkeypatch.setattr(cli, "observer", interrupting(0, "mask", KeyboardInterrupt()))
     assert main([*RUN, "--out", str(tmp_path)]) == 130
     found = result(tmp_path)
     assert (found["accuracy"], found["tasks"], found["metrics"]) == ([], [], {})

@@ -93,6 +93,17 @@ def test_the_order_of_the_data_differs_between_epochs_and_phases() -> None:
     assert all(torch.equal(e.sum((1, 2, 3)).sort().values, epochs[0].sum((1, 2, 3)).sort().values) for e in epochs)
 
 
+def test_training_is_in_training_mode_whatever_mode_the_model_was_in() -> None:
+    found = []
+    for training in (True, False):
+        learned = learner()
+        learned.model.train(training)
+        learned.run(stream(1))
+        assert learned.phases.states[0]["norm.running_mean"].abs().max() > 0
+        found.append(outcome(learned))
+    assert [n for n in changes(*found) if not n.endswith(" in training")] == []
+
+
 # Which epoch counts
 
 
