@@ -164,7 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command ``exssnet``; returns the exit status."""
     parser = argparse.ArgumentParser("exssnet", description="Sparse supermasks and continual learning for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="learn a stream of tasks and report", description=train.__doc__)
+    training = commands.add_parser(
+        "train",
+        help="learn a stream of tasks and report",
+        description="Learn a stream of tasks; print, plot and save the outcome.",
+    )
     training.add_argument("--config", help="YAML file of the options below; options given here win")
     _add_options(training)
     commands.add_parser("info", help="versions, hardware, and which kernel serves each operator")
