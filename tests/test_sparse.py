@@ -192,3 +192,9 @@ class TestSparse(ProductTests):
         got = run(lambda t: chain(self.family.public, t), leaves, second.grad)
         assert_exact(got, run(lambda t: chain(self.family.plain, t), leaves, second.grad))
         assert strides[0] == 1
+
+
+def test_a_layer_without_outputs_takes_its_input() -> None:
+    pattern = ops.sparse_pattern(torch.zeros(0, 7, dtype=torch.bool))
+    none = torch.empty(0)
+    assert ops.sparse_linear(torch.randn(3, 7), none, none, pattern).shape == (3, 0)

@@ -1,5 +1,6 @@
 """Products with the compact values of a fixed mask: the weight phase, and evaluation of finished tasks."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
     outside = int((free & ~mask).sum())
     if outside != 0:
         raise ValueError(f"sparse_pattern: free_mask has {outside} entries outside the mask")
-    rows, width = mask.shape[0], mask[0].numel() if mask.shape[0] else 0
+    rows, width = mask.shape[0], math.prod(mask.shape[1:])
     if groups < 1 or rows % groups:
         raise ValueError(f"sparse_pattern: groups must divide the {rows} rows, got {groups}")
     if max(rows, width * groups, mask.numel()) >= 2**31:
