@@ -194,8 +194,11 @@ def test_abandoning_the_first_task_leaves_no_active_task() -> None:
     with pytest.raises(RuntimeError, match="abandon_task belongs to"):
         phases.abandon_task()
     phases.start_task()
+    _steps(phases)
     phases.abandon_task()
     assert (phases.phase, phases.active) == ("idle", None)
+    live = phases.model.state_dict()
+    assert all(torch.equal(live[n], t) for n, t in phases.initial.items())
 
 
 def test_scores_of_the_wrong_shape_change_nothing() -> None:
