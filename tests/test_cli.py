@@ -25,7 +25,7 @@ from exssnet.kernels import KERNELS, OPERATORS, native
 from exssnet.learner import EpochRecord
 from exssnet.models import MODELS
 from exssnet.phases import evaluation
-from exssnet.tasks import load, split_by_class
+from exssnet.tasks import Task, load, split_by_class
 
 pytest.importorskip("sklearn", reason="the runs here learn scikit-learn's digits")
 image = pytest.importorskip("matplotlib.image", reason="the plots are read back")
@@ -214,6 +214,12 @@ def test_options_reach_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def run(self, tasks: object) -> Tensor:
             return self.accuracy
 
+    def cutting(train: object, test: object, tasks: int, **options: object) -> list[Task]:
+        cut.append({"tasks": tasks, **options})
+        return split_by_class(train, test, tasks, **options)  # type: ignore[arg-type]
+
+    cut: list[dict[str, object]] = []
+    monkeypatch.setattr(cli, "split_by_class", cutting)
     monkeypatch.setattr(cli, "Learner", Kept)
     given = [
         "--method", "wsn", "--kkt", "none", "--mask-lr", "0.5", "--weight-lr", "0.25", "--optimizer", "sgd",
@@ -221,6 +227,7 @@ def test_options_reach_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--density", "0.2", "--init-scale", "density", "--allocation", "er", "--threads", "2", "--validation", "0",
     ]  # fmt: skip
     assert main([*RUN, *given, "--out", str(tmp_path)]) == 0
+    assert cut == [{"tasks": 2, "validation": 0.0, "seed": 11, "augment": False}]
     learner = made[0]
     assert (learner.method.name, learner.kkt, learner.batch_size, learner.all_outputs) == ("wsn", None, 128, True)
     assert learner.seed == learner.phases.seed == 11
