@@ -58,9 +58,11 @@ class Build(build_ext):
             macros = [("TORCH_TARGET_VERSION", OLDEST_TORCH)]
             return self.compiler.compile([source], output_dir=self.build_temp, macros=macros, **options)[0]
 
-        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not asked.isdecimal() or int(asked) < 1:
+            raise SystemExit(f"exssnet: MAX_JOBS must be a number of compilers of at least 1, got {asked!r}.")
         try:
-            with ThreadPoolExecutor(jobs) as pool:
+            with ThreadPoolExecutor(int(asked)) as pool:
                 objects = list(pool.map(compile_one, ext.sources))
             self.compiler.link_shared_object(
                 objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],

@@ -114,6 +114,8 @@ def train(options: TrainOptions) -> int:
     kkt = None if options.kkt == "none" else options.kkt
     data = load(options.data, options.root)
     cut: Any = {"split": split_by_class, "permuted": permuted_pixels, "rotated": rotated}[options.stream]
+    if options.augment and options.stream != "split":
+        raise ValueError(f"augment is for the split stream, got {options.stream}")
     augment = {"augment": options.augment} if options.stream == "split" else {}
     tasks = cut(*data, options.tasks, validation=options.validation, seed=options.seed, **augment)
     shape = tasks[0].train[0][0].shape

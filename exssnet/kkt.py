@@ -16,7 +16,7 @@ Rule = Literal["best", "always", "all"]
 RULES: tuple[Rule, ...] = ("best", "always", "all")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transfer:
     """The outcome of KKT for one new task.
 

@@ -85,7 +85,8 @@ class Learner:
         restart from 0 in each task.
     method: a preset's name ("supsup", "ssnet", "exssnet", "wsn") or a `Method`.
     mask, weight: options of the two phases; for a method without weight phase the epochs of both go to the masks.
-        Parameters without a mask (biases, affine norms) are trained in both, at the weight phase's learning rate.
+        Parameters without a mask (biases, affine norms) are trained in both, and the dense weights of a joint phase,
+        at the weight phase's learning rate.
     kkt: None, or the rule by which a new task's scores start from earlier ones ("best", "always", "all").
     all_outputs: let the loss and the prediction see all outputs of the head, not only the task's own.
     keep_scores: dtype of the scores kept for KKT, or None to drop them.
@@ -123,6 +124,7 @@ class Learner:
         number = len(self.phases.bank)
         self._check(task)
         report = TaskReport(number, task.name, task.classes)
+        task.train.restart()
         scores = None
         if self.kkt is not None and number > 0:
             began = time.perf_counter()
@@ -227,11 +229,14 @@ class Learner:
             return self._score(task.test, task.classes)[0]
 
     def _optimizer(self, options: PhaseOptions) -> torch.optim.Optimizer | None:
+        dense = {id(layer.weight) for layer in self.phases.layers.values()}  # parameters in the joint phase alone
+        masked = self.phases.masked_parameters()
+        weights = [p for p in masked if id(p) in dense]
         groups = [
             {"params": parameters, "lr": lr}
             for parameters, lr in (
-                (self.phases.masked_parameters(), options.lr),
-                (self.phases.task_parameters(), self.weight.lr),
+                ([p for p in masked if id(p) not in dense], options.lr),
+                (weights + self.phases.task_parameters(), self.weight.lr),
             )
             if parameters
         ]

@@ -63,6 +63,7 @@ class Phases:
         self._open_masks: dict[str, Tensor] = {}
         self._open_free: dict[str, Tensor] = {}
         self._open_scores: dict[str, Tensor] = {}
+        self._weights_before: dict[str, Tensor] = {}  # of the joint phase, which trains them in place
         masked = {f"{name}.{key}".lstrip(".") for name in self.layers for key in ("weight", "scores", "free_values")}
         self._trainable = {n for n, p in model.named_parameters() if p.requires_grad and n not in masked}
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad} - masked
@@ -92,6 +93,7 @@ class Phases:
                     f"got {tuple(scores[name].shape)}"
                 )
         self._load_state({})
+        self._weights_before = {name: layer.weight.clone() for name, layer in self.layers.items()} if joint else {}
         for name, layer in self.layers.items():
             layer.use_scores(scores[name])
             layer.weight.requires_grad_(joint)
@@ -128,16 +130,18 @@ class Phases:
         scores = {} if keep is None else {name: s.to(keep) for name, s in self._open_scores.items()}
         self.phase = "idle"
         task = self.adopt(self._open_masks, state, scores)
-        self._open_masks, self._open_free, self._open_scores = {}, {}, {}
+        self._close()
         return task
 
     def abandon_task(self) -> None:
         """Drop the open task and what it trained; the last finished task, if any, becomes active."""
         self._require("abandon_task", "mask", "joint", "weight")
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             layer._clear()
             layer.weight.requires_grad_(False)
-        self._open_masks, self._open_free, self._open_scores = {}, {}, {}
+            if name in self._weights_before:
+                layer.weight.copy_(self._weights_before[name])
+        self._close()
         self.phase, self.active = "idle", None
         self._load_state({})
         if len(self.bank):
@@ -242,6 +246,9 @@ class Phases:
         return plain
 
     # Inside
+
+    def _close(self) -> None:
+        self._open_masks, self._open_free, self._open_scores, self._weights_before = {}, {}, {}, {}
 
     def _fix_masks(self) -> None:
         self._open_masks = {name: layer.mask() for name, layer in self.layers.items()}

@@ -489,3 +489,8 @@ def test_on_a_terminal_progress_is_bars(tmp_path: Path, monkeypatch: pytest.Monk
     assert b"\x1b[" in said
     assert "epoch 1/" not in plain
     assert "Metrics, %" in plain
+
+
+def test_augmentation_of_whole_streams_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = refused(capsys, "--data", "digits", "--stream", "rotated", "--augment", "--out", str(tmp_path))
+    assert said == "augment is for the split stream, got rotated"

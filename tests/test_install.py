@@ -203,3 +203,10 @@ def test_a_native_wheel_is_for_every_python_and_its_library_loads(sources: Path,
         found.extractall(tmp_path / "site")
     status, said, errors = python(USE, tmp_path, [tmp_path / "site"])
     assert (status, said, errors) == (0, "missing: None\n", "")
+
+
+@pytest.mark.parametrize("jobs", ["0", "x"])
+def test_a_senseless_number_of_compilers_is_refused(sources: Path, tmp_path: Path, jobs: str) -> None:
+    status, _, errors = build(sources, tmp_path, MAX_JOBS=jobs)
+    assert status == 1
+    assert errors == f"exssnet: MAX_JOBS must be a number of compilers of at least 1, got {jobs!r}.\n"

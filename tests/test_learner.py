@@ -276,3 +276,13 @@ def test_lazily_loaded_data_are_learned_like_data_in_memory() -> None:
         learned.run(split_by_class(*parts, 2, validation=0.25))
         found.append(outcome(learned))
     assert changes(*found) == []
+
+
+def test_a_joint_phase_trains_scores_and_weights_at_their_own_rates() -> None:
+    learned = Learner(small_net(), "wsn", mask=PhaseOptions(1, 0.02), weight=PhaseOptions(1, 0.005))
+    learned.phases.start_task(joint=True)
+    optimizer = learned._optimizer(learned.mask)
+    assert optimizer is not None
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(layer.scores)] for layer in learned.phases.layers.values()} == {0.02}
+    assert {rates[id(layer.weight)] for layer in learned.phases.layers.values()} == {0.005}

@@ -376,3 +376,13 @@ def test_lazy_images_are_not_changed(stream):
     data = Lazy([0, 1], targets=[0, 1])
     with pytest.raises(ValueError, match=r"images \(N, C, H, W\) in memory are needed"):
         stream(data, data, 2)
+
+
+def test_augmentation_restarts_from_its_seed() -> None:
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    data = TensorDataset(images, torch.arange(40) % 2)
+    (task,) = tasks.split_by_class(data, data, 1, validation=0, augment=True)
+    first, second = task.train[range(40)][0], task.train[range(40)][0]
+    assert not torch.equal(first, second)
+    task.train.restart()
+    assert torch.equal(task.train[range(40)][0], first)

@@ -111,6 +111,12 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
         """The same items without random augmentation."""
         return self.with_source(augment=None) if isinstance(self.dataset, Labelled) else self
 
+    def restart(self) -> None:
+        """Begin random augmentation anew, so that the next pass repeats the first one."""
+        restart = getattr(getattr(self.dataset, "augment", None), "restart", None)
+        if restart is not None:
+            restart()
+
     def with_source(self, **changes: Any) -> "Relabelled":
         """The same items of the same images in memory, read with other fields of `Labelled`."""
         assert isinstance(self.dataset, Labelled)

@@ -33,6 +33,10 @@ class CropFlip:
         self.generator = torch.Generator().manual_seed(seed)
         self.padding = padding
 
+    def restart(self) -> None:
+        """Draw from the start again."""
+        self.generator.manual_seed(self.generator.initial_seed())
+
     def __call__(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         top, left = torch.randint(2 * self.padding + 1, (2, batch, 1), generator=self.generator)
