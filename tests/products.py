@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from exssnet.kernels import reference
 from exssnet.ops import density_to_k
@@ -160,6 +161,19 @@ def geometry(layer: Layer) -> list[Any]:
     return [[v, v] if isinstance(v, int) else list(v) for v in layer.steps.values()]
 
 
+class Calls(TorchDispatchMode):
+    """Notes our operators as they are called: (name, arguments)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "exssnet":
+            self.made.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+
 class ProductTests:
     """Inherited by the test class of each family."""
 
@@ -253,6 +267,18 @@ class ProductTests:
             leaves = {**self.family.leaves(p), alone: leaf.detach().requires_grad_()}
             self.family.public(p)(leaves).sum().backward()
             assert [n for n, t in leaves.items() if t.grad is not None] == [alone]
+
+    @layers(FEW)
+    def test_backward_operator_is_asked_for_what_is_required(self, layer: Layer) -> None:
+        p = problem(layer)
+        for number, alone in enumerate(self.family.gradients):
+            leaves = self.family.leaves(p)
+            leaves[alone] = leaves[alone].detach().requires_grad_()
+            output = self.family.public(p)(leaves)
+            with Calls() as calls:
+                output.backward(p.grad)
+            asked = [arguments[-1] for name, arguments in calls.made if name.endswith("_backward")]
+            assert asked == [[i == number for i in range(len(self.family.gradients))]]
 
     @layers(FEW)
     def test_raw_operator_has_the_gradients_of_the_public_function(self, layer: Layer) -> None:
