@@ -83,6 +83,16 @@ def test_real_features_whose_distances_are_apart_are_exact(dtype: torch.dtype) -
     assert torch.equal(predicted, by_double_loop(features, labels, queries[apart], 11))
 
 
+@pytest.mark.parametrize("far", [torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [1, 7, 25])
+def test_features_without_a_distance_are_the_farthest(far: float, k: int, threads: int) -> None:
+    features, labels, queries = integers(40, 20, 3, 4)
+    lost = torch.arange(40) % 3 == 0
+    whole = ops.knn_classify(features[~lost], labels[~lost], queries, k, 4)
+    features[lost] = far
+    assert torch.equal(ops.knn_classify(features, labels, queries, k, 4), whole)
+
+
 @pytest.mark.parametrize("m", [1023, 1024, 1025, 2500])
 def test_blocks_of_queries_do_not_show(m: int, threads: int) -> None:
     features, labels, queries = integers(300, m, 6, 10)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import Results, assert_exact, representable, run
-from cases import FEW, Layer, dtypes, layers
+from cases import DTYPES, FEW, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, dense, geometry, problem
 from torch import Tensor
 
@@ -96,13 +96,11 @@ class TestSupermask(ProductTests):
             got = self.family.kernel(p)
         assert_exact(got, representable(self.family.truth(p), got))
 
-    @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("other", DTYPES.values(), ids=[f"{name}-scores" for name in DTYPES])
     @dtypes()
     @layers(FEW)
-    def test_scores_keep_a_dtype_of_their_own(
-        self, layer: Layer, dtype: torch.dtype, scores_dtype: torch.dtype
-    ) -> None:
-        p = problem(layer, dtype, integers=True, scores_dtype=scores_dtype)
+    def test_scores_keep_a_dtype_of_their_own(self, layer: Layer, dtype: torch.dtype, other: torch.dtype) -> None:
+        p = problem(layer, dtype, integers=True, scores_dtype=other)
         got = self.family.kernel(p)
-        assert got["grad_scores"].dtype == scores_dtype
+        assert got["grad_scores"].dtype == other
         assert_exact(got, representable(self.family.truth(p), got))

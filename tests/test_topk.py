@@ -1,7 +1,7 @@
 """topk_masks, topk_select, topk_mask: exact selection, bit for bit the same everywhere."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -157,6 +157,16 @@ def other_selection(dtype: torch.dtype) -> Tensor:
     return ops.topk_masks(*drawn("all-exponents", dtype, sizes=HINTED)).hint
 
 
+def around(below: int, above: int) -> Callable[[list[Tensor], list[int]], Tensor]:
+    """The hint that the threshold's bits lie in [threshold + below, threshold + above], true or not."""
+
+    def hint(scores: list[Tensor], k: list[int]) -> Tensor:
+        threshold = ops.topk_select(scores, k)[0][:, 0].clamp(0, 2**62)
+        return torch.stack([threshold + below, threshold + above], 1)
+
+    return hint
+
+
 HINTS = {
     "right": lambda scores, k: ops.topk_masks(scores, k).hint,
     "stale": lambda scores, k: ops.topk_masks([s * 1.01 for s in scores], k).hint,
@@ -165,6 +175,13 @@ HINTS = {
     ),
     "of-other-scores": lambda scores, k: other_selection(scores[0].dtype),
     "selection": lambda scores, k: ops.topk_masks(scores, k).selection,
+    "interval-around": around(-1000, 1000),
+    "interval-far-too-wide": around(-(2**62), 2**62),
+    "interval-ending-below": around(-1000, -1),
+    "interval-beginning-above": around(1, 1000),
+    "interval-ending-at": around(-3, 0),
+    "interval-beginning-at": around(0, 3),
+    "interval-upside-down": around(3, -3),
     "zeros": lambda scores, k: torch.zeros(len(scores), 2, dtype=torch.int64),
     "largest": lambda scores, k: torch.full((len(scores), 2), 2**63 - 1),
     "smallest": lambda scores, k: torch.full((len(scores), 2), -(2**63)),
