@@ -1,6 +1,7 @@
 """sparse_linear, sparse_conv1d, sparse_conv2d: products with the compact values of a fixed mask."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,6 +151,15 @@ class TestSparse(ProductTests):
     @layers(FEW)
     def test_gradient_of_no_free_values_has_no_entries(self, layer: Layer) -> None:
         assert self.family.kernel(problem(layer, free_share=0))["grad_free_values"].shape == (0,)
+
+    @layers(tuple(layer for layer in FEW if layer.groups == 1))
+    def test_nan_in_a_channel_does_not_leave_its_gradients(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+        x = p.x.clone()
+        x[:, 1] = torch.nan
+        channel = torch.arange(layer.weight[1]).reshape(-1, *[1] * len(layer.weight[2:])).expand(layer.weight)[p.free]
+        before, after = (self.family.kernel(replace(p, x=t))["grad_free_values"] for t in (p.x, x))
+        assert torch.equal(after[channel != 1], before[channel != 1])
 
     @layers(FEW)
     def test_frozen_values_are_constants(self, layer: Layer) -> None:
