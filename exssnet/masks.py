@@ -56,7 +56,7 @@ class MaskBank:
             raise ValueError(
                 f"MaskBank: expected masks of the layers {sorted(self.shapes)}, got those of {sorted(masks)}"
             )
-        packed, use = {}, {}
+        packed, use, unions = {}, {}, {}
         for name, mask in masks.items():
             bits = pack_mask(mask) if mask.dtype == torch.bool else mask
             n = self.shapes[name].numel()
@@ -67,7 +67,8 @@ class MaskBank:
             free = bits if used is None else free_mask(bits, used.to(bits.device))
             packed[name] = bits
             use[name] = LayerUse(n, self._count(bits, name), self._count(free, name), self._count(union, name))
-            self._used[name] = union
+            unions[name] = union
+        self._used = unions  # only now: a mask that is refused leaves everything as it was
         self._packed.append(packed)
         self.use.append(use)
         return len(self) - 1

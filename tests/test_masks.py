@@ -62,3 +62,12 @@ def test_wrong_masks_are_refused_and_change_nothing(bank: MaskBank, masks: dict[
         bank.add(masks)
     assert len(bank) == 3
     assert bank.use[2]["a"].used == 5
+
+
+def test_a_mask_refused_in_a_later_layer_leaves_the_union_of_earlier_layers() -> None:
+    bank = MaskBank({"a": torch.Size([2, 6]), "b": torch.Size([2, 2])})
+    bank.add({"a": _mask("xxx........."), "b": _mask("x..x")})
+    with pytest.raises(ValueError, match="layer b has 4 weights"):
+        bank.add({"a": _mask("...xxx......"), "b": torch.zeros(50, dtype=torch.bool)})
+    assert torch.equal(bank.free("a", _mask("...xxx......")), _mask("...xxx......"))
+    assert len(bank) == 1
