@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ class TrainOptions:
     out: str = _option("runs/train", "folder for results, plots and the model")
 
 
+def _kind(option: Field[Any]) -> type:
+    """What the values of an option are, also where the default is None."""
+    return {"root": str, "patience": int, "threads": int}.get(option.name, type(option.default))
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     for f in fields(TrainOptions):
         name = "--" + f.name.replace("_", "-")
@@ -72,7 +77,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         if isinstance(f.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=f.metadata["help"])
             continue
-        kind = {"root": str, "patience": int, "threads": int}.get(f.name, type(f.default))
+        kind = _kind(f)
         parser.add_argument(name, type=kind, default=None, choices=f.metadata.get("choices"), help=text)
 
 
@@ -91,7 +96,7 @@ def _from_file(path: str) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"{path}: unknown option {key!r}; known are {', '.join(known)}")
         f = known[name]
-        kind = {"root": str, "patience": int, "threads": int}.get(name, type(f.default))
+        kind = _kind(f)
         if kind is float and not isinstance(value, bool):
             with suppress(TypeError, ValueError):
                 value = float(value)  # YAML reads 1e-2 as a string

@@ -189,7 +189,7 @@ class Learner:
         try:
             yield
         except RuntimeError as error:
-            if all(bool(p.isfinite().all()) for p in self.phases.masked_parameters()):
+            if all(bool(p.isfinite().all()) for p in self.phases.masked_parameters() + self.phases.dense_weights()):
                 raise
             raise FloatingPointError(
                 f"{task.name}: the {self.phases.phase} phase diverged ({error}); {self._lower_the_rates()}"
@@ -229,14 +229,11 @@ class Learner:
             return self._score(task.test, task.classes)[0]
 
     def _optimizer(self, options: PhaseOptions) -> torch.optim.Optimizer | None:
-        dense = {id(layer.weight) for layer in self.phases.layers.values()}  # parameters in the joint phase alone
-        masked = self.phases.masked_parameters()
-        weights = [p for p in masked if id(p) in dense]
         groups = [
             {"params": parameters, "lr": lr}
             for parameters, lr in (
-                ([p for p in masked if id(p) not in dense], options.lr),
-                (weights + self.phases.task_parameters(), self.weight.lr),
+                (self.phases.masked_parameters(), options.lr),
+                (self.phases.dense_weights() + self.phases.task_parameters(), self.weight.lr),
             )
             if parameters
         ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .masks import MaskBank
 from .nn import SupermaskLayer, freeze_weights, supermask_layers, unconvert
+from .ops import unpack_mask
 
 Phase = Literal["idle", "mask", "weight", "joint"]
 
@@ -189,14 +190,16 @@ class Phases:
 
     def parameters(self) -> list[Tensor]:
         """What the present phase trains: scores or free values, then the task's own unmasked parameters."""
-        return self.masked_parameters() + self.task_parameters()
+        return self.masked_parameters() + self.dense_weights() + self.task_parameters()
 
     def masked_parameters(self) -> list[Tensor]:
-        """Scores (mask phase), scores and weights (joint), or free values (weight phase; possibly none)."""
-        found: list[Tensor | None] = []
-        for layer in self.layers.values():
-            found += [layer.scores, layer.free_values, layer.weight if self.phase == "joint" else None]
+        """Scores (mask and joint phase), or free values (weight phase; possibly none)."""
+        found = (p for layer in self.layers.values() for p in (layer.scores, layer.free_values))
         return [p for p in found if p is not None]
+
+    def dense_weights(self) -> list[Tensor]:
+        """The weights that the joint phase trains in place; none in other phases."""
+        return [layer.weight for layer in self.layers.values()] if self.phase == "joint" else []
 
     def task_parameters(self) -> list[Tensor]:
         """Parameters without a mask, which each task has its own of."""
@@ -209,12 +212,10 @@ class Phases:
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer."""
         self._require("guard", "joint")
-        if len(self.bank):
-            used = {
-                layer.weight: ~self.bank.free(name, torch.ones_like(layer.weight, dtype=torch.bool))
-                for name, layer in self.layers.items()
-            }
-            freeze_weights(optimizer, used)
+        used = {layer.weight: self.bank.used_mask(name) for name, layer in self.layers.items()}
+        freeze_weights(
+            optimizer, {w: unpack_mask(bits.to(w.device), w.shape) for w, bits in used.items() if bits is not None}
+        )
 
     def random_scores(self, task: int) -> dict[str, Tensor]:
         """The random initial scores of a task."""
@@ -225,7 +226,7 @@ class Phases:
         """A copy of all that the open phase trains and of the task's state; `restore` puts it back."""
         return {
             "phase": self.phase,
-            "masked": [p.detach().clone() for p in self.masked_parameters()],
+            "masked": [p.detach().clone() for p in self.masked_parameters() + self.dense_weights()],
             "state": {n: t.clone() for n, t in self._live_state().items()},
         }
 
@@ -234,7 +235,9 @@ class Phases:
         if snapshot["phase"] != self.phase:
             raise RuntimeError(f"restore: the snapshot is of the {snapshot['phase']} phase, this is {self.phase}")
         with torch.no_grad():
-            for parameter, value in zip(self.masked_parameters(), snapshot["masked"], strict=True):
+            for parameter, value in zip(
+                self.masked_parameters() + self.dense_weights(), snapshot["masked"], strict=True
+            ):
                 parameter.copy_(value)
         self._write_state(snapshot["state"])
 

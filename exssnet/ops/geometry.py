@@ -74,9 +74,7 @@ def conv1d_as_2d(
 
 def check_bias(operator: str, bias: Tensor | None, out_features: int) -> None:
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"{operator}: bias must have shape ({out_features},), got {None if bias is None else tuple(bias.shape)}"
-        )
+        raise ValueError(f"{operator}: bias must have shape ({out_features},), got {tuple(bias.shape)}")
 
 
 def check_groups(operator: str, weight: Tensor, groups: int) -> None:
