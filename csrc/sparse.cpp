@@ -1,6 +1,7 @@
 // sparse_linear, sparse_conv2d and their backward operators: PyTorch meets csrc/cpu/sparse.
 #include "cpu/sparse.h"
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -10,7 +11,7 @@ namespace exssnet {
 namespace {
 
 using cpu::Convolution;
-using cpu::PackedImage;
+using cpu::Epilogue;
 using cpu::Pattern;
 using cpu::Strides;
 using cpu::Values;
@@ -38,31 +39,40 @@ Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
               std::nullopt);
 }
 
-// The pattern and the values of a layer, checked so far that no pointer, index or slot can leave its array.
+// The pattern and the values of a layer; the kernels check what they follow.
 struct Weights {
   const char* who;
   ScalarType dtype;
-  Tensor free, frozen, row_ptr, col, slot, col_ptr, row, slot_t;
+  Tensor free, frozen, row_ptr, col, slot, row_ptr_t, col_t, slot_t;
 
   Weights(const char* who, const Tensor& x, const std::array<const Tensor*, 8>& t)
       : who(who), dtype(compute_dtype(x)), free(floats(*t[0])), frozen(floats(*t[1])), row_ptr(indices(*t[2])),
-        col(indices(*t[3])), slot(indices(*t[4])), col_ptr(indices(*t[5])), row(indices(*t[6])), slot_t(indices(*t[7])) {
+        col(indices(*t[3])), slot(indices(*t[4])), row_ptr_t(indices(*t[5])), col_t(indices(*t[6])),
+        slot_t(indices(*t[7])) {
     check(x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float ||
               x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
           who, "x of dtype float32, float64, bfloat16 or float16");
-    check(row_ptr.numel() > 0 && col_ptr.numel() > 0 && col.numel() == slot.numel() && row.numel() == slot_t.numel(), who,
-          "a pattern with row and column pointers and a slot for every entry");
+    check(row_ptr.numel() > 0 && row_ptr_t.numel() > 0 && col.numel() == slot.numel() &&
+              col_t.numel() == slot_t.numel() && free.numel() + frozen.numel() < kMost,
+          who, "a pattern with row pointers and a slot for every entry");
   }
 
-  Pattern by_rows() const { return checked(row_ptr, col, slot, col_ptr.numel() - 1); }
-  Pattern by_columns() const { return checked(col_ptr, row, slot_t, row_ptr.numel() - 1); }
+  int64_t rows() const { return row_ptr.numel() - 1; }
+  int64_t channels() const { return row_ptr_t.numel() - 1; }
+  Pattern pattern(int64_t taps) const { return view(row_ptr, col, slot, channels() * taps); }
+  Pattern transposed(int64_t taps) const { return view(row_ptr_t, col_t, slot_t, rows() * taps); }
 
   template <class T>
   Values<T> values() const {
-    return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel()};
+    return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel(), free.numel() + frozen.numel()};
   }
 
   Tensor floats(const Tensor& t) const { return row_major(to_dtype(t, dtype)); }
+
+  void followed(bool good) const {
+    check(good, who,
+          "a pattern whose pointers rise from 0 to the number of entries and whose indices and slots are in range");
+  }
 
  private:
   Tensor indices(const Tensor& t) const {
@@ -70,14 +80,13 @@ struct Weights {
     return row_major(t);
   }
 
-  Pattern checked(const Tensor& ptr, const Tensor& index, const Tensor& slots, int64_t columns) const {
-    const Pattern pattern{ptr.const_data_ptr<int32_t>(), index.const_data_ptr<int32_t>(), slots.const_data_ptr<int32_t>(),
-                          ptr.numel() - 1, columns, index.numel()};
-    check(cpu::in_range(pattern, free.numel() + frozen.numel()), who,
-          "a pattern whose pointers rise from 0 to the number of entries and whose indices and slots are in range");
-    return pattern;
+  static Pattern view(const Tensor& ptr, const Tensor& index, const Tensor& slots, int64_t columns) {
+    return {ptr.const_data_ptr<int32_t>(), index.const_data_ptr<int32_t>(), slots.const_data_ptr<int32_t>(),
+            ptr.numel() - 1, columns, index.numel()};
   }
 };
+
+int64_t taps(const Convolution& c) { return c.h.taps * c.w.taps; }
 
 Convolution convolution(const Weights& w, const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
                         const Ints& dilation) {
@@ -93,39 +102,36 @@ Convolution convolution(const Weights& w, const Tensor& x, const Ints& kernel, c
     check(size > 0 && room >= 0, w.who, "an image that, padded, is at least as large as the kernel");
     windows[i] = {size, room / stride[i] + 1, kernel[i], stride[i], padding[i], dilation[i]};
   }
-  check(w.col_ptr.numel() - 1 == x.size(1) * kernel[0] * kernel[1], w.who, "a pattern with C * R * S columns");
-  const Convolution c{x.size(0), x.size(1), w.row_ptr.numel() - 1, windows[0], windows[1]};
-  for (const PackedImage& image : {packed_input(c), packed_input_gradient(c), packed_output_gradient(c)})
-    check(double(image.channels) * image.h.phases * image.h.length * image.w.phases * image.w.length * image.batch < 1e15,
-          w.who, "images that, padded, have fewer than 10^15 elements");
+  const Convolution c{x.size(0), x.size(1), w.rows(), windows[0], windows[1]};
+  check(w.channels() == c.in_channels && double(std::max(w.rows(), c.in_channels)) * kernel[0] * kernel[1] < kMost, w.who,
+        "a pattern of the C channels, with fewer than 2^31 columns");
+  check(double(c.in_channels) * (c.h.in + c.h.padding) * (c.w.in + c.w.padding) * c.batch < 1e15 &&
+            double(c.out_channels) * c.h.out * c.w.out * c.batch < 1e15,
+        w.who, "images of fewer than 10^15 elements");
   return c;
 }
 
 // A linear layer is the 1 x 1 convolution of 1 x 1 images.
 Convolution linear(const Weights& w, const Tensor& x) {
-  check(x.dim() == 2 && x.size(1) == w.col_ptr.numel() - 1, w.who, "x (B, I) and a pattern with I columns");
+  check(x.dim() == 2 && x.size(1) == w.channels(), w.who, "x (B, I) and a pattern with I columns");
   const cpu::Window one{1, 1, 1, 1, 0, 1};
-  return {x.size(0), x.size(1), w.row_ptr.numel() - 1, one, one};
+  return {x.size(0), x.size(1), w.rows(), one, one};
 }
 
-// x in the layout of `image`: itself where it is that already and lines of `width` elements are whole vectors (the
-// kernels read whole vectors), else a copy.
+// x with the batch innermost: itself where it is stored so, else a copy.
 template <class T>
-Tensor packed(const Tensor& x, const PackedImage& image, int64_t width) {
+Tensor batch_innermost(const Tensor& x) {
   const bool is_linear = x.dim() == 2;
+  const int64_t n = x.size(0), c = x.size(1), h = is_linear ? 1 : x.size(2), w = is_linear ? 1 : x.size(3);
   const Strides strides{x.stride(0), x.stride(1), is_linear ? 1 : x.stride(2), is_linear ? 1 : x.stride(3)};
-  const auto dense = [&](int64_t size, int64_t stride, int64_t step) { return size == 1 || stride == step; };
-  if (image.h.is_plain() && image.w.is_plain() && width * sizeof(T) % 64 == 0 && dense(image.batch, strides.n, 1) &&
-      dense(image.w.size, strides.w, image.batch) && dense(image.h.size, strides.h, image.line()) &&
-      dense(image.channels, strides.c, image.plane()))
+  const auto dense = [](int64_t size, int64_t stride, int64_t step) { return size == 1 || stride == step; };
+  if (dense(n, strides.n, 1) && dense(w, strides.w, n) && dense(h, strides.h, w * n) && dense(c, strides.c, h * w * n))
     return x;
-  Tensor copy = torch::stable::new_empty(x, {image.size() + PackedImage::kSlack});
+  Tensor copy = torch::stable::new_empty(x, {c * h * w * n});
   if (is_linear)  // the features as pixels of a line, which can be copied like a row of an image
-    cpu::pack(x.const_data_ptr<T>(), {strides.n, 0, 0, strides.c},
-              {image.batch, 1, {1, 1, 1, 1, 1, 0}, {image.channels, 1, 1, 1, image.channels, 0}},
-              copy.mutable_data_ptr<T>());
+    cpu::batch_innermost(x.const_data_ptr<T>(), {strides.n, 0, 0, strides.c}, n, 1, 1, c, copy.mutable_data_ptr<T>());
   else
-    cpu::pack(x.const_data_ptr<T>(), strides, image, copy.mutable_data_ptr<T>());
+    cpu::batch_innermost(x.const_data_ptr<T>(), strides, n, c, h, w, copy.mutable_data_ptr<T>());
   return copy;
 }
 
@@ -138,10 +144,12 @@ Tensor forward(const Weights& w, const Convolution& c, const Tensor& x, const Op
   if (x.dim() == 4) shape.insert(shape.end(), {c.h.out, c.w.out});
   Tensor y = new_batch_last(x, shape, w.dtype);
   if (y.numel() == 0) return y;
-  const Tensor from = packed<T>(to_dtype(x, w.dtype), cpu::packed_input(c), c.w.out * c.batch);
+  const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
   const OptTensor offset = bias ? OptTensor(w.floats(*bias)) : std::nullopt;
-  cpu::sparse_forward(c, w.by_rows(), w.values<T>(), offset ? offset->const_data_ptr<T>() : nullptr,
-                      from.const_data_ptr<T>(), y.mutable_data_ptr<T>());
+  Epilogue<T> epilogue;
+  if (offset) epilogue.bias = offset->const_data_ptr<T>();
+  w.followed(cpu::sparse_forward(c, w.pattern(taps(c)), w.values<T>(), epilogue, from.const_data_ptr<T>(),
+                                 y.mutable_data_ptr<T>()));
   return y;
 }
 
@@ -149,16 +157,9 @@ template <class T>
 Tensor input_gradient(const Weights& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
   Tensor grad_x = new_batch_last(x, shape_of(x), w.dtype);
   if (grad_x.numel() == 0) return grad_x;
-  const PackedImage image = cpu::packed_input_gradient(c);
-  const Tensor from = packed<T>(grad, cpu::packed_output_gradient(c), image.line());
-  T* to = grad_x.mutable_data_ptr<T>();
-  if (c.h.stride == 1 && c.w.stride == 1) {
-    cpu::sparse_input_gradient(c, w.by_columns(), w.values<T>(), from.const_data_ptr<T>(), to);
-  } else {
-    Tensor phases = torch::stable::new_empty(grad, {image.size()});
-    cpu::sparse_input_gradient(c, w.by_columns(), w.values<T>(), from.const_data_ptr<T>(), phases.mutable_data_ptr<T>());
-    cpu::unpack(phases.const_data_ptr<T>(), image, to);
-  }
+  const Tensor from = batch_innermost<T>(grad);
+  w.followed(cpu::sparse_input_gradient(c, w.transposed(taps(c)), w.values<T>(), from.const_data_ptr<T>(),
+                                        grad_x.mutable_data_ptr<T>()));
   return grad_x;
 }
 
@@ -166,12 +167,10 @@ template <class T>
 Tensor value_gradient(const Weights& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
   Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
   if (grad_values.numel() == 0) return grad_values;
-  const int64_t width = c.w.out * c.batch;
-  const Tensor from = packed<T>(x, cpu::packed_input(c), width);
-  const PackedImage plain{c.batch, c.out_channels, {c.h.out, 1, 1, 1, c.h.out, 0}, {c.w.out, 1, 1, 1, c.w.out, 0}};
-  const Tensor lines = packed<T>(grad, plain, width);
-  cpu::sparse_value_gradient(c, w.by_rows(), w.free.numel(), from.const_data_ptr<T>(), lines.const_data_ptr<T>(),
-                             grad_values.mutable_data_ptr<T>());
+  const Tensor from = batch_innermost<T>(x), lines = batch_innermost<T>(grad);
+  w.followed(cpu::sparse_value_gradient(c, w.pattern(taps(c)), w.free.numel(), w.values<T>().count,
+                                        from.const_data_ptr<T>(), lines.const_data_ptr<T>(),
+                                        grad_values.mutable_data_ptr<T>()));
   return grad_values;
 }
 
@@ -195,36 +194,36 @@ std::tuple<Tensor, Tensor> run_backward(const Weights& w, const Convolution& c, 
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values, const Tensor& row_ptr,
-                     const Tensor& col, const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                     const Tensor& col, const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
                      const Tensor& slot_t, const OptTensor& bias) {
-  const Weights w("sparse_linear", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+  const Weights w("sparse_linear", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   return run_forward(w, linear(w, x), x, bias);
 }
 
 std::tuple<Tensor, Tensor> sparse_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
                                                   const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
-                                                  const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                                                  const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
                                                   const Tensor& slot_t, const Flags& output_mask) {
   const Weights w("sparse_linear_backward", x,
-                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   return run_backward(w, linear(w, x), grad, x, output_mask);
 }
 
 Tensor sparse_conv2d(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values, const Tensor& row_ptr,
-                     const Tensor& col, const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                     const Tensor& col, const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
                      const Tensor& slot_t, const OptTensor& bias, const Ints& kernel_size, const Ints& stride,
                      const Ints& padding, const Ints& dilation) {
-  const Weights w("sparse_conv2d", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+  const Weights w("sparse_conv2d", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   return run_forward(w, convolution(w, x, kernel_size, stride, padding, dilation), x, bias);
 }
 
 std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
                                                   const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
-                                                  const Tensor& slot, const Tensor& col_ptr, const Tensor& row,
+                                                  const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
                                                   const Tensor& slot_t, const Ints& kernel_size, const Ints& stride,
                                                   const Ints& padding, const Ints& dilation, const Flags& output_mask) {
   const Weights w("sparse_conv2d_backward", x,
-                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &col_ptr, &row, &slot_t});
+                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   return run_backward(w, convolution(w, x, kernel_size, stride, padding, dilation), grad, x, output_mask);
 }
 

@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+PATTERN = SparsePattern._fields[:-1]
+"""Names of the buffers that hold a layer's pattern."""
+
+
 class SupermaskLayer(nn.Module):
     """What the supermask layers share: a dense weight that is no parameter, and one of three ways to use it.
 
@@ -64,7 +68,7 @@ class SupermaskLayer(nn.Module):
         self.register_buffer("weight", weight.detach())
         for name in ("scores", "free_values"):
             self.register_parameter(name, None)
-        for name in ("frozen_values", *SparsePattern._fields):
+        for name in ("frozen_values", *PATTERN):
             self.register_buffer(name, None, persistent=False)
         self.selection = None
         self.use_scores(self.random_scores())
@@ -93,7 +97,7 @@ class SupermaskLayer(nn.Module):
         if bool(free_mask.any()):
             self.free_values = nn.Parameter(self.weight[free_mask])
         self.frozen_values = self.weight[mask & ~free_mask]
-        for name, tensor in zip(SparsePattern._fields, pattern, strict=True):
+        for name, tensor in zip(PATTERN, pattern.tensors, strict=True):
             setattr(self, name, tensor)
 
     def store_values(self, free_mask: Tensor) -> None:
@@ -116,7 +120,7 @@ class SupermaskLayer(nn.Module):
     def _pattern(self) -> SparsePattern:
         if self.frozen_values is None:
             raise RuntimeError("this layer has neither scores nor a mask: start a task or activate one")
-        return SparsePattern(*(getattr(self, name) for name in SparsePattern._fields))
+        return SparsePattern(*(getattr(self, name) for name in PATTERN), math.prod(self.weight.shape[2:]))
 
     def _values(self) -> tuple[Tensor, Tensor, SparsePattern]:
         pattern = self._pattern()
@@ -128,7 +132,7 @@ class SupermaskLayer(nn.Module):
         return {"k": self.k} if self.selection is None else {"selection": self.selection}
 
     def _clear(self) -> None:
-        for name in ("scores", "free_values", "frozen_values", *SparsePattern._fields):
+        for name in ("scores", "free_values", "frozen_values", *PATTERN):
             setattr(self, name, None)
 
     def extra_repr(self) -> str:
@@ -420,7 +424,7 @@ def unconvert(model: nn.Module) -> None:
         layer._clear()
         for name in ("scores", "free_values"):
             del layer._parameters[name]
-        for name in ("weight", "frozen_values", *SparsePattern._fields):
+        for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
         del layer.selection, layer.k

@@ -208,7 +208,7 @@ def batch_last(x: Tensor) -> Tensor:
 
 def sparse_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
-    col_ptr: Tensor, row: Tensor, slot_t: Tensor, bias: Tensor | None,
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
     return batch_last(F.linear(x, weight, bias))
@@ -216,7 +216,7 @@ def sparse_linear(
 
 def sparse_linear_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
-    col_ptr: Tensor, row: Tensor, slot_t: Tensor, output_mask: list[bool],
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
     grad_x, effective = _linear_gradients(grad, x, weight, *output_mask)
@@ -228,7 +228,7 @@ def sparse_linear_backward(
 
 def sparse_conv2d(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
-    col_ptr: Tensor, row: Tensor, slot_t: Tensor, bias: Tensor | None,
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
@@ -238,7 +238,7 @@ def sparse_conv2d(
 
 def sparse_conv2d_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
-    col_ptr: Tensor, row: Tensor, slot_t: Tensor,
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))

@@ -126,8 +126,8 @@ SENTENCES: dict[str, Callable[[], object]] = {
     "sparse_linear: x is torch.float32 but frozen_values is torch.float64": lambda: ops.sparse_linear(
         X, VALUES, NONE.double(), PATTERN
     ),
-    "sparse_conv2d: the pattern has 36 columns, which a kernel of 25 taps does not divide": lambda: sparse_conv(5),
-    "sparse_conv2d: expected x with 9 channels, got 4": lambda: sparse_conv(2),
+    "sparse_conv2d: the pattern is of a kernel of 9 taps, got kernel_size (5, 5)": lambda: sparse_conv(5),
+    "sparse_conv2d: expected x with 5 channels, got 4": lambda: sparse_conv(pattern_of=torch.zeros(8, 5, 3, 3)),
     "sparse_conv2d: kernel_size must be one or two integers of at least 1, got 0": lambda: sparse_conv(0),
     "sparse_conv2d: bias must have shape (8,), got (4,)": lambda: sparse_conv(bias=W[:, 0]),
     # neighbours
@@ -155,8 +155,8 @@ def test_sentence(sentence: str) -> None:
         SENTENCES[sentence]()
 
 
-def broken(**changed: Tensor) -> ops.SparsePattern:
-    return PATTERN._replace(**changed)
+def broken(**changed: Tensor) -> tuple[Tensor, ...]:
+    return PATTERN._replace(**changed).tensors
 
 
 def raw(operator: str, *arguments: object) -> object:
@@ -185,7 +185,7 @@ WILD: dict[str, Callable[[], object]] = {
     "pointers beyond the entries": lambda: raw("sparse_linear", *SPARSE, *broken(row_ptr=PATTERN.row_ptr * 2), None),
     "pointers that fall": lambda: raw("sparse_linear", *SPARSE, *broken(row_ptr=PATTERN.row_ptr.flip(0)), None),
     "a row beyond the last": lambda: raw(
-        "sparse_linear_backward", W[:3, :4], *SPARSE, *broken(row=PATTERN.row + 1), [True, True]
+        "sparse_linear_backward", W[:3, :4], *SPARSE, *broken(col_t=PATTERN.col_t + 1), [True, True]
     ),
     "a label beyond the classes": lambda: raw("knn_classify", FEATURES, LABELS, FEATURES, 3, 2),
     "more neighbours than features": lambda: raw("knn_classify", FEATURES, LABELS, FEATURES, 7, 3),

@@ -54,7 +54,7 @@ class Sparse(Family):
 
     def raw(self, p: Problem, t: Results) -> tuple[Any, ...]:
         convolution = () if p.layer.kind == "linear" else (list(p.layer.weight[2:]), *geometry(p.layer))
-        return t["x"], t["free_values"], frozen_values(p), *pattern(p), t.get("bias"), *convolution
+        return t["x"], t["free_values"], frozen_values(p), *pattern(p).tensors, t.get("bias"), *convolution
 
 
 def block_diagonal(weight: Tensor, groups: int) -> Tensor:
@@ -96,46 +96,49 @@ class TestPattern:
     def test_walk_by_rows_meets_every_kept_weight(self, shape: tuple[int, ...], groups: int, density: float) -> None:
         weight, mask, free = drawn_mask(shape, density)
         p = ops.sparse_pattern(mask, free, groups)
-        values = torch.cat([weight[free], weight[mask & ~free]])
-        matrix = torch.zeros(len(p.row_ptr) - 1, len(p.col_ptr) - 1)
+        values, taps = torch.cat([weight[free], weight[mask & ~free]]), mask[0, 0].numel()
+        matrix = torch.zeros(len(p.row_ptr) - 1, (len(p.row_ptr_t) - 1) * taps)
         for o, column, entry in walk(p.row_ptr, p.col):
             matrix[o, column] = values[p.slot[entry]]
         assert torch.equal(matrix, block_diagonal(weight.where(mask, 0), groups))
 
     @pytest.mark.parametrize("density", DENSITIES)
     @WEIGHTS
-    def test_walk_by_columns_meets_every_kept_weight(self, shape: tuple[int, ...], groups: int, density: float) -> None:
+    def test_transposed_walk_meets_every_kept_weight(self, shape: tuple[int, ...], groups: int, density: float) -> None:
         weight, mask, free = drawn_mask(shape, density)
         p = ops.sparse_pattern(mask, free, groups)
-        values = torch.cat([weight[free], weight[mask & ~free]])
-        matrix = torch.zeros(len(p.row_ptr) - 1, len(p.col_ptr) - 1)
-        for column, o, entry in walk(p.col_ptr, p.row):
-            matrix[o, column] = values[p.slot_t[entry]]
+        values, taps = torch.cat([weight[free], weight[mask & ~free]]), mask[0, 0].numel()
+        matrix = torch.zeros(len(p.row_ptr) - 1, (len(p.row_ptr_t) - 1) * taps)
+        for channel, column, entry in walk(p.row_ptr_t, p.col_t):
+            matrix[column // taps, channel * taps + column % taps] = values[p.slot_t[entry]]
         assert torch.equal(matrix, block_diagonal(weight.where(mask, 0), groups))
 
     @WEIGHTS
     def test_both_walks_ascend(self, shape: tuple[int, ...], groups: int) -> None:
         p = ops.sparse_pattern(torch.rand(shape) < 0.6, groups=groups)
-        for pointers, index in ((p.row_ptr, p.col), (p.col_ptr, p.row)):
+        for pointers, index in ((p.row_ptr, p.col), (p.row_ptr_t, p.col_t)):
             order = [(line, at) for line, at, _ in walk(pointers, index)]
             assert order == sorted(set(order))
             assert len(order) == len(index)
 
     @WEIGHTS
     def test_all_tensors_are_int32(self, shape: tuple[int, ...], groups: int) -> None:
-        assert {t.dtype for t in ops.sparse_pattern(torch.rand(shape) < 0.6, groups=groups)} == {torch.int32}
+        assert {t.dtype for t in ops.sparse_pattern(torch.rand(shape) < 0.6, groups=groups).tensors} == {torch.int32}
 
     @WEIGHTS
     def test_no_free_mask_means_all_free(self, shape: tuple[int, ...], groups: int) -> None:
         mask = torch.rand(shape) < 0.6
         for one, other in zip(
-            ops.sparse_pattern(mask, groups=groups), ops.sparse_pattern(mask, mask, groups), strict=True
+            ops.sparse_pattern(mask, groups=groups).tensors,
+            ops.sparse_pattern(mask, mask, groups).tensors,
+            strict=True,
         ):
             assert torch.equal(one, other)
 
     def test_strided_mask_has_the_pattern_of_its_copy(self) -> None:
         mask = (torch.rand(3, 4, 5, 6) < 0.5).transpose(0, 1)
-        for one, other in zip(ops.sparse_pattern(mask), ops.sparse_pattern(mask.contiguous()), strict=True):
+        patterns = ops.sparse_pattern(mask), ops.sparse_pattern(mask.contiguous())
+        for one, other in zip(*(p.tensors for p in patterns), strict=True):
             assert torch.equal(one, other)
 
 

@@ -1,135 +1,204 @@
 #include "cpu/sparse.h"
 
-#include <atomic>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
-#include "cpu/sparse_walk.h"
+#include "cpu/sparse_tile.h"
 
 namespace exssnet::cpu {
 
 namespace {
 
-constexpr int64_t kChunk = 1024;     // bytes of an output line that are taken at a time
-constexpr int64_t kGrain = 1 << 17;  // multiply-adds that are worth a thread
+constexpr int64_t kGrain = 1 << 18;      // multiply-adds that are worth a thread
+constexpr int64_t kSumBytes = 512 << 10;  // of sums and of patches that a thread works on at a time
+
+// Distances in the gradient of a tile, in elements.
+struct TileSteps {
+  int64_t row, line, vector;
+};
+
+template <class T>
+struct BlockLoops {
+  void (*multiply)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
+                   T* sums);
+  void (*sample)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
+                 const T* grad, const TileSteps& steps, T* sums);
+};
 
 #define EXSSNET_BODY "cpu/sparse_body.h"
 #include "cpu/each_isa.h"
 
-// First rows of `parts` shares of about equally many entries.
 template <class T>
-std::vector<int64_t> share_rows(const Walk<T>& walk, int64_t parts) {
-  std::vector<int64_t> first(parts + 1, walk.rows);
-  const auto entry = [&](int64_t row) { return walk.start[row * (walk.blocks + 1)] + row; };  // a row costs one too
-  const int64_t total = walk.rows ? walk.start.back() + walk.rows : 0;
-  int64_t row = 0;
-  for (int64_t part = 0; part < parts; ++part) {
-    while (row < walk.rows && entry(row) < total * part / parts) ++row;
-    first[part] = row;
-  }
-  return first;
+Tiling make_tiling(const Product& p) {
+  const auto [bytes, registers] = isa() == Isa::avx512 ? std::pair(64, 16) : std::pair(isa() == Isa::avx2 ? 32 : 16, 8);
+  return Tiling(p, bytes / sizeof(T), registers);
 }
 
-// Lines of a product, and how far apart they are in its two images. Lines without a gap between them are joined.
-struct Lines {
-  int64_t count, width, x_step, y_step;
-
-  Lines(int64_t count, int64_t width, int64_t x_step, int64_t y_step)
-      : count(count), width(width), x_step(x_step), y_step(y_step) {
-    if (x_step == width && y_step == width) this->width *= std::exchange(this->count, 1);
-  }
-};
-
-// y = walk * x. All rows pass over one chunk of pixels before the next chunk is taken.
+// Memory of a thread, kept from call to call: fresh memory costs a page fault every 4 KB. 64 bytes aligned.
 template <class T>
-void multiply(const Walk<T>& walk, const Lines& lines, const T* x, const T* bias, T* y, int64_t y_plane) {
-  if (lines.count * lines.width * walk.rows == 0) return;
-  constexpr int64_t chunk = kChunk / sizeof(T);
-  const int64_t chunks = (lines.width + chunk - 1) / chunk, tasks = lines.count * chunks;
-  const int64_t work = (walk.start.back() + walk.rows) * std::min(chunk, lines.width);
-  const int64_t wanted = std::min(max_threads(), tasks * work / kGrain + 1);
-  const int64_t parts = std::min(walk.rows, tasks >= 4 * wanted || wanted == 1 ? 1 : (2 * wanted + tasks - 1) / tasks);
+T* scratch(int which, int64_t count) {
+  thread_local std::vector<std::byte> kept[3];
+  std::vector<std::byte>& buffer = kept[which];
+  const size_t size = count * sizeof(T) + 64;
+  if (buffer.size() < size) buffer = std::vector<std::byte>(size);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+}
+
+template <class T>
+bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
+              const T* x, T* y) {
+  if (p.rows * p.out_plane() == 0) return true;
+  const Tiling t = make_tiling<T>(p);
+  const PatchLayout layout(p, t);
+  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T));
+  Walk<T> walk;
+  if (!make_walk<false>(p, layout, t.images, blocks, pattern, values, walk)) return false;
+
+  const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
+  const int64_t work = (pattern.entries / p.phases() + p.rows) * tile;  // of one tile
+  const int64_t wanted = std::min(max_threads(), t.tiles() * t.groups * work / kGrain + 1);
+  const int64_t room = kSumBytes / sizeof(T);
+  int64_t together = groups_together(t.groups, std::min(room / (p.rows * tile), room / patch_size));
+  const auto shares = [&] { return (t.groups + together - 1) / together; };
+  while (together > 1 && wanted > 1 && t.tiles() * shares() < 4 * wanted) together = (together + 1) / 2;
+  const int64_t per_part = t.tiles() * shares();
+  const int64_t parts = wanted == 1 || per_part >= 4 * wanted ? 1 : std::min(p.rows, (2 * wanted + per_part - 1) / per_part);
   const std::vector<int64_t> first = share_rows(walk, parts);
-  const auto rows = EXSSNET_PICK(multiply_rows<T>);
-  parallel_for(parts * tasks, kGrain * parts / work + 1, [&](int64_t begin, int64_t end) {
+
+  parallel_for(parts * per_part, wanted == 1 ? parts * per_part : 1, [&](int64_t begin, int64_t end) {
+    T* patch = scratch<T>(0, together * patch_size);
+    T* sums = scratch<T>(1, together * p.rows * tile);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i / tasks, line = i % tasks / chunks, at = i % chunks * chunk;
-      rows(walk, first[part], first[part + 1], x + line * lines.x_step + at, bias, y + line * lines.y_step + at, y_plane,
-           std::min(chunk, lines.width - at));
+      const int64_t part = i / per_part, group = i % shares() * together, at = i % per_part / shares();
+      const Span down = t.down[at / t.across.size()], across = t.across[at % t.across.size()];
+      const int64_t groups = std::min(together, t.groups - group), rows = first[part + 1] - first[part];
+      const int64_t sums_size = rows * down.count * across.count * t.lanes;
+      const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).multiply;
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const int64_t channel = block * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
+        EXSSNET_PICK(pack_patch<T>)
+        (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
+        for (int64_t g = 0; g < groups; ++g)
+          loop(walk, block, first[part], first[part + 1], patch + g * patch_size, layout.pitch, sums + g * sums_size);
+      }
+      EXSSNET_PICK(store_tiles<T>)
+      (p, t, down, across, group, groups, first[part], first[part + 1], sums, epilogue, y);
     }
   });
+  return true;
 }
 
 }  // namespace
 
-bool in_range(const Pattern& pattern, int64_t slots) {
-  if (pattern.ptr[0] != 0 || pattern.ptr[pattern.rows] != pattern.entries) return false;
-  for (int64_t row = 0; row < pattern.rows; ++row)
-    if (pattern.ptr[row] > pattern.ptr[row + 1]) return false;
-  // i lies in [0, n) when neither i nor n - 1 - i is negative.
-  constexpr int64_t most = int64_t(1) << 31;
-  const uint32_t last_column = std::min(pattern.columns, most) - 1, last_slot = std::min(slots, most) - 1;
-  std::atomic<bool> good = true;
-  parallel_for(pattern.entries, kGrain / 4, [&](int64_t begin, int64_t end) {
-    uint32_t sign = 0;
-    for (int64_t k = begin; k < end; ++k) {
-      const uint32_t index = pattern.index[k], slot = pattern.slot[k];
-      sign |= index | (last_column - index) | slot | (last_slot - slot);
-    }
-    if (sign >> 31) good = false;
-  });
-  return good;
+template <class T>
+bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
+                    const T* x, T* y) {
+  return multiply(forward_product(flattened(c)), pattern, values, epilogue, x, y);
 }
 
 template <class T>
-void sparse_forward(const Convolution& c, const Pattern& by_rows, const Values<T>& values, const T* bias,
-                    const T* packed_x, T* y) {
-  const PackedImage image = packed_input(c);
-  const Walk<T> walk = make_walk<false>(plan_rows(c), by_rows, values);
-  const int64_t width = c.w.out * c.batch;
-  multiply(walk, {c.h.out, width, image.line(), width}, packed_x, bias, y, c.h.out * width);
+bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const T* grad,
+                           T* grad_x) {
+  // Pixels that no tap reads belong to no phase.
+  if (c.h.phases() < c.h.stride || c.w.phases() < c.w.stride)
+    std::fill_n(grad_x, c.in_channels * c.h.in * c.w.in * c.batch, T(0));
+  return multiply(input_gradient_product(flattened(c)), transposed, values, {}, grad, grad_x);
 }
 
 template <class T>
-void sparse_input_gradient(const Convolution& c, const Pattern& by_columns, const Values<T>& values,
-                           const T* packed_grad, T* grad_x) {
-  const PackedImage image = packed_input_gradient(c);
-  const Walk<T> walk = make_walk<false>(plan_columns(c), by_columns, values);
-  multiply<T>(walk, {image.h.length, image.line(), packed_output_gradient(c).line(), image.line()}, packed_grad, nullptr,
-              grad_x, image.plane());
-}
-
-template <class T>
-void sparse_value_gradient(const Convolution& c, const Pattern& by_rows, int64_t free_count, const T* packed_x,
-                           const T* grad, T* grad_values) {
-  const Walk<T> walk = make_walk<true>(plan_rows(c), by_rows, Values<T>{nullptr, nullptr, free_count});
-  const int64_t width = c.w.out * c.batch, plane = c.h.out * width;
-  const Lines lines(c.h.out, width, packed_input(c).line(), width);
-  const int64_t parts = std::clamp(by_rows.entries * plane / kGrain + 1, int64_t(1), max_threads());
-  const std::vector<int64_t> first = share_rows(walk, parts);
-  const auto rows = EXSSNET_PICK(sample_rows<T>);
-  constexpr int64_t chunk = kChunk / sizeof(T);
+bool sparse_value_gradient(const Convolution& convolution, const Pattern& pattern, int64_t free_count, int64_t count,
+                           const T* x, const T* grad, T* grad_values) {
+  const Product p = forward_product(flattened(convolution));
   std::fill_n(grad_values, free_count, T(0));
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t line = 0; line < lines.count; ++line)
-      for (int64_t at = 0; at < lines.width; at += chunk)
-        rows(walk, first[begin], first[end], packed_x + line * lines.x_step + at, grad + line * lines.y_step + at, plane,
-             std::min(chunk, lines.width - at));
-    for (int64_t row = first[begin]; row < first[end]; ++row)
-      for (int64_t k = walk.start[row * (walk.blocks + 1)]; k < walk.start[(row + 1) * (walk.blocks + 1) - 1]; ++k)
-        grad_values[walk.slot[k]] = walk.value[k];
+  if (p.rows * p.out_plane() == 0) return true;
+  const Tiling t = make_tiling<T>(p);
+  const PatchLayout layout(p, t);
+  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T));
+  Walk<T> walk;
+  if (!make_walk<true>(p, layout, t.images, blocks, pattern, Values<T>{nullptr, nullptr, free_count, count}, walk))
+    return false;
+
+  const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
+  const int64_t jobs = std::min(max_threads(), free_count * p.out_plane() / kGrain + 1);
+  // A thread owns blocks of channels, or, where these are too few, some rows of them.
+  const int64_t shares = std::min(jobs, blocks.count), parts = (jobs + shares - 1) / shares;
+  const std::vector<int64_t> first_row = share_rows(walk, parts);
+  const int64_t tiles = t.tiles();
+
+  parallel_for(shares * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t from = first_row[job % parts], until = first_row[job % parts + 1], rows = until - from;
+      const int64_t first_block = blocks.count * (job / parts) / shares;
+      const int64_t blocks_here = blocks.count * (job / parts + 1) / shares - first_block;
+      std::vector<int64_t> entries(blocks_here + 1);  // before each block
+      for (int64_t b = 0; b < blocks_here; ++b) {
+        entries[b + 1] = entries[b];
+        for (int64_t row = from; row < until; ++row)
+          entries[b + 1] += walk.row(row)[first_block + b + 1] - walk.row(row)[first_block + b];
+      }
+      // Few entries: all blocks meet a tile's gradients while these are near. Many: the sums of one block stay near.
+      const bool tile_by_tile = entries[blocks_here] * t.lanes * sizeof(T) <= kSumBytes;
+      const int64_t room = kSumBytes / sizeof(T);
+      const int64_t together = groups_together(t.groups, std::min(room / (rows * tile + 1), room / patch_size));
+      T* patch = scratch<T>(0, together * patch_size);
+      T* grads = scratch<T>(1, together * rows * tile);
+      const auto visit = [&](int64_t b, int64_t at, int64_t group, bool load, T* sums) {
+        const Span down = t.down[at / t.across.size()], across = t.across[at % t.across.size()];
+        const int64_t groups = std::min(together, t.groups - group), size = down.count * across.count * t.lanes;
+        const int64_t channel = (first_block + b) * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
+        // A tile of whole vectors inside the image is read where it lies, unless several blocks share a copy.
+        const bool whole = (!tile_by_tile || blocks_here == 1) && down.first + down.count <= p.out_h.length &&
+                           (t.by_pixel ? p.batch % t.lanes == 0 && across.first + across.count <= p.out_w.length
+                                       : (across.first + across.count) * t.lanes <= p.out_w.length * p.batch);
+        const int64_t vector = t.by_pixel ? p.batch : t.lanes, line = p.out_w.size * p.batch;
+        const T* lies = grad + from * p.out_plane() + down.first * line + across.first * vector + group * t.lanes;
+        const TileSteps steps = whole ? TileSteps{p.out_plane(), line, vector} : TileSteps{size, across.count * t.lanes, t.lanes};
+        const int64_t group_step = whole ? t.lanes : rows * size;
+        if (load && !whole) EXSSNET_PICK(load_tiles<T>)(p, t, down, across, group, groups, from, until, grad, grads);
+        EXSSNET_PICK(pack_patch<T>)
+        (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
+        const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).sample;
+        for (int64_t g = 0; g < groups; ++g)
+          loop(walk, first_block + b, from, until, patch + g * patch_size, layout.pitch,
+               (whole ? lies : grads) + g * group_step, steps, sums);
+      };
+      const auto finish = [&](int64_t b, const T* sums) {
+        std::vector<T> total(entries[b + 1] - entries[b]);
+        EXSSNET_PICK(add_lanes<T>)(sums, total.size(), total.data());
+        const T* next = total.data();
+        for (int64_t row = from; row < until; ++row)
+          for (int32_t k = walk.row(row)[first_block + b]; k < walk.row(row)[first_block + b + 1]; ++k)
+            grad_values[walk.slot[k]] = *next++;
+      };
+      if (tile_by_tile) {
+        T* sums = scratch<T>(2, entries[blocks_here] * t.lanes);
+        std::fill_n(sums, entries[blocks_here] * t.lanes, T(0));
+        for (int64_t at = 0; at < tiles; ++at)
+          for (int64_t group = 0; group < t.groups; group += together)
+            for (int64_t b = 0; b < blocks_here; ++b) visit(b, at, group, b == 0, sums + entries[b] * t.lanes);
+        for (int64_t b = 0; b < blocks_here; ++b) finish(b, sums + entries[b] * t.lanes);
+      } else {
+        for (int64_t b = 0; b < blocks_here; ++b) {
+          const int64_t size = (entries[b + 1] - entries[b]) * t.lanes;
+          T* sums = scratch<T>(2, size);
+          std::fill_n(sums, size, T(0));
+          for (int64_t at = 0; at < tiles; ++at)
+            for (int64_t group = 0; group < t.groups; group += together) visit(b, at, group, true, sums);
+          finish(b, sums);
+        }
+      }
+    }
   });
+  return true;
 }
 
-template void sparse_forward(const Convolution&, const Pattern&, const Values<float>&, const float*, const float*, float*);
-template void sparse_forward(const Convolution&, const Pattern&, const Values<double>&, const double*, const double*,
-                             double*);
-template void sparse_input_gradient(const Convolution&, const Pattern&, const Values<float>&, const float*, float*);
-template void sparse_input_gradient(const Convolution&, const Pattern&, const Values<double>&, const double*, double*);
-template void sparse_value_gradient(const Convolution&, const Pattern&, int64_t, const float*, const float*, float*);
-template void sparse_value_gradient(const Convolution&, const Pattern&, int64_t, const double*, const double*, double*);
+#define EXSSNET_INSTANTIATE(T)                                                                                    \
+  template bool sparse_forward(const Convolution&, const Pattern&, const Values<T>&, const Epilogue<T>&, const T*, T*); \
+  template bool sparse_input_gradient(const Convolution&, const Pattern&, const Values<T>&, const T*, T*);        \
+  template bool sparse_value_gradient(const Convolution&, const Pattern&, int64_t, int64_t, const T*, const T*, T*);
+EXSSNET_INSTANTIATE(float)
+EXSSNET_INSTANTIATE(double)
 
 }  // namespace exssnet::cpu

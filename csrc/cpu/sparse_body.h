@@ -1,116 +1,238 @@
-// The inner loops of cpu/sparse.cpp, compiled once per instruction set (see dispatch.h), with kVectorBytes and kVectors,
-// the accumulators that fit its registers, defined by the includer.
+// The loops over tiles of cpu/sparse.cpp, compiled once per instruction set (see dispatch.h), with kVectorBytes and
+// kVectors, the sums that fit its registers, defined by the includer.
 
 template <class T>
 struct Vector {
-  typedef T type __attribute__((vector_size(kVectorBytes), aligned(alignof(T))));
+  typedef T type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
   static constexpr int lanes = kVectorBytes / sizeof(T);
+
+  static type load(const T* from) { return *reinterpret_cast<const type*>(from); }
+  static void store(type v, T* to) { *reinterpret_cast<type*>(to) = v; }
 };
 
-// Calls piece.template operator()<vectors, partial>(at, count) on pieces that cover [at, at + count): as many whole
-// vectors at a time as fit the registers, then the rest of less than a vector.
-template <class T, int vectors = kVectors, class Piece>
-void in_pieces(int64_t at, int64_t count, const Piece& piece) {
-  constexpr int64_t size = vectors * Vector<T>::lanes;
-  for (; count >= size; at += size, count -= size) piece.template operator()<vectors, false>(at, size);
-  if constexpr (vectors > 1)
-    in_pieces<T, vectors / 2>(at, count, piece);
-  else if (count > 0)
-    piece.template operator()<1, true>(at, count);
-}
-
-template <bool partial, class T>
-typename Vector<T>::type load(const T* from, int64_t count) {
-  typename Vector<T>::type v = {};
-  std::memcpy(&v, from, partial ? count * sizeof(T) : sizeof v);
-  return v;
-}
-
-// Sums of neighbouring lanes, those of a before those of b.
-template <class T, int... i>
-typename Vector<T>::type add_pairs(const typename Vector<T>::type& a, const typename Vector<T>::type& b,
-                                   std::integer_sequence<int, i...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
-#else
-  using Index = decltype(a < b);
-  return __builtin_shuffle(a, b, Index{(2 * i)...}) + __builtin_shuffle(a, b, Index{(2 * i + 1)...});
-#endif
-}
-
-// The sums over the lanes of as many vectors as a vector has lanes.
-template <class T>
-typename Vector<T>::type sum_lanes(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+// Adds to sums (rows, lines * vectors) what the entries of one block give for rows [begin, end); the first block
+// overwrites them. Sums start at zero in each block, which keeps rounding errors small.
+template <class T, int lines, int vectors>
+void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
+                    T* sums) {
+  using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
+  const int32_t* const offset = walk.offset.get();
+  const T* const value = walk.value.get();
+  const int32_t* start = walk.row(begin) + block;
+  for (int64_t row = begin; row < end; ++row, sums += lines * vectors * lanes, start += walk.blocks + 1) {
+    const int64_t first = start[0], last = start[1];
+    if (block > 0 && first == last) continue;
+    V sum[lines * vectors];
 #pragma GCC unroll 16
-  for (int count = lanes; count > 1; count /= 2)
+    for (int i = 0; i < lines * vectors; ++i) sum[i] = V{};
+    for (int64_t k = first; k < last; ++k) {
+      const T* from = patch + offset[k];
+      const V factor = V{} + value[k];
+#pragma GCC unroll 4
+      for (int a = 0; a < lines; ++a, from += pitch)
 #pragma GCC unroll 16
-    for (int i = 0; i < count / 2; ++i)
-      v[i] = add_pairs<T>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes>());
-  return v[0];
+        for (int b = 0; b < vectors; ++b) sum[a * vectors + b] += factor * Vector<T>::load(from + b * lanes);
+    }
+    if (block > 0)
+#pragma GCC unroll 16
+      for (int i = 0; i < lines * vectors; ++i) sum[i] += Vector<T>::load(sums + i * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < lines * vectors; ++i) Vector<T>::store(sum[i], sums + i * lanes);
+  }
 }
 
-// Rows [begin, end) of the product, `count` elements from x and y on. The piece of x that a block of columns touches
-// stays in the first-level cache while all rows pass over it; the sums of blocks are added up in y, which also keeps
-// rounding errors small.
-template <class T>
-void multiply_rows(const Walk<T>& walk, int64_t begin, int64_t end, const T* x, const T* bias, T* y, int64_t y_plane,
-                   int64_t count) {
+// Adds to sums (entries, lanes), of the entries of one block in rows [begin, end), the products of the patch and of
+// grad, lane by lane.
+template <class T, int lines, int vectors>
+void sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
+                  const T* grad, const TileSteps& steps, T* sums) {
   using V = typename Vector<T>::type;
-  in_pieces<T>(0, count, [&]<int vectors, bool partial>(int64_t at, int64_t size) {
-    constexpr int lanes = Vector<T>::lanes;
-    for (int64_t block = 0; block < walk.blocks; ++block)
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = walk.start[row * (walk.blocks + 1) + block];
-        const int64_t last = walk.start[row * (walk.blocks + 1) + block + 1];
-        if (block > 0 && first == last) continue;
-        T* to = y + row * y_plane + at;
-        V sum[vectors] = {};
-        for (int64_t k = first; k < last; ++k) {
-          const T* from = x + walk.offset[k] + at;
+  constexpr int lanes = Vector<T>::lanes;
+  const int32_t* const offset = walk.offset.get();
+  const int32_t* start = walk.row(begin) + block;
+  for (int64_t row = begin; row < end; ++row, grad += steps.row, start += walk.blocks + 1) {
+    const int64_t first = start[0], last = start[1];
+    if (first == last) continue;
+    V g[lines * vectors];
+#pragma GCC unroll 4
+    for (int a = 0; a < lines; ++a)
 #pragma GCC unroll 16
-          for (int i = 0; i < vectors; ++i) sum[i] += walk.value[k] * load<false>(from + i * lanes, 0);
-        }
+      for (int b = 0; b < vectors; ++b)
+        g[a * vectors + b] = Vector<T>::load(grad + a * steps.line + b * steps.vector);
+    for (int64_t k = first; k < last; ++k, sums += lanes) {
+      const T* from = patch + offset[k];
+      V sum[2] = {V{}, V{}};
+#pragma GCC unroll 4
+      for (int a = 0; a < lines; ++a, from += pitch)
 #pragma GCC unroll 16
-        for (int i = 0; i < vectors; ++i)
-          sum[i] += block > 0 ? load<partial>(to + i * lanes, size) : V{} + (bias ? bias[row] : T(0));
-        std::memcpy(to, sum, partial ? size * sizeof(T) : sizeof sum);
-      }
-  });
+        for (int b = 0; b < vectors; ++b)
+          sum[(a * vectors + b) % 2] += g[a * vectors + b] * Vector<T>::load(from + b * lanes);
+      Vector<T>::store(Vector<T>::load(sums) + (sum[0] + sum[1]), sums);
+    }
+  }
 }
 
-// Adds to the values of the entries in rows [begin, end) their inner products of x and grad over `count` elements.
+// total (entries,) of sums (entries, lanes).
 template <class T>
-void sample_rows(const Walk<T>& walk, int64_t begin, int64_t end, const T* x, const T* grad, int64_t grad_plane,
-                 int64_t count) {
-  using V = typename Vector<T>::type;
-  in_pieces<T>(0, count, [&]<int vectors, bool partial>(int64_t at, int64_t size) {
-    constexpr int lanes = Vector<T>::lanes;
-    V lane;
-    for (int i = 0; i < lanes; ++i) lane[i] = T(i);
-    const auto inside = lane < V{} + T(size);  // of a partial vector; x may hold anything outside
-    for (int64_t block = 0; block < walk.blocks; ++block)
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = walk.start[row * (walk.blocks + 1) + block];
-        const int64_t last = walk.start[row * (walk.blocks + 1) + block + 1];
-        if (first == last) continue;
-        V g[vectors];
-#pragma GCC unroll 16
-        for (int i = 0; i < vectors; ++i) g[i] = load<partial>(grad + row * grad_plane + at + i * lanes, size);
-        for (int64_t k = first; k < last; k += lanes) {  // as many entries at a time as a vector has lanes
-          const int64_t entries = std::min<int64_t>(lanes, last - k);
-          V product[lanes] = {};
-          for (int64_t entry = 0; entry < entries; ++entry) {
-            const T* from = x + walk.offset[k + entry] + at;
-#pragma GCC unroll 16
-            for (int i = 0; i < vectors; ++i) {
-              const V v = load<false>(from + i * lanes, 0);
-              product[entry] += g[i] * (partial ? (inside ? v : V{}) : v);
+void add_lanes(const T* sums, int64_t entries, T* total) {
+  constexpr int lanes = Vector<T>::lanes;
+  for (int64_t k = 0; k < entries; ++k, sums += lanes) {
+    T part[lanes];
+    std::memcpy(part, sums, sizeof part);
+#pragma GCC unroll 4
+    for (int half = lanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    total[k] = part[0];
+  }
+}
+
+template <class T, int lines>
+BlockLoops<T> loops_of_lines(int64_t vectors) {
+  if constexpr (lines * 16 <= kVectors) if (vectors == 16) return {multiply_block<T, lines, 16>, sample_block<T, lines, 16>};
+  if constexpr (lines * 8 <= kVectors) if (vectors == 8) return {multiply_block<T, lines, 8>, sample_block<T, lines, 8>};
+  if constexpr (lines * 4 <= kVectors) if (vectors == 4) return {multiply_block<T, lines, 4>, sample_block<T, lines, 4>};
+  if (vectors == 2) return {multiply_block<T, lines, 2>, sample_block<T, lines, 2>};
+  return {multiply_block<T, lines, 1>, sample_block<T, lines, 1>};
+}
+
+// The loops for tiles of one shape.
+template <class T>
+BlockLoops<T> block_loops(int64_t lines, int64_t vectors) {
+  if (lines == 4) return loops_of_lines<T, 4>(vectors);
+  return lines == 2 ? loops_of_lines<T, 2>(vectors) : loops_of_lines<T, 1>(vectors);
+}
+
+// Copies to patches (groups, channels) what the tile at (down, across) reads of channels [first, last) of x, for
+// `groups` groups of images from `group` on; zeros where there are no pixels.
+template <class T>
+void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Span down, Span across, int64_t group,
+                int64_t groups, int64_t first, int64_t last, const T* x, T* patch, int64_t patch_size) {
+  constexpr int lanes = Vector<T>::lanes;
+  const int64_t line_pixels = p.in_w.size, n = p.batch, step = p.in_w.stride * n;
+  const int64_t height = down.count + p.reach_h(), length = across.count * lanes + p.reach_w() * t.images;
+  for (int64_t channel = first; channel < last; ++channel)
+    for (int64_t i = 0; i < p.in_h.phases * height; ++i) {
+      const int64_t h_phase = i / height, row = p.in_h.pixel(h_phase, down.first + i % height);
+      for (int64_t w_phase = 0; w_phase < p.in_w.phases; ++w_phase) {
+        T* to = patch + (channel - first) * layout.channel + (h_phase * layout.height + i % height) * layout.pitch +
+                w_phase * layout.line;
+        const T* line = x + channel * p.in_plane() + row * line_pixels * n;
+        if (row < 0 || row >= p.in_h.size) {
+          for (int64_t g = 0; g < groups; ++g) std::memset(to + g * patch_size, 0, length * sizeof(T));
+        } else if (t.by_pixel) {
+          const int64_t image = group * lanes, full = std::min(groups, n / lanes - group);
+          int64_t pixel = p.in_w.pixel(w_phase, across.first);
+          const T* from = line + pixel * n + image;
+          // What the tile to the right will read: runs of pixels are too short for the hardware to see them coming.
+          for (int64_t j = 0; j < across.count; ++j)
+            for (int64_t g = 0; g < groups; ++g)
+              __builtin_prefetch(from + (across.count + p.reach_w() + j) * step + g * lanes, 0, 2);
+          for (int64_t j = 0; j < across.count + p.reach_w(); ++j, pixel += p.in_w.stride, from += step, to += lanes) {
+            const bool inside = pixel >= 0 && pixel < line_pixels;
+            for (int64_t g = 0; g < full; ++g) {
+              const typename Vector<T>::type v = inside ? Vector<T>::load(from + g * lanes) : typename Vector<T>::type{};
+              std::memcpy(to + g * patch_size, &v, sizeof v);
+            }
+            if (full < groups) {
+              std::memset(to + full * patch_size, 0, lanes * sizeof(T));
+              if (inside) std::memcpy(to + full * patch_size, from + full * lanes, n % lanes * sizeof(T));
             }
           }
-          const V sums = load<true>(&walk.value[k], entries) + sum_lanes<T>(product);
-          std::memcpy(&walk.value[k], &sums, entries * sizeof(T));
+        } else if (p.in_w.stride == 1) {
+          const int64_t at = across.first * lanes + p.in_w.pixel(w_phase, 0) * n, end = line_pixels * n;
+          const int64_t from = std::clamp<int64_t>(-at, 0, length), until = std::clamp<int64_t>(end - at, from, length);
+          std::memset(to, 0, from * sizeof(T));
+          std::memcpy(to + from, line + at + from, (until - from) * sizeof(T));
+          std::memset(to + until, 0, (length - until) * sizeof(T));
+        } else {
+          for (int64_t j = 0; j < length; ++j) {
+            const int64_t element = across.first * lanes + j, pixel = p.in_w.pixel(w_phase, element / n);
+            to[j] = pixel >= 0 && pixel < line_pixels ? line[pixel * n + element % n] : T(0);
+          }
         }
       }
-  });
+    }
+}
+
+// Calls visit(place in the tile, place in the image, elements) for the runs of the tiles of `groups` groups of images,
+// `tile` elements apart, that lie in the image of one phase; a run is at most a vector.
+template <class T, class Visit>
+inline void for_each_run(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
+                         int64_t tile, int64_t phase, const Visit& visit) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  const int64_t n = p.batch, h_phase = phase / p.out_w.phases, w_phase = phase % p.out_w.phases;
+  const int64_t full = t.by_pixel ? std::min(groups, n / lanes - group) : 0;
+  for (int64_t a = 0; a < down.count && down.first + a < p.out_h.length; ++a) {
+    const int64_t row = p.out_h.pixel(h_phase, down.first + a);
+    if (row < 0 || row >= p.out_h.size) continue;
+    const int64_t line = row * p.out_w.size * n;
+    for (int64_t b = 0; b < across.count; ++b) {
+      const int64_t at = (a * across.count + b) * lanes, first = (across.first + b) * lanes;
+      if (t.by_pixel) {
+        const int64_t pixel = p.out_w.pixel(w_phase, across.first + b), to = line + pixel * n + group * lanes;
+        if (pixel < 0 || pixel >= p.out_w.size) continue;
+        for (int64_t g = 0; g < full; ++g) visit(at + g * tile, to + g * lanes, lanes);
+        if (full < groups) visit(at + full * tile, to + full * lanes, n % lanes);
+      } else if (p.out_w.stride == 1) {
+        const int64_t place = first + p.out_w.pixel(w_phase, 0) * n;
+        const int64_t from = std::clamp<int64_t>(-place, 0, lanes);
+        const int64_t until = std::clamp<int64_t>(p.out_w.size * n - place, from, lanes);
+        if (from < until) visit(at + from, line + place + from, until - from);
+      } else {
+        for (int64_t j = 0; j < lanes; ++j) {
+          const int64_t pixel = p.out_w.pixel(w_phase, (first + j) / n);
+          if (pixel >= 0 && pixel < p.out_w.size) visit(at + j, line + pixel * n + (first + j) % n, 1);
+        }
+      }
+    }
+  }
+}
+
+// Writes the sums (groups, end - begin, tile) of rows [begin, end) to their pixels.
+template <class T>
+void store_tiles(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
+                 int64_t begin, int64_t end, const T* sums, const Epilogue<T>& epilogue, T* y) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t lanes = Vector<T>::lanes;
+  const int64_t size = down.count * across.count * lanes, ahead = p.out_plane();
+  const bool plain = !epilogue.scale && !epilogue.bias && !epilogue.residual && !epilogue.relu;
+  for (int64_t row = begin; row < end; ++row, sums += size) {
+    const int64_t channel = row / p.phases();
+    T* const plane = y + channel * p.out_plane();
+    const T* const residual = epilogue.residual ? epilogue.residual + channel * p.out_plane() : nullptr;
+    const V scale = V{} + (epilogue.scale ? epilogue.scale[channel] : T(1));
+    const V bias = V{} + (epilogue.bias ? epilogue.bias[channel] : T(0));
+    for_each_run<T>(p, t, down, across, group, groups, (end - begin) * size, row % p.phases(),
+                    [&](int64_t from, int64_t to, int64_t count) {
+      T* const pixel = plane + to;
+      const bool whole = count == lanes;
+      __builtin_prefetch(pixel + ahead, 1, 2);
+      V v = {}, r = {};
+      if (whole) v = Vector<T>::load(sums + from);
+      else std::memcpy(&v, sums + from, count * sizeof(T));
+      if (!plain) {
+        if (residual) std::memcpy(&r, residual + to, count * sizeof(T));
+        v = epilogue.scale ? v * scale + bias : v + bias;
+        v += r;
+        if (epilogue.relu) v = v < 0 ? V{} : v;
+      }
+      if (whole) Vector<T>::store(v, pixel);
+      else std::memcpy(pixel, &v, count * sizeof(T));
+    });
+  }
+}
+
+// Copies the pixels of rows [begin, end) to tiles (groups, end - begin, tile), zeros where there are none.
+template <class T>
+void load_tiles(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups, int64_t begin,
+                int64_t end, const T* y, T* tiles) {
+  const int64_t size = down.count * across.count * Vector<T>::lanes;
+  std::memset(tiles, 0, groups * (end - begin) * size * sizeof(T));
+  for (int64_t row = begin; row < end; ++row, tiles += size)
+    for_each_run<T>(p, t, down, across, group, groups, (end - begin) * size, 0,
+                    [&](int64_t at, int64_t from, int64_t count) {
+      std::memcpy(tiles + at, y + row * p.out_plane() + from, count * sizeof(T));
+    });
 }

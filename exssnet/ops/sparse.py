@@ -10,7 +10,7 @@ from torch import Tensor
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
 from .library import autocast, define, differentiable, pair, same_kind, single
 
-_PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor col_ptr, Tensor row, Tensor slot_t"
+_PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 
@@ -30,7 +30,7 @@ def _fake_backward(grad: Tensor, x: Tensor, free_values: Tensor, *rest: object) 
 
 def _fake_conv2d(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
-    col_ptr: Tensor, row: Tensor, slot_t: Tensor, bias: Tensor | None,
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     size = conv_shape(x, kernel_size, stride, padding, dilation)
@@ -54,19 +54,26 @@ _conv2d = differentiable("sparse_conv2d", gradients=(0, 1), bias=9)
 
 
 class SparsePattern(NamedTuple):
-    """Where the kept weights of a layer are, walked by rows and by columns. All tensors are int32.
+    """Where the kept weights of a layer are, by rows of the weight and of its transpose. The tensors are int32.
 
     The weight is seen as a matrix of O rows and C * R * S columns (column = (channel * R + r) * S + s; for a linear
-    layer the column is the input feature). Of a grouped convolution, each row has entries only in the columns of its
-    group. `slot` maps an entry to its place in the concatenation [free_values; frozen_values].
+    layer the column is the input feature), its transpose, the weight (C, O, R, S), as one of C rows and O * R * S
+    columns. Of a grouped convolution, each row has entries only in the columns of its group. `slot` maps an entry to
+    its place in the concatenation [free_values; frozen_values].
     """
 
     row_ptr: Tensor  # (O + 1,) entries row_ptr[o] ... row_ptr[o + 1] - 1 are those of row o, columns ascending
     col: Tensor  # (nnz,)
     slot: Tensor  # (nnz,)
-    col_ptr: Tensor  # (columns + 1,) the same entries by columns, rows ascending
-    row: Tensor  # (nnz,)
+    row_ptr_t: Tensor  # (C + 1,) the same of the transpose
+    col_t: Tensor  # (nnz,)
     slot_t: Tensor  # (nnz,)
+    taps: int  # R * S, 1 for a linear layer
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but `taps`, as the raw operators take them."""
+        return self[:6]
 
 
 def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 1) -> SparsePattern:
@@ -96,32 +103,34 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
     free_slot = is_free.cumsum(0) - 1
     frozen_slot = is_free.sum() + (~is_free).cumsum(0) - 1
     slot = torch.where(is_free, free_slot, frozen_slot)
-    by_column = col.argsort(stable=True)
+    taps = math.prod(mask.shape[2:])
+    channels = width * groups // max(taps, 1)
+    channel, tap = col // max(taps, 1), col % max(taps, 1)
+    col_t = row * taps + tap
+    order = (channel * rows * taps + col_t).argsort()
 
     def pointers(index: Tensor, count: int) -> Tensor:
         return torch.nn.functional.pad(torch.bincount(index, minlength=count).cumsum(0), (1, 0))
 
-    tensors = (pointers(row, rows), col, slot, pointers(col, width * groups), row[by_column], slot[by_column])
-    return SparsePattern(*(t.to(torch.int32) for t in tensors))
+    tensors = (pointers(row, rows), col, slot, pointers(channel, channels), col_t[order], slot[order])
+    return SparsePattern(*(t.to(torch.int32) for t in tensors), taps)
 
 
 def _check_values(
-    operator: str, pattern: SparsePattern, free_values: Tensor, frozen_values: Tensor, columns_per_channel: int
+    operator: str, pattern: SparsePattern, free_values: Tensor, frozen_values: Tensor, kernel_size: Sequence[int]
 ) -> int:
-    """The number of input channels or features of a pattern that fits the values."""
+    """The number of input channels or features of a pattern that fits the values and the kernel."""
     kept, given = pattern.slot.numel(), free_values.numel() + frozen_values.numel()
     if not (free_values.dim() == 1 and frozen_values.dim() == 1 and kept == given):
         raise ValueError(
             f"{operator}: the pattern keeps {kept} weights, got {free_values.numel()} free and {frozen_values.numel()} "
             "frozen values"
         )
-    columns = pattern.col_ptr.numel() - 1
-    if columns % columns_per_channel != 0:
+    if math.prod(kernel_size) != pattern.taps:
         raise ValueError(
-            f"{operator}: the pattern has {columns} columns, "
-            f"which a kernel of {columns_per_channel} taps does not divide"
+            f"{operator}: the pattern is of a kernel of {pattern.taps} taps, got kernel_size {tuple(kernel_size)}"
         )
-    return columns // columns_per_channel
+    return pattern.row_ptr_t.numel() - 1
 
 
 def sparse_linear(
@@ -136,13 +145,13 @@ def sparse_linear(
     Returns (..., O), stored with the batch innermost. Any strides are accepted. No second derivative.
     Source: arXiv 2210.10209, section 3, eq. 2: only W[M_t and not used] is trained.
     """
-    in_features = _check_values("sparse_linear", pattern, free_values, frozen_values, 1)
+    in_features = _check_values("sparse_linear", pattern, free_values, frozen_values, ())
     out_features = pattern.row_ptr.numel() - 1
     check_linear("sparse_linear", x, out_features, in_features, bias)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
     same_kind("sparse_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
     flat = x.reshape(-1, x.shape[-1])
-    return _linear(flat, free_values, frozen_values, *pattern, bias).reshape(*x.shape[:-1], out_features)
+    return _linear(flat, free_values, frozen_values, *pattern.tensors, bias).reshape(*x.shape[:-1], out_features)
 
 
 def sparse_conv2d(
@@ -156,12 +165,12 @@ def sparse_conv2d(
     that each kept weight meets a whole vector of images, and so is the input's gradient. Groups are in the pattern.
     """
     taps = pair("sparse_conv2d", "kernel_size", kernel_size, 1)
-    channels = _check_values("sparse_conv2d", pattern, free_values, frozen_values, taps[0] * taps[1])
+    channels = _check_values("sparse_conv2d", pattern, free_values, frozen_values, taps)
     geometry = conv_geometry("sparse_conv2d", x, channels, taps, stride, padding, dilation)
     check_bias("sparse_conv2d", bias, pattern.row_ptr.numel() - 1)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
     same_kind("sparse_conv2d", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
-    return _conv2d(x, free_values, frozen_values, *pattern, bias, taps, *geometry)
+    return _conv2d(x, free_values, frozen_values, *pattern.tensors, bias, taps, *geometry)
 
 
 def sparse_conv1d(
