@@ -1,5 +1,5 @@
 // supermask_conv2d, masked_conv2d and their backwards: csrc/cpu/epilogue around ATen's convolution.
-#include "effective.h"
+#include "supermask.h"
 
 namespace exssnet {
 namespace {
@@ -11,7 +11,7 @@ struct Geometry {
   int64_t groups;
 };
 
-Tensor convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Geometry& g) {
+Tensor dense_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Geometry& g) {
   const Tensor out = aten("aten::convolution", "", x, weight, bias, g.stride, g.padding, g.dilation, false, Ints{0, 0},
                           g.groups);
   return row_major(out);
@@ -27,34 +27,56 @@ std::tuple<Tensor, Tensor> gradients(const Tensor& grad, const Tensor& x, const 
   return {need_x ? row_major(grad_x) : grad_x, grad_weight};
 }
 
+cpu::Convolution sparse_convolution(const char* who, const Tensor& x, const Tensor& weight, const Geometry& g) {
+  check(weight.dim() == 4, who, "a weight (O, C/groups, R, S)");
+  return convolution(who, x, weight.size(1) * g.groups, weight.size(0), {weight.size(2), weight.size(3)}, g.stride,
+                     g.padding, g.dilation);
+}
+
 Tensor supermask_conv2d(const Tensor& x, const Tensor& weight, const Tensor& scores, const Tensor& selection,
                         const OptTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
-                        int64_t groups) {
+                        int64_t groups, bool sparse) {
   constexpr auto kWho = "supermask_conv2d";
-  return convolution(x, effective(weight, selected(weight, scores, selection, kWho), kWho), bias,
-                     {stride, padding, dilation, groups});
+  const MaskOf mask = selected(weight, scores, selection, kWho);
+  const Geometry geometry{stride, padding, dilation, groups};
+  if (!sparse) return dense_convolution(x, effective(weight, mask, kWho), bias, geometry);
+  const cpu::Convolution c = sparse_convolution(kWho, x, weight, geometry);
+  return sparse_output(KeptWeight(kWho, x, weight, mask, groups, false).weight, c, x, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> supermask_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                              const Tensor& scores, const Tensor& selection,
                                                              const Ints& stride, const Ints& padding,
-                                                             const Ints& dilation, int64_t groups,
+                                                             const Ints& dilation, int64_t groups, bool sparse,
                                                              const Flags& output_mask) {
   constexpr auto kWho = "supermask_conv2d_backward";
   check(output_mask.size() == 3, kWho, "an output_mask of 3");
   const MaskOf mask = selected(weight, scores, selection, kWho);
-  auto [grad_x, grad_effective] =
-      gradients(grad, x, output_mask[0] ? effective(weight, mask, kWho) : weight, {stride, padding, dilation, groups},
-                output_mask[0], output_mask[1] || output_mask[2]);
+  const Geometry geometry{stride, padding, dilation, groups};
+  const bool need_weight = output_mask[1] || output_mask[2];
+  if (!sparse) {
+    auto [grad_x, grad_effective] =
+        gradients(grad, x, output_mask[0] ? effective(weight, mask, kWho) : weight, geometry, output_mask[0], need_weight);
+    auto [grad_scores, grad_weight] = supermask_gradients(grad_effective, weight, scores, mask, output_mask, kWho);
+    return {output_mask[0] ? grad_x : none_like(x), grad_scores, grad_weight};
+  }
+  const cpu::Convolution c = sparse_convolution(kWho, x, weight, geometry);
+  check(shape_of(grad) == output_shape(c, x), kWho, "the output's gradient");
+  Tensor grad_x = output_mask[0]
+                      ? sparse_input_gradient(KeptWeight(kWho, x, weight, mask, groups, true).weight, c, x, grad)
+                      : none_like(x);
+  if (!need_weight) return {grad_x, none_like(scores), none_like(weight)};
+  const Tensor grad_effective =
+      std::get<1>(gradients(channels_last(grad), channels_last(x), weight, geometry, false, true));
   auto [grad_scores, grad_weight] = supermask_gradients(grad_effective, weight, scores, mask, output_mask, kWho);
-  return {output_mask[0] ? grad_x : none_like(x), grad_scores, grad_weight};
+  return {grad_x, grad_scores, grad_weight};
 }
 
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const Tensor& mask, const OptTensor& /*free_mask*/,
                      const OptTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
                      int64_t groups) {
   constexpr auto kWho = "masked_conv2d";
-  return convolution(x, effective(weight, given(weight, mask, kWho), kWho), bias, {stride, padding, dilation, groups});
+  return dense_convolution(x, effective(weight, given(weight, mask, kWho), kWho), bias, {stride, padding, dilation, groups});
 }
 
 std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,

@@ -1,5 +1,5 @@
 // supermask_linear, masked_linear and their backwards: csrc/cpu/epilogue around ATen's dense products.
-#include "effective.h"
+#include "supermask.h"
 
 namespace exssnet {
 namespace {
@@ -11,18 +11,29 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
 }
 
 Tensor supermask_linear(const Tensor& x, const Tensor& weight, const Tensor& scores, const Tensor& selection,
-                        const OptTensor& bias) {
+                        const OptTensor& bias, bool sparse) {
   constexpr auto kWho = "supermask_linear";
-  return aten("aten::linear", "", x, effective(weight, selected(weight, scores, selection, kWho), kWho), bias);
+  const MaskOf mask = selected(weight, scores, selection, kWho);
+  if (!sparse) return aten("aten::linear", "", x, effective(weight, mask, kWho), bias);
+  check(weight.dim() == 2, kWho, "a weight (O, I)");
+  const cpu::Convolution c = linear(kWho, x, weight.size(1), weight.size(0));
+  return sparse_output(KeptWeight(kWho, x, weight, mask, 1, false).weight, c, x, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> supermask_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                             const Tensor& scores, const Tensor& selection,
+                                                             const Tensor& scores, const Tensor& selection, bool sparse,
                                                              const Flags& output_mask) {
   constexpr auto kWho = "supermask_linear_backward";
-  check(output_mask.size() == 3, kWho, "an output_mask of 3");
+  check(output_mask.size() == 3 && weight.dim() == 2, kWho, "a weight (O, I) and an output_mask of 3");
   const MaskOf mask = selected(weight, scores, selection, kWho);
-  Tensor grad_x = output_mask[0] ? input_gradient(grad, effective(weight, mask, kWho)) : none_like(x);
+  const auto sparse_gradient = [&] {
+    const cpu::Convolution c = linear(kWho, x, weight.size(1), weight.size(0));
+    check(shape_of(grad) == output_shape(c, x), kWho, "the output's gradient");
+    return sparse_input_gradient(KeptWeight(kWho, x, weight, mask, 1, true).weight, c, x, grad);
+  };
+  Tensor grad_x = !output_mask[0] ? none_like(x)
+                  : sparse        ? sparse_gradient()
+                                  : input_gradient(grad, effective(weight, mask, kWho));
   const bool need_weight = output_mask[1] || output_mask[2];
   auto [grad_scores, grad_weight] = supermask_gradients(need_weight ? weight_gradient(grad, x) : weight, weight, scores,
                                                         mask, output_mask, kWho);

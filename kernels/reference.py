@@ -98,8 +98,19 @@ def _conv2d_gradients(
     )
 
 
-def supermask_linear(x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.where(mask_of(scores, selection), 0), bias)
+def batch_last(x: Tensor) -> Tensor:
+    """The same tensor with its batch, dimension 0, stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def _stored(t: Tensor, batch_innermost: bool) -> Tensor:
+    return batch_last(t) if batch_innermost else t.contiguous()
+
+
+def supermask_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
+) -> Tensor:
+    return _stored(F.linear(x, weight.where(mask_of(scores, selection), 0), bias), sparse)
 
 
 def _supermask_gradients(
@@ -115,33 +126,37 @@ def _supermask_gradients(
 
 
 def supermask_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, output_mask: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, sparse: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(scores, selection)
     grad_x, effective = _linear_gradients(
         grad, x, weight.where(mask, 0), output_mask[0], output_mask[1] or output_mask[2]
     )
-    return grad_x, *_supermask_gradients(effective, weight, scores, mask, output_mask)
+    return _stored(grad_x, sparse and output_mask[0]), *_supermask_gradients(
+        effective, weight, scores, mask, output_mask
+    )
 
 
 def supermask_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,
 ) -> Tensor:  # fmt: skip
     effective = weight.where(mask_of(scores, selection), 0)
-    return F.conv2d(x, effective, bias, stride, padding, dilation, groups).contiguous()
+    return _stored(F.conv2d(x, effective, bias, stride, padding, dilation, groups), sparse)
 
 
 def supermask_conv2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, output_mask: list[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, sparse: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mask = mask_of(scores, selection)
     geometry = (stride, padding, dilation, groups)
     grad_x, effective = _conv2d_gradients(
         grad, x, weight.where(mask, 0), geometry, output_mask[0], output_mask[1] or output_mask[2]
     )
-    return grad_x, *_supermask_gradients(effective, weight, scores, mask, output_mask)
+    return _stored(grad_x, sparse and output_mask[0]), *_supermask_gradients(
+        effective, weight, scores, mask, output_mask
+    )
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -199,11 +214,6 @@ def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, count
     free = slot < count
     at = gradient[_rows(row_ptr, col.numel())[free], col[free].long()]
     return gradient.new_empty(count).index_put((slot[free].long(),), at)
-
-
-def batch_last(x: Tensor) -> Tensor:
-    """The same tensor with its batch, dimension 0, stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
-    return x.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def sparse_linear(

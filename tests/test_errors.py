@@ -171,11 +171,11 @@ WILD: dict[str, Callable[[], object]] = {
     "a short hint": lambda: raw("topk_masks", [W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64), True),
     "too few packed bytes": lambda: raw("unpack_mask", SHORT, [4, 5]),
     "a short used mask": lambda: raw("free_mask", BYTES, SHORT),
-    "short scores": lambda: raw("supermask_linear", X, W, W[:3], ROW, None),
+    "short scores": lambda: raw("supermask_linear", X, W, W[:3], ROW, None, False),
     "short scores of a convolution": lambda: raw(
-        "supermask_conv2d", IMAGES, KERNELS, KERNELS[:3], ROW, None, *STEPS, 1
+        "supermask_conv2d", IMAGES, KERNELS, KERNELS[:3], ROW, None, *STEPS, 1, True
     ),
-    "a short selection": lambda: raw("supermask_linear", X, W, W, ROW[:1], None),
+    "a short selection": lambda: raw("supermask_linear", X, W, W, ROW[:1], None, True),
     "a short packed mask": lambda: raw("masked_linear", X, W, SHORT, None, None),
     "a short packed mask of a convolution": lambda: raw("masked_conv2d", IMAGES, KERNELS, SHORT, None, None, *STEPS, 1),
     "a short free mask": lambda: raw("masked_linear_backward", W[:3, :4], X, W, M, SHORT, [True, True]),

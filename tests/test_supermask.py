@@ -28,6 +28,7 @@ def supermask(p: Problem, t: Results, **selected: Any) -> Tensor:
 
 class Supermask(Family):
     name = "supermask"
+    sparse = False
     bias_index = 4
     gradients = ("x", "scores", "weight")
 
@@ -35,7 +36,7 @@ class Supermask(Family):
         return p.tensors("x", "weight", "scores", "bias")
 
     def public(self, p: Problem) -> LayerFunction:
-        return lambda t: supermask(p, t, k=p.k)
+        return lambda t: supermask(p, t, k=p.k, sparse=self.sparse)
 
     def effective(self, p: Problem, t: Results) -> Tensor:
         """W * (M + |S| - |S|, the last one constant): the mask counts as |S| in the backward pass."""
@@ -44,7 +45,13 @@ class Supermask(Family):
 
     def raw(self, p: Problem, t: Results) -> tuple[Any, ...]:
         convolution = () if p.layer.kind == "linear" else (*geometry(p.layer), p.layer.groups)
-        return t["x"], t["weight"], t["scores"], row(p), t.get("bias"), *convolution
+        return t["x"], t["weight"], t["scores"], row(p), t.get("bias"), *convolution, self.sparse
+
+
+class SparseSupermask(Supermask):
+    """Products with what the mask keeps."""
+
+    sparse = True
 
 
 def row(p: Problem) -> Tensor:
@@ -104,3 +111,21 @@ class TestSupermask(ProductTests):
         got = self.family.kernel(p)
         assert got["grad_scores"].dtype == other
         assert_exact(got, representable(self.family.truth(p), got))
+
+
+class TestSparseSupermask(ProductTests):
+    family = SparseSupermask()
+
+    @layers(FEW)
+    def test_output_and_input_gradient_have_the_batch_innermost(self, layer: Layer) -> None:
+        p = problem(layer)
+        x = p.x.requires_grad_()
+        output = supermask(p, p.tensors("weight", "scores", "bias") | {"x": x}, k=p.k, sparse=True)
+        (grad,) = torch.autograd.grad(output, x, p.grad)
+        for t in (output, grad) if layer.kind != "linear" or x.dim() == 2 else ():
+            assert t.movedim(0, -1).is_contiguous()
+
+    @layers(FEW)
+    def test_score_gradient_of_a_batch_stored_innermost(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+        SparseSupermask().check_exact(p, lambda name, t: reference.batch_last(t) if name in ("x", "grad") else t)

@@ -12,7 +12,7 @@ namespace exssnet::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // entries treated at a time, so that what is between two steps stays in the L1 cache
+constexpr int64_t kBlock = kMaskBlock;
 constexpr int64_t kGrain = 32;    // blocks that are worth a thread
 constexpr int64_t kNothing = std::numeric_limits<int64_t>::max();  // the threshold of k = 0
 
@@ -34,20 +34,6 @@ void select(const Mask& mask, int64_t begin, int64_t n, uint8_t* kept) {
   at_least(scores + with_ties, n - with_ties, above, kept + with_ties);
 }
 
-// The mask of entries begin ... begin + n - 1 as bytes: in `kept`, or where they already are.
-const uint8_t* bytes_of(const Mask& mask, int64_t begin, int64_t n, uint8_t* kept) {
-  switch (mask.form) {
-    case Mask::Form::none: return nullptr;
-    case Mask::Form::bytes: return static_cast<const uint8_t*>(mask.data) + begin;
-    case Mask::Form::bits: unpack_bits(static_cast<const uint8_t*>(mask.data) + begin / 8, n, kept); return kept;
-    case Mask::Form::selection: break;
-  }
-  if (mask.score_bytes == 2) select<int16_t>(mask, begin, n, kept);
-  else if (mask.score_bytes == 4) select<int32_t>(mask, begin, n, kept);
-  else select<int64_t>(mask, begin, n, kept);
-  return kept;
-}
-
 template <class U>
 void where(const void* in, const uint8_t* kept, int64_t begin, int64_t n, void* out) {
   const U* from = static_cast<const U*>(in) + begin;
@@ -61,8 +47,8 @@ void where(const void* in, const uint8_t* kept, int64_t begin, int64_t n, void* 
 void keep_block(const void* in, int entry_bytes, int64_t begin, int64_t n, const Mask& mask, const Mask& free_mask,
                 void* out) {
   uint8_t kept_here[kBlock], free_here[kBlock], both[kBlock];
-  const uint8_t* kept = bytes_of(mask, begin, n, kept_here);
-  if (const uint8_t* free = bytes_of(free_mask, begin, n, free_here)) {
+  const uint8_t* kept = mask_bytes(mask, begin, n, kept_here);
+  if (const uint8_t* free = mask_bytes(free_mask, begin, n, free_here)) {
     for (int64_t i = 0; i < n; ++i) both[i] = kept[i] & free[i];
     kept = both;
   }
@@ -90,6 +76,19 @@ void for_blocks(int64_t n, Body&& body) {
 }
 
 }  // namespace
+
+const uint8_t* mask_bytes(const Mask& mask, int64_t begin, int64_t n, uint8_t* kept) {
+  switch (mask.form) {
+    case Mask::Form::none: return nullptr;
+    case Mask::Form::bytes: return static_cast<const uint8_t*>(mask.data) + begin;
+    case Mask::Form::bits: unpack_bits(static_cast<const uint8_t*>(mask.data) + begin / 8, n, kept); return kept;
+    case Mask::Form::selection: break;
+  }
+  if (mask.score_bytes == 2) select<int16_t>(mask, begin, n, kept);
+  else if (mask.score_bytes == 4) select<int32_t>(mask, begin, n, kept);
+  else select<int64_t>(mask, begin, n, kept);
+  return kept;
+}
 
 void keep(const void* in, int entry_bytes, int64_t n, const Mask& mask, const Mask& free_mask, void* out) {
   for_blocks(n, [&](int64_t begin, int64_t size) { keep_block(in, entry_bytes, begin, size, mask, free_mask, out); });

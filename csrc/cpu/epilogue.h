@@ -15,6 +15,12 @@ struct Mask {
   int64_t threshold = 0, tie_index = 0;
 };
 
+constexpr int64_t kMaskBlock = 1024;  // entries treated at a time, so that what is between two steps stays in the L1 cache
+
+// The mask of at most kMaskBlock entries from `begin` on, a multiple of 8, as bytes of 0 and 1: in `kept`, or where they
+// already are; null for no mask.
+const uint8_t* mask_bytes(const Mask& mask, int64_t begin, int64_t n, uint8_t* kept);
+
 // out[i] = in[i] where mask and free_mask (which may be none) keep, else 0; entries of 2, 4 or 8 bytes; out may be in.
 void keep(const void* in, int entry_bytes, int64_t n, const Mask& mask, const Mask& free_mask, void* out);
 

@@ -93,12 +93,4 @@ template <class T>
 bool sparse_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, int64_t count, const T* x,
                            const T* grad, T* grad_values);
 
-struct Strides {
-  int64_t n, c, h, w;
-};
-
-// Copies (N, C, H, W) of any strides into the order (C, H, W, N).
-template <class T>
-void batch_innermost(const T* x, const Strides& strides, int64_t n, int64_t c, int64_t h, int64_t w, T* to);
-
 }  // namespace exssnet::cpu

@@ -15,7 +15,7 @@ _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 
 
-def _batch_last(x: Tensor, *shape: int) -> Tensor:
+def empty_batch_last(x: Tensor, *shape: int) -> Tensor:
     """A fresh tensor of the given logical shape whose batch, dimension 0, is stored innermost."""
     return x.new_empty(*shape[1:], shape[0]).movedim(-1, 0)
 
@@ -23,7 +23,7 @@ def _batch_last(x: Tensor, *shape: int) -> Tensor:
 def _fake_backward(grad: Tensor, x: Tensor, free_values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     need_x, need_values = rest[-1]  # type: ignore[misc]
     return (
-        _batch_last(x, *x.shape) if need_x else x.new_empty(0),  # type: ignore[has-type]
+        empty_batch_last(x, *x.shape) if need_x else x.new_empty(0),  # type: ignore[has-type]
         torch.empty_like(free_values) if need_values else x.new_empty(0),  # type: ignore[has-type]
     )
 
@@ -34,12 +34,12 @@ def _fake_conv2d(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     size = conv_shape(x, kernel_size, stride, padding, dilation)
-    return _batch_last(x, x.shape[0], row_ptr.numel() - 1, *size)
+    return empty_batch_last(x, x.shape[0], row_ptr.numel() - 1, *size)
 
 
 define(
     f"sparse_linear(Tensor x, {_VALUES}, Tensor? bias) -> Tensor",
-    lambda x, free_values, frozen_values, row_ptr, *rest: _batch_last(x, x.shape[0], row_ptr.numel() - 1),
+    lambda x, free_values, frozen_values, row_ptr, *rest: empty_batch_last(x, x.shape[0], row_ptr.numel() - 1),
 )
 define(
     f"sparse_linear_backward(Tensor grad, Tensor x, {_VALUES}, bool[] output_mask) -> (Tensor, Tensor)", _fake_backward

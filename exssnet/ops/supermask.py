@@ -8,31 +8,49 @@ from torch import Tensor
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
 from .library import autocast, define, differentiable, same_kind
 from .selection import FLOATS, topk_select
+from .sparse import empty_batch_last
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
+) -> Tensor:
+    return (empty_batch_last if sparse else Tensor.new_empty)(x, x.shape[0], weight.shape[0])
+
+
+def _fake_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,
+) -> Tensor:  # fmt: skip
+    y = fake_conv2d(x, weight, scores, selection, bias, stride, padding, dilation, groups)
+    return empty_batch_last(x, *y.shape) if sparse else y
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    return tuple(
+    *_, sparse, output_mask = rest
+    grad_x, *parameters = (
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
-        for t, needed in zip((x, scores, weight), rest[-1], strict=True)  # type: ignore[call-overload]
+        for t, needed in zip((x, scores, weight), output_mask, strict=True)  # type: ignore[call-overload]
     )
+    return empty_batch_last(x, *x.shape) if sparse and output_mask[0] else grad_x, *parameters  # type: ignore[index]
 
 
 define(
-    "supermask_linear(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias) -> Tensor",
-    lambda x, weight, scores, selection, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    "supermask_linear(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias, bool sparse) -> Tensor",
+    _fake_linear,
 )
 define(
     "supermask_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor selection, "
-    "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    "bool sparse, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 define(
-    f"supermask_conv2d(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias, {CONV}) -> Tensor",
-    fake_conv2d,
+    "supermask_conv2d(Tensor x, Tensor weight, Tensor scores, Tensor selection, Tensor? bias, "
+    f"{CONV}, bool sparse) -> Tensor",
+    _fake_conv2d,
 )
 define(
     f"supermask_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor selection, {CONV}, "
-    "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    "bool sparse, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 _linear = differentiable("supermask_linear", gradients=(0, 2, 1), bias=4)
@@ -65,7 +83,7 @@ def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, sel
 
 def supermask_linear(
     x: Tensor, weight: Tensor, scores: Tensor, k: int | None = None, bias: Tensor | None = None,
-    *, selection: Tensor | None = None,
+    *, selection: Tensor | None = None, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
     r"""Linear layer with the k weights of largest score: :math:`y = x (W \odot M)^T + b`, M = top-k of abs(S).
 
@@ -75,6 +93,8 @@ def supermask_linear(
     x: (..., I); weight: (O, I), of x's dtype; scores: (O, I), float32, bfloat16, float16 or float64; bias: (O,).
     k: weights to keep, in [0, O * I]; or `selection`: the layer's row of `topk_select`, for a selection that was
         made for all layers of a model at once. Exactly one of the two.
+    sparse: multiply only what the mask keeps, at a cost that falls with k / (O I), in the output and in the input's
+        gradient; both are then stored with the batch innermost. The score gradient is dense in any case.
     Returns (..., O). Raises ValueError on wrong shapes, RuntimeError on NaN scores. No second derivative.
     Source: arXiv 2210.10209, section 3; Ramanujan et al. 2020, eq. 3.
     """
@@ -84,13 +104,14 @@ def supermask_linear(
     selection = _selection("supermask_linear", weight, scores, k, selection)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("supermask_linear", x, weight=weight, bias=bias)
-    return _linear(x.reshape(-1, x.shape[-1]), weight, scores, selection, bias).reshape(*x.shape[:-1], weight.shape[0])
+    flat = x.reshape(-1, x.shape[-1])
+    return _linear(flat, weight, scores, selection, bias, sparse).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def supermask_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, k: int | None = None, bias: Tensor | None = None,
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
-    groups: int = 1, *, selection: Tensor | None = None,
+    groups: int = 1, *, selection: Tensor | None = None, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
     """2-D convolution with the k weights of largest score; mask, gradients and errors as in `supermask_linear`.
 
@@ -104,13 +125,13 @@ def supermask_conv2d(
     selection = _selection("supermask_conv2d", weight, scores, k, selection)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("supermask_conv2d", x, weight=weight, bias=bias)
-    return _conv2d(x, weight, scores, selection, bias, *geometry, groups)
+    return _conv2d(x, weight, scores, selection, bias, *geometry, groups, sparse)
 
 
 def supermask_conv1d(
     x: Tensor, weight: Tensor, scores: Tensor, k: int | None = None, bias: Tensor | None = None,
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
-    groups: int = 1, *, selection: Tensor | None = None,
+    groups: int = 1, *, selection: Tensor | None = None, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
     """1-D convolution with the k weights of largest score; mask, gradients and errors as in `supermask_linear`.
 
@@ -120,5 +141,15 @@ def supermask_conv1d(
         raise ValueError(f"supermask_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
     x, steps, pads, gaps = conv1d_as_2d("supermask_conv1d", x, stride, padding, dilation)
     return supermask_conv2d(
-        x, weight.unsqueeze(2), scores.unsqueeze(2), k, bias, steps, pads, gaps, groups, selection=selection
+        x,
+        weight.unsqueeze(2),
+        scores.unsqueeze(2),
+        k,
+        bias,
+        steps,
+        pads,
+        gaps,
+        groups,
+        selection=selection,
+        sparse=sparse,
     ).squeeze(2)

@@ -1,0 +1,20 @@
+// Images from one order of dimensions into another.
+#pragma once
+
+#include <cstdint>
+
+namespace exssnet::cpu {
+
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+// Copies (N, C, H, W) of any strides into the order (C, H, W, N).
+template <class T>
+void batch_innermost(const T* x, const Strides& strides, int64_t n, int64_t c, int64_t h, int64_t w, T* to);
+
+// Copies (C, pixels, N) into the order (N, pixels, C).
+template <class T>
+void channels_innermost(const T* x, int64_t c, int64_t pixels, int64_t n, T* to);
+
+}  // namespace exssnet::cpu

@@ -1,0 +1,149 @@
+// Tensors into and out of the sparse products of csrc/cpu/sparse: dtypes, the layout, the geometry of a layer.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/layout.h"
+#include "cpu/sparse.h"
+
+namespace exssnet {
+
+constexpr int64_t kMost = int64_t(1) << 31;  // of any size: products of the few that are multiplied stay in int64
+
+// Without a trip through the dispatcher where nothing changes: a small layer would notice ten.
+inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// What the kernels compute in: float32 for the half types.
+inline ScalarType compute_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Ints shape_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
+
+// A new tensor (N, C, H, W), or (B, I), with dimension 0 stored innermost.
+inline Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
+  Ints strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1, step = shape[0]; i > 0; --i) {
+    strides[i] = step;
+    step *= std::max<int64_t>(shape[i], 1);
+  }
+  return aten("aten::new_empty_strided", "", like, shape, strides, std::optional(dtype), std::nullopt, std::nullopt,
+              std::nullopt);
+}
+
+// Whether x is stored (C, ..., N), and not in plain order as well.
+inline bool is_batch_innermost(const Tensor& x) {
+  int64_t step = x.size(0);
+  for (int64_t d = x.dim() - 1; d > 0; step *= x.size(d--))
+    if (x.size(d) != 1 && x.stride(d) != step) return false;
+  return x.size(0) > 1 && x.stride(0) == 1 && !x.is_contiguous();
+}
+
+// x with the batch innermost: itself where it is stored so, else a copy.
+template <class T>
+Tensor batch_innermost(const Tensor& x) {
+  const bool is_linear = x.dim() == 2;
+  const int64_t n = x.size(0), c = x.size(1), h = is_linear ? 1 : x.size(2), w = is_linear ? 1 : x.size(3);
+  const cpu::Strides strides{x.stride(0), x.stride(1), is_linear ? 1 : x.stride(2), is_linear ? 1 : x.stride(3)};
+  const auto dense = [](int64_t size, int64_t stride, int64_t step) { return size == 1 || stride == step; };
+  if (dense(n, strides.n, 1) && dense(w, strides.w, n) && dense(h, strides.h, w * n) && dense(c, strides.c, h * w * n))
+    return x;
+  Tensor copy = torch::stable::new_empty(x, {c * h * w * n});
+  if (is_linear)  // the features as pixels of a line, which can be copied like a row of an image
+    cpu::batch_innermost(x.const_data_ptr<T>(), {strides.n, 0, 0, strides.c}, n, 1, 1, c, copy.mutable_data_ptr<T>());
+  else
+    cpu::batch_innermost(x.const_data_ptr<T>(), strides, n, c, h, w, copy.mutable_data_ptr<T>());
+  return copy;
+}
+
+inline cpu::Convolution convolution(const char* who, const Tensor& x, int64_t channels, int64_t out_channels,
+                                    const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  check(x.dim() == 4 && kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, who,
+        "x (N, C, H, W) and two numbers each of kernel_size, stride, padding and dilation");
+  cpu::Window windows[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t size = x.size(2 + i);
+    check(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0 && size < kMost && kernel[i] < kMost &&
+              stride[i] < kMost && padding[i] < kMost && dilation[i] < kMost,
+          who, "kernel_size, stride and dilation of at least 1, padding of at least 0, all below 2^31");
+    const int64_t room = size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    check(size > 0 && room >= 0, who, "an image that, padded, is at least as large as the kernel");
+    windows[i] = {size, room / stride[i] + 1, kernel[i], stride[i], padding[i], dilation[i]};
+  }
+  const cpu::Convolution c{x.size(0), x.size(1), out_channels, windows[0], windows[1]};
+  check(channels == c.in_channels && double(std::max(out_channels, channels)) * kernel[0] * kernel[1] < kMost, who,
+        "a pattern of the C channels, with fewer than 2^31 columns");
+  check(double(c.in_channels) * (c.h.in + c.h.padding) * (c.w.in + c.w.padding) * c.batch < 1e15 &&
+            double(c.out_channels) * c.h.out * c.w.out * c.batch < 1e15,
+        who, "images of fewer than 10^15 elements");
+  return c;
+}
+
+// A linear layer is the 1 x 1 convolution of 1 x 1 images.
+inline cpu::Convolution linear(const char* who, const Tensor& x, int64_t features, int64_t out_features) {
+  check(x.dim() == 2 && x.size(1) == features, who, "x (B, I) and a pattern with I columns");
+  const cpu::Window one{1, 1, 1, 1, 0, 1};
+  return {x.size(0), x.size(1), out_features, one, one};
+}
+
+// A sparse weight: where its entries are, and the tensors of dtype `dtype` that hold their values.
+struct SparseWeight {
+  const char* who;
+  ScalarType dtype;
+  cpu::Pattern pattern, transposed;
+  Tensor free, frozen;
+
+  template <class T>
+  cpu::Values<T> values() const {
+    return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel(), free.numel() + frozen.numel()};
+  }
+  void followed(bool good) const {
+    check(good, who,
+          "a pattern whose pointers rise from 0 to the number of entries and whose indices and slots are in range");
+  }
+};
+
+// Calls body(T*) for the type that `dtype` is computed in.
+template <class Body>
+auto with_compute_type(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(static_cast<double*>(nullptr)) : body(static_cast<float*>(nullptr));
+}
+
+inline Ints output_shape(const cpu::Convolution& c, const Tensor& x) {
+  return x.dim() == 4 ? Ints{c.batch, c.out_channels, c.h.out, c.w.out} : Ints{c.batch, c.out_channels};
+}
+
+// The layer's output, of x's dtype, with the batch innermost.
+inline Tensor sparse_output(const SparseWeight& w, const cpu::Convolution& c, const Tensor& x, const OptTensor& bias) {
+  check(!bias || bias->numel() == c.out_channels, w.who, "a bias for every output");
+  Tensor y = new_batch_last(x, output_shape(c, x), w.dtype);
+  if (y.numel() == 0) return to_dtype(y, x.scalar_type());
+  const OptTensor offset = bias ? OptTensor(row_major(to_dtype(*bias, w.dtype))) : std::nullopt;
+  with_compute_type(w.dtype, [&]<class T>(T*) {
+    const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
+    cpu::Epilogue<T> epilogue;
+    if (offset) epilogue.bias = offset->const_data_ptr<T>();
+    w.followed(cpu::sparse_forward<T>(c, w.pattern, w.values<T>(), epilogue, from.const_data_ptr<T>(),
+                                      y.mutable_data_ptr<T>()));
+  });
+  return to_dtype(y, x.scalar_type());
+}
+
+// The gradient of x, of its dtype, with the batch innermost.
+inline Tensor sparse_input_gradient(const SparseWeight& w, const cpu::Convolution& c, const Tensor& x,
+                                    const Tensor& grad) {
+  Tensor grad_x = new_batch_last(x, shape_of(x), w.dtype);
+  if (grad_x.numel() > 0)
+    with_compute_type(w.dtype, [&]<class T>(T*) {
+      const Tensor from = batch_innermost<T>(to_dtype(grad, w.dtype));
+      w.followed(cpu::sparse_input_gradient<T>(c, w.transposed, w.values<T>(), from.const_data_ptr<T>(),
+                                               grad_x.mutable_data_ptr<T>()));
+    });
+  return to_dtype(grad_x, x.scalar_type());
+}
+
+}  // namespace exssnet
