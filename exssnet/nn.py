@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .choice import PRODUCTS, Products, sparse_is_faster
 from .ops import (
     SparsePattern,
     density_to_k,
@@ -50,9 +51,11 @@ class SupermaskLayer(nn.Module):
       and the pattern are buffers. The rest of the weight is out of every optimizer's reach.
     - A fixed mask (evaluation): values of which none is free.
 
-    `weight` is a buffer of the plain layer's shape in all of them.
+    `weight` is a buffer of the plain layer's shape in all of them. `products` chooses between sparse and dense
+    products, see `exssnet.choice.sparse_is_faster`.
     """
 
+    products: Products
     weight: Tensor
     scores: nn.Parameter | None
     free_values: nn.Parameter | None
@@ -60,8 +63,9 @@ class SupermaskLayer(nn.Module):
     selection: Tensor | None  # made by the converted model for all layers at once; valid for one forward
     k: int
 
-    def _own_weight(self, density: float) -> None:
+    def _own_weight(self, density: float, products: Products = "auto") -> None:
         """Turn the plain layer's weight into a buffer and start with random scores."""
+        self.products = products
         self.k = density_to_k(self.weight.numel(), density)
         weight = self._parameters.pop("weight")
         assert weight is not None
@@ -109,13 +113,16 @@ class SupermaskLayer(nn.Module):
         """The current bool mask, of the weight's shape."""
         if self.scores is not None:
             return topk_mask(self.scores, self.k)
-        rows = torch.repeat_interleave(
-            torch.arange(self.weight.shape[0], device=self.weight.device), self._pattern().row_ptr.diff().long()
-        )
-        width = self.weight[0].numel() if self.weight.shape[0] else 0
-        kept = torch.zeros(self.weight.shape[0], width, dtype=torch.bool, device=self.weight.device)
-        kept[rows, self._pattern().col.long() % max(1, width)] = True
+        kept = torch.zeros(self.weight.numel(), dtype=torch.bool, device=self.weight.device)
+        kept[self._kept()] = True
         return kept.reshape(self.weight.shape)
+
+    def _kept(self) -> Tensor:
+        """Flat indices of the kept weights, ascending."""
+        pattern = self._pattern()
+        rows = torch.arange(self.weight.shape[0], device=self.weight.device)
+        width = math.prod(self.weight.shape[1:])
+        return rows.repeat_interleave(pattern.row_ptr.diff().long()) * width + pattern.col % max(1, width)
 
     def _pattern(self) -> SparsePattern:
         if self.frozen_values is None:
@@ -128,8 +135,14 @@ class SupermaskLayer(nn.Module):
         free = self.frozen_values.new_empty(0) if self.free_values is None else self.free_values
         return free, self.frozen_values, pattern
 
-    def _chosen(self) -> dict[str, Any]:
+    def _selected(self) -> dict[str, Any]:
         return {"k": self.k} if self.selection is None else {"selection": self.selection}
+
+    def _masked_weight(self) -> Tensor:
+        """The dense weight, zero outside the mask, differentiable in the free values."""
+        free, frozen, pattern = self._values()
+        values = torch.cat([free, frozen]).index_select(0, pattern.slot)
+        return torch.zeros_like(self.weight).view(-1).index_put((self._kept(),), values).view(self.weight.shape)
 
     def _clear(self) -> None:
         for name in ("scores", "free_values", "frozen_values", *PATTERN):
@@ -153,9 +166,12 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
         self._own_weight(density)
 
     def forward(self, x: Tensor) -> Tensor:
+        sparse = sparse_is_faster(x.flatten(0, -2), self.weight, self.density, products=self.products)
         if self.scores is not None:
-            return supermask_linear(x, self.weight, self.scores, bias=self.bias, **self._chosen())
-        return sparse_linear(x, *self._values(), self.bias)
+            return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
+        if sparse:
+            return sparse_linear(x, *self._values(), self.bias)
+        return F.linear(x, self._masked_weight(), self.bias)
 
 
 class _SupermaskConv(SupermaskLayer):
@@ -163,6 +179,7 @@ class _SupermaskConv(SupermaskLayer):
 
     supermask_product: Callable[..., Tensor]
     sparse_product: Callable[..., Tensor]
+    dense_product: Callable[..., Tensor]
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], *geometry: Any,
                  density: float = 0.1, bias: bool = False, **options: Any) -> None:  # fmt: skip
@@ -171,21 +188,26 @@ class _SupermaskConv(SupermaskLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self._padded(x)
+        sparse = sparse_is_faster(
+            x, self.weight, self.density, (self.stride, padding, self.dilation, self.groups), self.products
+        )
         if self.scores is not None:
             return self.supermask_product(
                 x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
-                dilation=self.dilation, groups=self.groups, **self._chosen(),
+                dilation=self.dilation, groups=self.groups, sparse=sparse, **self._selected(),
             )  # fmt: skip
-        return self.sparse_product(
-            x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
-        )  # fmt: skip
+        if sparse:
+            return self.sparse_product(
+                x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
+            )  # fmt: skip
+        return self.dense_product(x, self._masked_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return x, self.padding
         mode = "constant" if self.padding_mode == "zeros" else str(self.padding_mode)
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0  # type: ignore[arg-type]
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0,) * len(self.kernel_size)  # type: ignore[arg-type]
 
 
 class SupermaskConv1d(_SupermaskConv, nn.Conv1d):
@@ -197,6 +219,7 @@ class SupermaskConv1d(_SupermaskConv, nn.Conv1d):
 
     supermask_product = staticmethod(supermask_conv1d)
     sparse_product = staticmethod(sparse_conv1d)
+    dense_product = staticmethod(F.conv1d)
 
 
 class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
@@ -208,6 +231,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
 
     supermask_product = staticmethod(supermask_conv2d)
     sparse_product = staticmethod(sparse_conv2d)
+    dense_product = staticmethod(F.conv2d)
 
 
 def _batch_innermost(x: Tensor) -> bool:
@@ -339,6 +363,7 @@ def convert(
     weights: Literal["keep", "signed_constant"] = "keep",
     init_scale: Literal["official", "density"] = "official",
     allocation: Literal["uniform", "er"] = "uniform",
+    products: Products = "auto",
 ) -> nn.Module:
     """Put supermasks into any torch model, in place; returns the model.
 
@@ -349,6 +374,7 @@ def convert(
     include, exclude: layers by name pattern ("encoder.*") or by type; all three types are included by default.
     weights: "keep" what the model has (pretrained weights), or "signed_constant" for training from scratch, of
         scale `init_scale`, see `signed_constant_`.
+    products: "sparse" or "dense" everywhere, or "auto", whichever is faster for a layer on this machine.
     Biases, affine norms, embeddings and excluded layers have no mask: those that require a gradient become per task
     under `Phases`, those that do not are frozen.
     ValueError if nothing is to convert, or if a weight to be masked is tied to another module's.
@@ -365,6 +391,8 @@ def convert(
     ]
     if not layers:
         raise ValueError("convert: the model has no nn.Linear, nn.Conv1d or nn.Conv2d layer that was included")
+    if products not in PRODUCTS:
+        raise ValueError(f"convert: products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     if weights not in ("keep", "signed_constant"):
         raise ValueError(f'convert: weights must be "keep" or "signed_constant", got {weights!r}')
     _refuse_tied(model, layers)
@@ -372,7 +400,7 @@ def convert(
     for layer, layer_density in zip(layers, densities, strict=True):
         layer.__class__ = MASKED[type(layer)]
         assert isinstance(layer, SupermaskLayer)
-        layer._own_weight(layer_density)
+        layer._own_weight(layer_density, products)
         if weights == "signed_constant":
             signed_constant_(layer.weight, layer_density, init_scale)
     for module in model.modules():
@@ -427,7 +455,7 @@ def unconvert(model: nn.Module) -> None:
         for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer.selection, layer.k
+        del layer.selection, layer.k, layer.products
         layer.weight = nn.Parameter(weight)
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("kernels",),
     ("ops",),
+    ("choice",),
     ("masks", "nn", "metrics", "tasks", "models", "methods"),
     ("phases",),
     ("kkt",),

@@ -1,0 +1,162 @@
+"""Sparse or dense products: the density up to which a layer's sparse ones are faster, measured once on this machine."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .kernels import native
+from .ops import sparse_pattern
+
+Products = Literal["auto", "sparse", "dense"]
+PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
+SURE_DENSITY, SURE_WORK = 0.11, 1 << 22
+"""Up to this density a layer of at least so many multiply-adds (dense) is not measured: sparse products were 2.5 to 20
+times faster on every such shape in docs/cpu-engine.md."""
+
+_crossovers: dict[str, float] = {}
+
+
+def sparse_is_faster(
+    x: Tensor, weight: Tensor, density: float, geometry: Sequence[Any] = (), products: Products = "auto"
+) -> bool:
+    """Whether a layer over x (B, I) or (N, C, H, W) should multiply only the kept entries of its weight.
+
+    geometry: (stride, padding, dilation, groups) of a convolution, in one dimension for x (N, C, L).
+    products: "sparse" or "dense" decide alone, and so does the environment's EXSSNET_PRODUCTS over "auto". Otherwise
+        the layer's crossover decides: the density at which output and input gradient cost the same either way,
+        measured when a shape is first met, and kept in a file of the user's cache folder.
+    Off the CPU, without native kernels and under a compiler that is tracing, nothing is measured.
+    """
+    if products == "auto":
+        products = os.environ.get("EXSSNET_PRODUCTS", "auto")  # type: ignore[assignment]
+    if products not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
+    if products != "auto":
+        return products == "sparse"
+    if x.device.type != "cpu" or native.missing is not None:
+        return False
+    if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * (geometry[3] if geometry else 1) or not x.numel():
+        return True  # nothing to measure; the operators tell what is wrong
+    if weight.dim() == 3:  # an image of height 1
+        stride, padding, dilation, groups = geometry
+        geometry = (1, *stride), (0, *padding), (1, *dilation), groups
+        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+    work = x.numel() // max(1, x.shape[1]) * weight.numel()
+    if torch.compiler.is_compiling() or (density <= SURE_DENSITY and work >= SURE_WORK):
+        return density <= SURE_DENSITY
+    key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, torch.get_num_threads(), "threads", x.dtype)))
+    if key not in _crossovers:
+        _crossovers.update(_read())
+    if key not in _crossovers:
+        _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype)
+        _write()
+    return density <= _crossovers[key]
+
+
+def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], dtype: torch.dtype) -> float:
+    """The density in [0, 1] at which a layer's sparse products take as long as its dense ones, measured now."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    images, filters = random(*x), random(*weight)
+    stride, padding, dilation, groups = geometry if geometry else ([1], [0], [1], 1)
+    ops: Any = torch.ops
+
+    def dense() -> None:
+        if len(weight) == 2:
+            torch.mm(torch.nn.functional.linear(images, filters), filters)
+        else:
+            y = ops.aten.convolution(images, filters, None, stride, padding, dilation, False, [0, 0], groups)
+            ops.aten.convolution_backward(
+                y, images, filters, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+            )
+
+    def sparse(density: float) -> Callable[[], None]:
+        mask = torch.rand(*weight, generator=generator) < density
+        pattern, values = sparse_pattern(mask, groups=groups), filters[mask]
+        arguments = (values, values[:0], *pattern.tensors)
+        kind = "linear" if len(weight) == 2 else "conv2d"
+        steps = () if kind == "linear" else (list(weight[2:]), stride, padding, dilation)
+        stored = images.movedim(0, -1).contiguous().movedim(-1, 0)
+        forward, backward = (getattr(ops.exssnet, f"sparse_{kind}{end}") for end in ("", "_backward"))
+
+        def run() -> None:
+            y = forward(stored, *arguments, None, *steps)
+            backward(y, stored, *arguments, *steps, [True, False])
+
+        return run
+
+    low, high = 0.05, 0.25
+    try:
+        whole, at_low, at_high = _times(dense, sparse(low), sparse(high))
+    except RuntimeError:  # no such layer: the operators tell what is wrong
+        return 1.0
+    slope = max((at_high - at_low) / (high - low), 1e-12)
+    return min(1.0, max(0.0, low + (whole - at_low) / slope))
+
+
+def _times(*ways: Callable[[], None]) -> list[float]:
+    """Seconds of each: the least of several rounds, which run for a hundredth of a second at least."""
+    best = [float("inf")] * len(ways)
+    for way in ways:
+        way()
+    began, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - began < 0.01:
+        for i, way in enumerate(ways):
+            start = time.perf_counter()
+            way()
+            best[i] = min(best[i], time.perf_counter() - start)
+        rounds += 1
+    return best
+
+
+def _file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "exssnet" / "crossovers.json"
+
+
+def _machine() -> str:
+    model = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _read() -> dict[str, float]:
+    """What earlier processes measured on this machine; a file that cannot be read holds nothing."""
+    try:
+        found = json.loads(_file().read_text())[_machine()]
+        return {str(k): float(v) for k, v in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write() -> None:
+    """Keep what was measured, beside that of other machines; where nothing can be written, it is measured again."""
+    file = _file()
+    try:
+        everything = json.loads(file.read_text()) if file.exists() else {}
+        everything[_machine()] = _read() | _crossovers
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_text(json.dumps(everything, indent=1))
+        os.replace(part, file)
+    except (OSError, ValueError, TypeError):
+        pass

@@ -1,0 +1,170 @@
+"""The choice between sparse and dense products: overridable, measured once, kept, and never a matter of results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_accurate, run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exssnet import Phases, choice, convert
+from exssnet.nn import SupermaskConv2d, SupermaskLayer, supermask_layers
+
+X, W = torch.zeros(8, 4, 9, 9), torch.zeros(6, 4, 3, 3)
+GEOMETRY = (1, 1), (1, 1), (1, 1), 1
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, of which nothing is in memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("EXSSNET_PRODUCTS")
+    monkeypatch.setattr(choice, "_crossovers", {})
+    return tmp_path / "exssnet" / "crossovers.json"
+
+
+def measured_as(monkeypatch: pytest.MonkeyPatch, crossover: float) -> list[Any]:
+    """Let every measurement find this crossover; returns the list of what was measured."""
+    calls: list[Any] = []
+    monkeypatch.setattr(choice, "crossover", lambda *shape: calls.append(shape) or crossover)
+    return calls
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("density", "expected"), [(0.29, True), (0.31, False)])
+def test_crossover_decides(monkeypatch: pytest.MonkeyPatch, cache: Path, density: float, expected: bool) -> None:
+    measured_as(monkeypatch, 0.3)
+    assert choice.sparse_is_faster(X, W, density, GEOMETRY) is expected
+
+
+@pytest.mark.usefixtures("native")
+def test_shape_is_measured_once_and_kept_for_other_processes(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    calls = measured_as(monkeypatch, 0.3)
+    for _ in range(2):
+        choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    monkeypatch.setattr(choice, "_crossovers", {})  # another process
+    assert choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    assert len(calls) == 1
+    assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [0.3]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("content", ["", "[]", '{"x": 1}', "\0"])
+def test_damaged_cache_is_measured_again(monkeypatch: pytest.MonkeyPatch, cache: Path, content: str) -> None:
+    cache.parent.mkdir()
+    cache.write_text(content)
+    calls = measured_as(monkeypatch, 0.3)
+    assert choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("native")
+def test_threads_batch_and_shape_are_measured_apart(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    calls = measured_as(monkeypatch, 0.3)
+    choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    choice.sparse_is_faster(X[:4], W, 0.2, GEOMETRY)
+    choice.sparse_is_faster(X, W[:3], 0.2, GEOMETRY)
+    torch.set_num_threads(2)
+    choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("native")
+def test_low_density_of_a_large_layer_is_not_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    calls = measured_as(monkeypatch, 0.0)
+    assert choice.sparse_is_faster(torch.zeros(64, 512), torch.zeros(512, 512), 0.1)
+    assert calls == []
+
+
+@pytest.mark.usefixtures("native", "cache")
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry"),
+    [((64, 20), (10, 20), ()), ((8, 4, 9, 9), (6, 2, 3, 3), ([2, 1], [1, 0], [1, 2], 2))],
+    ids=["linear", "conv2d"],
+)
+def test_measured_crossover_is_a_density(x: Any, weight: Any, geometry: Any) -> None:
+    assert 0 <= choice.crossover(x, weight, geometry, torch.float32) <= 1
+
+
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_argument_decides_before_the_environment(monkeypatch: pytest.MonkeyPatch, products: Any) -> None:
+    monkeypatch.setenv("EXSSNET_PRODUCTS", "sparse" if products == "dense" else "dense")
+    assert choice.sparse_is_faster(X, W, 0.5, GEOMETRY, products) is (products == "sparse")
+
+
+def test_environment_decides_over_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXSSNET_PRODUCTS", "dense")
+    assert not choice.sparse_is_faster(X, W, 0.01, GEOMETRY)
+
+
+def test_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^convert: products must be one of auto, sparse, dense, got 'fast'$"):
+        convert(nn.Linear(3, 3), products="fast")  # type: ignore[arg-type]
+    monkeypatch.setenv("EXSSNET_PRODUCTS", "quick")
+    with pytest.raises(ValueError, match=r"^products must be one of auto, sparse, dense, got 'quick'$"):
+        choice.sparse_is_faster(X, W, 0.1, GEOMETRY)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(7, 5), (4, 7)),
+    "linear with leading dimensions": (lambda: nn.Linear(7, 5), (2, 3, 7)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, padding=1), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, 1, "same", groups=2), (2, 4, 9, 7)),
+    "conv2d, circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9, 7)),
+}
+
+
+def trained(layer: SupermaskLayer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    parameter = layer.scores if layer.scores is not None else layer.free_values
+    leaves = {"x": x.to(dtype), "parameter": parameter.detach().to(dtype)}  # type: ignore[union-attr]
+    name = "scores" if layer.scores is not None else "free_values"
+
+    def forward(t: dict[str, Tensor]) -> Tensor:
+        with torch.nn.utils.stateless._reparametrize_module(layer, {name: t["parameter"]}):
+            return layer(t["x"])
+
+    return run(forward, leaves, torch.ones_like(layer(x.to(dtype))))
+
+
+@pytest.mark.parametrize("phase", ["mask", "weight"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_both_ways_give_the_same_output_and_gradients(name: str, phase: str) -> None:
+    make, shape = LAYERS[name]
+    layer = convert(nn.Sequential(make()), density=0.4)[0]
+    x = torch.randn(shape)
+    if phase == "weight":
+        mask = layer.mask()
+        layer.use_values(mask, mask & (torch.rand(mask.shape) < 0.5))
+    found = {}
+    for products in ("sparse", "dense"):
+        layer.products = products
+        found[products] = trained(layer, x, torch.float32)
+    truth = trained(layer.double(), x, torch.float64)
+    assert_accurate(found["sparse"], found["dense"], truth)
+    assert_accurate(found["dense"], found["sparse"], truth)
+
+
+def test_dense_products_of_a_task_are_made_of_its_own_weights() -> None:
+    model = convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), density=0.5, products="dense")
+    phases = Phases(model)
+    x, outputs = torch.randn(4, 6), []
+    for _ in range(2):
+        phases.start_task()
+        phases.start_weight_phase()
+        optimizer = torch.optim.SGD(phases.parameters(), 0.1)
+        F.mse_loss(model(x), torch.ones(4, 3)).backward()
+        optimizer.step()
+        phases.finish_task()
+        outputs.append(model(x))
+    for task, output in enumerate(outputs):
+        phases.activate(task)
+        assert torch.equal(model(x), output)
+
+
+def test_convert_passes_the_choice_to_every_layer() -> None:
+    model = convert(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(2, 2)), products="dense")
+    assert [layer.products for _, layer in supermask_layers(model)] == ["dense", "dense"]
+    assert isinstance(model[0], SupermaskConv2d)
