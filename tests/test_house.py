@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("kernels",),
     ("ops",),
-    ("masks", "nn", "metrics", "tasks", "models", "methods"),
+    ("masks", "layout", "metrics", "tasks", "models", "methods"),
+    ("nn",),
     ("phases",),
     ("kkt",),
     ("learner", "checkpoint", "info"),
