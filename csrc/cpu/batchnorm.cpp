@@ -1,6 +1,7 @@
 #include "cpu/batchnorm.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <vector>

@@ -32,16 +32,16 @@ void store(const typename Vector<T>::type& v, T* to, int64_t count) {
 // A sum in float64 of vectors that are given one at a time.
 template <class T>
 struct Sum {
-  typedef T half __attribute__((vector_size(kVectorBytes / 2)));
   typename Vector<double>::type sum = {};
 
   void add(const typename Vector<T>::type& v) {
     if constexpr (sizeof(T) == sizeof(double)) {
       sum += v;
     } else {
+      typedef T half __attribute__((vector_size(kVectorBytes / 2)));
       half halves[2];
       std::memcpy(halves, &v, sizeof v);
-      for (const half& h : halves) sum += __builtin_convertvector(h, typename Vector<double>::type);
+      sum += __builtin_convertvector(halves[0] + halves[1], typename Vector<double>::type);
     }
   }
 
@@ -52,42 +52,46 @@ struct Sum {
   }
 };
 
-// Sums over [0, n) of the vectors that step.template operator()<partial>(at, count, sums) adds to its two sums. Every
-// few vectors these go to float64, which keeps the rounding error at that of the terms.
-template <class T, class Step>
-void in_sums(int64_t n, const Step& step, double (&totals)[2]) {
+// `count` sums over [0, n) of what step.template operator()<partial>(at, size, sums) adds to them. Every few vectors
+// they go to float64, which keeps the rounding error near that of the terms.
+template <class T, int count, class Step>
+std::array<double, count> in_sums(int64_t n, const Step& step) {
   using V = typename Vector<T>::type;
-  constexpr int64_t lanes = Vector<T>::lanes, together = 4;
-  Sum<T> sums[2];
+  constexpr int64_t lanes = Vector<T>::lanes, chains = 2, length = 4;
+  Sum<T> sums[count];
   int64_t at = 0;
-  for (; at + together * lanes <= n; at += together * lanes) {
-    V some[2] = {};
-#pragma GCC unroll 4
-    for (int i = 0; i < together; ++i) step.template operator()<false>(at + i * lanes, lanes, some);
-    for (int i = 0; i < 2; ++i) sums[i].add(some[i]);
+  for (; at + chains * length * lanes <= n; at += chains * length * lanes) {
+    V some[chains][count] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < chains * length; ++i)
+      step.template operator()<false>(at + i * lanes, lanes, some[i % chains]);
+    for (int k = 0; k < count; ++k) sums[k].add(some[0][k] + some[1][k]);
   }
-  V some[2] = {};
-  for (; at + lanes <= n; at += lanes) step.template operator()<false>(at, lanes, some);
-  if (at < n) step.template operator()<true>(at, n - at, some);
-  for (int i = 0; i < 2; ++i) {
-    sums[i].add(some[i]);
-    totals[i] = sums[i].total();
+  for (; at < n; at += lanes) {
+    V some[count] = {};
+    if (at + lanes <= n) step.template operator()<false>(at, lanes, some);
+    else step.template operator()<true>(at, n - at, some);
+    for (int k = 0; k < count; ++k) sums[k].add(some[k]);
   }
+  std::array<double, count> totals;
+  for (int k = 0; k < count; ++k) totals[k] = sums[k].total();
+  return totals;
 }
 
 // Mean and sum of squared deviations of a chunk, which the second loop finds in the first-level cache.
 template <class T>
 Moments moments(const T* x, int64_t n) {
   using V = typename Vector<T>::type;
-  double sum[2], rest[2];
-  in_sums<T>(n, [&]<bool partial>(int64_t at, int64_t count, V* sums) { sums[0] += load<partial>(x + at, count, T(0)); }, sum);
-  const T centre = static_cast<T>(sum[0] / n);
-  in_sums<T>(n, [&]<bool partial>(int64_t at, int64_t count, V* sums) {
-    const V d = load<partial>(x + at, count, centre) - centre;
-    sums[0] += d;  // what rounding left in the centre
-    sums[1] += d * d;
-  }, rest);
-  return {double(n), centre + rest[0] / n, rest[1] - rest[0] * rest[0] / n};
+  const auto [sum] = in_sums<T, 1>(n, [&]<bool partial>(int64_t at, int64_t size, V* sums) {
+    sums[0] += load<partial>(x + at, size, T(0));
+  });
+  const double mean = sum / n;
+  const T centre = static_cast<T>(mean);
+  const auto [squares] = in_sums<T, 1>(n, [&]<bool partial>(int64_t at, int64_t size, V* sums) {
+    const V d = load<partial>(x + at, size, centre) - centre;
+    sums[0] += d * d;
+  });
+  return {double(n), mean, squares - n * (mean - centre) * (mean - centre)};
 }
 
 // What ReLU saw without a residual. The backward pass repeats it to the bit.
@@ -124,14 +128,13 @@ template <class T, Relu relu, bool keep>
 Sums gradient_sums(const T* grad, const T* x, const T* y, int64_t n, const Channel<T>& channel, T* kept) {
   using V = typename Vector<T>::type;
   const Channel<T> c = channel;
-  double totals[2];
-  in_sums<T>(n, [&]<bool partial>(int64_t at, int64_t count, V* sums) {
-    const V v = load<partial>(x + at, count, c.mean), g = masked<T, relu, partial>(grad, v, y, at, count, c);
+  const auto [sum, product] = in_sums<T, 2>(n, [&]<bool partial>(int64_t at, int64_t size, V* sums) {
+    const V v = load<partial>(x + at, size, c.mean), g = masked<T, relu, partial>(grad, v, y, at, size, c);
     sums[0] += g;
     sums[1] += g * (v - c.mean);
-    if constexpr (keep) store<partial>(g, kept + at, count);
-  }, totals);
-  return {totals[0], totals[1]};
+    if constexpr (keep) store<partial>(g, kept + at, size);
+  });
+  return {sum, product};
 }
 
 // scale * (grad - offset - slope * (x - mean)); without `training`, scale * grad.
