@@ -1,15 +1,18 @@
 """Layers with a supermask, and `convert` for whole models."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layout import SWAPPED, TaskBatchNorm1d, TaskBatchNorm2d
+from . import blocks, layout
+from .layout import TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
     SparsePattern,
     density_to_k,
@@ -214,6 +217,24 @@ MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
 }
 
 
+def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
+    """Classes that `convert` puts in the place of others; torchvision's where somebody has imported it."""
+    found = {**layout.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
+    if "torchvision.models.resnet" in sys.modules:
+        from . import torchvision_blocks
+
+        found |= torchvision_blocks.SWAPPED
+    return found
+
+
+def _swapped(module: nn.Module) -> type[nn.Module]:
+    if type(module) is nn.Sequential and not any(
+        isinstance(norm, nn.modules.batchnorm._BatchNorm) and type(relu) is nn.ReLU for norm, relu in pairwise(module)
+    ):
+        return nn.Sequential
+    return swaps().get(type(module), type(module))
+
+
 def supermask_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLayer]]:
     """(name, layer) of every supermask layer of a model, in the order of `named_modules`."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, SupermaskLayer))
@@ -272,7 +293,9 @@ def convert(
     """Put supermasks into any torch model, in place; returns the model.
 
     `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms become per task and, like pools,
-    keep the layout of the sparse products. All modules keep their identity, name and hooks.
+    keep the layout of the sparse products; those of residual blocks (`exssnet.models`, torchvision) and in an
+    `nn.Sequential` take the addition and the ReLU that follow along, unless these have hooks. All modules keep their
+    identity, name and hooks.
 
     density: share of the weights kept, in (0, 1]; allocation: how it is spread over layers, see `allocate_density`.
     include, exclude: layers by name pattern ("encoder.*") or by type; all three types are included by default.
@@ -305,7 +328,7 @@ def convert(
         if weights == "signed_constant":
             signed_constant_(layer.weight, layer_density, init_scale)
     for module in model.modules():
-        module.__class__ = SWAPPED.get(type(module), type(module))
+        module.__class__ = _swapped(module)
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fast path would read the weights behind the masks' back
     model.register_buffer("selection_hint", None, persistent=False)
@@ -347,7 +370,7 @@ def _forget_selection(model: nn.Module, args: Any, output: Any) -> None:
 
 def unconvert(model: nn.Module) -> None:
     """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
-    backward = {new: old for old, new in (MASKED | SWAPPED).items()}  # type: ignore[operator]
+    backward = {new: old for old, new in (MASKED | swaps()).items()}  # type: ignore[operator]
     for _, layer in supermask_layers(model):
         weight = layer.weight.where(layer.mask(), 0)
         layer._clear()

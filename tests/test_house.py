@@ -20,6 +20,8 @@ LAYERS = (
     ("kernels",),
     ("ops",),
     ("masks", "layout", "metrics", "tasks", "models", "methods"),
+    ("blocks",),
+    ("torchvision_blocks",),
     ("nn",),
     ("phases",),
     ("kkt",),

@@ -273,7 +273,7 @@ def test_batch_norm_checks_dimensions_in_both_layouts() -> None:
 )
 def test_pools_are_the_same_in_both_layouts(pool: nn.Module) -> None:
     swapped = copy.deepcopy(pool)
-    swapped.__class__ = exnn.SWAPPED[type(pool)]
+    swapped.__class__ = exnn.swaps()[type(pool)]
     x = torch.randn(5, 3, 8, 9, dtype=torch.float64)
     assert torch.allclose(swapped(_batch_innermost(x)), pool(x))
 
