@@ -51,7 +51,8 @@ const T* data(const OptTensor& t) {
 }
 
 template <class T>
-cpu::BatchNorm<T> batch_norm_of(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps, bool relu) {
+cpu::BatchNorm<T> batch_norm_of(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
+                                bool relu) {
   return {x.size(1), x.numel() / std::max<int64_t>(x.size(1), 1), data<T>(weight), data<T>(bias), eps, relu};
 }
 

@@ -144,9 +144,7 @@ def test_folded_model_is_plain_and_the_same(name: str) -> None:
     phases.model(x)  # moves the statistics off where they start
     phases.finish_task()
     folded = phases.fold(0).eval()
-    assert not any(
-        type(m).__module__.startswith("exssnet.") for m in folded.modules() if "models" not in type(m).__module__
-    )
+    assert [type(m) for m in folded.modules()] == [type(m) for m in MODELS[name]().modules()]
     expected = phases.model.eval()(x)
     assert torch.allclose(folded(x), expected, atol=1e-4 * expected.abs().max().item())
 

@@ -114,8 +114,8 @@ void gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, 
 template <class T>
 void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool given, T* mean, T* var, T* y) {
   const auto measure = EXSSNET_PICK(moments<T>);
-  const auto write = residual ? (norm.relu ? EXSSNET_PICK(normalise<T, true, true>) : EXSSNET_PICK(normalise<T, true, false>))
-                              : (norm.relu ? EXSSNET_PICK(normalise<T, false, true>) : EXSSNET_PICK(normalise<T, false, false>));
+  const auto added = norm.relu ? EXSSNET_PICK(normalise<T, true, true>) : EXSSNET_PICK(normalise<T, true, false>);
+  const auto alone = norm.relu ? EXSSNET_PICK(normalise<T, false, true>) : EXSSNET_PICK(normalise<T, false, false>);
   std::vector<Channel<T>> channels(norm.channels);
   in_two_passes<T, Moments>(
       norm,
@@ -131,7 +131,8 @@ void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool gi
       },
       [&](int64_t c, int64_t at, int64_t n) {
         const int64_t i = c * norm.size + at;
-        write(x + i, residual ? residual + i : residual, n, channels[c], y + i);
+        if (residual) added(x + i, residual + i, n, channels[c], y + i);
+        else alone(x + i, nullptr, n, channels[c], y + i);
       });
 }
 
