@@ -261,6 +261,40 @@ def sparse(layer: Layer, density: float) -> Case:
     )
 
 
+def batch_norm_act(quick: bool) -> Cases:
+    for shape in [(8, 6, 8, 8)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]:
+        for residual in (False, True):
+            yield _batch_norm_act(shape, residual)
+
+
+def _batch_norm_act(shape: tuple[int, int, int, int], with_residual: bool) -> Case:
+    """Training, with ReLU. Bytes: forward reads x and the residual and writes y; backward reads the gradient and x,
+    with a residual also y, and writes the gradients."""
+    torch.manual_seed(0)
+    count = 2 if with_residual else 1
+    leaves = [reference.batch_last(torch.randn(shape)) for _ in range(count)]
+    grad = reference.batch_last(torch.randn(shape))
+
+    def peer(dtype: torch.dtype, norm: Callable[[Tensor], Tensor] = plain.batch_norm) -> Variant:
+        def function(x: Tensor, *residual: Tensor) -> Tensor:
+            return (norm(x) + residual[0] if residual else norm(x)).relu()
+
+        return step(function, grad.to(dtype), *(t.to(dtype) for t in leaves))
+
+    ours = step(lambda x, *residual: ops.batch_norm_act(x, *residual, relu=True)[0], grad, *leaves)
+    return Case(
+        shape=" x ".join(map(str, shape)) + (", residual" if with_residual else ""),
+        ours=ours,
+        baselines={
+            "batch norm, ReLU": peer(torch.float32),
+            "in place": peer(torch.float32, plain.batch_norm_innermost),
+        },
+        check=accurate(ours, peer),
+        work=(5 + 3 * with_residual) * grad.numel() * grad.element_size(),
+        unit="GB/s",
+    )
+
+
 def knn_classify(quick: bool) -> Cases:
     for shape in [(200, 50, 8, 5)] if quick else [(5000, 2500, 100, 50), (5000, 2500, 512, 200)]:
         yield _knn_classify(*shape)
@@ -295,6 +329,7 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
     "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d": layers(sparse, linear=False, densities=(0.1, 0.05, 0.02)),
+    "batch_norm_act": batch_norm_act,
     "knn_classify": knn_classify,
 }
 """The rows of each operator; True asks for one small shape."""

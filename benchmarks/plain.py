@@ -58,6 +58,17 @@ def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int) -> T
     return torch.cat([labels[indices].mode(1).values for indices in nearest])
 
 
+def batch_norm(x: Tensor) -> Tensor:
+    """Batch norm by the statistics of the batch."""
+    return F.batch_norm(x, None, None, training=True)
+
+
+def batch_norm_innermost(x: Tensor) -> Tensor:
+    """The same of a batch stored innermost, seen as one image of C channels so that nothing is copied."""
+    stored = x.movedim(0, -1)
+    return batch_norm(stored.reshape(1, stored.shape[0], 1, -1)).reshape(stored.shape).movedim(-1, 0)
+
+
 def layer(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """A linear layer for a matrix, a padded convolution for (O, C, R, S)."""
     return F.linear(x, weight) if weight.dim() == 2 else F.conv2d(x, weight, None, stride, weight.shape[2] // 2)

@@ -4,6 +4,7 @@ Every model has `penultimate(x)`, the features that KKT compares, and an output 
 members used once each, so that they can be swapped and hooked; pooling is a mean.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -72,9 +73,8 @@ class ResNet18(nn.Module):
 
     def __init__(self, classes: int, width: int = 20, in_channels: int = 3) -> None:
         super().__init__()
-        self.conv = _conv3x3(in_channels, width)
-        self.norm = nn.BatchNorm2d(width, affine=False)
-        self.relu = nn.ReLU()
+        stem = {"conv": _conv3x3(in_channels, width), "norm": nn.BatchNorm2d(width, affine=False), "relu": nn.ReLU()}
+        self.stem = nn.Sequential(OrderedDict(stem))
         blocks, channels = [], width
         for stage in range(4):
             for stride in (1 if stage == 0 else 2, 1):
@@ -85,7 +85,7 @@ class ResNet18(nn.Module):
 
     def penultimate(self, x: Tensor) -> Tensor:
         """Features (N, 8 * width): the last stage, averaged over H and W."""
-        return torch.mean(self.blocks(self.relu(self.norm(self.conv(x)))), dim=(2, 3))
+        return torch.mean(self.blocks(self.stem(x)), dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.penultimate(x))

@@ -1,15 +1,19 @@
-"""Layers with a supermask, norms and pools that keep the sparse kernels' layout, and `convert` for whole models."""
+"""Layers with a supermask, and `convert` for whole models."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import blocks, layout
 from .choice import PRODUCTS, Products, sparse_is_faster
+from .layout import TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
     SparsePattern,
     density_to_k,
@@ -234,79 +238,29 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
     dense_product = staticmethod(F.conv2d)
 
 
-def _batch_innermost(x: Tensor) -> bool:
-    """Whether x is stored (C, ..., N), as the sparse products return it, and not in plain order as well."""
-    return not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
-
-
-class TaskBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm that belongs to one task at a time: not affine by default; `Phases` keeps its statistics per task.
-
-    x (N, C) or (N, C, L). A batch stored innermost is normalised where it lies, without a copy.
-    """
-
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = False,
-                 **options: Any) -> None:  # fmt: skip
-        super().__init__(num_features, eps, momentum, affine, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _batch_innermost(x):
-            return super().forward(x)
-        stored = x.movedim(0, -1)  # (C, ..., N)
-        return super().forward(stored.flatten(1).unsqueeze(0)).reshape(stored.shape).movedim(-1, 0)
-
-
-class TaskBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that belongs to one task at a time, for x (N, C, H, W); see `TaskBatchNorm1d`."""
-
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = False,
-                 **options: Any) -> None:  # fmt: skip
-        super().__init__(num_features, eps, momentum, affine, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _batch_innermost(x):
-            return super().forward(x)
-        stored = x.movedim(0, -1)  # (C, H, W, N)
-        return super().forward(stored.reshape(1, stored.shape[0], 1, -1)).reshape(stored.shape).movedim(-1, 0)
-
-
-class _PoolInPlace(nn.Module):
-    """Pools a batch that is stored innermost: with C and N exchanged it is an ordinary channels_last tensor."""
-
-    def forward(self, x: Tensor) -> Any:
-        if x.dim() != 4 or not _batch_innermost(x):
-            return super().forward(x)
-        pooled = super().forward(x.transpose(0, 1))
-        return tuple(p.transpose(0, 1) for p in pooled) if isinstance(pooled, tuple) else pooled.transpose(0, 1)
-
-
-class _MaxPool2d(_PoolInPlace, nn.MaxPool2d):
-    pass
-
-
-class _AvgPool2d(_PoolInPlace, nn.AvgPool2d):
-    pass
-
-
-class _AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    def forward(self, x: Tensor) -> Tensor:
-        if self.output_size in (1, (1, 1)):  # the mean of a whole image is much faster in either layout
-            return x.mean((-2, -1), keepdim=True)
-        return super().forward(x)
-
-
 MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
     nn.Linear: SupermaskLinear,
     nn.Conv1d: SupermaskConv1d,
     nn.Conv2d: SupermaskConv2d,
 }
-SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: TaskBatchNorm1d,
-    nn.BatchNorm2d: TaskBatchNorm2d,
-    nn.MaxPool2d: _MaxPool2d,
-    nn.AvgPool2d: _AvgPool2d,
-    nn.AdaptiveAvgPool2d: _AdaptiveAvgPool2d,
-}
+
+
+def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
+    """Classes that `convert` puts in the place of others; torchvision's where somebody has imported it."""
+    found = {**layout.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
+    if "torchvision.models.resnet" in sys.modules:
+        from . import torchvision_blocks
+
+        found |= torchvision_blocks.SWAPPED
+    return found
+
+
+def _swapped(module: nn.Module) -> type[nn.Module]:
+    if type(module) is nn.Sequential and not any(
+        isinstance(norm, nn.modules.batchnorm._BatchNorm) and type(relu) is nn.ReLU for norm, relu in pairwise(module)
+    ):
+        return nn.Sequential
+    return swaps().get(type(module), type(module))
 
 
 def supermask_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLayer]]:
@@ -368,7 +322,9 @@ def convert(
     """Put supermasks into any torch model, in place; returns the model.
 
     `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms become per task and, like pools,
-    keep the layout of the sparse products. All modules keep their identity, name and hooks.
+    keep the layout of the sparse products; those of residual blocks (`exssnet.models`, torchvision) and in an
+    `nn.Sequential` take the addition and the ReLU that follow along, unless these have hooks. All modules keep their
+    identity, name and hooks.
 
     density: share of the weights kept, in (0, 1]; allocation: how it is spread over layers, see `allocate_density`.
     include, exclude: layers by name pattern ("encoder.*") or by type; all three types are included by default.
@@ -404,7 +360,7 @@ def convert(
         if weights == "signed_constant":
             signed_constant_(layer.weight, layer_density, init_scale)
     for module in model.modules():
-        module.__class__ = SWAPPED.get(type(module), type(module))
+        module.__class__ = _swapped(module)
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fast path would read the weights behind the masks' back
     model.register_buffer("selection_hint", None, persistent=False)
@@ -446,7 +402,7 @@ def _forget_selection(model: nn.Module, args: Any, output: Any) -> None:
 
 def unconvert(model: nn.Module) -> None:
     """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
-    backward = {new: old for old, new in (MASKED | SWAPPED).items()}  # type: ignore[operator]
+    backward = {new: old for old, new in (MASKED | swaps()).items()}  # type: ignore[operator]
     for _, layer in supermask_layers(model):
         weight = layer.weight.where(layer.mask(), 0)
         layer._clear()

@@ -260,6 +260,52 @@ def sparse_conv2d_backward(
     )
 
 
+def _over(x: Tensor, channels: Tensor) -> Tensor:
+    """A vector (C,) as it broadcasts over x (N, C, ...)."""
+    return channels.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+    y = (x - _over(x, mean)) * _over(x, scale)
+    return y if bias is None else y + _over(x, bias)
+
+
+def batch_norm_act(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, eps: float, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    others = [d for d in range(x.dim()) if d != 1]
+    exact = x.double()
+    m = exact.mean(others) if mean is None else mean
+    v = (exact - _over(x, m)).square().mean(others) if var is None else var
+    m, v = m.to(x.dtype, copy=True), v.to(x.dtype, copy=True)
+    y = _normalised(x, weight, bias, m, v, eps)
+    y = y if residual is None else y + residual
+    return batch_last(y.relu() if relu else y), m, v
+
+
+def batch_norm_act_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float, relu: bool, training: bool, output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y: the output, which with ReLU after a residual tells where it was positive; else x does."""
+    others = [d for d in range(x.dim()) if d != 1]
+    if relu:
+        grad = grad.where(~((_normalised(x, weight, bias, mean, var, eps) if y is None else y) <= 0), 0)
+    precision = (var + eps).rsqrt()
+    unit = (x - _over(x, mean)) * _over(x, precision)
+    grad_x = grad
+    if training:
+        grad_x = grad - _over(x, grad.mean(others)) - unit * _over(x, (grad * unit).mean(others))
+    grad_x = grad_x * _over(x, precision if weight is None else precision * weight)
+    gradients = batch_last(grad_x), batch_last(grad).clone(), (grad * unit).sum(others), grad.sum(others)
+    first, second, third, fourth = (
+        g if need else x.new_empty(0) for g, need in zip(gradients, output_mask, strict=True)
+    )
+    return first, second, third, fourth
+
+
 def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
     """Blocks of 1024 queries; |q|^2 is the same for a whole row and left out of the distance."""
     squared = features.square().sum(1)

@@ -130,6 +130,19 @@ SENTENCES: dict[str, Callable[[], object]] = {
     "sparse_conv2d: expected x with 5 channels, got 4": lambda: sparse_conv(pattern_of=torch.zeros(8, 5, 3, 3)),
     "sparse_conv2d: kernel_size must be one or two integers of at least 1, got 0": lambda: sparse_conv(0),
     "sparse_conv2d: bias must have shape (8,), got (4,)": lambda: sparse_conv(bias=W[:, 0]),
+    # norms
+    "batch_norm_act: x must have shape (N, C, ...), got (20,)": lambda: ops.batch_norm_act(VALUES),
+    "batch_norm_act: x must be float32 or float64, got torch.bfloat16": lambda: ops.batch_norm_act(X.bfloat16()),
+    "batch_norm_act: residual must have shape (2, 4, 6, 6), got (2, 4, 9)": lambda: ops.batch_norm_act(IMAGES, LINES),
+    "batch_norm_act: weight must have shape (4,), got (20,)": lambda: ops.batch_norm_act(IMAGES, weight=VALUES),
+    "batch_norm_act: var must have shape (4,), got (0,)": lambda: ops.batch_norm_act(IMAGES, mean=W[:, 0], var=NONE),
+    "batch_norm_act: mean and var must be given together, got mean alone": lambda: ops.batch_norm_act(
+        IMAGES, mean=W[:, 0]
+    ),
+    "batch_norm_act: x is torch.float32 but bias is torch.float64": lambda: ops.batch_norm_act(
+        IMAGES, bias=W[:, 0].double()
+    ),
+    "batch_norm_act: x is on cpu but residual is on meta": lambda: ops.batch_norm_act(IMAGES, IMAGES.to("meta")),
     # neighbours
     "knn_classify: features and queries must be (n, d) and (m, d), got (6, 2) and (3, 5)": lambda: knn(
         FEATURES, LABELS, X, 1, 3
@@ -186,6 +199,12 @@ WILD: dict[str, Callable[[], object]] = {
     "pointers that fall": lambda: raw("sparse_linear", *SPARSE, *broken(row_ptr=PATTERN.row_ptr.flip(0)), None),
     "a row beyond the last": lambda: raw(
         "sparse_linear_backward", W[:3, :4], *SPARSE, *broken(col_t=PATTERN.col_t + 1), [True, True]
+    ),
+    "a short residual": lambda: raw("batch_norm_act", X, X[:2], None, None, None, None, 0.1, True),
+    "a short weight of a norm": lambda: raw("batch_norm_act", X, None, X[0, 1:], None, None, None, 0.1, True),
+    "a short variance": lambda: raw("batch_norm_act", X, None, None, None, X[0], X[0, 1:], 0.1, True),
+    "a short gradient of a norm": lambda: raw(
+        "batch_norm_act_backward", X[:2], X, None, None, None, X[0], X[0], 0.1, True, True, [True] * 4
     ),
     "a label beyond the classes": lambda: raw("knn_classify", FEATURES, LABELS, FEATURES, 3, 2),
     "more neighbours than features": lambda: raw("knn_classify", FEATURES, LABELS, FEATURES, 7, 3),

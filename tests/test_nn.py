@@ -211,6 +211,61 @@ def test_batch_norm_1d_is_the_same_in_both_layouts(shape: tuple[int, ...]) -> No
     assert torch.allclose(plain.running_var, stored.running_var)
 
 
+NORMS = {
+    "momentum": {},
+    "affine": {"affine": True},
+    "cumulative": {"momentum": None},
+    "untracked": {"track_running_stats": False, "affine": True},
+}
+
+
+@pytest.mark.parametrize("options", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_batch_norm_is_the_plain_one_with_what_follows_it(
+    options: dict, training: bool, relu: bool, with_residual: bool
+) -> None:
+    norm, plain = (kind(4, dtype=torch.float64, **{"affine": False, **options}).train(training)
+                   for kind in (TaskBatchNorm2d, nn.BatchNorm2d))  # fmt: skip
+    x = torch.randn(6, 4, 5, 3, dtype=torch.float64) + 2
+    residual = torch.randn(x.shape, dtype=torch.float64) if with_residual else None
+    for steps in range(1, 4):  # the running statistics take a step each time
+        inputs = [(_batch_innermost(t) if innermost else t).clone().requires_grad_() if t is not None else None
+                  for innermost in (True, False) for t in (x * steps, residual)]  # fmt: skip
+        got = norm(inputs[0], inputs[1], relu)
+        want = plain(inputs[2])
+        want = want + inputs[3] if with_residual else want
+        want = want.relu() if relu else want
+        grad = torch.randn_like(want)
+        got.backward(grad)
+        want.backward(grad)
+        pairs = [(got, want), (inputs[0].grad, inputs[2].grad)]
+        pairs += [(inputs[1].grad, inputs[3].grad)] if with_residual else []
+        pairs += [(p.grad, q.grad) for p, q in zip(norm.parameters(), plain.parameters(), strict=True)]
+        pairs += list(zip(norm.buffers(), plain.buffers(), strict=True))
+        assert all(torch.allclose(a, b) for a, b in pairs)
+        assert got.movedim(0, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [_batch_innermost, Tensor.contiguous], ids=["innermost", "contiguous"])
+def test_batch_norm_takes_every_residual_that_can_be_added(layout: object, dtype: torch.dtype) -> None:
+    norm, x = TaskBatchNorm2d(4, dtype=dtype), layout(torch.randn(6, 4, 5, 3, dtype=dtype))  # type: ignore[operator]
+    before = x.clone()
+    for residual in (torch.randn(4, 1, 1, dtype=dtype), torch.randn(6, 4, 5, 3), torch.randn(x.shape).double()):
+        expected = (norm(x) + residual).relu()
+        got = norm(x, residual, relu=True)
+        assert got.dtype == expected.dtype
+        assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+def test_batch_norm_checks_dimensions_in_both_layouts() -> None:
+    with pytest.raises(ValueError, match="expected 4D input"):
+        TaskBatchNorm2d(4)(_batch_innermost(torch.randn(6, 4, 5)))
+
+
 @pytest.mark.parametrize(
     "pool",
     [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((2, 3))],
@@ -218,7 +273,7 @@ def test_batch_norm_1d_is_the_same_in_both_layouts(shape: tuple[int, ...]) -> No
 )
 def test_pools_are_the_same_in_both_layouts(pool: nn.Module) -> None:
     swapped = copy.deepcopy(pool)
-    swapped.__class__ = exnn.SWAPPED[type(pool)]
+    swapped.__class__ = exnn.swaps()[type(pool)]
     x = torch.randn(5, 3, 8, 9, dtype=torch.float64)
     assert torch.allclose(swapped(_batch_innermost(x)), pool(x))
 

@@ -4,6 +4,7 @@ from exssnet.kernels import native as _native
 
 from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
+from .norm import batch_norm_act
 from .selection import TopK, density_to_k, free_mask, pack_mask, topk_mask, topk_masks, topk_select, unpack_mask
 from .sparse import SparsePattern, sparse_conv1d, sparse_conv2d, sparse_linear, sparse_pattern
 from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
@@ -13,6 +14,7 @@ _native.load()
 __all__ = [
     "SparsePattern",
     "TopK",
+    "batch_norm_act",
     "density_to_k",
     "free_mask",
     "knn_classify",

@@ -56,9 +56,7 @@ def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[.
                 result[bias] = grad.sum([d for d in range(grad.dim()) if d != 1])
             return tuple(result)
 
-    Boundary.__name__ = Boundary.__qualname__ = name
-    _library.impl(name, Boundary.apply, "Autograd")
-    _refuse_second_order(f"{name}_backward")
+    bind_gradient(name, Boundary)
 
     def call(*args: Any) -> Tensor:
         # The compiler traces the operator and finds the Function at its Autograd key. In eager mode, calling the
@@ -67,6 +65,13 @@ def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[.
         return output
 
     return call
+
+
+def bind_gradient(name: str, boundary: type[torch.autograd.Function]) -> None:
+    """Give operator `name` the gradient of a Function; its backward operator has none."""
+    boundary.__name__ = boundary.__qualname__ = name
+    _library.impl(name, boundary.apply, "Autograd")
+    _refuse_second_order(f"{name}_backward")
 
 
 def _refuse_second_order(name: str) -> None:

@@ -1,0 +1,102 @@
+"""Batch norm fused with what follows it in a network, for a batch that is stored innermost."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import bind_gradient, define, same_kind
+
+
+def _stored_innermost(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    fresh = (_stored_innermost(x), _stored_innermost(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
+    return tuple(t if needed else x.new_empty(0) for t, needed in zip(fresh, rest[-1], strict=True))
+
+
+define(
+    "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, "
+    "bool relu) -> (Tensor, Tensor, Tensor)",
+    lambda x, *_: (_stored_innermost(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
+)
+define(
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "float eps, bool relu, bool training, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+_forward = torch.ops.exssnet.batch_norm_act.default
+_backward = torch.ops.exssnet.batch_norm_act_backward.default
+
+
+class _Boundary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+        var: Tensor | None, eps: float, relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            y, m, v = _forward(x, residual, weight, bias, mean, var, eps, relu)
+        ctx.mark_non_differentiable(m, v)
+        ctx.set_materialize_grads(False)
+        # Where ReLU was positive follows from x, or with a residual from y, which whatever comes next keeps as well.
+        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, m, v)
+        ctx.options = eps, relu, mean is None
+        return y, m, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 8
+        relu, needed = ctx.options[1], ctx.needs_input_grad[:4]
+        output_mask = [needed[0], needed[1] and relu, needed[2], needed[3]]
+        found: tuple[Tensor, ...] = (grad,) * 4
+        if any(output_mask):
+            with torch._C._AutoDispatchBelowAutograd():
+                found = _backward(grad, *ctx.saved_tensors, *ctx.options, output_mask)
+        gradients = [g if asked else None for g, asked in zip(found, output_mask, strict=True)]
+        if needed[1] and not relu:
+            gradients[1] = grad
+        return *gradients, None, None, None, None
+
+
+bind_gradient("batch_norm_act", _Boundary)
+
+
+def batch_norm_act(
+    x: Tensor, residual: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
+    mean: Tensor | None = None, var: Tensor | None = None, eps: float = 1e-5, relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    r"""Batch norm, then a residual added, then ReLU, as one operation: (y, mean, var) with
+
+    :math:`y = \max(0, (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot w + b + r)`.
+
+    x: (N, C, ...), float32 or float64, of any strides; residual: of x's shape; weight, bias: (C,), default 1 and 0.
+    mean, var: (C,), the statistics to normalise by, returned as copies (evaluation). Without them they are those of
+        the batch, over all dimensions but 1, the variance biased; y's gradient then goes through them (training).
+        The returned ones carry no gradient.
+    relu: without it, y may be negative.
+    y, and the gradients of x and residual, are stored with the batch innermost, (C, ..., N): for an x that lies so, a
+    channel is one row, and each tensor passes through memory once. Raises ValueError on wrong shapes and dtypes. No
+    second derivative. Source: Ioffe & Szegedy 2015, algorithm 1.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"batch_norm_act: x must have shape (N, C, ...), got {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"batch_norm_act: x must be float32 or float64, got {x.dtype}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"batch_norm_act: residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
+        if t is not None and t.shape != x.shape[1:2]:
+            raise ValueError(f"batch_norm_act: {name} must have shape ({x.shape[1]},), got {tuple(t.shape)}")
+    if (mean is None) != (var is None):
+        raise ValueError(
+            f"batch_norm_act: mean and var must be given together, got {'mean' if var is None else 'var'} alone"
+        )
+    same_kind("batch_norm_act", x, residual=residual, weight=weight, bias=bias, mean=mean, var=var)
+    call = _forward if torch.compiler.is_compiling() else _Boundary.apply
+    y, mean, var = call(x, residual, weight, bias, mean, var, eps, relu)
+    return y, mean, var

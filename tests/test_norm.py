@@ -1,0 +1,280 @@
+"""batch_norm_act: batch norm, a residual and ReLU as one operation, held to the three of plain PyTorch."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from accuracy import Results, assert_accurate, assert_exact, run
+from cases import LAYOUTS
+from products import opcheck_warning
+from torch import Tensor
+from torch.nn import functional as F
+
+from exssnet import ops
+from exssnet.kernels import reference
+
+EPS = 1e-3
+OPERATOR = torch.ops.exssnet.batch_norm_act.default
+BACKWARD = torch.ops.exssnet.batch_norm_act_backward.default
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A shape and which of the options are on."""
+
+    shape: tuple[int, ...]
+    training: bool = True
+    residual: bool = False
+    affine: bool = False
+    relu: bool = False
+
+    def __str__(self) -> str:
+        on = [name for name in ("training", "residual", "affine", "relu") if getattr(self, name)]
+        return "-".join(["x".join(map(str, self.shape)), *on])
+
+
+OPTIONS = [dict(zip(("training", "residual", "affine", "relu"), on, strict=True))
+           for on in itertools.product((True, False), repeat=4)]  # fmt: skip
+# Rows shorter than a vector, of a whole number of vectors, of one element more than a chunk, of several chunks.
+SHAPES = [(7, 3, 5, 3), (1, 9, 13, 3), (6, 5), (2, 3, 11), (5, 4, 1, 1), (64, 3, 13, 11), (17, 5, 241), (40, 9, 33, 5)]
+NORMS = [Norm(shape, **on) for shape, on in itertools.product(SHAPES, OPTIONS)]
+SMALL = [Norm((3, 2, 2, 2), **on) for on in OPTIONS]
+
+
+def norms(cases: list[Norm]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("norm", cases, ids=str)
+
+
+def innermost(x: Tensor) -> Tensor:
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def leaves(norm: Norm, dtype: torch.dtype = torch.float32) -> Results:
+    """Values off zero, as the activations of a network are."""
+    torch.manual_seed(0)
+    channels = norm.shape[1]
+    found = {
+        "x": innermost(
+            3 * torch.randn(norm.shape) + torch.linspace(-5, 5, channels).reshape(-1, *[1] * (len(norm.shape) - 2))
+        )
+    }
+    if norm.residual:
+        found["residual"] = innermost(torch.randn(norm.shape))
+    if norm.affine:
+        found |= {"weight": torch.randn(channels), "bias": torch.randn(channels)}
+    return {name: t.to(dtype) for name, t in found.items()}
+
+
+def statistics(norm: Norm, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if norm.training:
+        return None, None
+    return torch.linspace(-4, 3, norm.shape[1], dtype=dtype), torch.linspace(2, 11, norm.shape[1], dtype=dtype)
+
+
+def grad_of(norm: Norm, dtype: torch.dtype = torch.float32) -> Tensor:
+    return innermost(torch.randn(norm.shape, generator=torch.Generator().manual_seed(2)).to(dtype))
+
+
+def ours(norm: Norm, t: Results) -> Tensor:
+    return ops.batch_norm_act(*raw(norm, t))[0]
+
+
+def plain(norm: Norm, t: Results) -> Tensor:
+    mean, var = statistics(norm, t["x"].dtype)
+    y = F.batch_norm(t["x"], mean, var, t.get("weight"), t.get("bias"), norm.training, 0.1, EPS)
+    y = y + t["residual"] if norm.residual else y
+    return y.relu() if norm.relu else y
+
+
+def kernel(norm: Norm, dtype: torch.dtype = torch.float32) -> Results:
+    return run(lambda t: ours(norm, t), leaves(norm, dtype), grad_of(norm, dtype))
+
+
+def raw(norm: Norm, t: Results) -> tuple[Any, ...]:
+    return t["x"], t.get("residual"), t.get("weight"), t.get("bias"), *statistics(norm, t["x"].dtype), EPS, norm.relu
+
+
+def raw_backward(norm: Norm, output_mask: list[bool], dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    t = leaves(norm, dtype)
+    y, mean, var = reference.batch_norm_act(*raw(norm, t))
+    seen = y if norm.relu and norm.residual else None
+    return (
+        grad_of(norm, dtype), t["x"], seen, t.get("weight"), t.get("bias"), mean, var, EPS, norm.relu, norm.training,
+        output_mask,
+    )  # fmt: skip
+
+
+@norms(NORMS)
+def test_errs_at_most_twice_as_much_as_plain_pytorch(norm: Norm) -> None:
+    values, grad = leaves(norm), grad_of(norm)
+    truth = run(lambda t: plain(norm, t), {n: t.double() for n, t in values.items()}, grad.double())
+    assert_accurate(kernel(norm), run(lambda t: plain(norm, t), values, grad), truth)
+
+
+@norms([Norm((64, 3, 40, 33)), Norm((8, 3, 2), affine=True, relu=True)])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 3e4])
+def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: float) -> None:
+    x = leaves(norm)["x"] + offset
+    _, mean, var = ops.batch_norm_act(x)
+    others = [d for d in range(x.dim()) if d != 1]
+    truth = dict(zip(("var", "mean"), torch.var_mean(x.double(), others, correction=0), strict=True))
+    peer = dict(zip(("var", "mean"), torch.var_mean(x, others, correction=0), strict=True))
+    assert_accurate({"mean": mean, "var": var}, peer, truth)
+
+
+@norms(NORMS)
+def test_is_the_reference(norm: Norm) -> None:
+    values = leaves(norm, torch.float64)
+    got = ops.batch_norm_act(*raw(norm, values))
+    for ours, theirs in zip(got, reference.batch_norm_act(*raw(norm, values)), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    arguments = raw_backward(norm, [True] * 4, torch.float64)
+    for ours, theirs in zip(BACKWARD(*arguments), reference.batch_norm_act_backward(*arguments), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@norms(NORMS)
+def test_threads_change_no_bit(norm: Norm) -> None:
+    alone = kernel(norm)
+    torch.set_num_threads(2)
+    assert_exact(kernel(norm), alone)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", ["x", "residual", "affine", "grad"])
+@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+def test_strides_change_nothing(norm: Norm, of: str, layout: str) -> None:
+    def change(name: str, t: Tensor) -> Tensor:
+        return LAYOUTS[layout](t) if of == ("affine" if name in ("weight", "bias") else name) else t
+
+    values = {n: change(n, t) for n, t in leaves(norm).items()}
+    torch.testing.assert_close(run(lambda t: ours(norm, t), values, change("grad", grad_of(norm))), kernel(norm))
+
+
+@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+def test_expanded_gradient_of_a_sum_is_taken(norm: Norm) -> None:
+    ones = torch.ones(()).expand(norm.shape)
+    values = leaves(norm)
+    assert_exact(
+        run(lambda t: ours(norm, t), values, ones), run(lambda t: ours(norm, t), values, innermost(ones.clone()))
+    )
+
+
+@norms(NORMS)
+def test_output_and_gradients_are_stored_batch_innermost(norm: Norm) -> None:
+    got = kernel(norm)
+    shaped = [got[n] for n in ("output", "grad_x", "grad_residual") if n in got]
+    assert all(t.movedim(0, -1).is_contiguous() for t in shaped)
+
+
+@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+def test_inputs_stay_as_they_are(norm: Norm) -> None:
+    values, (mean, var) = leaves(norm), statistics(norm)
+    held = [t for t in (*values.values(), mean, var) if t is not None]
+    before = [t.clone() for t in held]
+    _, m, v = ops.batch_norm_act(*raw(norm, values))
+    m.zero_()
+    v.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+
+
+@norms([Norm((0, 3, 5, 2), **on) for on in OPTIONS] + [Norm((4, 0, 2, 2), **on) for on in OPTIONS])
+def test_empty_batch_has_an_empty_output_and_gradients_of_zero(norm: Norm) -> None:
+    got = kernel(norm)
+    assert got["output"].shape == norm.shape
+    assert all(not g.any() for n, g in got.items() if n != "output")
+
+
+def test_statistics_of_an_empty_batch_are_nan() -> None:
+    _, mean, var = ops.batch_norm_act(torch.empty(0, 3, 2, 2))
+    assert bool(mean.isnan().all() and var.isnan().all())
+
+
+def test_nan_in_a_channel_stays_in_it_and_passes_relu() -> None:
+    norm = Norm((7, 3, 5, 3), residual=True, relu=True)
+    values = leaves(norm)
+    values["x"][2, 1, 0, 0] = torch.nan
+    got = run(lambda t: ours(norm, t), values, grad_of(norm))
+    assert [bool(got[n].isnan().any((0, 2, 3))[c]) for n in ("output", "grad_x") for c in range(3)] == [
+        False, True, False, False, True, False,
+    ]  # fmt: skip
+    assert_exact({"g": got["grad_residual"][:, 1]}, {"g": grad_of(norm)[:, 1]})
+
+
+def test_relu_gradient_is_zero_where_the_output_is_zero() -> None:
+    norm = Norm((2, 3, 4, 4), training=False, relu=True)
+    x = torch.zeros(norm.shape, requires_grad=True)
+    ops.batch_norm_act(x, None, None, None, torch.zeros(3), torch.ones(3), EPS, True)[0].sum().backward()
+    assert not x.grad.any()  # type: ignore[union-attr]
+
+
+@norms([Norm((64, 3, 13, 11), relu=True), Norm((64, 3, 13, 11), affine=True, relu=True)])
+def test_backward_sees_the_sign_that_forward_had(norm: Norm) -> None:
+    values = leaves(norm)
+    bias = values.setdefault("bias", torch.zeros(3))
+    y = ours(norm, values)
+    got = run(lambda t: ours(norm, t), values, innermost(torch.ones(norm.shape)))["grad_bias"]
+    assert torch.equal(got, (y > 0).sum((0, 2, 3)).to(bias.dtype))
+
+
+@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+def test_backward_computes_only_what_is_asked(norm: Norm) -> None:
+    everything = BACKWARD(*raw_backward(norm, [True] * 4))
+    for output_mask in itertools.product((True, False), repeat=4):
+        found = BACKWARD(*raw_backward(norm, list(output_mask)))
+        for got, full, asked in zip(found, everything, output_mask, strict=True):
+            assert got.shape == (full.shape if asked else (0,))
+            assert torch.equal(got, full if asked else full.new_empty(0))
+
+
+@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+def test_gradient_is_none_where_none_is_required(norm: Norm) -> None:
+    for alone in leaves(norm):
+        values = leaves(norm)
+        values[alone].requires_grad_()
+        ours(norm, values).sum().backward()
+        assert [n for n, t in values.items() if t.grad is not None] == [alone]
+
+
+def test_statistics_carry_no_gradient() -> None:
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    y, mean, var = ops.batch_norm_act(x)
+    assert [t.requires_grad for t in (y, mean, var)] == [True, False, False]
+
+
+@norms(SMALL)
+def test_gradcheck(norm: Norm) -> None:
+    values = {n: t.requires_grad_() for n, t in leaves(norm, torch.float64).items()}
+    assert torch.autograd.gradcheck(
+        lambda *tensors: ours(norm, dict(zip(values, tensors, strict=True))), tuple(values.values())
+    )
+
+
+def test_second_derivative_is_refused() -> None:
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    (grad_x,) = torch.autograd.grad(ops.batch_norm_act(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad_x.sum().backward()
+
+
+@norms(SMALL)
+def test_compiles_in_one_graph_with_the_same_results(norm: Norm) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: ours(norm, t), fullgraph=True, backend="aot_eager")
+    assert_exact(run(compiled, leaves(norm), grad_of(norm)), kernel(norm))
+
+
+@opcheck_warning
+@norms(SMALL)
+def test_opcheck_of_forward(norm: Norm) -> None:
+    values = {n: t.requires_grad_() for n, t in leaves(norm).items()}
+    torch.library.opcheck(OPERATOR, raw(norm, values))
+
+
+@opcheck_warning
+@pytest.mark.parametrize("asked", [(True,) * 4, (True, False, False, False), (False, True, True, False)], ids=str)
+@norms(SMALL)
+def test_opcheck_of_backward(norm: Norm, asked: tuple[bool, ...]) -> None:
+    torch.library.opcheck(BACKWARD, raw_backward(norm, list(asked)))
