@@ -41,7 +41,7 @@ Tensor supermask_conv2d(const Tensor& x, const Tensor& weight, const Tensor& sco
   const Geometry geometry{stride, padding, dilation, groups};
   if (!sparse) return dense_convolution(x, effective(weight, mask, kWho), bias, geometry);
   const cpu::Convolution c = sparse_convolution(kWho, x, weight, geometry);
-  return sparse_output(KeptWeight(kWho, x, weight, mask, groups, false).weight, c, x, bias);
+  return sparse_output(KeptWeight(kWho, x, weight, mask, groups, false).weight, c, x, {{}, bias, {}});
 }
 
 std::tuple<Tensor, Tensor, Tensor> supermask_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,

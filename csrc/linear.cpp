@@ -17,7 +17,7 @@ Tensor supermask_linear(const Tensor& x, const Tensor& weight, const Tensor& sco
   if (!sparse) return aten("aten::linear", "", x, effective(weight, mask, kWho), bias);
   check(weight.dim() == 2, kWho, "a weight (O, I)");
   const cpu::Convolution c = linear(kWho, x, weight.size(1), weight.size(0));
-  return sparse_output(KeptWeight(kWho, x, weight, mask, 1, false).weight, c, x, bias);
+  return sparse_output(KeptWeight(kWho, x, weight, mask, 1, false).weight, c, x, {{}, bias, {}});
 }
 
 std::tuple<Tensor, Tensor, Tensor> supermask_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,

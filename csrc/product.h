@@ -117,16 +117,30 @@ inline Ints output_shape(const cpu::Convolution& c, const Tensor& x) {
   return x.dim() == 4 ? Ints{c.batch, c.out_channels, c.h.out, c.w.out} : Ints{c.batch, c.out_channels};
 }
 
+// What follows a sum: scale and bias of each output, a tensor like the output, ReLU.
+struct Following {
+  OptTensor scale, bias, residual;
+  bool relu = false;
+};
+
 // The layer's output, of x's dtype, with the batch innermost.
-inline Tensor sparse_output(const SparseWeight& w, const cpu::Convolution& c, const Tensor& x, const OptTensor& bias) {
-  check(!bias || bias->numel() == c.out_channels, w.who, "a bias for every output");
-  Tensor y = new_batch_last(x, output_shape(c, x), w.dtype);
+inline Tensor sparse_output(const SparseWeight& w, const cpu::Convolution& c, const Tensor& x, const Following& then) {
+  const Ints shape = output_shape(c, x);
+  for (const OptTensor& t : {then.scale, then.bias})
+    check(!t || (t->dim() == 1 && t->numel() == c.out_channels), w.who, "a scale and a bias for every output");
+  check(!then.residual || shape_of(*then.residual) == shape, w.who, "a residual in the output's shape");
+  Tensor y = new_batch_last(x, shape, w.dtype);
   if (y.numel() == 0) return to_dtype(y, x.scalar_type());
-  const OptTensor offset = bias ? OptTensor(row_major(to_dtype(*bias, w.dtype))) : std::nullopt;
   with_compute_type(w.dtype, [&]<class T>(T*) {
+    const auto as_computed = [&](const OptTensor& t) {
+      return t ? OptTensor(row_major(to_dtype(*t, w.dtype))) : std::nullopt;
+    };
+    const auto data = [](const OptTensor& t) { return t ? t->const_data_ptr<T>() : nullptr; };
+    const OptTensor scale = as_computed(then.scale), bias = as_computed(then.bias);
+    const OptTensor residual =
+        then.residual ? OptTensor(batch_innermost<T>(to_dtype(*then.residual, w.dtype))) : std::nullopt;
     const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
-    cpu::Epilogue<T> epilogue;
-    if (offset) epilogue.bias = offset->const_data_ptr<T>();
+    const cpu::Epilogue<T> epilogue{data(scale), data(bias), data(residual), then.relu};
     w.followed(cpu::sparse_forward<T>(c, w.pattern, w.values<T>(), epilogue, from.const_data_ptr<T>(),
                                       y.mutable_data_ptr<T>()));
   });

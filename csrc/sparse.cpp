@@ -73,7 +73,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& free_values, const Tensor& f
                      const Tensor& slot_t, const OptTensor& bias) {
   const Weights w("sparse_linear", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   const Convolution c = linear(w.who, x, w.channels(), w.rows());
-  return sparse_output(w.of(c), c, x, bias);
+  return sparse_output(w.of(c), c, x, {{}, bias, {}});
 }
 
 std::tuple<Tensor, Tensor> sparse_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
@@ -92,7 +92,18 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& free_values, const Tensor& f
                      const Ints& padding, const Ints& dilation) {
   const Weights w("sparse_conv2d", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
-  return sparse_output(w.of(c), c, x, bias);
+  return sparse_output(w.of(c), c, x, {{}, bias, {}});
+}
+
+Tensor sparse_conv2d_folded(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values,
+                            const Tensor& row_ptr, const Tensor& col, const Tensor& slot, const Tensor& row_ptr_t,
+                            const Tensor& col_t, const Tensor& slot_t, const Tensor& scale, const Tensor& bias,
+                            const OptTensor& residual, bool relu, const Ints& kernel_size, const Ints& stride,
+                            const Ints& padding, const Ints& dilation) {
+  const Weights w("sparse_conv2d_folded", x,
+                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
+  const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
+  return sparse_output(w.of(c), c, x, {scale, bias, residual, relu});
 }
 
 std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
@@ -112,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(exssnet, CPU, m) {
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
   m.impl("sparse_linear_backward", TORCH_BOX(&sparse_linear_backward));
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
+  m.impl("sparse_conv2d_folded", TORCH_BOX(&sparse_conv2d_folded));
   m.impl("sparse_conv2d_backward", TORCH_BOX(&sparse_conv2d_backward));
 }
 

@@ -8,19 +8,25 @@ from . import models
 from .layout import TaskBatchNorm
 
 
+def normalised(
+    conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """``norm(conv(x), residual, relu)``; in inference the convolution takes the norm along if it can."""
+    together = getattr(conv, "normalised", None)
+    y: Tensor | None = together(x, norm, residual, relu) if together and not _hooked(conv, norm) else None
+    if y is None:
+        y = norm(conv(x), residual, relu) if relu else norm(conv(x))
+    return y
+
+
 def fuses(norm: nn.Module, relu: nn.Module) -> bool:
     """Whether ``norm(x, relu=True)`` is ``relu(norm(x))`` to everybody: no hook looks at what is between."""
-    return (
-        isinstance(norm, TaskBatchNorm)
-        and type(relu) is nn.ReLU
-        and not any(_hooked(module) for module in (norm, relu))
-        and not nn.modules.module._has_any_global_hook()
-    )
+    return isinstance(norm, TaskBatchNorm) and type(relu) is nn.ReLU and not _hooked(norm, relu)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def _hooked(*modules: nn.Module) -> bool:
+    return nn.modules.module._has_any_global_hook() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
     )
 
 
@@ -31,11 +37,12 @@ class FusedSequential(nn.Sequential):
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if layers and fuses(layer, layers[0]):
-                x = layer(x, relu=True)
+            conv = layers and isinstance(layers[0], TaskBatchNorm) and hasattr(layer, "normalised")
+            norm = layers.pop(0) if conv else layer
+            relu = len(layers) > 0 and fuses(norm, layers[0])
+            if relu:
                 del layers[0]
-            else:
-                x = layer(x)
+            x = normalised(layer, norm, x, relu=relu) if conv else layer(x, relu=True) if relu else layer(x)
         return x
 
 
@@ -51,11 +58,10 @@ class ResidualBlock(nn.Module):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         y = x
         for conv, norm, _ in first:
-            y = norm(conv(y), relu=True)
+            y = normalised(conv, norm, y)
         conv, norm, _ = last
-        y, past = conv(y), getattr(self, self._past)
-        out: Tensor = norm(y, x if past is None else past(x), relu=True)
-        return out
+        past = getattr(self, self._past)
+        return normalised(conv, norm, y, x if past is None else past(x))
 
 
 class _BasicBlock(ResidualBlock, models.BasicBlock):

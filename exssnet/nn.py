@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -13,12 +12,13 @@ from torch.nn import functional as F
 
 from . import blocks, layout
 from .choice import PRODUCTS, Products, sparse_is_faster
-from .layout import TaskBatchNorm1d, TaskBatchNorm2d
+from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
     SparsePattern,
     density_to_k,
     sparse_conv1d,
     sparse_conv2d,
+    sparse_conv2d_folded,
     sparse_linear,
     sparse_pattern,
     supermask_conv1d,
@@ -237,6 +237,28 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
     sparse_product = staticmethod(sparse_conv2d)
     dense_product = staticmethod(F.conv2d)
 
+    def normalised(self, x: Tensor, norm: TaskBatchNorm, residual: Tensor | None, relu: bool) -> Tensor | None:
+        """``norm(self(x), residual, relu)`` in one operation; None in training, and where it cannot be had.
+
+        The norm's statistics become a scale and a bias of the output, see `sparse_conv2d_folded`.
+        """
+        if self.frozen_values is None or norm.training or norm.running_var is None or norm.running_mean is None:
+            return None
+        if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+            return None
+        x, padding = self._padded(x)
+        geometry = self.stride, padding, self.dilation, self.groups
+        if not sparse_is_faster(x, self.weight, self.density, geometry, self.products):
+            return None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
+        bias = -scale * mean if norm.bias is None else norm.bias - scale * mean
+        return sparse_conv2d_folded(
+            x, *self._values(), self.kernel_size, scale, bias, residual, relu, self.stride, padding, self.dilation
+        )  # type: ignore[arg-type]
+
 
 MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
     nn.Linear: SupermaskLinear,
@@ -256,9 +278,7 @@ def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
 
 
 def _swapped(module: nn.Module) -> type[nn.Module]:
-    if type(module) is nn.Sequential and not any(
-        isinstance(norm, nn.modules.batchnorm._BatchNorm) and type(relu) is nn.ReLU for norm, relu in pairwise(module)
-    ):
+    if type(module) is nn.Sequential and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module):
         return nn.Sequential
     return swaps().get(type(module), type(module))
 

@@ -18,6 +18,7 @@ OPERATORS = (
     "masked_conv2d",
     "sparse_linear",
     "sparse_conv2d",
+    "sparse_conv2d_folded",
     "batch_norm_act",
     "knn_classify",
 )
@@ -34,6 +35,7 @@ KERNELS = {
     ("masked_conv2d", "cpu"): "csrc/conv.cpp",
     ("sparse_linear", "cpu"): "csrc/sparse.cpp",
     ("sparse_conv2d", "cpu"): "csrc/sparse.cpp",
+    ("sparse_conv2d_folded", "cpu"): "csrc/sparse.cpp",
     ("batch_norm_act", "cpu"): "csrc/batchnorm.cpp",
     ("knn_classify", "cpu"): "csrc/knn.cpp",
 }

@@ -246,6 +246,19 @@ def sparse_conv2d(
     return batch_last(F.conv2d(x, weight, bias, stride, padding, dilation))
 
 
+def sparse_conv2d_folded(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
+) -> Tensor:  # fmt: skip
+    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
+    weight = weight.reshape(-1, x.shape[1], *kernel_size)
+    y = F.conv2d(x, weight, None, stride, padding, dilation) * scale[:, None, None] + bias[:, None, None]
+    if residual is not None:
+        y = y + residual
+    return batch_last(y.relu() if relu else y)
+
+
 def sparse_conv2d_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor,

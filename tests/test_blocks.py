@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
+from products import Calls
 from torch import Tensor, nn
 
 from exssnet import Phases, convert
@@ -155,12 +156,37 @@ def test_converted_model_can_be_pickled(name: str) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
-def test_subclasses_and_sequences_without_a_pair_stay_as_they_are() -> None:
+def calls_of_folded(model: nn.Module, x: Tensor) -> int:
+    with Calls() as calls, torch.no_grad():
+        model(x)
+    return [name for name, _ in calls.made].count("sparse_conv2d_folded")
+
+
+FOLDED = {"sequential": 3, "ours": 20, "torchvision-resnet18": 19, "torchvision-resnet50": 52}
+"""Norms behind a convolution; torchvision's stem is a function of its own."""
+
+
+@models
+def test_inference_of_a_fixed_mask_folds_the_norms(name: str) -> None:
+    phases = converted(name)
+    phases.start_weight_phase()
+    model, x = phases.model, torch.randn(4, 3, 32, 32)
+    model(x)  # moves the statistics off where they start
+    expected = model.eval()(x)
+    assert calls_of_folded(model, x) == FOLDED[name]
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    hook_all(model)
+    assert calls_of_folded(model, x) == 0
+    assert calls_of_folded(model.train(), x) == 0
+
+
+def test_subclasses_and_sequences_without_a_norm_stay_as_they_are() -> None:
     class Own(nn.Sequential):
         pass
 
     model = nn.Sequential(
-        Own(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        Own(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
     )
     assert [type(m) for m in convert(model).children()] == [Own, nn.Sequential]
 
@@ -171,7 +197,7 @@ def test_blocks_with_other_norms_run_as_they_are_written(norm: Callable[[int], n
     block = torchvision.models.resnet.BasicBlock(4, 4, norm_layer=norm).eval()
     x = torch.randn(2, 4, 8, 8)
     expected = copy.deepcopy(block)(x)
-    assert torch.equal(convert(nn.Sequential(block), 1.0)(x), expected)
+    assert torch.equal(convert(nn.Sequential(block), 1.0, products="dense")(x), expected)
 
 
 def test_compiles_without_graph_breaks() -> None:

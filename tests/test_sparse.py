@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from accuracy import Results, assert_exact, representable, run
-from cases import DENSITIES, FEW, LAYERS, Layer, dtypes, layers
-from products import Family, LayerFunction, Problem, ProductTests, geometry, problem
+from cases import DENSITIES, FEW, LAYERS, TAILS, Layer, dtypes, layers
+from products import Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -211,3 +211,49 @@ def test_a_layer_without_outputs_takes_its_input() -> None:
     pattern = ops.sparse_pattern(torch.zeros(0, 7, dtype=torch.bool))
     none = torch.empty(0)
     assert ops.sparse_linear(torch.randn(3, 7), none, none, pattern).shape == (3, 0)
+
+
+class TestFolded:
+    """sparse_conv2d_folded: scale, bias, a residual and ReLU after the sum."""
+
+    @staticmethod
+    def arguments(p: Problem, residual: bool) -> tuple[Any, ...]:
+        channels = p.layer.weight[0]
+        scale = (2.0 ** torch.randint(-1, 2, (channels,))).to(p.x.dtype)  # exact
+        bias = torch.randint(-3, 4, (channels,)).to(p.x.dtype)
+        return scale, bias, torch.randint(-9, 10, p.grad.shape).to(p.x.dtype) if residual else None
+
+    @staticmethod
+    def folded(p: Problem, x: Tensor, *arguments: Any) -> Tensor:
+        values = p.weight[p.free], frozen_values(p), pattern(p)
+        return ops.sparse_conv2d_folded(x, *values, p.layer.weight[2:], *arguments, **p.layer.steps)
+
+    @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+    @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+    @layers(tuple(layer for layer in LAYERS + TAILS if layer.kind == "conv2d"))
+    @dtypes("float32", "float64")
+    def test_exact(self, layer: Layer, dtype: torch.dtype, residual: bool, relu: bool) -> None:
+        p = problem(layer, dtype, integers=True)
+        scale, bias, past = self.arguments(p, residual)
+        weight = p.weight.where(p.mask, 0)
+        expected = F.conv2d(p.x, weight, None, groups=layer.groups, **layer.steps) * scale[:, None, None]
+        expected = expected + bias[:, None, None] + (0 if past is None else past)
+        got = self.folded(p, p.x, scale, bias, past, relu)
+        assert torch.equal(got, expected.relu() if relu else expected)
+        assert got.movedim(0, -1).is_contiguous()
+
+    def test_refuses_gradients(self) -> None:
+        p = problem(FEW[-1])
+        x = p.x.requires_grad_()
+        with pytest.raises(
+            RuntimeError, match=r"^exssnet::sparse_conv2d_folded has no derivative: it is for inference"
+        ):
+            self.folded(p, x, *self.arguments(p, False))
+
+    @opcheck_warning
+    def test_opcheck(self) -> None:
+        p = problem(FEW[-1])
+        scale, bias, past = self.arguments(p, True)
+        arguments = (p.x, p.weight[p.free], frozen_values(p), *pattern(p).tensors, scale, bias, past, True)
+        steps = list(p.layer.weight[2:]), *geometry(p.layer)
+        torch.library.opcheck(torch.ops.exssnet.sparse_conv2d_folded.default, (*arguments, *steps))

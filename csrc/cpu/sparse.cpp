@@ -12,6 +12,7 @@ namespace exssnet::cpu {
 namespace {
 
 constexpr int64_t kGrain = 1 << 18;      // multiply-adds that are worth a thread
+constexpr int64_t kRowsChunk = 8;
 constexpr int64_t kSumBytes = 512 << 10;  // of sums and of patches that a thread works on at a time
 
 // Distances in the gradient of a tile, in elements.
@@ -80,8 +81,22 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
         const int64_t channel = block * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
         EXSSNET_PICK(pack_patch<T>)
         (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
+        // Meanwhile memory can work on what comes next.
+        int64_t nb = block + 1, ni = i;
+        if (nb == blocks.count) nb = 0, ++ni;
+        const int64_t nat = ni % per_part / shares(), ngroup = ni % shares() * together;
+        const Span ndown = t.down[nat / t.across.size()], nacross = t.across[nat % t.across.size()];
+        const int64_t nchannel = nb * blocks.channels, nlast = std::min(nchannel + blocks.channels, p.channels);
+        const int64_t pieces = groups * ((rows + kRowsChunk - 1) / kRowsChunk);
+        int64_t piece = 0;
         for (int64_t g = 0; g < groups; ++g)
-          loop(walk, block, first[part], first[part + 1], patch + g * patch_size, layout.pitch, sums + g * sums_size);
+          for (int64_t r = 0; r < rows; r += kRowsChunk, ++piece) {
+            loop(walk, block, first[part] + r, std::min(first[part] + r + kRowsChunk, first[part + 1]),
+                 patch + g * patch_size, layout.pitch, sums + g * sums_size + r * down.count * across.count * t.lanes);
+            if (t.by_pixel && ni < end)
+              EXSSNET_PICK(prefetch_patch<T>)
+              (p, t, ndown, nacross, ngroup, std::min(together, t.groups - ngroup), nchannel, nlast, x, piece, pieces);
+          }
       }
       EXSSNET_PICK(store_tiles<T>)
       (p, t, down, across, group, groups, first[part], first[part + 1], sums, epilogue, y);

@@ -125,10 +125,6 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
           const int64_t image = group * lanes, full = std::min(groups, n / lanes - group);
           int64_t pixel = p.in_w.pixel(w_phase, across.first);
           const T* from = line + pixel * n + image;
-          // What the tile to the right will read: runs of pixels are too short for the hardware to see them coming.
-          for (int64_t j = 0; j < across.count; ++j)
-            for (int64_t g = 0; g < groups; ++g)
-              __builtin_prefetch(from + (across.count + p.reach_w() + j) * step + g * lanes, 0, 2);
           for (int64_t j = 0; j < across.count + p.reach_w(); ++j, pixel += p.in_w.stride, from += step, to += lanes) {
             const bool inside = pixel >= 0 && pixel < line_pixels;
             for (int64_t g = 0; g < full; ++g) {
@@ -154,6 +150,22 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
         }
       }
     }
+}
+
+// Asks for part `part` of `parts` of what pack_patch will read.
+template <class T>
+void prefetch_patch(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
+                    int64_t first, int64_t last, const T* x, int64_t part, int64_t parts) {
+  const int64_t height = down.count + p.reach_h(), step = p.in_w.stride * p.batch;
+  const int64_t lines = (last - first) * p.in_h.phases * height;
+  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
+    const int64_t row = p.in_h.pixel(i / height % p.in_h.phases, down.first + i % height);
+    if (row < 0 || row >= p.in_h.size) continue;
+    const T* from = x + (first + i / height / p.in_h.phases) * p.in_plane() + row * p.in_w.size * p.batch +
+                    p.in_w.pixel(0, across.first) * p.batch + group * t.lanes;
+    for (int64_t j = 0; j < across.count + p.reach_w(); ++j, from += step)
+      for (int64_t g = 0; g < groups; ++g) __builtin_prefetch(from + g * t.lanes, 0, 2);
+  }
 }
 
 // Calls visit(place in the tile, place in the image, elements) for the runs of the tiles of `groups` groups of images,

@@ -6,7 +6,7 @@ from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
 from .norm import batch_norm_act
 from .selection import TopK, density_to_k, free_mask, pack_mask, topk_mask, topk_masks, topk_select, unpack_mask
-from .sparse import SparsePattern, sparse_conv1d, sparse_conv2d, sparse_linear, sparse_pattern
+from .sparse import SparsePattern, sparse_conv1d, sparse_conv2d, sparse_conv2d_folded, sparse_linear, sparse_pattern
 from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
 
 _native.load()
@@ -24,6 +24,7 @@ __all__ = [
     "pack_mask",
     "sparse_conv1d",
     "sparse_conv2d",
+    "sparse_conv2d_folded",
     "sparse_linear",
     "sparse_pattern",
     "supermask_conv1d",

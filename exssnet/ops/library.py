@@ -71,16 +71,16 @@ def bind_gradient(name: str, boundary: type[torch.autograd.Function]) -> None:
     """Give operator `name` the gradient of a Function; its backward operator has none."""
     boundary.__name__ = boundary.__qualname__ = name
     _library.impl(name, boundary.apply, "Autograd")
-    _refuse_second_order(f"{name}_backward")
+    refuse_derivative(f"{name}_backward", "second-order gradients are not supported")
 
 
-def _refuse_second_order(name: str) -> None:
-    """Let the backward operators raise when somebody differentiates through them."""
+def refuse_derivative(name: str, why: str) -> None:
+    """Let an operator without a gradient raise when somebody differentiates through it."""
     op = getattr(torch.ops.exssnet, name).default
 
     def refuse(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(f"exssnet::{name} has no derivative: second-order gradients are not supported")
+            raise RuntimeError(f"exssnet::{name} has no derivative: {why}")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

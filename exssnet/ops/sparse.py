@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
-from .library import autocast, define, differentiable, pair, same_kind, single
+from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
 
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
@@ -46,9 +46,15 @@ define(
 )
 define(f"sparse_conv2d(Tensor x, {_VALUES}, Tensor? bias, {_CONV}) -> Tensor", _fake_conv2d)
 define(
+    f"sparse_conv2d_folded(Tensor x, {_VALUES}, Tensor scale, Tensor bias, Tensor? residual, bool relu, {_CONV}) -> "
+    "Tensor",
+    lambda x, *rest: _fake_conv2d(x, *rest[:8], None, *rest[-4:]),
+)
+define(
     f"sparse_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, {_CONV}, bool[] output_mask) -> (Tensor, Tensor)",
     _fake_backward,
 )
+refuse_derivative("sparse_conv2d_folded", "it is for inference")
 _linear = differentiable("sparse_linear", gradients=(0, 1), bias=9)
 _conv2d = differentiable("sparse_conv2d", gradients=(0, 1), bias=9)
 
@@ -182,3 +188,34 @@ def sparse_conv1d(
     x, *geometry = conv1d_as_2d("sparse_conv1d", x, stride, padding, dilation)
     taps = [1, single("sparse_conv1d", "kernel_size", kernel_size, 1)]
     return sparse_conv2d(x, free_values, frozen_values, pattern, taps, bias, *geometry).squeeze(2)
+
+
+def sparse_conv2d_folded(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, kernel_size: int | Sequence[int],
+    scale: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+) -> Tensor:  # fmt: skip
+    r"""`sparse_conv2d` with a batch norm folded in, for inference: :math:`y = a \cdot (x * W) + b + r`, then ReLU.
+
+    scale, bias: (O,), of x's dtype; for a batch norm in evaluation :math:`a = w / \sqrt{\sigma^2 + \epsilon}` and
+        b its bias minus a times its mean. residual: of y's shape. All of it happens while an output is in registers.
+    No gradients: RuntimeError where one is required.
+    """
+    taps = pair("sparse_conv2d_folded", "kernel_size", kernel_size, 1)
+    channels = _check_values("sparse_conv2d_folded", pattern, free_values, frozen_values, taps)
+    geometry = conv_geometry("sparse_conv2d_folded", x, channels, taps, stride, padding, dilation)
+    out_channels = pattern.row_ptr.numel() - 1
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t.shape != (out_channels,):
+            raise ValueError(f"sparse_conv2d_folded: {name} must have shape ({out_channels},), got {tuple(t.shape)}")
+    shape = (x.shape[0], out_channels, *conv_shape(x, taps, *geometry))
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"sparse_conv2d_folded: residual must have shape {shape}, got {tuple(residual.shape)}")
+    same_kind(
+        "sparse_conv2d_folded", x, free_values=free_values, frozen_values=frozen_values, scale=scale, bias=bias,
+        residual=residual,
+    )  # fmt: skip
+    y: Tensor = torch.ops.exssnet.sparse_conv2d_folded(
+        x, free_values, frozen_values, *pattern.tensors, scale, bias, residual, relu, taps, *geometry
+    )
+    return y
