@@ -9,7 +9,8 @@ from .library import bind_gradient, define, same_kind
 
 
 def _stored_innermost(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0)
+    """A fresh tensor of x's shape, stored (C, ..., N). It is no view, so that it may be changed in place."""
+    return x.new_empty_strided(x.shape, x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0).stride())
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
