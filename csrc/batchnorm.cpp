@@ -3,37 +3,19 @@
 
 #include <tuple>
 
-#include "checks.h"
+#include "layout.h"
 
 namespace exssnet {
 namespace {
 
 constexpr auto kWho = "batch_norm_act";
 
-// Strides of (N, C, ...) stored (C, ..., N): a channel is one contiguous row.
-Ints batch_innermost(const Tensor& t) {
-  Ints strides(t.dim(), 1);
-  for (int64_t i = t.dim() - 1, step = t.size(0); i > 0; --i) {
-    strides[i] = step;
-    step *= std::max<int64_t>(t.size(i), 1);
-  }
-  return strides;
-}
-
-Tensor new_rows(const Tensor& like) {
-  return aten("aten::new_empty_strided", "", like, Ints(like.sizes().begin(), like.sizes().end()),
-              batch_innermost(like), std::optional(like.scalar_type()), std::nullopt, std::nullopt, std::nullopt);
-}
-
-// t itself where it is stored so, else a copy.
+// t itself where a channel is one contiguous row, else a copy.
 Tensor as_rows(const Tensor& t, const Tensor& x) {
   check(same_shape(t, x) && t.scalar_type() == x.scalar_type() && t.is_cpu(), kWho,
         "CPU tensors of one shape and dtype, float32 or float64");
-  const Ints strides = batch_innermost(t);
-  bool in_place = true;
-  for (int64_t i = 0; i < t.dim(); ++i) in_place = in_place && (t.size(i) == 1 || t.stride(i) == strides[i]);
-  if (in_place) return t;
-  Tensor copy = new_rows(t);
+  if (stored_innermost(t)) return t;
+  Tensor copy = new_batch_last(t, shape_of(t), t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -75,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& input, const Opt
     check(mean.has_value() == var.has_value(), kWho, "both mean and var, or neither");
     Tensor m = mean ? torch::stable::clone(*per_channel(mean, x)) : torch::stable::new_empty(x, {x.size(1)});
     Tensor v = var ? torch::stable::clone(*per_channel(var, x)) : torch::stable::new_empty(x, {x.size(1)});
-    Tensor y = new_rows(x);
+    Tensor y = new_batch_last(x, shape_of(x), x.scalar_type());
     cpu::batch_norm(batch_norm_of<T>(x, w, b, eps, relu), x.const_data_ptr<T>(), data<T>(r), mean.has_value(),
                     m.mutable_data_ptr<T>(), v.mutable_data_ptr<T>(), y.mutable_data_ptr<T>());
     return std::tuple(y, m, v);
@@ -94,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     Tensor gradients[4];
     T* to[4];
     for (int i = 0; i < 4; ++i) {
-      gradients[i] = !output_mask[i] ? none_like(x) : i < 2 ? new_rows(x) : torch::stable::new_empty(x, {x.size(1)});
+      gradients[i] = !output_mask[i] ? none_like(x) : i < 2 ? new_batch_last(x, shape_of(x), x.scalar_type()) : torch::stable::new_empty(x, {x.size(1)});
       to[i] = output_mask[i] ? gradients[i].mutable_data_ptr<T>() : nullptr;
     }
     cpu::batch_norm_gradients(batch_norm_of<T>(x, w, b, eps, relu), g.const_data_ptr<T>(), x.const_data_ptr<T>(),

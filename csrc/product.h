@@ -1,12 +1,11 @@
-// Tensors into and out of the sparse products of csrc/cpu/sparse: dtypes, the layout, the geometry of a layer.
+// Tensors into and out of the sparse products of csrc/cpu/sparse: dtypes and the geometry of a layer.
 #pragma once
 
 #include <algorithm>
 #include <tuple>
 
-#include "checks.h"
-#include "cpu/layout.h"
 #include "cpu/sparse.h"
+#include "layout.h"
 
 namespace exssnet {
 
@@ -20,44 +19,6 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
 // What the kernels compute in: float32 for the half types.
 inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline Ints shape_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
-
-// A new tensor (N, C, H, W), or (B, I), with dimension 0 stored innermost.
-inline Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
-  Ints strides(shape.size(), 1);
-  for (size_t i = shape.size() - 1, step = shape[0]; i > 0; --i) {
-    strides[i] = step;
-    step *= std::max<int64_t>(shape[i], 1);
-  }
-  return aten("aten::new_empty_strided", "", like, shape, strides, std::optional(dtype), std::nullopt, std::nullopt,
-              std::nullopt);
-}
-
-// Whether x is stored (C, ..., N), and not in plain order as well.
-inline bool is_batch_innermost(const Tensor& x) {
-  int64_t step = x.size(0);
-  for (int64_t d = x.dim() - 1; d > 0; step *= x.size(d--))
-    if (x.size(d) != 1 && x.stride(d) != step) return false;
-  return x.size(0) > 1 && x.stride(0) == 1 && !x.is_contiguous();
-}
-
-// x with the batch innermost: itself where it is stored so, else a copy.
-template <class T>
-Tensor batch_innermost(const Tensor& x) {
-  const bool is_linear = x.dim() == 2;
-  const int64_t n = x.size(0), c = x.size(1), h = is_linear ? 1 : x.size(2), w = is_linear ? 1 : x.size(3);
-  const cpu::Strides strides{x.stride(0), x.stride(1), is_linear ? 1 : x.stride(2), is_linear ? 1 : x.stride(3)};
-  const auto dense = [](int64_t size, int64_t stride, int64_t step) { return size == 1 || stride == step; };
-  if (dense(n, strides.n, 1) && dense(w, strides.w, n) && dense(h, strides.h, w * n) && dense(c, strides.c, h * w * n))
-    return x;
-  Tensor copy = torch::stable::new_empty(x, {c * h * w * n});
-  if (is_linear)  // the features as pixels of a line, which can be copied like a row of an image
-    cpu::batch_innermost(x.const_data_ptr<T>(), {strides.n, 0, 0, strides.c}, n, 1, 1, c, copy.mutable_data_ptr<T>());
-  else
-    cpu::batch_innermost(x.const_data_ptr<T>(), strides, n, c, h, w, copy.mutable_data_ptr<T>());
-  return copy;
 }
 
 inline cpu::Convolution convolution(const char* who, const Tensor& x, int64_t channels, int64_t out_channels,

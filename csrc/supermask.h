@@ -32,7 +32,7 @@ struct KeptWeight {
 // A contiguous copy in the order (N, H, W, C) of a tensor with the batch innermost, which ATen's dense convolution
 // takes as it is; others as they are.
 inline Tensor channels_last(const Tensor& x) {
-  if (x.dim() != 4 || !is_batch_innermost(x) || compute_dtype(x) != x.scalar_type()) return x;
+  if (x.dim() != 4 || x.size(0) == 1 || x.is_contiguous() || !stored_innermost(x) || compute_dtype(x) != x.scalar_type()) return x;
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   Tensor to = aten("aten::new_empty_strided", "", x, shape_of(x), Ints{h * w * c, 1, w * c, c}, std::nullopt,
                    std::nullopt, std::nullopt, std::nullopt);

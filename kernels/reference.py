@@ -99,8 +99,12 @@ def _conv2d_gradients(
 
 
 def batch_last(x: Tensor) -> Tensor:
-    """The same tensor with its batch, dimension 0, stored innermost: (N, C, H, W) in storage order (C, H, W, N)."""
-    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    """A copy with the batch, dimension 0, stored innermost: (N, C, H, W) in storage order (C, H, W, N).
+
+    It is no view: autograd lets nobody change a view in place that a Function has returned, as ReLU may.
+    """
+    strides = x.new_empty(*x.shape[1:], x.shape[0], device="meta").movedim(-1, 0).stride()
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _stored(t: Tensor, batch_innermost: bool) -> Tensor:
@@ -312,7 +316,7 @@ def batch_norm_act_backward(
     if training:
         grad_x = grad - _over(x, grad.mean(others)) - unit * _over(x, (grad * unit).mean(others))
     grad_x = grad_x * _over(x, precision if weight is None else precision * weight)
-    gradients = batch_last(grad_x), batch_last(grad).clone(), (grad * unit).sum(others), grad.sum(others)
+    gradients = batch_last(grad_x), batch_last(grad), (grad * unit).sum(others), grad.sum(others)
     first, second, third, fourth = (
         g if need else x.new_empty(0) for g, need in zip(gradients, output_mask, strict=True)
     )

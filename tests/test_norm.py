@@ -266,6 +266,18 @@ def test_compiles_in_one_graph_with_the_same_results(norm: Norm) -> None:
     assert_exact(run(compiled, leaves(norm), grad_of(norm)), kernel(norm))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_output_may_be_changed_in_place(compiled: bool) -> None:
+    def inplace(t: Results) -> Tensor:
+        return ours(norm, t).relu_()
+
+    torch._dynamo.reset()
+    norm = Norm((7, 3, 5, 3), affine=True)
+    function = torch.compile(inplace, fullgraph=True, backend="aot_eager") if compiled else inplace
+    got = run(function, leaves(norm), grad_of(norm))
+    torch.testing.assert_close(got, run(lambda t: ours(norm, t).relu(), leaves(norm), grad_of(norm)))
+
+
 @opcheck_warning
 @norms(SMALL)
 def test_opcheck_of_forward(norm: Norm) -> None:

@@ -5,22 +5,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import bind_gradient, define, same_kind
-
-
-def _stored_innermost(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0)
+from .library import bind_gradient, define, empty_batch_last, same_kind
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    fresh = (_stored_innermost(x), _stored_innermost(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
+    fresh = (
+        empty_batch_last(x, *x.shape),
+        empty_batch_last(x, *x.shape),
+        x.new_empty(x.shape[1]),
+        x.new_empty(x.shape[1]),
+    )
     return tuple(t if needed else x.new_empty(0) for t, needed in zip(fresh, rest[-1], strict=True))
 
 
 define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, "
     "bool relu) -> (Tensor, Tensor, Tensor)",
-    lambda x, *_: (_stored_innermost(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
+    lambda x, *_: (empty_batch_last(x, *x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
 )
 define(
     "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "

@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
-from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
+from .library import autocast, define, differentiable, empty_batch_last, pair, refuse_derivative, same_kind, single
 
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
-
-
-def empty_batch_last(x: Tensor, *shape: int) -> Tensor:
-    """A fresh tensor of the given logical shape whose batch, dimension 0, is stored innermost."""
-    return x.new_empty(*shape[1:], shape[0]).movedim(-1, 0)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, free_values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:

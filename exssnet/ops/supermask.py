@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
-from .library import autocast, define, differentiable, same_kind
+from .library import autocast, define, differentiable, empty_batch_last, same_kind
 from .selection import FLOATS, topk_select
-from .sparse import empty_batch_last
 
 
 def _fake_linear(
