@@ -163,8 +163,9 @@ void prefetch_patch(const Product& p, const Tiling& t, Span down, Span across, i
     if (row < 0 || row >= p.in_h.size) continue;
     const T* from = x + (first + i / height / p.in_h.phases) * p.in_plane() + row * p.in_w.size * p.batch +
                     p.in_w.pixel(0, across.first) * p.batch + group * t.lanes;
-    for (int64_t j = 0; j < across.count + p.reach_w(); ++j, from += step)
-      for (int64_t g = 0; g < groups; ++g) __builtin_prefetch(from + g * t.lanes, 0, 2);
+    // What the tile to the left has read as well is near.
+    for (int64_t j = across.first > 0 ? p.reach_w() : 0; j < across.count + p.reach_w(); ++j)
+      for (int64_t g = 0; g < groups; ++g) __builtin_prefetch(from + j * step + g * t.lanes, 0, 2);
   }
 }
 
@@ -240,11 +241,15 @@ void store_tiles(const Product& p, const Tiling& t, Span down, Span across, int6
 template <class T>
 void load_tiles(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups, int64_t begin,
                 int64_t end, const T* y, T* tiles) {
-  const int64_t size = down.count * across.count * Vector<T>::lanes;
-  std::memset(tiles, 0, groups * (end - begin) * size * sizeof(T));
+  constexpr int64_t lanes = Vector<T>::lanes;
+  const int64_t size = down.count * across.count * lanes;
+  if (!t.is_whole(p, down, across)) std::memset(tiles, 0, groups * (end - begin) * size * sizeof(T));
   for (int64_t row = begin; row < end; ++row, tiles += size)
     for_each_run<T>(p, t, down, across, group, groups, (end - begin) * size, 0,
                     [&](int64_t at, int64_t from, int64_t count) {
-      std::memcpy(tiles + at, y + row * p.out_plane() + from, count * sizeof(T));
+      const T* const pixel = y + row * p.out_plane() + from;
+      __builtin_prefetch(pixel + p.out_plane(), 0, 2);
+      if (count == lanes) Vector<T>::store(Vector<T>::load(pixel), tiles + at);
+      else std::memcpy(tiles + at, pixel, count * sizeof(T));
     });
 }

@@ -98,6 +98,12 @@ struct Tiling {
     across = spans(width, vectors);
   }
   int64_t size() const { return lines * vectors * lanes; }
+  // Whether all vectors of a tile of the result are full of its pixels.
+  bool is_whole(const Product& p, Span d, Span a) const {
+    return d.first + d.count <= p.out_h.length &&
+           (by_pixel ? p.batch % lanes == 0 && a.first + a.count <= p.out_w.length
+                     : (a.first + a.count) * lanes <= p.out_w.length * p.batch);
+  }
   int64_t tiles() const { return static_cast<int64_t>(down.size() * across.size()); }
 };
 
