@@ -77,22 +77,28 @@ def check_equal(what: str, got: Tensor, expected: Tensor) -> None:
         raise WrongResult(f"{what} differs from the reference: it is not timed")
 
 
-def check_accurate(what: str, got: Tensor, truth: Tensor, plain: Tensor, largest: float | None = None) -> None:
-    """Against a float64 truth: at most twice the error of plain PyTorch in the same dtype, or 8 ulps of the largest.
+def error(got: Tensor, truth: Tensor) -> float:
+    """The largest deviation from a float64 truth."""
+    return (got.detach().double() - truth).abs().max().item() if truth.numel() else 0.0
 
-    largest: of what the truth was summed up from, where it cancels; None: of the truth itself.
-    """
-    error, budget = ((t.detach().double() - truth).abs().max().item() for t in (got, plain))
-    floor = 8 * torch.finfo(got.dtype).eps * (truth.abs().max().item() if largest is None else largest)
-    if not error <= max(2 * budget, floor):
-        raise WrongResult(f"{what} errs by {error:.3g}, plain PyTorch by {budget:.3g}: it is not timed")
+
+def check_accurate(what: str, got: Tensor, truth: Tensor, plain: Tensor) -> None:
+    """Against a float64 truth: at most twice the error of plain PyTorch in the same dtype, or 8 ulps of the largest."""
+    check_error(what, error(got, truth), error(plain, truth), truth)
+
+
+def check_error(what: str, found: float, plain: float, truth: Tensor) -> None:
+    """The same of errors in float32 that are known."""
+    floor = 8 * torch.finfo(torch.float32).eps * truth.abs().max().item() if truth.numel() else 0.0
+    if not found <= max(2 * plain, floor):
+        raise WrongResult(f"{what} errs by {found:.3g}, plain PyTorch by {plain:.3g}: it is not timed")
 
 
 def check_close(what: str, got: Tensor, truth: Tensor) -> None:
     """Of somebody else's kernel: within 1e-4 of the largest, whatever its order of sums."""
-    error = (got.detach().double() - truth).abs().max().item()
-    if not error <= 1e-4 * truth.abs().max().item():
-        raise WrongResult(f"{what} errs by {error:.3g}: it is not timed")
+    found = error(got, truth)
+    if not found <= 1e-4 * truth.abs().max().item():
+        raise WrongResult(f"{what} errs by {found:.3g}: it is not timed")
 
 
 def machine() -> dict[str, Any]:
