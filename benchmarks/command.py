@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,22 @@ def run(options: argparse.Namespace) -> int:
                 flush=True,
             )
         for kind, given in [(options.kind, options)] if options.kind else _selection(options):
+            before = os.times()
             found[kind] = KINDS[kind].run(given)
+            found[kind]["cpu"] = share = _cpu_share(before, os.times())
+            if share < 0.9:
+                print(f"\nThe machine was busy: this run had {share:.2f} of a core. Compare the ratios alone.")
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1))
     finally:
         torch.set_num_threads(threads_before)
     return 0
+
+
+def _cpu_share(before: os.times_result, after: os.times_result) -> float:
+    """CPU time of this process and its children over the time that has passed."""
+    *used, elapsed = (b - a for a, b in zip(before, after, strict=True))
+    return sum(used) / elapsed if elapsed else 1.0
 
 
 def _selection(options: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:

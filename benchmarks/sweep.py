@@ -98,7 +98,7 @@ def plot(network: str, runs: list[dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for number, run in enumerate(runs):
@@ -113,9 +113,14 @@ def plot(network: str, runs: list[dict[str, Any]], file: Path) -> None:
         for (name, seconds), style in zip(run["peers"].items(), ("--", ":"), strict=True):
             axes.axhline(1e3 * seconds, color=color, ls=style, label=f"{name}, {threads}")
     axes.set(
-        xscale="log", yscale="log", xlabel="density, %", ylabel="step, ms", title=f"Weight phase of {network}, batch 64"
+        xscale="log",
+        yscale="log",
+        xlabel="density, %",
+        ylabel="step, ms",
+        title=f"Weight phase of {network}, batch {NETWORKS[network].batch}",
     )
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks([100 * d for d in runs[0]["densities"]], minor=False)
     axes.minorticks_off()

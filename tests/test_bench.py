@@ -1,7 +1,6 @@
 """Benchmarks: every kind runs on tiny shapes, its numbers are in the JSON, and a wrong result is not timed."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exssnet import Phases, ops
-from exssnet.bench import ceilings, command, memory, networks, peers, plain, sweep, timing, training
+from exssnet import ops
+from exssnet.bench import ceilings, command, memory, networks, peers, sweep, timing
 from exssnet.bench.budget import GROUPS, group
 from exssnet.bench.networks import NETWORKS, PEERS, Start
 from exssnet.bench.timing import Row, Timing, WrongResult
@@ -270,10 +269,3 @@ def test_ratios_say_how_many_times_faster() -> None:
 
 def test_ceilings_are_measured_once() -> None:
     assert ceilings.machine_peak(True) is ceilings.machine_peak(True)
-
-
-def test_benchmarks_need_no_plain_name_of_the_folder() -> None:
-    assert "benchmarks" not in sys.modules
-    assert training.CASES
-    assert plain.sort_mask(torch.tensor([3.0, 1.0]), 0.5).tolist() == [1.0, 0.0]
-    assert isinstance(Start(TINY, 0.1).phases, Phases)
