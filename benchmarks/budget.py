@@ -64,7 +64,9 @@ def budget(case: str, phase: str, start: Start, way: Way, threads: int, quick: b
     """Profile a way that has been checked and warmed up."""
     step = way.steps(start.network.batches())
     step()
-    rounds = 2 if quick else 3
+    began = time.perf_counter()
+    step()
+    rounds = 2 if quick else max(3, min(100, int(0.5 / (time.perf_counter() - began))))
     before, began = _faults(), time.perf_counter()
     for _ in range(rounds):
         step()

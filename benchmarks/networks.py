@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,4 +214,4 @@ def state_bytes(way: Way) -> int:
     if way.optimizer is None:
         return 0
     tensors = (t for state in way.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-    return math.ceil(sum(t.nbytes for t in tensors))
+    return sum(t.nbytes for t in tensors)

@@ -7,7 +7,9 @@ weights only, for the sparse ones). "of peak" is the share of the machine's mult
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -233,7 +235,7 @@ def masked(layer: Layer, density: float) -> Cases:
     yield Case(
         shape=layer.name,
         ours=ours,
-        baselines={"cached mask": cached_mask(layer, mask)},
+        baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
         check=accurate(ours, lambda dtype: cached_mask(layer, mask, dtype)),
         work=layer.flops(layer.weight.numel()),
         unit="GFLOP/s",
@@ -341,24 +343,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--densities", type=float, nargs="+", help="only rows of these densities (default: all)")
 
 
+def measure(operator: str, case: Case, threads: int, quick: bool) -> Row:
+    case.check()
+    ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0)
+    rate = case.work / ours.median / 1e9
+    share = rate / machine_peak(quick).of(case.unit)
+    baselines = dict(zip(case.baselines, others, strict=True))
+    return Row(operator, case.shape, case.density, threads, ours, rate, case.unit, share, baselines)
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     absent = [name for name, installed in peers.INSTALLED.items() if not installed]
     if absent:
         print(f"peers that are not installed: {', '.join(absent)}")
     rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        peak = machine_peak(options.quick)
-        for operator in options.only:
+    with suppress(KeyboardInterrupt):  # what has been measured is shown
+        for threads, operator in itertools.product(options.threads, options.only):
+            torch.set_num_threads(threads)
             for case in CASES[operator](options.quick):
                 if options.densities and case.density is not None and case.density not in options.densities:
                     continue
-                case.check()
-                ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if options.quick else 1.0)
-                rate = case.work / ours.median / 1e9
-                baselines = dict(zip(case.baselines, others, strict=True))
-                share = rate / peak.of(case.unit)
-                rows.append(Row(operator, case.shape, case.density, threads, ours, rate, case.unit, share, baselines))
+                rows.append(measure(operator, case, threads, options.quick))
                 tick()
     print("\n" + timings(rows))
     return {"rows": [row.as_dict() for row in rows]}

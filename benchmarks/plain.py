@@ -65,7 +65,7 @@ def reweight(layer: nn.Module, how: str, factors: Tensor, scores: Tensor, densit
         return weight
     trained = weight.requires_grad_(how == "cached mask")
     if how == "sort":
-        trained = layer.scores = nn.Parameter(scores)
+        trained = layer.scores = nn.Parameter(scores.clone())
 
     def effective() -> Tensor:
         return weight * factors if how == "cached mask" else supermask_weight(weight, trained, density)

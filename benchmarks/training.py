@@ -8,6 +8,8 @@ channels_last) the faster one is timed. Gradients and logits are checked before 
 """
 
 import argparse
+import itertools
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,12 +46,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[Row] = []
     budgets: list[budget.Budget] = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for name in options.cases or (QUICK if options.quick else CASES):
-            for density in options.densities[: 1 if options.quick else None]:
-                measure(name, density, threads, options.quick, rows, budgets)
-                tick()
+    names = options.cases or (QUICK if options.quick else CASES)
+    densities = options.densities[: 1 if options.quick else None]
+    with suppress(KeyboardInterrupt):  # what has been measured is shown
+        for threads, name, density in itertools.product(options.threads, names, densities):
+            measure(name, density, threads, options.quick, rows, budgets)
+            tick()
     print("\n" + timings(rows) + "\n\n" + budget.show(budgets, options.quick))
     return {"rows": [row.as_dict() for row in rows], "budgets": [b.as_dict() for b in budgets]}
 
@@ -57,6 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def measure(
     name: str, density: float, threads: int, quick: bool, rows: list[Row], budgets: list[budget.Budget]
 ) -> None:
+    torch.set_num_threads(threads)
     phase, _, network = name.partition("/")
     start = Start(NETWORKS[network], density)
     ours = start.ours(phase)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exssnet import ops
-from exssnet.bench import ceilings, command, memory, networks, peers, sweep, timing
+from exssnet.bench import ceilings, command, memory, networks, peers, sweep, timing, training
 from exssnet.bench.budget import GROUPS, group
 from exssnet.bench.networks import NETWORKS, PEERS, Start
 from exssnet.bench.timing import Row, Timing, WrongResult
@@ -27,6 +27,7 @@ def bench(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     assert main(["bench", *arguments, "--quick", "--json", str(file)]) == 0
     found: dict[str, Any] = json.loads(file.read_text())
     assert found["machine"]["torch"] == torch.__version__
+    assert all(found[kind]["cpu"] >= 0 for kind in command.KINDS if kind in found)
     assert all(c["flops"] > 1e8 and c["bandwidth"] > 1e8 for c in found["ceilings"])
     return found
 
@@ -107,6 +108,29 @@ def test_without_a_kind_a_selection_of_all_runs(tmp_path: Path, monkeypatch: pyt
     assert main(["bench"]) == 0
     assert [(tuple(o.threads), o.quick) for o in asked[len(command.SELECTION) :]] == [((1,), False)] * len(asked[3:])
     assert asked[3].only == ["topk_masks", "sparse_linear", "sparse_conv2d"]
+
+
+@pytest.mark.parametrize("kind", [command.ops, training], ids=["ops", "training"])
+def test_what_was_measured_before_ctrl_c_is_shown(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, done = kind.measure, []
+
+    def measure(*arguments: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return whole(*arguments)
+
+    monkeypatch.setattr(kind, "measure", measure)
+    name = kind.__name__.rpartition(".")[2]
+    assert len(bench(tmp_path, name)[name]["rows"]) == 1
+
+
+def test_a_busy_machine_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_cpu_share", lambda before, after: 0.53)
+    assert bench(tmp_path, "ops", "--only", "pack_mask")["ops"]["cpu"] == 0.53
+    assert "The machine was busy: this run had 0.53 of a core. Compare the ratios alone." in capsys.readouterr().out
 
 
 # Refusals
@@ -211,14 +235,16 @@ def test_the_other_memory_layout_is_the_same_network() -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_ways_start_alike_and_a_step_changes_what_is_trained() -> None:
+@pytest.mark.parametrize("how", ["sort", "cached mask", "no mask"])
+def test_ways_start_alike_and_a_step_changes_what_is_trained(how: str) -> None:
     start = Start(TINY, 0.1)
-    way, other = start.peer("cached mask"), start.peer("cached mask")
+    way, other = start.peer(how), start.peer(how)
     before = [t.clone() for t in way.trained]
     assert all(torch.equal(a, b) for a, b in zip(before, other.trained, strict=True))
     way.steps(TINY.batches())()
     assert not any(torch.equal(a, b) for a, b in zip(before, way.trained, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, other.trained, strict=True))
+    for later in (other, start.peer(how)):
+        assert all(torch.equal(a, b) for a, b in zip(before, later.trained, strict=True))
 
 
 def test_flops_are_those_of_the_kept_weights() -> None:
