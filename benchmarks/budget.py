@@ -73,7 +73,7 @@ def budget(case: str, phase: str, start: Start, way: Way, threads: int, quick: b
     plain = (time.perf_counter() - began) / rounds
     faults = (_faults() - before) / rounds
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it logs to the terminal
-    with profile(record_shapes=True, use_kineto=False) as profiler:
+    with profile(record_shapes=True) as profiler:
         began = time.perf_counter()
         for _ in range(rounds):
             step()

@@ -36,9 +36,7 @@ def linear(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, V
             output = torch.zeros(weight.shape[0], x.shape[0])
             backend.sparse_linear_vectorized_forward(columns, *index, values, output)
             grad_x, grad_values = torch.zeros_like(columns), torch.zeros_like(values)
-            backend.sparse_linear_vectorized_backward(
-                columns, *index, values, grad_columns, grad_x, grad_values
-            )  # fmt: skip
+            backend.sparse_linear_vectorized_backward(columns, *index, values, grad_columns, grad_x, grad_values)
             return output.t(), grad_x.t(), grad_values
 
         found["sparseprop"] = kernels
@@ -80,6 +78,7 @@ def _sparselab(x: Tensor, kept: Tensor, grad: Tensor) -> Variant:
     matrix = PaddedCSR.from_dense(kept, padding_ratio=0.0)
     values = torch.from_numpy(np.array(matrix.values, copy=False)).requires_grad_()
     live = torch.from_numpy(np.array(matrix.col_indices)) >= 0  # an empty row holds one entry that is none
+    count = int(live.sum())
     columns, grad_columns = x.t().contiguous().requires_grad_(), grad.t().contiguous()
 
     def run() -> tuple[Tensor, ...]:
@@ -87,7 +86,6 @@ def _sparselab(x: Tensor, kept: Tensor, grad: Tensor) -> Variant:
         grad_x, grad_values = torch.autograd.grad(output, (columns, values), grad_columns)
         return output.t(), grad_x.t(), grad_values if grad_values.numel() == count else grad_values[live]
 
-    count = int(live.sum())
     return run
 
 

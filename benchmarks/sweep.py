@@ -52,12 +52,10 @@ def measure(network: str, densities: list[float], threads: int, quick: bool) -> 
         ways.append(start.ours("weight"))
         start.check("weight", ways[-1])
         tick()
-    ways += [starts[0].fastest_peer(how) for how in PEERS["weight"]]
-    timed = alternate([way.steps(starts[0].network.batches()) for way in ways], 0.1 if quick else 20.0)
-    ours, peers = (
-        timed[: len(starts)],
-        {w.name: t for w, t in zip(ways[len(starts) :], timed[len(starts) :], strict=True)},
-    )
+    others = [starts[0].fastest_peer(how) for how in PEERS["weight"]]
+    timed = alternate([way.steps(starts[0].network.batches()) for way in ways + others], 0.1 if quick else 20.0)
+    ours = timed[: len(ways)]
+    peers = {way.name: t for way, t in zip(others, timed[len(ways) :], strict=True)}
     fixed, slope = fit(densities, [t.median for t in ours])
     layers = len(starts[0].masks)
     show(network, threads, densities, ours, peers, fixed, slope, layers)
