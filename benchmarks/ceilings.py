@@ -7,11 +7,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s in float32, and bytes/s read and written by a copy that no cache holds."""
+    """FLOP/s in float32 of the best dense product, and bytes/s read and written by a copy that no cache holds."""
 
     flops: float
     bandwidth: float
@@ -28,11 +29,15 @@ def machine_peak(quick: bool = False) -> Ceilings:
 
 @cache
 def _measured(threads: int, quick: bool) -> Ceilings:
-    n, size = (256, 1 << 20) if quick else (2048, 1 << 26)
+    n, channels, size = (256, 32, 1 << 20) if quick else (2048, 128, 1 << 26)
     a, b, product = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    image = torch.randn(64, channels, 18, 18).contiguous(memory_format=torch.channels_last)
+    taps = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
     source, target = torch.ones(size), torch.ones(size)
-    flops = 2 * n**3 / _best(lambda: torch.mm(a, b, out=product))
-    return Ceilings(flops, 2 * source.nbytes / _best(lambda: target.copy_(source)))
+    with torch.no_grad():  # the library of one may know this CPU better than that of the other
+        matrix = 2 * n**3 / _best(lambda: torch.mm(a, b, out=product))
+        convolution = 2 * taps.numel() * 64 * 16**2 / _best(lambda: F.conv2d(image, taps))
+    return Ceilings(max(matrix, convolution), 2 * source.nbytes / _best(lambda: target.copy_(source)))
 
 
 def _best(function: Callable[[], Any], rounds: int = 5) -> float:

@@ -170,7 +170,10 @@ class Start:
         return [name for name, module in self.plain.named_modules() if isinstance(module, nn.ReLU)]
 
     def flops(self, phase: str, dense: bool) -> float:
-        """Of the products of one step: output, weight gradient, and input gradient but the first layer's."""
+        """Of the products of one step: output, weight gradient, and input gradient but the first layer's.
+
+        Taps in the padding count, as usual.
+        """
         pixels: dict[str, float] = {}
         handles = [
             self.plain.get_submodule(name).register_forward_hook(

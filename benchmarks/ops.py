@@ -3,7 +3,8 @@
 Every result is checked against the operator's reference before it is timed. Layers are timed forward and backward,
 with gradients of their input and their parameters; the sparse ones also each product alone. Rates count what has to be
 done: one read of the scores and one write of the mask, or the FLOPs of the three products of a layer (of the kept
-weights only, for the sparse ones). "of peak" is the share of the machine's multiply-adds, or of its copy bandwidth.
+weights only, for the sparse ones). Taps in the padding count, so a kernel that skips them can pass 100 %. "of peak" is
+the share of the machine's multiply-adds, or of its copy bandwidth.
 """
 
 import argparse
