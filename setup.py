@@ -13,6 +13,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020a000000000000"  # 2.10: the library uses no symbol that is newer
@@ -31,6 +32,14 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
+
+
+class Modules(build_py):
+    """Benchmarks ship, what pytest collects of them does not."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if not module[1].startswith("test_")]
 
 
 class Build(build_ext):
@@ -87,11 +96,11 @@ def native() -> list[Extension]:
 
 extensions = native()
 setup(
-    packages=["exssnet", "exssnet.ops", "exssnet.tasks", "exssnet.kernels"],
-    package_dir={"exssnet.kernels": "kernels"},
+    packages=["exssnet", "exssnet.ops", "exssnet.tasks", "exssnet.kernels", "exssnet.bench"],
+    package_dir={"exssnet.kernels": "kernels", "exssnet.bench": "benchmarks"},
     package_data={"exssnet": ["py.typed"]},
     ext_modules=extensions,
     # Without a torch to compile against, the front end is asked to put one into the build environment.
     setup_requires=["torch>=2.10"] if extensions and find_torch() is None else [],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel} if extensions else {},
+    cmdclass={"build_py": Modules} | ({"build_ext": Build, "bdist_wheel": Wheel} if extensions else {}),
 )

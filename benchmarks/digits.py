@@ -1,6 +1,6 @@
 """Accuracy and forgetting of all mask methods on split MNIST-5k: five tasks, LeNet-300-100, equal epochs.
 
-    python benchmarks/digits.py [--seeds 3] [--densities 0.1 0.05 0.02] [--data mnist5k --root FOLDER] [--json FILE]
+    python -m exssnet.bench.digits [--seeds 3] [--densities 0.1 0.05 0.02] [--data mnist5k --root FOLDER] [--json FILE]
 
 The learning rates of each method, with and without KKT, are tuned on the validation data of the first three tasks
 (three other seeds, grid below), then frozen for all seeds. The test data is only reported.

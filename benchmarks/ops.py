@@ -1,24 +1,30 @@
-"""Speed of every operator against what a user would write in plain PyTorch.
-
-    python benchmarks/ops.py [--threads 1 2] [--quick] [--only NAME ...] [--json FILE]
+"""Speed of every operator against what a user would write in plain PyTorch, and against other people's kernels.
 
 Every result is checked against the operator's reference before it is timed. Layers are timed forward and backward,
-with gradients of their input and their parameters. Rates count what has to be done: one read of the scores and one
-write of the mask, or the FLOPs of the three products of a layer (of the kept weights only, for the sparse ones).
+with gradients of their input and their parameters; the sparse ones also each product alone. Rates count what has to be
+done: one read of the scores and one write of the mask, or the FLOPs of the three products of a layer (of the kept
+weights only, for the sparse ones). Taps in the padding count, so a kernel that skips them can pass 100 %. "of peak" is
+the share of the machine's multiply-adds, or of its copy bandwidth.
 """
 
-import sys
+import argparse
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
-import plain
 import torch
-from timing import Row, Variant, alternate, check_accurate, check_equal, parser, report
 from torch import Tensor
 
 from exssnet import ops
 from exssnet.kernels import OPERATORS, reference
+
+from . import peers, plain
+from .ceilings import machine_peak
+from .timing import Row, Variant, alternate, check_accurate, check_close, check_equal, tick, timings
 
 
 @dataclass
@@ -128,7 +134,7 @@ class Layer:
         self.weight = torch.randn(out, width) if self.is_linear else torch.randn(out, width, 3, 3)
         self.scores = torch.randn(self.weight.shape)
         self.grad = torch.randn(plain.layer(self.x, self.weight, stride).shape)
-        self.geometry = {} if self.is_linear else {"stride": stride, "padding": 1}
+        self.geometry: dict[str, Any] = {} if self.is_linear else {"stride": stride, "padding": 1}
         size = "" if self.is_linear else f", {image}x{image}" + (f", stride {stride}" if stride > 1 else "")
         self.name = f"{batch} x {width} to {out}{size}"
 
@@ -147,7 +153,9 @@ IMAGES = [
 ]  # fmt: skip
 
 
-def layers(case: Callable[[Layer, float], Case], linear: bool, densities: tuple[float, ...]) -> Callable[[bool], Cases]:
+def layers(
+    cases_of: Callable[[Layer, float], Cases], linear: bool, densities: tuple[float, ...]
+) -> Callable[[bool], Cases]:
     """A generator of cases for layers of one kind."""
 
     def cases(quick: bool) -> Cases:
@@ -155,7 +163,7 @@ def layers(case: Callable[[Layer, float], Case], linear: bool, densities: tuple[
         for shape in [small] if quick else LINEAR if linear else IMAGES:
             layer = Layer(*shape)
             for density in densities[:1] if quick else densities:
-                yield case(layer, density)
+                yield from cases_of(layer, density)
 
     return cases
 
@@ -181,7 +189,7 @@ def accurate(ours: Variant, peer: Callable[[torch.dtype], Variant]) -> Callable[
     return check
 
 
-def supermask(layer: Layer, density: float) -> Case:
+def supermask(layer: Layer, density: float) -> Cases:
     operator = ops.supermask_linear if layer.is_linear else ops.supermask_conv2d
     k = ops.density_to_k(layer.weight.numel(), density)
 
@@ -193,19 +201,23 @@ def supermask(layer: Layer, density: float) -> Case:
         )  # fmt: skip
 
     ours = step(lambda x, s: operator(x, layer.weight, s, k, **layer.geometry), layer.grad, layer.x, layer.scores)
-    return Case(
+    yield Case(
         shape=layer.name,
         ours=ours,
         baselines={
             "sort": peer(torch.float32),
             "kthvalue": peer(torch.float32, plain.kthvalue_mask),
-            "no mask": step(lambda x, w: plain.layer(x, w, layer.stride), layer.grad, layer.x, layer.weight),
+            "no mask": no_mask(layer),
         },
         check=accurate(ours, peer),
         work=layer.flops(layer.weight.numel()),
         unit="GFLOP/s",
         density=density,
     )
+
+
+def no_mask(layer: Layer) -> Variant:
+    return step(lambda x, w: plain.layer(x, w, layer.stride), layer.grad, layer.x, layer.weight)
 
 
 def cached_mask(layer: Layer, mask: Tensor, dtype: torch.dtype = torch.float32) -> Variant:
@@ -217,14 +229,14 @@ def cached_mask(layer: Layer, mask: Tensor, dtype: torch.dtype = torch.float32) 
     )  # fmt: skip
 
 
-def masked(layer: Layer, density: float) -> Case:
+def masked(layer: Layer, density: float) -> Cases:
     operator = ops.masked_linear if layer.is_linear else ops.masked_conv2d
     mask = layer.mask(density)
     ours = step(lambda x, w: operator(x, w, mask, **layer.geometry), layer.grad, layer.x, layer.weight)
-    return Case(
+    yield Case(
         shape=layer.name,
         ours=ours,
-        baselines={"cached mask": cached_mask(layer, mask)},
+        baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
         check=accurate(ours, lambda dtype: cached_mask(layer, mask, dtype)),
         work=layer.flops(layer.weight.numel()),
         unit="GFLOP/s",
@@ -232,33 +244,60 @@ def masked(layer: Layer, density: float) -> Case:
     )
 
 
-def sparse(layer: Layer, density: float) -> Case:
+def sparse(layer: Layer, density: float) -> Cases:
     mask = layer.mask(density)
     pattern, none = ops.sparse_pattern(mask), torch.empty(0)
+    work = layer.flops(int(mask.sum()))
 
     def product(x: Tensor, values: Tensor) -> Tensor:
         if layer.is_linear:
             return ops.sparse_linear(x, values, none, pattern)
         return ops.sparse_conv2d(x, values, none, pattern, 3, **layer.geometry)
 
-    def kept(dtype: torch.dtype) -> Variant:
-        def run() -> tuple[Tensor, ...]:
-            output, grad_x, grad_weight = cached_mask(layer, mask, dtype)()
-            return output, grad_x, grad_weight[mask]
-
-        return run
+    @cache
+    def plainly(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        output, grad_x, grad_weight = cached_mask(layer, mask, dtype)()
+        return output, grad_x, grad_weight[mask]
 
     # Inside a network, activations and gradients come with the batch innermost from the layers around.
-    ours = step(product, reference.batch_last(layer.grad), reference.batch_last(layer.x), layer.weight[mask])
-    return Case(
-        shape=layer.name,
-        ours=ours,
-        baselines={"cached mask": cached_mask(layer, mask)},
-        check=accurate(ours, kept),
-        work=layer.flops(int(mask.sum())),
-        unit="GFLOP/s",
-        density=density,
+    x, grad = reference.batch_last(layer.x), reference.batch_last(layer.grad)
+    ours = step(product, grad, x, layer.weight[mask])
+    others = (
+        peers.linear(x, layer.weight, mask, grad)
+        if layer.is_linear
+        else peers.conv2d(x, layer.weight, mask, grad, layer.stride)
     )
+
+    def check() -> None:
+        accurate(ours, lambda dtype: lambda: plainly(dtype))()
+        for name, peer in others.items():
+            for got, truth in zip(peer(), plainly(torch.float64), strict=True):
+                check_close(name, got[mask] if got.shape == mask.shape != truth.shape else got, truth)
+
+    baselines = {"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer), **others}
+    yield Case(layer.name, ours, baselines, check, work, "GFLOP/s", density)
+    factors = mask.to(layer.weight.dtype)
+    single = alone(product, grad, x, layer.weight[mask])
+    dense = alone(lambda x, w: plain.layer(x, w * factors, layer.stride), layer.grad, layer.x, layer.weight)
+
+    def check_part(i: int, part: str) -> None:
+        check_accurate(f"the {part}", single[i](), plainly(torch.float64)[i], plainly(torch.float32)[i])
+
+    for i, part in enumerate(("forward", "input gradient", "value gradient")):
+        baselines = {"cached mask": dense[i]}
+        shape = f"{layer.name}, {part}"
+        yield Case(shape, single[i], baselines, partial(check_part, i, part), work / 3, "GFLOP/s", density)
+
+
+def alone(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> list[Variant]:
+    """What `step` does one by one: the output, and each leaf's gradient from a graph that is kept."""
+
+    def gradient(i: int) -> Variant:
+        own = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
+        output = function(*own)
+        return lambda: torch.autograd.grad(output, own[i], grad, retain_graph=True)[0]
+
+    return [lambda: function(*leaves), *map(gradient, range(len(leaves)))]
 
 
 def batch_norm_act(quick: bool) -> Cases:
@@ -335,25 +374,32 @@ CASES: dict[str, Callable[[bool], Cases]] = {
 """The rows of each operator; True asks for one small shape."""
 
 
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="NAME")
-    arguments = options.parse_args()
-
-    def measure(threads: int) -> list[Row]:
-        rows = []
-        for operator in arguments.only:
-            for case in CASES[operator](arguments.quick):
-                case.check()
-                ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if arguments.quick else 1.0)
-                rate = case.work / ours.median / 1e9
-                baselines = dict(zip(case.baselines, others, strict=True))
-                rows.append(Row(operator, case.shape, case.density, threads, ours, rate, case.unit, baselines))
-                print(".", end="", flush=True, file=sys.stderr)
-        return rows
-
-    report(arguments, measure)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="NAME", help="operators")
+    parser.add_argument("--densities", type=float, nargs="+", help="only rows of these densities (default: all)")
 
 
-if __name__ == "__main__":
-    main()
+def measure(operator: str, case: Case, threads: int, quick: bool) -> Row:
+    case.check()
+    ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0)
+    rate = case.work / ours.median / 1e9
+    share = rate / machine_peak(quick).of(case.unit)
+    baselines = dict(zip(case.baselines, others, strict=True))
+    return Row(operator, case.shape, case.density, threads, ours, rate, case.unit, share, baselines)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    absent = [name for name, installed in peers.INSTALLED.items() if not installed]
+    if absent:
+        print(f"peers that are not installed: {', '.join(absent)}")
+    rows = []
+    with suppress(KeyboardInterrupt):  # what has been measured is shown
+        for threads, operator in itertools.product(options.threads, options.only):
+            torch.set_num_threads(threads)
+            for case in CASES[operator](options.quick):
+                if options.densities and case.density is not None and case.density not in options.densities:
+                    continue
+                rows.append(measure(operator, case, threads, options.quick))
+                tick()
+    print("\n" + timings(rows))
+    return {"rows": [row.as_dict() for row in rows]}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Selection = Callable[[Tensor, float], Tensor]
@@ -48,7 +48,33 @@ class _StraightThrough(torch.autograd.Function):
 
 def supermask_weight(weight: Tensor, scores: Tensor, density: float, select: Selection = sort_mask) -> Tensor:
     """weight * mask, whose mask counts as abs(scores) in the backward pass."""
-    return weight * _StraightThrough.apply(scores.abs(), density, select)
+    mask: Tensor = _StraightThrough.apply(scores.abs(), density, select)
+    return weight * mask
+
+
+def reweight(layer: nn.Module, how: str, factors: Tensor, scores: Tensor, density: float) -> Tensor:
+    """Let a layer compute with an effective weight of its own; returns what is trained, its weight or its scores.
+
+    "no mask": the weight. "cached mask": weight * factors. "sort": selected in every forward. The weight is used
+    where it lies, without a parametrization's property and cache.
+    """
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    assert layer.bias is None
+    if how == "no mask":
+        return weight
+    trained = weight.requires_grad_(how == "cached mask")
+    if how == "sort":
+        trained = layer.scores = nn.Parameter(scores.clone())
+
+    def effective() -> Tensor:
+        return weight * factors if how == "cached mask" else supermask_weight(weight, trained, density)
+
+    if isinstance(layer, nn.Conv2d):
+        layer.forward = lambda x: layer._conv_forward(x, effective(), None)  # type: ignore
+    else:
+        layer.forward = lambda x: F.linear(x, effective())  # type: ignore
+    return trained
 
 
 def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Small cases of benchmarks/ops.py under pytest-benchmark: `python -m pytest benchmarks`."""
+"""Small cases of the operators under pytest-benchmark: `python -m pytest benchmarks`."""
 
 from typing import Any
 
 import pytest
 import torch
-from ops import CASES
 
+from exssnet.bench.ops import CASES
 from exssnet.kernels import OPERATORS
 
 

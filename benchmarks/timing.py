@@ -1,11 +1,10 @@
 """Times variants against each other, fairly, and prints what came out."""
 
-import argparse
-import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,19 @@ class Timing:
 
 @dataclass
 class Row:
-    """One line of the table. rate: bytes or FLOPs, counted in the code, over the time; 0 where none are counted."""
+    """One line of the table. rate: bytes or FLOPs, counted in the code, over the time; 0 where none are counted.
 
-    operator: str
+    peak: the share of what the machine can do at most.
+    """
+
+    name: str
     shape: str
     density: float | None
     threads: int
     timing: Timing
     rate: float = 0.0
     unit: str = ""
+    peak: float = 0.0
     baselines: dict[str, Timing] = field(default_factory=dict)
 
     def ratio(self, baseline: str) -> float:
@@ -74,12 +77,28 @@ def check_equal(what: str, got: Tensor, expected: Tensor) -> None:
         raise WrongResult(f"{what} differs from the reference: it is not timed")
 
 
+def error(got: Tensor, truth: Tensor) -> float:
+    """The largest deviation from a float64 truth."""
+    return (got.detach().double() - truth).abs().max().item() if truth.numel() else 0.0
+
+
 def check_accurate(what: str, got: Tensor, truth: Tensor, plain: Tensor) -> None:
     """Against a float64 truth: at most twice the error of plain PyTorch in the same dtype, or 8 ulps of the largest."""
-    error, budget = ((t.detach().double() - truth).abs().max().item() for t in (got, plain))
-    floor = 8 * torch.finfo(got.dtype).eps * truth.abs().max().item()
-    if not error <= max(2 * budget, floor):
-        raise WrongResult(f"{what} errs by {error:.3g}, plain PyTorch by {budget:.3g}: it is not timed")
+    check_error(what, error(got, truth), error(plain, truth), truth)
+
+
+def check_error(what: str, found: float, plain: float, truth: Tensor) -> None:
+    """The same of errors in float32 that are known."""
+    floor = 8 * torch.finfo(torch.float32).eps * truth.abs().max().item() if truth.numel() else 0.0
+    if not found <= max(2 * plain, floor):
+        raise WrongResult(f"{what} errs by {found:.3g}, plain PyTorch by {plain:.3g}: it is not timed")
+
+
+def check_close(what: str, got: Tensor, truth: Tensor) -> None:
+    """Of somebody else's kernel: within 1e-4 of the largest, whatever its order of sums."""
+    found = error(got, truth)
+    if not found <= 1e-4 * truth.abs().max().item():
+        raise WrongResult(f"{what} errs by {found:.3g}: it is not timed")
 
 
 def machine() -> dict[str, Any]:
@@ -98,48 +117,42 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; "x sort" is the median of the sort divided by ours."""
-    head = ("operator", "shape", "density", "threads", "median ms", "spread ms", "rate", "times faster than")
-    cells = [
-        (
-            row.operator,
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    cells = [head, *lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells)
+
+
+def timings(rows: Sequence[Row]) -> str:
+    """The rows as a table; "x sort" is the median of the sort divided by ours."""
+    rated = any(row.unit for row in rows)
+    head = ["what", "shape", "density", "threads", "median ms", "spread ms", *["rate", "of peak"][: 2 * rated]]
+    lines = [
+        [
+            row.name,
             row.shape,
             "" if row.density is None else f"{row.density:g}",
             str(row.threads),
-            _milliseconds(row.timing.median),
-            _milliseconds(row.timing.spread),
-            f"{row.rate:.3g} {row.unit}" if row.unit else "",
+            milliseconds(row.timing.median),
+            milliseconds(row.timing.spread),
+            *[f"{row.rate:.3g} {row.unit}", percent(row.peak)][: 2 * rated],
             ", ".join(f"{name} {row.ratio(name):.1f}" for name in row.baselines),
-        )
+        ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    lines = [head, tuple("-" * w for w in widths), *cells]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return table([*head, "times faster than"], lines)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--threads", type=int, nargs="+", default=[1], help="one run for each number")
-    options.add_argument("--quick", action="store_true", help="small shapes or short runs, a tenth of a second each")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to FILE")
-    return options
-
-
-def report(options: argparse.Namespace, measure: Callable[[int], list[Row]]) -> None:
-    """Print the header and the table of what `measure` finds with each number of threads."""
-    header = machine()
-    print(", ".join(f"{name} {value}" for name, value in header.items()), flush=True)
-    rows: list[Row] = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        rows += measure(threads)
-    print("\n" + table(rows))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": header, "rows": [row.as_dict() for row in rows]}, indent=1))
+def tick() -> None:
+    """Tell a waiting user that one more case is done."""
+    print(".", end="", flush=True, file=sys.stderr)

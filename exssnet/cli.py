@@ -1,4 +1,4 @@
-"""The command line: ``exssnet train`` and ``exssnet info``. Arguments and the wiring of a run live here."""
+"""The command line: ``exssnet train``, ``bench`` and ``info``. Arguments and the wiring of a run live here."""
 
 import argparse
 import sys
@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from . import checkpoint
+from .bench import command as bench
+from .bench.timing import WrongResult
 from .info import describe
 from .kkt import RULES
 from .learner import OPTIMIZERS, Learner, PhaseOptions
@@ -178,16 +180,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     training.add_argument("--config", help="YAML file of the options below; options given here win")
     _add_options(training)
+    bench.add_options(
+        commands.add_parser("bench", help="measure speed and memory against plain PyTorch and other peers")
+    )
     commands.add_parser("info", help="versions, hardware, and which kernel serves each operator")
-    given = vars(parser.parse_args(arguments))
-    if given.pop("command") == "info":
+    options = parser.parse_args(arguments)
+    given = vars(options)
+    command = given.pop("command")
+    if command == "info":
         print(describe())
         return 0
     try:
+        if command == "bench":
+            return int(bench.run(options))
         config = given.pop("config")
         chosen = _from_file(config) if config else {}
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen))
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult) as error:
         print(f"exssnet: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import exssnet
-from exssnet import kernels
+from exssnet import bench, kernels
 from exssnet.kernels.native import BACKENDS
 
 ROOT = Path(__file__).parent.parent
@@ -48,10 +48,12 @@ def python(code: str, cwd: Path, path: list[Path] | None = None, **environment: 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A folder with a copy of the package that has no native library."""
-    ignored = shutil.ignore_patterns("kernels", "__pycache__")
+    ignored = shutil.ignore_patterns("kernels", "bench", "__pycache__")
     shutil.copytree(Path(exssnet.__file__).parent, tmp_path / "exssnet", ignore=ignored)
     ignored = shutil.ignore_patterns("_native*", "__pycache__")
-    shutil.copytree(Path(kernels.__file__).parent, tmp_path / "exssnet/kernels", ignore=ignored)
+    for folder in (kernels, bench):
+        to = tmp_path / Path(*folder.__name__.split("."))
+        shutil.copytree(Path(folder.__file__).parent, to, ignore=ignored)
     return tmp_path
 
 
@@ -67,9 +69,10 @@ def copied_sources(to: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to / name)
     built = shutil.ignore_patterns("*.so", "*.dll", "__pycache__", "*.egg-info")
-    for name in ("exssnet", "kernels", "csrc"):
+    for name in ("exssnet", "kernels", "benchmarks", "csrc"):
         shutil.copytree(ROOT / name, to / name, ignore=built, symlinks=True)
-    (to / "exssnet/kernels").unlink(missing_ok=True)
+    for link in ("kernels", "bench"):
+        (to / "exssnet" / link).unlink(missing_ok=True)
     return to
 
 
@@ -169,6 +172,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(pure: zipfile.ZipFil
     inside = {name for name in pure.namelist() if ".dist-info/" not in name}
     expected = {f"exssnet/{p.relative_to(ROOT / 'exssnet')}" for p in (ROOT / "exssnet").rglob("*.py")}
     expected |= {f"exssnet/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"exssnet/bench/{p.name}" for p in (ROOT / "benchmarks").glob("*.py") if p.name[:5] != "test_"}
     assert {"exssnet/py.typed", "exssnet/tasks/streams.py", "exssnet/ops/sparse.py"} <= inside
     assert inside == expected | {"exssnet/py.typed"}
 
@@ -187,9 +191,10 @@ def test_the_source_distribution_holds_all_that_is_compiled(sources: Path, tmp_p
     assert status == 0, errors
     shutil.unpack_archive(tmp_path / said.split()[-1], tmp_path)
     (unpacked,) = [p for p in tmp_path.iterdir() if p.is_dir()]
-    for folder in ("csrc", "kernels", "exssnet"):
+    for folder in ("csrc", "kernels", "exssnet", "benchmarks"):
         there = {p.relative_to(unpacked) for p in (unpacked / folder).rglob("*") if p.is_file()}
-        assert {p.relative_to(sources) for p in (sources / folder).rglob("*") if p.is_file()} <= there
+        expected = {p.relative_to(sources) for p in (sources / folder).rglob("*") if p.is_file()}
+        assert {p for p in expected if p.parts[0] != "benchmarks" or p.name[:5] != "test_"} <= there
     assert (unpacked / "setup.py").exists()
 
 

@@ -1,0 +1,87 @@
+"""`exssnet bench`: each kind of benchmark is a module with options and a `run` that prints and returns its numbers."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ceilings, memory, ops, sweep, timing, training
+
+KINDS: dict[str, Any] = {"ops": ops, "training": training, "sweep": sweep, "memory": memory}
+SELECTION = {
+    "ops": ["--only", "topk_masks", "sparse_linear", "sparse_conv2d", "--densities", "0.1"],
+    "training": ["--cases", "weight/resnet18-20", "weight/lenet-300-100", "--densities", "0.1", "0.02"],
+    "memory": ["--networks", "resnet18-20"],
+}
+"""What runs without a kind: minutes, not an hour."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `exssnet bench` and of all its kinds; shared ones may stand on either side of the kind."""
+    _shared(parser, [1], False, None)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", help="default: a selection of all, in a few minutes")
+    for name, module in KINDS.items():
+        description = (module.__doc__ or "").strip()
+        kind = kinds.add_parser(
+            name, help=description.partition("\n")[0], description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        _shared(kind, *[argparse.SUPPRESS] * 3)
+        module.add_options(kind)
+
+
+def _shared(parser: argparse.ArgumentParser, threads: Any, quick: Any, file: Any) -> None:
+    parser.add_argument("--threads", type=int, nargs="+", default=threads, help="one run for each number (default: 1)")
+    parser.add_argument("--quick", action="store_true", default=quick, help="tiny shapes and short runs: a smoke test")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=file, help="also write all numbers to FILE")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print and write what was asked for; raises WrongResult where a result is wrong. Returns the exit status."""
+    if min(options.threads) < 1:
+        raise ValueError(f"threads must be at least 1, got {min(options.threads)}")
+    found: dict[str, Any] = {"machine": timing.machine(), "ceilings": []}
+    print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
+    if options.quick:
+        print("a smoke test: its numbers mean nothing")
+    threads_before = torch.get_num_threads()
+    try:
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            peak = ceilings.machine_peak(options.quick)
+            found["ceilings"].append({"threads": threads, "flops": peak.flops, "bandwidth": peak.bandwidth})
+            print(
+                f"ceilings with {threads} thread{'s' * (threads > 1)}: {peak.of('GFLOP/s'):.0f} GFLOP/s in float32, "
+                f"{peak.of('GB/s'):.1f} GB/s read and written by a copy",
+                flush=True,
+            )
+        for kind, given in [(options.kind, options)] if options.kind else _selection(options):
+            before = os.times()
+            found[kind] = KINDS[kind].run(given)
+            found[kind]["cpu"] = share = _cpu_share(before, os.times())
+            if share < 0.9:
+                print(f"\nThe machine was busy: this run had {share:.2f} of a core. Compare the ratios alone.")
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
+    finally:
+        torch.set_num_threads(threads_before)
+    return 0
+
+
+def _cpu_share(before: os.times_result, after: os.times_result) -> float:
+    """CPU time of this process and its children over the time that has passed."""
+    *used, elapsed = (b - a for a, b in zip(before, after, strict=True))
+    return sum(used) / elapsed if elapsed else 1.0
+
+
+def _selection(options: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    chosen = {kind: [] if options.quick else arguments for kind, arguments in SELECTION.items()}
+    asked = [(kind, parser.parse_args([kind, *arguments])) for kind, arguments in chosen.items()]
+    for _, given in asked:
+        given.threads, given.quick = options.threads, options.quick
+    return asked

@@ -1,0 +1,125 @@
+"""Peak memory of training steps in both phases, ours and in plain PyTorch, each in a process of its own.
+
+"step" is the peak of resident memory during three steps, above what was resident after the imports and the creation of
+the data; it holds the network, activations, gradients and the optimizer's state. "setup" is the same peak while the
+network was made ready. Adam's state is listed by itself: in the weight phase it is as small as what is trained.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .networks import NETWORKS, Start, state_bytes
+from .timing import table, tick
+
+WAYS = {"mask": ("ours", "sort"), "weight": ("ours", "cached mask")}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="default: resnet18-20 and resnet18-64")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.1])
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    networks = options.networks or (["resnet18-4"] if options.quick else ["resnet18-20", "resnet18-64"])
+    for threads in options.threads:
+        for network in networks:
+            for phase, ways in WAYS.items():
+                for density in options.densities:
+                    rows += (measure(network, phase, density, way, threads) for way in ways)
+    print("\n" + table(
+        ["network", "phase", "density", "threads", "way", "trained values", "Adam's state MB", "setup MB", "step MB"],
+        [
+            [
+                r["network"], r["phase"], f"{r['density']:g}", str(r["threads"]), r["way"], f"{r['trained']:,}",
+                *(f"{r[key] / 1e6:.1f}" for key in ("state", "setup", "step")),
+            ]
+            for r in rows
+        ],
+    ))  # fmt: skip
+    return {"rows": rows}
+
+
+def measure(network: str, phase: str, density: float, way: str, threads: int) -> dict[str, Any]:
+    """One row, from a fresh process."""
+    asked = json.dumps([network, phase, density, way, threads])
+    code = "import sys; from exssnet.bench.memory import child; child(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{asked} failed: {done.stderr.strip().splitlines()[-1]}")
+    tick()
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(asked: str) -> None:
+    """What the process does."""
+    network, phase, density, way, threads = json.loads(asked)
+    torch.set_num_threads(threads)
+    batch = next(NETWORKS[network].batches())
+    small = Start(NETWORKS["resnet18-4"], 0.5)
+    for warm in (small.peer("cached mask"), small.ours("weight")):  # what torch loads at the first step
+        warm.steps(small.network.batches())()
+    baseline = _resident()
+    _restart_peak()
+    start = Start(NETWORKS[network], density)
+    made = start.ours(phase) if way == "ours" else start.peer(way)
+    _drop_the_other(start, way)
+    setup = _peak() - baseline
+    _restart_peak()
+    step = made.steps(_forever(batch))
+    for _ in range(3):
+        step()
+    print(json.dumps({
+        "network": network, "phase": phase, "density": density, "threads": threads, "way": way,
+        "trained": sum(t.numel() for t in made.trained), "state": state_bytes(made), "setup": setup,
+        "step": _peak() - baseline,
+    }))  # fmt: skip
+
+
+def _forever(batch: Any) -> Iterator[Any]:
+    yield batch
+
+
+def _drop_the_other(start: Start, way: str) -> None:
+    """A user has one of the networks."""
+    for name in ("plain", "masks", "scores", *(() if way == "ours" else ("model", "phases"))):
+        delattr(start, name)
+
+
+# The peak is Linux's VmHWM where there is one: a child's ru_maxrss begins with its parent's, and does not go back.
+
+
+def _status(key: str) -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def _peak() -> int:
+    found = _status("VmHWM")
+    if found is None:
+        import resource
+
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return found
+
+
+def _resident() -> int:
+    found = _status("VmRSS")
+    return _peak() if found is None else found
+
+
+def _restart_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

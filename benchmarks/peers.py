@@ -1,0 +1,144 @@
+"""Other people's products with the kept weights of a fixed mask: torch's CSR, sparselab and sparseprop where installed.
+
+Each variant is forward and backward: a call returns the output, the input's gradient, and that of the kept weights
+(of all weights, where the peer gives them all). Input and gradient come with the batch innermost, which is the layout
+of these kernels; what has to change the layout first says so in its name.
+"""
+
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .timing import Variant
+
+INSTALLED = {name: find_spec(name) is not None for name in ("sparselab", "sparseprop")}
+
+
+def linear(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, Variant]:
+    """Of x (B, I), weight and mask (O, I), grad (B, O)."""
+    kept = weight * mask
+    found = _csr(x, kept, grad)
+    if INSTALLED["sparselab"]:
+        found["sparselab"] = _sparselab(x, kept, grad)
+    if INSTALLED["sparseprop"]:
+        from sparseprop import backend
+        from sparseprop.modules.linear import SparseLinear
+
+        module = SparseLinear(kept)
+        values, index = module.W_val.detach(), module.W_idx
+        columns, grad_columns = x.t().contiguous(), grad.t().contiguous()
+
+        def kernels() -> tuple[Tensor, ...]:
+            output = torch.zeros(weight.shape[0], x.shape[0])
+            backend.sparse_linear_vectorized_forward(columns, *index, values, output)
+            grad_x, grad_values = torch.zeros_like(columns), torch.zeros_like(values)
+            backend.sparse_linear_vectorized_backward(columns, *index, values, grad_columns, grad_x, grad_values)
+            return output.t(), grad_x.t(), grad_values
+
+        found["sparseprop"] = kernels
+        found["sparseprop from (B, I)"] = _module(module, x.contiguous(), grad.contiguous())
+    return found
+
+
+def conv2d(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor, stride: int) -> dict[str, Variant]:
+    """Of x (N, C, H, W), weight and mask (O, C, 3, 3), grad (N, O, H', W'), padding 1."""
+    if not INSTALLED["sparseprop"]:
+        return {}
+    from sparseprop.modules.conv2d import SparseConv2d
+
+    def module(over_width: bool) -> Any:
+        return SparseConv2d(weight * mask, padding=1, stride=stride, vectorizing_over_on=over_width)
+
+    plain = x.contiguous(), grad.contiguous()
+    return {
+        "sparseprop": _module(module(False), x, grad),
+        "sparseprop from NCHW": _module(module(False), *plain),
+        "sparseprop over width": _module(module(True), *plain),
+    }
+
+
+def _module(module: Any, x: Tensor, grad: Tensor) -> Variant:
+    x = x.detach().requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        output = module(x)
+        return output, *torch.autograd.grad(output, (x, module.W_val), grad)
+
+    return run
+
+
+def _sparselab(x: Tensor, kept: Tensor, grad: Tensor) -> Variant:
+    from sparselab import PaddedCSR
+    from sparselab.ops import _SpMMFunction
+
+    matrix = PaddedCSR.from_dense(kept, padding_ratio=0.0)
+    values = torch.from_numpy(np.array(matrix.values, copy=False)).requires_grad_()
+    live = torch.from_numpy(np.array(matrix.col_indices)) >= 0  # an empty row holds one entry that is none
+    count = int(live.sum())
+    columns, grad_columns = x.t().contiguous().requires_grad_(), grad.t().contiguous()
+
+    def run() -> tuple[Tensor, ...]:
+        output = _SpMMFunction.apply(values, matrix, columns, "simd")
+        grad_x, grad_values = torch.autograd.grad(output, (columns, values), grad_columns)
+        return output.t(), grad_x.t(), grad_values if grad_values.numel() == count else grad_values[live]
+
+    return run
+
+
+def _matrix(index: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.sparse_csr_tensor(index[0], index[1], values, size=shape)
+
+
+class _ByHand(torch.autograd.Function):
+    """weight @ x in CSR; the backward pass uses the transposed matrix, kept beside, and a sampled product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, index: Any, transposed: Any, order: Tensor, shape: Any) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.index, ctx.transposed, ctx.order, ctx.shape = index, transposed, order, shape
+        return _matrix(index, values, shape) @ x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, values = ctx.saved_tensors
+        transposed = _matrix(ctx.transposed, values[ctx.order], ctx.shape[::-1])
+        weight = _matrix(ctx.index, values, ctx.shape)
+        sampled = torch.sparse.sampled_addmm(weight, grad, x.t(), beta=0.0)
+        return transposed @ grad, sampled.values(), None, None, None, None
+
+
+def _csr(x: Tensor, kept: Tensor, grad: Tensor) -> dict[str, Variant]:
+    """torch's CSR by autograd and by hand, as far as this torch has them for the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is in beta, and says so once
+        weight = kept.to_sparse_csr()
+        numbers = torch.arange(weight.values().numel(), dtype=torch.float64)  # of the values, to follow their order
+        index = weight.crow_indices(), weight.col_indices()
+        back = _matrix(index, numbers, weight.shape).to_sparse_coo().t().coalesce().to_sparse_csr()
+    transposed, order = (back.crow_indices(), back.col_indices()), back.values().long()
+    values = weight.values().clone().requires_grad_()
+    weight.requires_grad_()
+    columns, grad_columns = x.t().contiguous().requires_grad_(), grad.t().contiguous()
+
+    def automatic() -> tuple[Tensor, ...]:
+        output = weight @ columns
+        grad_x, grad_weight = torch.autograd.grad(output, (columns, weight), grad_columns)
+        return output.t(), grad_x.t(), grad_weight.to_dense()
+
+    def by_hand() -> tuple[Tensor, ...]:
+        output = _ByHand.apply(columns, values, index, transposed, order, tuple(kept.shape))
+        grad_x, grad_values = torch.autograd.grad(output, (columns, values), grad_columns)
+        return output.t(), grad_x.t(), grad_values
+
+    found = {}
+    for name, variant in {"torch CSR": automatic, "torch CSR by hand": by_hand}.items():
+        try:
+            variant()
+        except (RuntimeError, NotImplementedError):
+            continue  # a torch without MKL
+        found[name] = variant
+    return found

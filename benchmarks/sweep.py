@@ -1,0 +1,128 @@
+"""Step time of the weight phase against density, a line fitted to it, and what is left at density zero.
+
+The line through the medians of ours is fitted by least squares of the relative error; its value at zero is the fixed
+cost: norms, activations, Python. The peers' time does not depend on the density. Everything alternates round by round,
+each network checked before it is timed. --plot draws it log-log.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .networks import NETWORKS, PEERS, Start
+from .timing import Timing, alternate, milliseconds, percent, table, tick
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", choices=NETWORKS, help="default: resnet18-20")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=[0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2], help="2 or more"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw step time against density (needs matplotlib)")
+
+
+def fit(densities: list[float], seconds: list[float]) -> tuple[float, float]:
+    """(fixed, slope) of seconds = fixed + slope * density, by least squares of the relative error."""
+    t = torch.tensor(seconds, dtype=torch.float64)
+    a = torch.stack([torch.ones_like(t), torch.tensor(densities, dtype=torch.float64)], 1) / t[:, None]
+    fixed, slope = torch.linalg.lstsq(a, torch.ones_like(t)[:, None]).solution.flatten().tolist()
+    return fixed, slope
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.plot and find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("--plot needs matplotlib, which is not installed (pip install 'exssnet[plots]')")
+    if len(set(options.densities)) < 2:
+        raise ValueError(f"a line needs two densities, got {options.densities}")
+    network = options.network or ("resnet18-4" if options.quick else "resnet18-20")
+    runs = [measure(network, sorted(set(options.densities)), threads, options.quick) for threads in options.threads]
+    if options.plot:
+        plot(network, runs, options.plot)
+    return {"network": network, "runs": runs}
+
+
+def measure(network: str, densities: list[float], threads: int, quick: bool) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    starts = [Start(NETWORKS[network], density) for density in densities]
+    ways = []
+    for start in starts:
+        ways.append(start.ours("weight"))
+        start.check("weight", ways[-1])
+        tick()
+    others = [starts[0].fastest_peer(how) for how in PEERS["weight"]]
+    timed = alternate([way.steps(starts[0].network.batches()) for way in ways + others], 0.1 if quick else 20.0)
+    ours = timed[: len(ways)]
+    peers = {way.name: t for way, t in zip(others, timed[len(ways) :], strict=True)}
+    fixed, slope = fit(densities, [t.median for t in ours])
+    layers = len(starts[0].masks)
+    show(network, threads, densities, ours, peers, fixed, slope, layers)
+    return {
+        "threads": threads,
+        "layers": layers,
+        "densities": densities,
+        "seconds": [t.median for t in ours],
+        "spread": [t.spread for t in ours],
+        "peers": {name: t.median for name, t in peers.items()},
+        "fixed": fixed,
+        "fixed_per_layer": fixed / layers,
+        "slope": slope,
+    }
+
+
+def show(
+    network: str, threads: int, densities: list[float], ours: list[Timing], peers: dict[str, Timing], fixed: float,
+    slope: float, layers: int,
+) -> None:  # fmt: skip
+    lines = [
+        [
+            f"{d:g}", milliseconds(t.median), milliseconds(t.spread), milliseconds(fixed + slope * d),
+            percent(fixed / t.median), ", ".join(f"{name} {p.median / t.median:.1f}" for name, p in peers.items()),
+        ]
+        for d, t in zip(densities, ours, strict=True)
+    ]  # fmt: skip
+    print(f"\nweight phase of {network}, {layers} masked layers, {threads} thread{'s' * (threads > 1)}")
+    print(table(["density", "median ms", "spread ms", "line ms", "fixed share", "times faster than"], lines))
+    print(
+        f"fixed cost {milliseconds(fixed)} ms a step, {fixed / layers * 1e6:.0f} us a masked layer; "
+        f"{milliseconds(slope / 100)} ms for each percent of density",
+        flush=True,
+    )
+
+
+def plot(network: str, runs: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for number, run in enumerate(runs):
+        threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+        color, d = f"C{number}", torch.tensor(run["densities"], dtype=torch.float64)
+        line = torch.logspace(float(d.min().log10()), float(d.max().log10()), 50, dtype=torch.float64)
+        axes.plot(100 * d, [1e3 * t for t in run["seconds"]], "o", color=color, label=f"ours, {threads}")
+        axes.plot(
+            100 * line, 1e3 * (run["fixed"] + run["slope"] * line), color=color, lw=1,
+            label=f"{1e3 * run['fixed']:.3g} ms + {10 * run['slope']:.3g} ms per percent",
+        )  # fmt: skip
+        for (name, seconds), style in zip(run["peers"].items(), ("--", ":"), strict=True):
+            axes.axhline(1e3 * seconds, color=color, ls=style, label=f"{name}, {threads}")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="density, %",
+        ylabel="step, ms",
+        title=f"Weight phase of {network}, batch {NETWORKS[network].batch}",
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks([100 * d for d in runs[0]["densities"]], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
