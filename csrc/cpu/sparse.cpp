@@ -12,7 +12,6 @@ namespace exssnet::cpu {
 namespace {
 
 constexpr int64_t kGrain = 1 << 18;      // multiply-adds that are worth a thread
-constexpr int64_t kRowsChunk = 8;
 constexpr int64_t kSumBytes = 512 << 10;  // of sums and of patches that a thread works on at a time
 
 // Distances in the gradient of a tile, in elements.
@@ -24,8 +23,8 @@ template <class T>
 struct BlockLoops {
   void (*multiply)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
                    T* sums);
-  void (*sample)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-                 const T* grad, const TileSteps& steps, T* sums);
+  T* (*sample)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
+               const T* grad, const TileSteps& steps, T* sums);
 };
 
 #define EXSSNET_BODY "cpu/sparse_body.h"
@@ -45,6 +44,37 @@ T* scratch(int which, int64_t count) {
   const size_t size = count * sizeof(T) + 64;
   if (buffer.size() < size) buffer = std::vector<std::byte>(size);
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+}
+
+// Asks memory for the patch that comes next, while the present one is multiplied.
+template <class T>
+struct Prefetch {
+  const Product& p;
+  const Tiling& t;
+  const T* x;
+  Span down, across;
+  int64_t group, groups, first, last;
+
+  // The patch of tile `at`, group `group` and block `block`; nothing for block -1.
+  Prefetch(const Product& p, const Tiling& t, const Blocks& blocks, const T* x, int64_t at, int64_t group,
+           int64_t together, int64_t block)
+      : p(p), t(t), x(x), down(t.down[at / t.across.size()]), across(t.across[at % t.across.size()]), group(group),
+        groups(std::min(together, t.groups - group)), first(block * blocks.channels),
+        last(std::min(first + blocks.channels, p.channels)) {
+    if (block < 0 || !t.by_pixel) first = last = 0;
+  }
+
+  // After `done` of `all` rows, of which `rows` since the last call.
+  void part(int64_t done, int64_t rows, int64_t all) const {
+    EXSSNET_PICK(prefetch_patch<T>)(p, t, down, across, group, groups, first, last, x, done - rows, done, all);
+  }
+};
+
+// Calls body(begin, end) on a few rows at a time.
+template <class Body>
+void in_row_chunks(int64_t rows, const Body& body) {
+  constexpr int64_t kRows = 8;
+  for (int64_t begin = 0; begin < rows; begin += kRows) body(begin, std::min(begin + kRows, rows));
 }
 
 template <class T>
@@ -81,22 +111,15 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
         const int64_t channel = block * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
         EXSSNET_PICK(pack_patch<T>)
         (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
-        // Meanwhile memory can work on what comes next.
-        int64_t nb = block + 1, ni = i;
-        if (nb == blocks.count) nb = 0, ++ni;
-        const int64_t nat = ni % per_part / shares(), ngroup = ni % shares() * together;
-        const Span ndown = t.down[nat / t.across.size()], nacross = t.across[nat % t.across.size()];
-        const int64_t nchannel = nb * blocks.channels, nlast = std::min(nchannel + blocks.channels, p.channels);
-        const int64_t pieces = groups * ((rows + kRowsChunk - 1) / kRowsChunk);
-        int64_t piece = 0;
+        const int64_t next_block = (block + 1) % blocks.count, next = i + (next_block == 0);
+        const Prefetch<T> prefetch(p, t, blocks, x, next % per_part / shares(), next % shares() * together, together,
+                                   next < end ? next_block : -1);
         for (int64_t g = 0; g < groups; ++g)
-          for (int64_t r = 0; r < rows; r += kRowsChunk, ++piece) {
-            loop(walk, block, first[part] + r, std::min(first[part] + r + kRowsChunk, first[part + 1]),
-                 patch + g * patch_size, layout.pitch, sums + g * sums_size + r * down.count * across.count * t.lanes);
-            if (t.by_pixel && ni < end)
-              EXSSNET_PICK(prefetch_patch<T>)
-              (p, t, ndown, nacross, ngroup, std::min(together, t.groups - ngroup), nchannel, nlast, x, piece, pieces);
-          }
+          in_row_chunks(rows, [&](int64_t begin_row, int64_t end_row) {
+            loop(walk, block, first[part] + begin_row, first[part] + end_row, patch + g * patch_size, layout.pitch,
+                 sums + g * sums_size + begin_row * down.count * across.count * t.lanes);
+            prefetch.part(g * rows + end_row, (end_row - begin_row), groups * rows);
+          });
       }
       EXSSNET_PICK(store_tiles<T>)
       (p, t, down, across, group, groups, first[part], first[part + 1], sums, epilogue, y);
@@ -159,25 +182,33 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
       const int64_t together = groups_together(t.groups, std::min(room / (rows * tile + 1), room / patch_size));
       T* patch = scratch<T>(0, together * patch_size);
       T* grads = scratch<T>(1, together * rows * tile);
-      const auto visit = [&](int64_t b, int64_t at, int64_t group, bool load, T* sums) {
+      // Adds what tile `at` of the groups from `group` on gives for block b; next_*: what is visited after that.
+      const auto visit = [&](int64_t b, int64_t at, int64_t group, bool load, T* sums, int64_t next_b, int64_t next_at,
+                             int64_t next_group) {
         const Span down = t.down[at / t.across.size()], across = t.across[at % t.across.size()];
         const int64_t groups = std::min(together, t.groups - group), size = down.count * across.count * t.lanes;
         const int64_t channel = (first_block + b) * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
         // A tile of whole vectors inside the image is read where it lies, unless several blocks share a copy.
-        const bool whole = (!tile_by_tile || blocks_here == 1) && down.first + down.count <= p.out_h.length &&
-                           (t.by_pixel ? p.batch % t.lanes == 0 && across.first + across.count <= p.out_w.length
-                                       : (across.first + across.count) * t.lanes <= p.out_w.length * p.batch);
+        const bool in_place = (!tile_by_tile || blocks_here == 1) && t.is_whole(p, down, across);
         const int64_t vector = t.by_pixel ? p.batch : t.lanes, line = p.out_w.size * p.batch;
         const T* lies = grad + from * p.out_plane() + down.first * line + across.first * vector + group * t.lanes;
-        const TileSteps steps = whole ? TileSteps{p.out_plane(), line, vector} : TileSteps{size, across.count * t.lanes, t.lanes};
-        const int64_t group_step = whole ? t.lanes : rows * size;
-        if (load && !whole) EXSSNET_PICK(load_tiles<T>)(p, t, down, across, group, groups, from, until, grad, grads);
+        const TileSteps steps =
+            in_place ? TileSteps{p.out_plane(), line, vector} : TileSteps{size, across.count * t.lanes, t.lanes};
+        const int64_t group_step = in_place ? t.lanes : rows * size;
+        if (load && !in_place) EXSSNET_PICK(load_tiles<T>)(p, t, down, across, group, groups, from, until, grad, grads);
         EXSSNET_PICK(pack_patch<T>)
         (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
         const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).sample;
-        for (int64_t g = 0; g < groups; ++g)
-          loop(walk, first_block + b, from, until, patch + g * patch_size, layout.pitch,
-               (whole ? lies : grads) + g * group_step, steps, sums);
+        const Prefetch<T> prefetch(p, t, blocks, x, next_at % tiles, next_group, together,
+                                   next_at < tiles ? first_block + next_b : -1);
+        for (int64_t g = 0; g < groups; ++g) {
+          T* next = sums;
+          in_row_chunks(rows, [&](int64_t begin_row, int64_t end_row) {
+            next = loop(walk, first_block + b, from + begin_row, from + end_row, patch + g * patch_size, layout.pitch,
+                        (in_place ? lies : grads) + g * group_step + begin_row * steps.row, steps, next);
+            prefetch.part(g * rows + end_row, end_row - begin_row, groups * rows);
+          });
+        }
       };
       const auto finish = [&](int64_t b, const T* sums) {
         std::vector<T> total(entries[b + 1] - entries[b]);
@@ -192,7 +223,11 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
         std::fill_n(sums, entries[blocks_here] * t.lanes, T(0));
         for (int64_t at = 0; at < tiles; ++at)
           for (int64_t group = 0; group < t.groups; group += together)
-            for (int64_t b = 0; b < blocks_here; ++b) visit(b, at, group, b == 0, sums + entries[b] * t.lanes);
+            for (int64_t b = 0; b < blocks_here; ++b) {
+              const bool tile_done = b + 1 == blocks_here, groups_done = group + together >= t.groups;
+              visit(b, at, group, b == 0, sums + entries[b] * t.lanes, (b + 1) % blocks_here, at + (tile_done && groups_done),
+                    !tile_done ? group : groups_done ? 0 : group + together);
+            }
         for (int64_t b = 0; b < blocks_here; ++b) finish(b, sums + entries[b] * t.lanes);
       } else {
         for (int64_t b = 0; b < blocks_here; ++b) {
@@ -200,7 +235,10 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
           T* sums = scratch<T>(2, size);
           std::fill_n(sums, size, T(0));
           for (int64_t at = 0; at < tiles; ++at)
-            for (int64_t group = 0; group < t.groups; group += together) visit(b, at, group, true, sums);
+            for (int64_t group = 0; group < t.groups; group += together) {
+              const bool groups_done = group + together >= t.groups;
+              visit(b, at, group, true, sums, b, at + groups_done, groups_done ? 0 : group + together);
+            }
           finish(b, sums);
         }
       }

@@ -43,10 +43,10 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
 }
 
 // Adds to sums (entries, lanes), of the entries of one block in rows [begin, end), the products of the patch and of
-// grad, lane by lane.
+// grad, lane by lane; returns the end of these sums.
 template <class T, int lines, int vectors>
-void sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-                  const T* grad, const TileSteps& steps, T* sums) {
+T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
+                const T* grad, const TileSteps& steps, T* sums) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
   const int32_t* const offset = walk.offset.get();
@@ -71,6 +71,7 @@ void sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end
       Vector<T>::store(Vector<T>::load(sums) + (sum[0] + sum[1]), sums);
     }
   }
+  return sums;
 }
 
 // total (entries,) of sums (entries, lanes).
@@ -152,13 +153,13 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
     }
 }
 
-// Asks for part `part` of `parts` of what pack_patch will read.
+// Asks for what pack_patch will read, from share begin / all to share end / all of its lines.
 template <class T>
 void prefetch_patch(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
-                    int64_t first, int64_t last, const T* x, int64_t part, int64_t parts) {
+                    int64_t first, int64_t last, const T* x, int64_t begin, int64_t end, int64_t all) {
   const int64_t height = down.count + p.reach_h(), step = p.in_w.stride * p.batch;
   const int64_t lines = (last - first) * p.in_h.phases * height;
-  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
+  for (int64_t i = lines * begin / all; i < lines * end / all; ++i) {
     const int64_t row = p.in_h.pixel(i / height % p.in_h.phases, down.first + i % height);
     if (row < 0 || row >= p.in_h.size) continue;
     const T* from = x + (first + i / height / p.in_h.phases) * p.in_plane() + row * p.in_w.size * p.batch +

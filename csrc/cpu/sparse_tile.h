@@ -122,7 +122,7 @@ struct PatchLayout {
 // The channels of a product in blocks: small enough for a patch to stay in the first-level cache while all rows pass
 // over it, and so large that a row finds enough entries in a block to pay for loading and storing its sums.
 struct Blocks {
-  static constexpr int64_t kPatchBytes = 48 << 10, kMostPatchBytes = 256 << 10, kEntries = 6;
+  static constexpr int64_t kPatchBytes = 64 << 10, kMostPatchBytes = 256 << 10, kEntries = 6;
   int64_t channels, count;
 
   Blocks(const Product& p, int64_t entries, int64_t channel_bytes) {
@@ -180,27 +180,44 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
   for (int64_t block = 0; block < blocks.count; ++block)
     block_end[block] = static_cast<int32_t>(std::min((block + 1) * blocks.channels * taps, pattern.columns));
 
+  const uint32_t columns = pattern.columns, slots = values.count;
+  const auto value_of = [&](int32_t slot) {
+    return *(slot < values.free_count ? values.free + slot : values.frozen + (slot - values.free_count));
+  };
   std::atomic<bool> good = true;
   parallel_for(lines, kGrain * lines / std::max<int64_t>(1, pattern.entries) + 1, [&](int64_t begin, int64_t end) {
-    const uint32_t columns = pattern.columns, slots = values.count;
+    uint32_t bad = 0;
+    for (int32_t k = pattern.ptr[begin]; k < pattern.ptr[end]; ++k)
+      bad |= (static_cast<uint32_t>(pattern.index[k]) >= columns) | (static_cast<uint32_t>(pattern.slot[k]) >= slots);
+    if (bad != 0) {
+      good = false;
+      return;
+    }
     for (int64_t line = begin; line < end; ++line) {
+      const int32_t *index = pattern.index, *slot = pattern.slot;
       int32_t at = pattern.ptr[line];
+      const int32_t last = pattern.ptr[line + 1];
+      if (phases == 1 && !only_free) {  // all entries, in their order
+        int32_t* start = walk.start.get() + line * (blocks.count + 1);
+        for (int64_t block = 0; block < blocks.count; ++block)
+          start[block + 1] = std::lower_bound(index + (block ? start[block] : at), index + last, block_end[block]) - index;
+        start[0] = at;
+        for (; at < last; ++at) walk.offset[at] = place[index[at]];
+        if constexpr (!only_free)
+          for (at = pattern.ptr[line]; at < last; ++at) walk.value[at] = value_of(slot[at]);
+        continue;
+      }
       for (int64_t phase = 0; phase < phases; ++phase) {
         int32_t* start = walk.start.get() + (line * phases + phase) * (blocks.count + 1);
         int64_t block = 0;
         start[0] = at;
-        for (int32_t k = pattern.ptr[line]; k < pattern.ptr[line + 1]; ++k) {
-          const int32_t index = pattern.index[k], slot = pattern.slot[k];
-          if (static_cast<uint32_t>(index) >= columns || static_cast<uint32_t>(slot) >= slots) {
-            good = false;
-            return;
-          }
-          if (phases > 1 && p.taps[index % taps].phase != phase) continue;
-          if (only_free && slot >= values.free_count) continue;
-          while (index >= block_end[block]) start[++block] = at;
-          walk.offset[at] = place[index];
-          if constexpr (only_free) walk.slot[at] = slot;
-          else walk.value[at] = *(slot < values.free_count ? values.free + slot : values.frozen + (slot - values.free_count));
+        for (int32_t k = pattern.ptr[line]; k < last; ++k) {
+          if (phases > 1 && p.taps[index[k] % taps].phase != phase) continue;
+          if (only_free && slot[k] >= values.free_count) continue;
+          while (index[k] >= block_end[block]) start[++block] = at;
+          walk.offset[at] = place[index[k]];
+          if constexpr (only_free) walk.slot[at] = slot[k];
+          else walk.value[at] = value_of(slot[k]);
           ++at;
         }
         while (block < blocks.count) start[++block] = at;
