@@ -320,7 +320,7 @@ def _batch_norm_act(shape: tuple[int, int, int, int], with_residual: bool) -> Ca
 
         return step(function, grad.to(dtype), *(t.to(dtype) for t in leaves))
 
-    ours = step(lambda x, *residual: ops.batch_norm_act(x, *residual, relu=True)[0], grad, *leaves)
+    ours = step(lambda x, residual=None: ops.batch_norm_act(x, residual, relu=True)[0], grad, *leaves)
     return Case(
         shape=" x ".join(map(str, shape)) + (", residual" if with_residual else ""),
         ours=ours,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels import native
-from .ops import sparse_pattern
+from .ops import masked_weight, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
@@ -71,13 +71,17 @@ def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], 
     stride, padding, dilation, groups = geometry if geometry else ([1], [0], [1], 1)
     ops: Any = torch.ops
 
+    mask = torch.rand(*weight, generator=generator) < 0.1
+    kept, where = filters[mask], sparse_pattern(mask, groups=groups)
+
     def dense() -> None:
+        made = masked_weight(kept, kept[:0], where, weight)
         if len(weight) == 2:
-            torch.mm(torch.nn.functional.linear(images, filters), filters)
+            torch.mm(torch.nn.functional.linear(images, made), made)
         else:
-            y = ops.aten.convolution(images, filters, None, stride, padding, dilation, False, [0, 0], groups)
+            y = ops.aten.convolution(images, made, None, stride, padding, dilation, False, [0, 0], groups)
             ops.aten.convolution_backward(
-                y, images, filters, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+                y, images, made, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
             )
 
     def sparse(density: float) -> Callable[[], None]:

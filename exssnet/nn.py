@@ -16,6 +16,8 @@ from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
     SparsePattern,
     density_to_k,
+    kept_weights,
+    masked_weight,
     sparse_conv1d,
     sparse_conv2d,
     sparse_conv2d_folded,
@@ -70,6 +72,8 @@ class SupermaskLayer(nn.Module):
     def _own_weight(self, density: float, products: Products = "auto") -> None:
         """Turn the plain layer's weight into a buffer and start with random scores."""
         self.products = products
+        self._choices: dict[tuple[Any, ...], bool] = {}
+        self._seen: SparsePattern | None = None
         self.k = density_to_k(self.weight.numel(), density)
         weight = self._parameters.pop("weight")
         assert weight is not None
@@ -118,20 +122,16 @@ class SupermaskLayer(nn.Module):
         if self.scores is not None:
             return topk_mask(self.scores, self.k)
         kept = torch.zeros(self.weight.numel(), dtype=torch.bool, device=self.weight.device)
-        kept[self._kept()] = True
+        kept[kept_weights(self._pattern(), self.weight.shape)] = True
         return kept.reshape(self.weight.shape)
 
-    def _kept(self) -> Tensor:
-        """Flat indices of the kept weights, ascending."""
-        pattern = self._pattern()
-        rows = torch.arange(self.weight.shape[0], device=self.weight.device)
-        width = math.prod(self.weight.shape[1:])
-        return rows.repeat_interleave(pattern.row_ptr.diff().long()) * width + pattern.col % max(1, width)
-
     def _pattern(self) -> SparsePattern:
-        if self.frozen_values is None:
+        buffers = self._buffers  # read at every step: `getattr` of a module is slow
+        if buffers["frozen_values"] is None:
             raise RuntimeError("this layer has neither scores nor a mask: start a task or activate one")
-        return SparsePattern(*(getattr(self, name) for name in PATTERN), math.prod(self.weight.shape[2:]))
+        if self._seen is None or self._seen.row_ptr is not buffers["row_ptr"]:
+            self._seen = SparsePattern(*(buffers[name] for name in PATTERN), math.prod(self.weight.shape[2:]))  # type: ignore[arg-type, call-arg]
+        return self._seen
 
     def _values(self) -> tuple[Tensor, Tensor, SparsePattern]:
         pattern = self._pattern()
@@ -139,14 +139,23 @@ class SupermaskLayer(nn.Module):
         free = self.frozen_values.new_empty(0) if self.free_values is None else self.free_values
         return free, self.frozen_values, pattern
 
+    def _sparse(self, x: Tensor, padding: Any = None) -> bool:
+        """Whether to multiply only what is kept, see `sparse_is_faster`; decided once for a shape of x."""
+        compiling = torch.compiler.is_compiling()
+        key = () if compiling else (x.shape, x.dtype, x.device, torch.get_num_threads(), self.products)
+        if compiling or key not in self._choices:
+            flat, geometry = (x.flatten(0, -2), ()) if padding is None else (x, self._geometry(padding))
+            faster = sparse_is_faster(flat, self.weight, self.density, geometry, self.products)
+            if compiling:
+                return faster
+            self._choices[key] = faster
+        return self._choices[key]
+
+    def _geometry(self, padding: Any) -> tuple[Any, ...]:
+        return self.stride, padding, self.dilation, self.groups
+
     def _selected(self) -> dict[str, Any]:
         return {"k": self.k} if self.selection is None else {"selection": self.selection}
-
-    def _masked_weight(self) -> Tensor:
-        """The dense weight, zero outside the mask, differentiable in the free values."""
-        free, frozen, pattern = self._values()
-        values = torch.cat([free, frozen]).index_select(0, pattern.slot)
-        return torch.zeros_like(self.weight).view(-1).index_put((self._kept(),), values).view(self.weight.shape)
 
     def _clear(self) -> None:
         for name in ("scores", "free_values", "frozen_values", *PATTERN):
@@ -170,12 +179,12 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
         self._own_weight(density)
 
     def forward(self, x: Tensor) -> Tensor:
-        sparse = sparse_is_faster(x.flatten(0, -2), self.weight, self.density, products=self.products)
+        sparse = self._sparse(x)
         if self.scores is not None:
             return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
-        return F.linear(x, self._masked_weight(), self.bias)
+        return F.linear(x, masked_weight(*self._values(), self.weight.shape), self.bias)
 
 
 class _SupermaskConv(SupermaskLayer):
@@ -192,9 +201,7 @@ class _SupermaskConv(SupermaskLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self._padded(x)
-        sparse = sparse_is_faster(
-            x, self.weight, self.density, (self.stride, padding, self.dilation, self.groups), self.products
-        )
+        sparse = self._sparse(x, padding)
         if self.scores is not None:
             return self.supermask_product(
                 x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
@@ -204,7 +211,15 @@ class _SupermaskConv(SupermaskLayer):
             return self.sparse_product(
                 x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
             )  # fmt: skip
-        return self.dense_product(x, self._masked_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+        return self.dense_product(
+            x,
+            masked_weight(*self._values(), self.weight.shape),
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
@@ -247,8 +262,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
         if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
             return None
         x, padding = self._padded(x)
-        geometry = self.stride, padding, self.dilation, self.groups
-        if not sparse_is_faster(x, self.weight, self.density, geometry, self.products):
+        if not self._sparse(x, padding):
             return None
         scale = (norm.running_var + norm.eps).rsqrt()
         if norm.weight is not None:
@@ -383,6 +397,7 @@ def convert(
         module.__class__ = _swapped(module)
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fast path would read the weights behind the masks' back
+    model._masked = [m for m in model.modules() if isinstance(m, SupermaskLayer)]  # type: ignore[assignment]
     model.register_buffer("selection_hint", None, persistent=False)
     model.register_forward_pre_hook(_select_for_all)
     model.register_forward_hook(_forget_selection, always_call=True)
@@ -402,7 +417,7 @@ def _refuse_tied(model: nn.Module, layers: list[nn.Module]) -> None:
 
 def _select_for_all(model: nn.Module, args: Any) -> None:
     """Before the model's forward: one selection for all layers in the mask phase."""
-    layers = [m for m in model.modules() if isinstance(m, SupermaskLayer) and m.scores is not None]
+    layers = [layer for layer in model._masked if layer._parameters["scores"] is not None]  # type: ignore[union-attr]
     if not layers:
         return
     hint = model._buffers["selection_hint"]
@@ -415,9 +430,8 @@ def _select_for_all(model: nn.Module, args: Any) -> None:
 
 
 def _forget_selection(model: nn.Module, args: Any, output: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, SupermaskLayer):
-            module.selection = None
+    for layer in model._masked:  # type: ignore[union-attr]
+        layer.selection = None
 
 
 def unconvert(model: nn.Module) -> None:
@@ -431,7 +445,7 @@ def unconvert(model: nn.Module) -> None:
         for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer.selection, layer.k, layer.products
+        del layer.selection, layer.k, layer.products, layer._choices, layer._seen
         layer.weight = nn.Parameter(weight)
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))
@@ -442,6 +456,7 @@ def unconvert(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+        module.__dict__.pop("_masked", None)
         module._buffers.pop("selection_hint", None)
         module._non_persistent_buffers_set.discard("selection_hint")
 

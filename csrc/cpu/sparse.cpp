@@ -1,6 +1,9 @@
 #include "cpu/sparse.h"
 
+#include <atomic>
+#include <cstddef>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -36,14 +39,101 @@ Tiling make_tiling(const Product& p) {
   return Tiling(p, bytes / sizeof(T), registers);
 }
 
-// Memory of a thread, kept from call to call: fresh memory costs a page fault every 4 KB. 64 bytes aligned.
+// What a thread keeps memory for from call to call: fresh memory costs a page fault every 4 KB.
+enum Scratch { kPatches, kSums, kLaneSums, kStarts, kOffsets, kWalkValues, kSlots, kScratches };
+
 template <class T>
-T* scratch(int which, int64_t count) {
-  thread_local std::vector<std::byte> kept[3];
+T* scratch(Scratch which, int64_t count) {  // 64 bytes aligned
+  thread_local std::vector<std::byte> kept[kScratches];
   std::vector<std::byte>& buffer = kept[which];
   const size_t size = count * sizeof(T) + 64;
   if (buffer.size() < size) buffer = std::vector<std::byte>(size);
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+}
+
+// False if the pattern has a pointer, index or slot out of range. With only_free, entries of frozen values are left
+// out, and the values too.
+template <bool only_free, class T>
+bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, const Blocks& blocks,
+               const Pattern& pattern, const Values<T>& values, Walk<T>& walk) {
+  constexpr int64_t kEntries = 1 << 14;  // that are worth a thread
+  const int64_t taps = p.taps.size(), phases = p.phases(), lines = p.rows / phases;
+  if (pattern.rows != lines || pattern.columns != p.channels * taps || pattern.ptr[0] != 0 ||
+      pattern.ptr[lines] != pattern.entries)
+    return false;
+  for (int64_t line = 0; line < lines; ++line)
+    if (pattern.ptr[line] > pattern.ptr[line + 1]) return false;
+
+  walk = {p.rows,
+          blocks.count,
+          scratch<int32_t>(kStarts, p.rows * (blocks.count + 1)),
+          scratch<int32_t>(kOffsets, pattern.entries),
+          only_free ? nullptr : scratch<T>(kWalkValues, pattern.entries),
+          only_free ? scratch<int32_t>(kSlots, pattern.entries) : nullptr};
+  std::vector<int32_t> place(pattern.columns), block_end(blocks.count);
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t channel = 0, from = layout.offset(p.taps[tap], images); channel < p.channels; ++channel)
+      place[channel * taps + tap] = static_cast<int32_t>(channel % blocks.channels * layout.channel + from);
+  for (int64_t block = 0; block < blocks.count; ++block)
+    block_end[block] = static_cast<int32_t>(std::min((block + 1) * blocks.channels * taps, pattern.columns));
+
+  std::atomic<bool> good = true;
+  const int64_t grain = kEntries * lines / std::max<int64_t>(1, pattern.entries) + 1;
+  parallel_for(lines, grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = pattern.ptr[begin], count = pattern.ptr[end] - first;
+    if (!EXSSNET_PICK(in_range)(pattern.index + first, pattern.slot + first, count, pattern.columns, values.count)) {
+      good = false;
+      return;
+    }
+    if (phases == 1 && (!only_free || values.free_count == values.count)) {  // all entries, in their order
+      for (int64_t line = begin; line < end; ++line) {
+        const int32_t* const last = pattern.index + pattern.ptr[line + 1];
+        int32_t* const start = walk.start + line * (blocks.count + 1);
+        start[0] = pattern.ptr[line];
+        for (int64_t block = 0; block < blocks.count; ++block)
+          start[block + 1] = std::lower_bound(pattern.index + start[block], last, block_end[block]) - pattern.index;
+      }
+      EXSSNET_PICK(lay_out<T>)
+      (pattern.index + first, pattern.slot + first, count, place.data(), values, walk.offset + first,
+       only_free ? nullptr : walk.value + first);
+      if (only_free) std::copy_n(pattern.slot + first, count, walk.slot + first);
+      return;
+    }
+    for (int64_t line = begin; line < end; ++line) {
+      int32_t at = pattern.ptr[line];
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        int32_t* const start = walk.start + (line * phases + phase) * (blocks.count + 1);
+        int64_t block = 0;
+        start[0] = at;
+        for (int32_t k = pattern.ptr[line]; k < pattern.ptr[line + 1]; ++k) {
+          const int32_t index = pattern.index[k], slot = pattern.slot[k];
+          const bool is_free = slot < values.free_count;
+          if ((phases > 1 && p.taps[index % taps].phase != phase) || (only_free && !is_free)) continue;
+          while (index >= block_end[block]) start[++block] = at;
+          walk.offset[at] = place[index];
+          if constexpr (only_free) walk.slot[at] = slot;
+          else walk.value[at] = *(is_free ? values.free + slot : values.frozen + (slot - values.free_count));
+          ++at;
+        }
+        while (block < blocks.count) start[++block] = at;
+      }
+    }
+  });
+  return good;
+}
+
+// First rows of `parts` shares of about equally many entries.
+template <class T>
+std::vector<int64_t> share_rows(const Walk<T>& walk, int64_t parts) {
+  std::vector<int64_t> first(parts + 1, walk.rows);
+  const auto cost = [&](int64_t row) { return walk.row(row)[0] + row; };  // a row costs as much as an entry
+  const int64_t total = walk.rows ? walk.row(walk.rows - 1)[walk.blocks] + walk.rows : 0;
+  int64_t row = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    while (row < walk.rows && cost(row) < total * part / parts) ++row;
+    first[part] = row;
+  }
+  return first;
 }
 
 // Asks memory for the patch that comes next, while the present one is multiplied.
@@ -87,6 +177,8 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   Walk<T> walk;
   if (!make_walk<false>(p, layout, t.images, blocks, pattern, values, walk)) return false;
 
+  const bool one_tile = is_one_tile(p, t, layout);
+  const bool in_place = one_tile && !epilogue.scale && !epilogue.bias && !epilogue.residual && !epilogue.relu;
   const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
   const int64_t work = (pattern.entries / p.phases() + p.rows) * tile;  // of one tile
   const int64_t wanted = std::min(max_threads(), t.tiles() * t.groups * work / kGrain + 1);
@@ -99,18 +191,21 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   const std::vector<int64_t> first = share_rows(walk, parts);
 
   parallel_for(parts * per_part, wanted == 1 ? parts * per_part : 1, [&](int64_t begin, int64_t end) {
-    T* patch = scratch<T>(0, together * patch_size);
-    T* sums = scratch<T>(1, together * p.rows * tile);
+    T* const packed = one_tile ? nullptr : scratch<T>(kPatches, together * patch_size);
+    T* const summed = in_place ? nullptr : scratch<T>(kSums, together * p.rows * tile);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / per_part, group = i % shares() * together, at = i % per_part / shares();
       const Span down = t.down[at / t.across.size()], across = t.across[at % t.across.size()];
       const int64_t groups = std::min(together, t.groups - group), rows = first[part + 1] - first[part];
       const int64_t sums_size = rows * down.count * across.count * t.lanes;
       const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).multiply;
+      T* const sums = in_place ? y + first[part] * tile : summed;
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t channel = block * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
-        EXSSNET_PICK(pack_patch<T>)
-        (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
+        const T* const patch = one_tile ? x + channel * layout.channel : packed;
+        if (!one_tile)
+          EXSSNET_PICK(pack_patch<T>)
+          (p, t, layout, down, across, group, groups, channel, last, x, packed, patch_size);
         const int64_t next_block = (block + 1) % blocks.count, next = i + (next_block == 0);
         const Prefetch<T> prefetch(p, t, blocks, x, next % per_part / shares(), next % shares() * together, together,
                                    next < end ? next_block : -1);
@@ -121,6 +216,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
             prefetch.part(g * rows + end_row, (end_row - begin_row), groups * rows);
           });
       }
+      if (in_place) continue;
       EXSSNET_PICK(store_tiles<T>)
       (p, t, down, across, group, groups, first[part], first[part + 1], sums, epilogue, y);
     }
@@ -163,6 +259,7 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
   // A thread owns blocks of channels, or, where these are too few, some rows of them.
   const int64_t shares = std::min(jobs, blocks.count), parts = (jobs + shares - 1) / shares;
   const std::vector<int64_t> first_row = share_rows(walk, parts);
+  const bool one_tile = is_one_tile(p, t, layout);
   const int64_t tiles = t.tiles();
 
   parallel_for(shares * parts, 1, [&](int64_t begin, int64_t end) {
@@ -176,12 +273,35 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
         for (int64_t row = from; row < until; ++row)
           entries[b + 1] += walk.row(row)[first_block + b + 1] - walk.row(row)[first_block + b];
       }
+      const auto finish = [&](int64_t b, int64_t begin_row, int64_t end_row, int64_t count, const T* sums) {
+        std::vector<T> total(count);
+        EXSSNET_PICK(add_lanes<T>)(sums, count, total.data());
+        const T* next = total.data();
+        for (int64_t row = from + begin_row; row < from + end_row; ++row)
+          for (int32_t k = walk.row(row)[first_block + b]; k < walk.row(row)[first_block + b + 1]; ++k)
+            grad_values[walk.slot[k]] = *next++;
+      };
+      if (one_tile) {
+        const auto loop = EXSSNET_PICK(block_loops<T>)(t.lines, t.vectors).sample;
+        for (int64_t b = 0; b < blocks_here; ++b)
+          in_row_chunks(rows, [&](int64_t begin_row, int64_t end_row) {
+            int64_t count = 0;
+            for (int64_t row = from + begin_row; row < from + end_row; ++row)
+              count += walk.row(row)[first_block + b + 1] - walk.row(row)[first_block + b];
+            T* sums = scratch<T>(kLaneSums, count * t.lanes);
+            std::fill_n(sums, count * t.lanes, T(0));
+            loop(walk, first_block + b, from + begin_row, from + end_row, x + (first_block + b) * patch_size, layout.pitch,
+                 grad + (from + begin_row) * tile, {tile, tile, t.lanes}, sums);
+            finish(b, begin_row, end_row, count, sums);
+          });
+        continue;
+      }
       // Few entries: all blocks meet a tile's gradients while these are near. Many: the sums of one block stay near.
       const bool tile_by_tile = entries[blocks_here] * t.lanes * sizeof(T) <= kSumBytes;
       const int64_t room = kSumBytes / sizeof(T);
       const int64_t together = groups_together(t.groups, std::min(room / (rows * tile + 1), room / patch_size));
-      T* patch = scratch<T>(0, together * patch_size);
-      T* grads = scratch<T>(1, together * rows * tile);
+      T* patch = scratch<T>(kPatches, together * patch_size);
+      T* grads = scratch<T>(kSums, together * rows * tile);
       // Adds what tile `at` of the groups from `group` on gives for block b; next_*: what is visited after that.
       const auto visit = [&](int64_t b, int64_t at, int64_t group, bool load, T* sums, int64_t next_b, int64_t next_at,
                              int64_t next_group) {
@@ -210,16 +330,8 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
           });
         }
       };
-      const auto finish = [&](int64_t b, const T* sums) {
-        std::vector<T> total(entries[b + 1] - entries[b]);
-        EXSSNET_PICK(add_lanes<T>)(sums, total.size(), total.data());
-        const T* next = total.data();
-        for (int64_t row = from; row < until; ++row)
-          for (int32_t k = walk.row(row)[first_block + b]; k < walk.row(row)[first_block + b + 1]; ++k)
-            grad_values[walk.slot[k]] = *next++;
-      };
       if (tile_by_tile) {
-        T* sums = scratch<T>(2, entries[blocks_here] * t.lanes);
+        T* sums = scratch<T>(kLaneSums, entries[blocks_here] * t.lanes);
         std::fill_n(sums, entries[blocks_here] * t.lanes, T(0));
         for (int64_t at = 0; at < tiles; ++at)
           for (int64_t group = 0; group < t.groups; group += together)
@@ -228,18 +340,18 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
               visit(b, at, group, b == 0, sums + entries[b] * t.lanes, (b + 1) % blocks_here, at + (tile_done && groups_done),
                     !tile_done ? group : groups_done ? 0 : group + together);
             }
-        for (int64_t b = 0; b < blocks_here; ++b) finish(b, sums + entries[b] * t.lanes);
+        for (int64_t b = 0; b < blocks_here; ++b) finish(b, 0, rows, entries[b + 1] - entries[b], sums + entries[b] * t.lanes);
       } else {
         for (int64_t b = 0; b < blocks_here; ++b) {
           const int64_t size = (entries[b + 1] - entries[b]) * t.lanes;
-          T* sums = scratch<T>(2, size);
+          T* sums = scratch<T>(kLaneSums, size);
           std::fill_n(sums, size, T(0));
           for (int64_t at = 0; at < tiles; ++at)
             for (int64_t group = 0; group < t.groups; group += together) {
               const bool groups_done = group + together >= t.groups;
               visit(b, at, group, true, sums, b, at + groups_done, groups_done ? 0 : group + together);
             }
-          finish(b, sums);
+          finish(b, 0, rows, entries[b + 1] - entries[b], sums);
         }
       }
     }

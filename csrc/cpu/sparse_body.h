@@ -17,8 +17,8 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
                     T* sums) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
-  const int32_t* const offset = walk.offset.get();
-  const T* const value = walk.value.get();
+  const int32_t* const offset = walk.offset;
+  const T* const value = walk.value;
   const int32_t* start = walk.row(begin) + block;
   for (int64_t row = begin; row < end; ++row, sums += lines * vectors * lanes, start += walk.blocks + 1) {
     const int64_t first = start[0], last = start[1];
@@ -49,7 +49,7 @@ T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, 
                 const T* grad, const TileSteps& steps, T* sums) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
-  const int32_t* const offset = walk.offset.get();
+  const int32_t* const offset = walk.offset;
   const int32_t* start = walk.row(begin) + block;
   for (int64_t row = begin; row < end; ++row, grad += steps.row, start += walk.blocks + 1) {
     const int64_t first = start[0], last = start[1];
@@ -74,19 +74,58 @@ T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, 
   return sums;
 }
 
-// total (entries,) of sums (entries, lanes).
+// Sums of neighbouring lanes, those of a before those of b.
+template <class V, int... i>
+V add_pairs(V a, V b, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
+#else
+  using Index = decltype(a < b);
+  return __builtin_shuffle(a, b, Index{(2 * i)...}) + __builtin_shuffle(a, b, Index{(2 * i + 1)...});
+#endif
+}
+
+// total (entries,) of sums (entries, lanes), for as many entries at a time as a vector has lanes.
 template <class T>
 void add_lanes(const T* sums, int64_t entries, T* total) {
+  using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
-  for (int64_t k = 0; k < entries; ++k, sums += lanes) {
-    T part[lanes];
-    std::memcpy(part, sums, sizeof part);
+  for (int64_t k = 0; k < entries; k += lanes, sums += lanes * lanes) {
+    const int64_t count = std::min<int64_t>(lanes, entries - k);
+    V v[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) v[i] = i < count ? Vector<T>::load(sums + i * lanes) : V{};
 #pragma GCC unroll 4
-    for (int half = lanes / 2; half > 0; half /= 2)
+    for (int width = lanes; width > 1; width /= 2)
 #pragma GCC unroll 8
-      for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    total[k] = part[0];
+      for (int i = 0; i < width / 2; ++i)
+        v[i] = add_pairs(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes>());
+    std::memcpy(total + k, &v[0], count * sizeof(T));
   }
+}
+
+// Whether all indices and slots of `count` entries may be followed.
+bool in_range(const int32_t* index, const int32_t* slot, int64_t count, int64_t columns, int64_t slots) {
+  int32_t bad = 0;
+  const int32_t last_column = static_cast<int32_t>(columns - 1), last_slot = static_cast<int32_t>(slots - 1);
+  for (int64_t k = 0; k < count; ++k) bad |= index[k] | (last_column - index[k]) | slot[k] | (last_slot - slot[k]);
+  return bad >= 0;
+}
+
+// offset[k] = place[index[k]] and, unless value is null, value[k] = values[slot[k]].
+template <class T>
+void lay_out(const int32_t* index, const int32_t* slot, int64_t count, const int32_t* place, const Values<T>& values,
+             int32_t* offset, T* value) {
+  const int32_t free_count = static_cast<int32_t>(values.free_count);
+  const T *free = values.free, *frozen = values.frozen;
+  for (int64_t k = 0; k < count; ++k) offset[k] = place[index[k]];
+  if (value == nullptr) return;
+  if (values.free_count == values.count)
+    for (int64_t k = 0; k < count; ++k) value[k] = free[slot[k]];
+  else if (free_count == 0)
+    for (int64_t k = 0; k < count; ++k) value[k] = frozen[slot[k]];
+  else
+    for (int64_t k = 0; k < count; ++k) value[k] = *(slot[k] < free_count ? free + slot[k] : frozen + slot[k] - free_count);
 }
 
 template <class T, int lines>

@@ -2,11 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <vector>
 
-#include "cpu/parallel.h"
 #include "cpu/sparse.h"
 
 namespace exssnet::cpu {
@@ -119,6 +116,12 @@ struct PatchLayout {
   }
 };
 
+// Whether one tile is the whole image, so that patches and results are read and written where they lie. So it is with
+// linear layers, unless the batch leaves a vector partly empty.
+inline bool is_one_tile(const Product& p, const Tiling& t, const PatchLayout& layout) {
+  return t.tiles() * t.groups == 1 && p.in_plane() == layout.channel && p.out_plane() == layout.channel;
+}
+
 // The channels of a product in blocks: small enough for a patch to stay in the first-level cache while all rows pass
 // over it, and so large that a row finds enough entries in a block to pay for loading and storing its sums.
 struct Blocks {
@@ -141,104 +144,16 @@ inline int64_t groups_together(int64_t groups, int64_t most) {
   return (groups + shares - 1) / shares;
 }
 
-// The entries of a pattern in the order in which tiles meet them.
+// The entries of a pattern in the order in which tiles meet them. The memory is scratch of the calling thread.
 template <class T>
 struct Walk {
-  int64_t rows = 0, blocks = 1;
-  std::unique_ptr<int32_t[]> start;   // (rows, blocks + 1): where the entries of a row's blocks begin and end
-  std::unique_ptr<int32_t[]> offset;  // of each entry in the patch
-  std::unique_ptr<T[]> value;         // of each entry
-  std::unique_ptr<int32_t[]> slot;    // of each entry, where only those of free values are walked
+  int64_t rows, blocks;
+  int32_t* start;   // (rows, blocks + 1): where the entries of a row's blocks begin and end
+  int32_t* offset;  // of each entry in the patch
+  T* value;         // of each entry; null where only those of free values are walked
+  int32_t* slot;    // of each entry, where only those of free values are walked; or null
 
-  const int32_t* row(int64_t r) const { return start.get() + r * (blocks + 1); }
+  const int32_t* row(int64_t r) const { return start + r * (blocks + 1); }
 };
-
-// False if the pattern has a pointer, index or slot out of range. With only_free, entries of frozen values are left
-// out, and the values too.
-template <bool only_free, class T>
-bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, const Blocks& blocks,
-               const Pattern& pattern, const Values<T>& values, Walk<T>& walk) {
-  constexpr int64_t kGrain = 1 << 14;  // entries that are worth a thread
-  const int64_t taps = p.taps.size(), phases = p.phases(), lines = p.rows / phases;
-  if (pattern.rows != lines || pattern.columns != p.channels * taps || pattern.ptr[0] != 0 ||
-      pattern.ptr[lines] != pattern.entries)
-    return false;
-  for (int64_t line = 0; line < lines; ++line)
-    if (pattern.ptr[line] > pattern.ptr[line + 1]) return false;
-
-  walk.rows = p.rows;
-  walk.blocks = blocks.count;
-  walk.start.reset(new int32_t[p.rows * (blocks.count + 1)]);
-  walk.offset.reset(new int32_t[pattern.entries]);
-  if (only_free) walk.slot.reset(new int32_t[pattern.entries]);
-  else walk.value.reset(new T[pattern.entries]);
-  std::vector<int32_t> place(pattern.columns), block_end(blocks.count);
-  for (int64_t channel = 0; channel < p.channels; ++channel)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      place[channel * taps + tap] =
-          static_cast<int32_t>(channel % blocks.channels * layout.channel + layout.offset(p.taps[tap], images));
-  for (int64_t block = 0; block < blocks.count; ++block)
-    block_end[block] = static_cast<int32_t>(std::min((block + 1) * blocks.channels * taps, pattern.columns));
-
-  const uint32_t columns = pattern.columns, slots = values.count;
-  const auto value_of = [&](int32_t slot) {
-    return *(slot < values.free_count ? values.free + slot : values.frozen + (slot - values.free_count));
-  };
-  std::atomic<bool> good = true;
-  parallel_for(lines, kGrain * lines / std::max<int64_t>(1, pattern.entries) + 1, [&](int64_t begin, int64_t end) {
-    uint32_t bad = 0;
-    for (int32_t k = pattern.ptr[begin]; k < pattern.ptr[end]; ++k)
-      bad |= (static_cast<uint32_t>(pattern.index[k]) >= columns) | (static_cast<uint32_t>(pattern.slot[k]) >= slots);
-    if (bad != 0) {
-      good = false;
-      return;
-    }
-    for (int64_t line = begin; line < end; ++line) {
-      const int32_t *index = pattern.index, *slot = pattern.slot;
-      int32_t at = pattern.ptr[line];
-      const int32_t last = pattern.ptr[line + 1];
-      if (phases == 1 && !only_free) {  // all entries, in their order
-        int32_t* start = walk.start.get() + line * (blocks.count + 1);
-        for (int64_t block = 0; block < blocks.count; ++block)
-          start[block + 1] = std::lower_bound(index + (block ? start[block] : at), index + last, block_end[block]) - index;
-        start[0] = at;
-        for (; at < last; ++at) walk.offset[at] = place[index[at]];
-        if constexpr (!only_free)
-          for (at = pattern.ptr[line]; at < last; ++at) walk.value[at] = value_of(slot[at]);
-        continue;
-      }
-      for (int64_t phase = 0; phase < phases; ++phase) {
-        int32_t* start = walk.start.get() + (line * phases + phase) * (blocks.count + 1);
-        int64_t block = 0;
-        start[0] = at;
-        for (int32_t k = pattern.ptr[line]; k < last; ++k) {
-          if (phases > 1 && p.taps[index[k] % taps].phase != phase) continue;
-          if (only_free && slot[k] >= values.free_count) continue;
-          while (index[k] >= block_end[block]) start[++block] = at;
-          walk.offset[at] = place[index[k]];
-          if constexpr (only_free) walk.slot[at] = slot[k];
-          else walk.value[at] = value_of(slot[k]);
-          ++at;
-        }
-        while (block < blocks.count) start[++block] = at;
-      }
-    }
-  });
-  return good;
-}
-
-// First rows of `parts` shares of about equally many entries.
-template <class T>
-std::vector<int64_t> share_rows(const Walk<T>& walk, int64_t parts) {
-  std::vector<int64_t> first(parts + 1, walk.rows);
-  const auto cost = [&](int64_t row) { return walk.row(row)[0] + row; };  // a row costs as much as an entry
-  const int64_t total = walk.rows ? walk.row(walk.rows - 1)[walk.blocks] + walk.rows : 0;
-  int64_t row = 0;
-  for (int64_t part = 0; part < parts; ++part) {
-    while (row < walk.rows && cost(row) < total * part / parts) ++row;
-    first[part] = row;
-  }
-  return first;
-}
 
 }  // namespace exssnet::cpu

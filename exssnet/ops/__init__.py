@@ -6,7 +6,16 @@ from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
 from .norm import batch_norm_act
 from .selection import TopK, density_to_k, free_mask, pack_mask, topk_mask, topk_masks, topk_select, unpack_mask
-from .sparse import SparsePattern, sparse_conv1d, sparse_conv2d, sparse_conv2d_folded, sparse_linear, sparse_pattern
+from .sparse import (
+    SparsePattern,
+    kept_weights,
+    masked_weight,
+    sparse_conv1d,
+    sparse_conv2d,
+    sparse_conv2d_folded,
+    sparse_linear,
+    sparse_pattern,
+)
 from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
 
 _native.load()
@@ -17,10 +26,12 @@ __all__ = [
     "batch_norm_act",
     "density_to_k",
     "free_mask",
+    "kept_weights",
     "knn_classify",
     "masked_conv1d",
     "masked_conv2d",
     "masked_linear",
+    "masked_weight",
     "pack_mask",
     "sparse_conv1d",
     "sparse_conv2d",

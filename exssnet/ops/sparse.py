@@ -43,7 +43,7 @@ define(f"sparse_conv2d(Tensor x, {_VALUES}, Tensor? bias, {_CONV}) -> Tensor", _
 define(
     f"sparse_conv2d_folded(Tensor x, {_VALUES}, Tensor scale, Tensor bias, Tensor? residual, bool relu, {_CONV}) -> "
     "Tensor",
-    lambda x, *rest: _fake_conv2d(x, *rest[:8], None, *rest[-4:]),
+    lambda *args: _fake_conv2d(*args[:9], None, *args[-4:]),  # type: ignore[call-arg]
 )
 define(
     f"sparse_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, {_CONV}, bool[] output_mask) -> (Tensor, Tensor)",
@@ -114,7 +114,20 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
         return torch.nn.functional.pad(torch.bincount(index, minlength=count).cumsum(0), (1, 0))
 
     tensors = (pointers(row, rows), col, slot, pointers(channel, channels), col_t[order], slot[order])
-    return SparsePattern(*(t.to(torch.int32) for t in tensors), taps)
+    return SparsePattern(*(t.to(torch.int32) for t in tensors), taps)  # type: ignore[call-arg, arg-type]
+
+
+def masked_weight(free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
+    """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values."""
+    values = torch.cat([free_values, frozen_values]).index_select(0, pattern.slot)
+    return values.new_zeros(math.prod(shape)).index_put((kept_weights(pattern, shape),), values).view(tuple(shape))
+
+
+def kept_weights(pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
+    """Flat indices, ascending, of the weights that a pattern keeps of a weight of the given shape."""
+    rows = torch.arange(shape[0], device=pattern.col.device).repeat_interleave(pattern.row_ptr.diff())
+    width = math.prod(shape[1:])
+    return rows * width + pattern.col % max(1, width)
 
 
 def _check_values(
