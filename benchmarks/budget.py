@@ -88,10 +88,8 @@ def budget(case: str, phase: str, start: Start, way: Way, threads: int, quick: b
         seconds[kind] += event.cpu_time_total / 1e6 / rounds / slowdown
         if kind == "passes":
             passed += _moved(event.input_shapes) / rounds
-    dense = way.name != "ours" or phase == "mask"
-    return Budget(
-        case, start.density, threads, way.name, plain, seconds, start.flops(phase, dense), passed, faults
-    )  # fmt: skip
+    flops = start.flops(phase, dense=way.name != "ours")
+    return Budget(case, start.density, threads, way.name, plain, seconds, flops, passed, faults)
 
 
 def _moved(shapes: list[list[int]]) -> float:

@@ -143,9 +143,11 @@ class Start:
         A ReLU's input near zero may have either sign in float32, and one flip outweighs all rounding: so the peer is
         given the signs that ours has. Where those are wrong, the values are. The peer's own error in float32, twice
         which is the budget, is the largest of all layers and of some orders of the batch: what batch norm cancels in
-        one layer is rounding alone, and an ill-conditioned network multiplies one draw of it by chance.
+        one layer is rounding alone, and an ill-conditioned network multiplies one draw of it by chance. The hooks that
+        read the signs keep norms and ReLUs apart, which are one operation when timed; tests/test_blocks.py compares.
         """
-        x, y = next(self.network.batches())
+        # Float64 convolutions are slow: as many images as fill vectors and registers, not a whole batch.
+        x, y = (t[:16] for t in next(self.network.batches()))
         signs: dict[str, Tensor] = {}
         with _recorded(ours.model, self._relus(), signs):
             got = ours.results(ours.input(x), y)
@@ -172,6 +174,7 @@ class Start:
     def flops(self, phase: str, dense: bool) -> float:
         """Of the products of one step: output, weight gradient, and input gradient but the first layer's.
 
+        dense: of all weights; else of the kept ones, but for the score gradient of the mask phase, which has all.
         Taps in the padding count, as usual.
         """
         pixels: dict[str, float] = {}
@@ -185,11 +188,16 @@ class Start:
             copy.deepcopy(self.plain)(next(self.network.batches())[0])
         for handle in handles:
             handle.remove()
-        products = 1 if phase == "inference" else 3
-        weights = {name: mask.numel() if dense else int(mask.sum()) for name, mask in self.masks.items()}
-        total = sum(2 * products * weights[name] * pixels[name] for name in self.masks)
-        first = next(iter(self.masks))
-        return total - (0 if phase == "inference" else 2 * weights[first] * pixels[first])
+        first, total = next(iter(self.masks)), 0.0
+        for name, mask in self.masks.items():
+            kept = mask.numel() if dense else int(mask.sum())
+            if phase == "inference":
+                gradients = 0
+            else:
+                gradients = mask.numel() if phase == "mask" else kept
+                gradients += kept if name != first else 0
+            total += 2 * pixels[name] * (kept + gradients)
+        return total
 
 
 def _pinned(positive: Tensor) -> Callable[[Tensor], Tensor]:

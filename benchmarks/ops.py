@@ -300,6 +300,40 @@ def alone(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> lis
     return [lambda: function(*leaves), *map(gradient, range(len(leaves)))]
 
 
+def folded(layer: Layer, density: float) -> Cases:
+    """Inference: the convolution with a norm's scale and bias, a residual and ReLU, against the same one by one."""
+    mask = layer.mask(density)
+    pattern, none = ops.sparse_pattern(mask), torch.empty(0)
+    scale, bias = torch.rand(layer.weight.shape[0]) + 0.5, torch.randn(layer.weight.shape[0])
+    x, residual, values = reference.batch_last(layer.x), reference.batch_last(layer.grad), layer.weight[mask]
+
+    def ours() -> tuple[Tensor, ...]:
+        return (
+            ops.sparse_conv2d_folded(x, values, none, pattern, 3, scale, bias, residual, True, **layer.geometry),
+        )  # fmt: skip
+
+    def peer(dtype: torch.dtype) -> Variant:
+        images, past, weight = (t.to(dtype) for t in (layer.x, layer.grad, layer.weight * mask))
+        a, b = scale.to(dtype), bias.to(dtype)
+
+        def run() -> tuple[Tensor, ...]:
+            y = plain.layer(images, weight, layer.stride)
+            y = torch.batch_norm(y, a, b, torch.zeros_like(a), torch.ones_like(a), False, 0, 0, False)
+            return (y.add_(past).relu_(),)
+
+        return run
+
+    yield Case(
+        shape=layer.name,
+        ours=ours,
+        baselines={"dense": peer(torch.float32)},
+        check=accurate(ours, peer),
+        work=layer.flops(int(mask.sum())) / 3,
+        unit="GFLOP/s",
+        density=density,
+    )
+
+
 def batch_norm_act(quick: bool) -> Cases:
     for shape in [(8, 6, 8, 8)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]:
         for residual in (False, True):
@@ -368,6 +402,7 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
     "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d": layers(sparse, linear=False, densities=(0.1, 0.05, 0.02)),
+    "sparse_conv2d_folded": layers(folded, linear=False, densities=(0.1, 0.02)),
     "batch_norm_act": batch_norm_act,
     "knn_classify": knn_classify,
 }

@@ -41,6 +41,8 @@ inline cpu::Convolution convolution(const char* who, const Tensor& x, int64_t ch
   check(double(c.in_channels) * (c.h.in + c.h.padding) * (c.w.in + c.w.padding) * c.batch < 1e15 &&
             double(c.out_channels) * c.h.out * c.w.out * c.batch < 1e15,
         who, "images of fewer than 10^15 elements");
+  const auto spanned = [](const cpu::Window& w) { return double(w.phases()) * (w.reach() + 256); };
+  check(spanned(c.h) * spanned(c.w) * 64 < kMost, who, "a kernel that spans fewer than 2^25 pixels");  // of 64 images
   return c;
 }
 

@@ -14,6 +14,7 @@ import yaml
 from . import checkpoint
 from .bench import command as bench
 from .bench.timing import WrongResult
+from .choice import PRODUCTS
 from .info import describe
 from .kkt import RULES
 from .learner import OPTIMIZERS, Learner, PhaseOptions
@@ -58,6 +59,7 @@ class TrainOptions:
     augment: bool = _option(False, "random crop and flip of 32x32 colour images")
     init_scale: str = _option("official", "scale of the signed constant weights", choices=("official", "density"))
     allocation: str = _option("uniform", "how the density is spread over layers", choices=("uniform", "er"))
+    products: str = _option("auto", "of what a mask keeps alone, of all, or whichever is faster", choices=PRODUCTS)
     all_outputs: bool = _option(False, "let loss and prediction see all outputs of the shared head")
     keep_scores: str = _option(
         "float32", "in which finished tasks' scores are kept for KKT", choices=("float32", "float16", "none")
@@ -130,7 +132,7 @@ def train(options: TrainOptions) -> int:
     torch.manual_seed(options.seed)
     model = convert(
         MODELS[name](shape, max(task.classes for task in tasks)), options.density, weights="signed_constant",
-        init_scale=options.init_scale, allocation=options.allocation,  # type: ignore[arg-type]
+        init_scale=options.init_scale, allocation=options.allocation, products=options.products,  # type: ignore[arg-type]
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     phase: dict[str, Any] = {

@@ -119,7 +119,8 @@ struct PatchLayout {
 // Whether one tile is the whole image, so that patches and results are read and written where they lie. So it is with
 // linear layers, unless the batch leaves a vector partly empty.
 inline bool is_one_tile(const Product& p, const Tiling& t, const PatchLayout& layout) {
-  return t.tiles() * t.groups == 1 && p.in_plane() == layout.channel && p.out_plane() == layout.channel;
+  return t.tiles() * t.groups == 1 && p.in_plane() == layout.channel && p.out_plane() == layout.channel &&
+         p.in_h.lead == 0 && p.in_w.lead == 0;
 }
 
 // The channels of a product in blocks: small enough for a patch to stay in the first-level cache while all rows pass
@@ -133,7 +134,7 @@ struct Blocks {
     const int64_t by_entries = entries / std::max<int64_t>(1, p.rows * kEntries) + 1;
     const int64_t wanted = std::max(std::min(by_cache, by_entries), p.channels * channel_bytes / kMostPatchBytes + 1);
     channels = std::max<int64_t>(1, (p.channels + wanted - 1) / wanted);
-    count = (p.channels + channels - 1) / channels;
+    count = std::max<int64_t>(1, (p.channels + channels - 1) / channels);
   }
 };
 
