@@ -33,8 +33,8 @@ def describe() -> str:
         f"GPU     {gpu} (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU alone'})",
         f"native  {'loaded' if native.missing is None else f'not loaded: {native.missing}'}",
         "",
-        f"{'operator':<18}{'cpu':<24}cuda",
-        *(f"{op:<18}{serving(op, 'cpu'):<24}{serving(op, 'cuda')}" for op in OPERATORS),
+        f"{'operator':<22}{'cpu':<24}cuda",
+        *(f"{op:<22}{serving(op, 'cpu'):<24}{serving(op, 'cuda')}" for op in OPERATORS),
         "",
     ]
     wishes = []
