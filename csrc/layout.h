@@ -13,7 +13,8 @@ inline Ints shape_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes()
 // A new tensor (N, C, H, W), or (B, I), with dimension 0 stored innermost.
 inline Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
   Ints strides(shape.size(), 1);
-  for (size_t i = shape.size() - 1, step = shape[0]; i > 0; --i) {
+  int64_t step = std::max<int64_t>(shape[0], 1);
+  for (size_t i = shape.size() - 1; i > 0; --i) {
     strides[i] = step;
     step *= std::max<int64_t>(shape[i], 1);
   }

@@ -66,7 +66,8 @@ struct SparseWeight {
   }
   void followed(bool good) const {
     check(good, who,
-          "a pattern whose pointers rise from 0 to the number of entries and whose indices and slots are in range");
+          "a pattern whose pointers rise from 0 to the number of entries, whose indices ascend in each row, and whose "
+          "indices and slots are in range");
   }
 };
 

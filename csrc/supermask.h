@@ -15,11 +15,12 @@ struct KeptWeight {
 
   KeptWeight(const char* who, const Tensor& x, const Tensor& dense, const MaskOf& mask, int64_t groups, bool transpose)
       : weight{who, compute_dtype(x), {}, {}, {}, {}} {
-    const int64_t rows = dense.size(0), width = rows ? dense.numel() / rows : 0;
-    check(groups > 0 && rows % groups == 0 && dense.numel() < kMost && width * groups < kMost, who,
-          "a weight of fewer than 2^31 entries whose rows are divided by the groups");
+    const int64_t rows = dense.size(0);
     int64_t taps = 1;
     for (int64_t d = 2; d < dense.dim(); ++d) taps *= dense.size(d);
+    const int64_t width = dense.size(1) * taps;
+    check(groups > 0 && rows % groups == 0 && dense.numel() < kMost && width * groups < kMost, who,
+          "a weight of fewer than 2^31 entries whose rows are divided by the groups");
     pattern = cpu::mask_pattern(mask.mask, rows, width, groups);
     if (transpose) transposed = cpu::transposed_pattern(pattern, taps);
     weight.pattern = pattern.view();

@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from . import models
-from .layout import TaskBatchNorm
+from .layout import TaskBatchNorm, TaskBatchNorm2d
 
 
 def normalised(
     conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
     """``norm(conv(x), residual, relu)``; in inference the convolution takes the norm along if it can."""
-    together = getattr(conv, "normalised", None)
-    y: Tensor | None = together(x, norm, residual, relu) if together and not _hooked(conv, norm) else None
+    y: Tensor | None = None
+    if hasattr(conv, "normalised") and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
+        y = conv.normalised(x, norm, residual, relu)
     if y is None:
         y = norm(conv(x), residual, relu) if relu else norm(conv(x))
     return y
@@ -25,8 +26,10 @@ def fuses(norm: nn.Module, relu: nn.Module) -> bool:
 
 
 def _hooked(*modules: nn.Module) -> bool:
+    """Whether somebody looks at, or has replaced, what one of the modules does."""
     return nn.modules.module._has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
     )
 
 

@@ -19,6 +19,7 @@ PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
 SURE_DENSITY, SURE_WORK = 0.11, 1 << 22
 """Up to this density a layer of at least so many multiply-adds (dense) is not measured: sparse products were 2.5 to 20
 times faster on every such shape in docs/cpu-engine.md."""
+KERNELS_VERSION = 1  # of what is kept: raise it when products become faster
 
 _crossovers: dict[str, float] = {}
 
@@ -26,8 +27,9 @@ _crossovers: dict[str, float] = {}
 def sparse_is_faster(
     x: Tensor, weight: Tensor, density: float, geometry: Sequence[Any] = (), products: Products = "auto"
 ) -> bool:
-    """Whether a layer over x (B, I) or (N, C, H, W) should multiply only the kept entries of its weight.
+    """Whether a layer over x should multiply only the kept entries of its weight.
 
+    x: (..., I) or (N, C, ...).
     geometry: (stride, padding, dilation, groups) of a convolution, in one dimension for x (N, C, L).
     products: "sparse" or "dense" decide alone, and so does the environment's EXSSNET_PRODUCTS over "auto". Otherwise
         the layer's crossover decides: the density at which output and input gradient cost the same either way,
@@ -42,36 +44,49 @@ def sparse_is_faster(
         return products == "sparse"
     if x.device.type != "cpu" or native.missing is not None:
         return False
+    if weight.dim() == 2 and x.dim() not in (0, 2):
+        x = x.reshape(-1, x.shape[-1])
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * (geometry[3] if geometry else 1) or not x.numel():
         return True  # nothing to measure; the operators tell what is wrong
-    if weight.dim() == 3:  # an image of height 1
+    if weight.dim() == 3 and x.dim() == 3:  # an image of height 1
         stride, padding, dilation, groups = geometry
         geometry = (1, *stride), (0, *padding), (1, *dilation), groups
         x, weight = x.unsqueeze(2), weight.unsqueeze(2)
     work = x.numel() // max(1, x.shape[1]) * weight.numel()
-    if torch.compiler.is_compiling() or (density <= SURE_DENSITY and work >= SURE_WORK):
+    if traced() or (density <= SURE_DENSITY and work >= SURE_WORK):
         return density <= SURE_DENSITY
     key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, torch.get_num_threads(), "threads", x.dtype)))
     if key not in _crossovers:
         _crossovers.update(_read())
     if key not in _crossovers:
-        _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype)
+        try:
+            _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype)
+        except RuntimeError:  # no such layer: the operators tell what is wrong
+            return True
         _write()
     return density <= _crossovers[key]
 
 
+def traced() -> bool:
+    """Whether operators are being recorded, so that a measurement would be recorded as well."""
+    return torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+
+
 def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], dtype: torch.dtype) -> float:
-    """The density in [0, 1] at which a layer's sparse products take as long as its dense ones, measured now."""
+    """The density in [0, 1] at which a layer's sparse products take as long as its dense ones, measured now.
+
+    Output and input gradient of the weight phase, with the making of the dense weight; it decides for all phases.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
 
     images, filters = random(*x), random(*weight)
     stride, padding, dilation, groups = geometry if geometry else ([1], [0], [1], 1)
     ops: Any = torch.ops
 
-    mask = torch.rand(*weight, generator=generator) < 0.1
+    mask = torch.rand(*weight, generator=generator, device="cpu") < 0.1
     kept, where = filters[mask], sparse_pattern(mask, groups=groups)
 
     def dense() -> None:
@@ -85,7 +100,7 @@ def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], 
             )
 
     def sparse(density: float) -> Callable[[], None]:
-        mask = torch.rand(*weight, generator=generator) < density
+        mask = torch.rand(*weight, generator=generator, device="cpu") < density
         pattern, values = sparse_pattern(mask, groups=groups), filters[mask]
         arguments = (values, values[:0], *pattern.tensors)
         kind = "linear" if len(weight) == 2 else "conv2d"
@@ -100,10 +115,8 @@ def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], 
         return run
 
     low, high = 0.05, 0.25
-    try:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         whole, at_low, at_high = _times(dense, sparse(low), sparse(high))
-    except RuntimeError:  # no such layer: the operators tell what is wrong
-        return 1.0
     slope = max((at_high - at_low) / (high - low), 1e-12)
     return min(1.0, max(0.0, low + (whole - at_low) / slope))
 
@@ -133,7 +146,8 @@ def _machine() -> str:
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    versions = f"kernels {KERNELS_VERSION}, torch {torch.__version__}"
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {versions}"
 
 
 def _lines(file: str) -> list[str]:
@@ -148,19 +162,19 @@ def _read() -> dict[str, float]:
     try:
         found = json.loads(_file().read_text())[_machine()]
         return {str(k): float(v) for k, v in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def _write() -> None:
     """Keep what was measured, beside that of other machines; where nothing can be written, it is measured again."""
-    file = _file()
     try:
+        file = _file()
         everything = json.loads(file.read_text()) if file.exists() else {}
         everything[_machine()] = _read() | _crossovers
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.{os.getpid()}")
         part.write_text(json.dumps(everything, indent=1))
         os.replace(part, file)
-    except (OSError, ValueError, TypeError):
+    except (OSError, RuntimeError, ValueError, TypeError):
         pass

@@ -44,9 +44,12 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
         """The running statistics, as `nn.BatchNorm2d` keeps them: unbiased, and with momentum None their mean."""
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            step = self.momentum
+        else:
+            step = 1 / float(self.num_batches_tracked) if self.num_batches_tracked is not None else 0.0
         for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
             assert running is not None
             running.mul_(1 - step).add_(new, alpha=step)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import blocks, layout
-from .choice import PRODUCTS, Products, sparse_is_faster
+from .choice import PRODUCTS, Products, sparse_is_faster, traced
 from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
     SparsePattern,
@@ -129,7 +129,7 @@ class SupermaskLayer(nn.Module):
         buffers = self._buffers  # read at every step: `getattr` of a module is slow
         if buffers["frozen_values"] is None:
             raise RuntimeError("this layer has neither scores nor a mask: start a task or activate one")
-        if self._seen is None or self._seen.row_ptr is not buffers["row_ptr"]:
+        if torch.compiler.is_compiling() or self._seen is None or self._seen.row_ptr is not buffers["row_ptr"]:
             self._seen = SparsePattern(*(buffers[name] for name in PATTERN), math.prod(self.weight.shape[2:]))  # type: ignore[arg-type, call-arg]
         return self._seen
 
@@ -141,14 +141,16 @@ class SupermaskLayer(nn.Module):
 
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
         """Whether to multiply only what is kept, see `sparse_is_faster`; decided once for a shape of x."""
-        compiling = torch.compiler.is_compiling()
-        key = () if compiling else (x.shape, x.dtype, x.device, torch.get_num_threads(), self.products)
-        if compiling or key not in self._choices:
-            flat, geometry = (x.flatten(0, -2), ()) if padding is None else (x, self._geometry(padding))
-            faster = sparse_is_faster(flat, self.weight, self.density, geometry, self.products)
-            if compiling:
-                return faster
-            self._choices[key] = faster
+
+        def decide() -> bool:
+            geometry = () if padding is None else self._geometry(padding)
+            return sparse_is_faster(x, self.weight, self.density, geometry, self.products)
+
+        if traced():
+            return decide()
+        key = x.shape, x.dtype, x.device, torch.get_num_threads(), self.products, self.k
+        if key not in self._choices:
+            self._choices[key] = decide()
         return self._choices[key]
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
@@ -158,8 +160,12 @@ class SupermaskLayer(nn.Module):
         return {"k": self.k} if self.selection is None else {"selection": self.selection}
 
     def _clear(self) -> None:
+        self._seen = None
         for name in ("scores", "free_values", "frozen_values", *PATTERN):
             setattr(self, name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_choices": {}}  # another machine may choose otherwise
 
     def extra_repr(self) -> str:
         phase = "scores" if self.scores is not None else "values" if self.free_values is not None else "fixed mask"
@@ -260,6 +266,8 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
         if self.frozen_values is None or norm.training or norm.running_var is None or norm.running_mean is None:
             return None
         if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+            return None
+        if residual is not None and (residual.dtype != x.dtype or residual.dim() != 4):
             return None
         x, padding = self._padded(x)
         if not self._sparse(x, padding):

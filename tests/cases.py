@@ -49,6 +49,7 @@ LINEAR = (
     Layer("linear-64x300x100", (64, 300), (100, 300), bias=False),
     Layer("linear-leading-dimensions", (2, 3, 5, 17), (9, 17)),
     Layer("linear-vector", (33,), (7, 33)),
+    Layer("linear-no-outputs", (3, 5), (0, 5)),
     Layer("linear-empty-batch", (0, 33), (7, 33)),
 )
 CONV2D = (
@@ -70,10 +71,14 @@ CONV2D = (
     Layer("conv2d-kernel-covers-image", (5, 4, 6, 5), (7, 4, 6, 5)),
     Layer("conv2d-batch33", (33, 3, 5, 4), (6, 3, 3, 3), padding=1),
     Layer("conv2d-batch1", (1, 3, 21, 19), (6, 3, 3, 3), padding=1),
+    Layer("conv2d-padded-stride", (16, 2, 3, 3), (3, 2, 3, 3), stride=2, padding=2),
+    Layer("conv2d-padded-stride-batch8", (8, 2, 2, 2), (3, 2, 2, 2), stride=2, padding=1),
+    Layer("conv2d-1x1-padded-stride", (16, 2, 2, 2), (3, 2, 1, 1), stride=2, padding=1),
     Layer("conv2d-empty-batch", (0, 4, 6, 6), (5, 4, 3, 3)),
 )
 CONV1D = (
     Layer("conv1d-5", (4, 8, 21), (6, 8, 5)),
+    Layer("conv1d-padded-stride", (16, 6, 3), (4, 6, 3), stride=2, padding=2),
     Layer("conv1d-all", (3, 6, 22), (8, 3, 4), stride=2, padding=3, dilation=2, groups=2),
 )
 LAYERS = LINEAR + CONV2D + CONV1D
@@ -81,12 +86,15 @@ LARGE = (
     Layer("linear-128x784x300", (128, 784), (300, 784)),
     Layer("conv2d-32x16x16x16", (32, 16, 16, 16), (32, 16, 3, 3), padding=1),
     Layer("conv2d-stride2-large", (16, 32, 17, 15), (64, 32, 3, 3), stride=2, padding=1, bias=False),
+    Layer("conv2d-80x70x9x7", (80, 70, 9, 7), (40, 70, 3, 3), padding=1),
+    Layer("conv2d-1x1-large", (20, 300, 6, 6), (30, 300, 1, 1)),
 )
 """Large enough that kernels share them among threads, small enough that float32 sums of small integers are exact."""
 TAILS = (
     *(Layer(f"linear-batch{n}", (n, 17), (9, 17)) for n in (*range(1, 18), 31, 33, 63, 65, 127, 129)),
     *(Layer(f"linear-features{i}", (3, i), (i + 1, i)) for i in (*range(1, 18), 31, 33, 63, 65)),
     *(Layer(f"conv2d-batch{n}", (n, 3, 4, 5), (6, 3, 3, 3), padding=1) for n in (*range(1, 18), 31, 33, 63, 65)),
+    *(Layer(f"conv2d-stride2-batch{n}", (n, 3, 5, 6), (6, 3, 3, 3), 2, 1) for n in (16, 24, 32, 70, 80)),
     *(Layer(f"conv2d-width{w}", (2, 3, 4, w), (6, 3, 3, 3), padding=1) for w in (*range(1, 18), 31, 33, 63, 65)),
 )
 """One dimension after the other through the sizes around which vectors end."""
@@ -107,7 +115,8 @@ def any_convolution(draw: st.DrawFn) -> Layer:
     taps, stride, dilation, padding, beyond = two(1, 4), two(1, 5), two(1, 4), two(0, 5), two(0, 7)
     reach = [d * (t - 1) + 1 for d, t in zip(dilation, taps, strict=True)]
     size = [max(1, r - 2 * p) + b for r, p, b in zip(reach, padding, beyond, strict=True)]
-    batch, channels, outputs, groups = (draw(st.integers(*ends)) for ends in ((0, 9), (1, 3), (1, 3), (1, 3)))
+    batch = draw(st.one_of(st.integers(0, 9), st.sampled_from([16, 32, 66])))
+    channels, outputs, groups = (draw(st.integers(1, 3)) for _ in range(3))
     x, weight = (batch, channels * groups, *size), (outputs * groups, channels, *taps)
     return Layer("any", x, weight, stride, padding, dilation, groups, draw(st.booleans()))
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate, run
+from products import Calls
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,6 +62,32 @@ def test_damaged_cache_is_measured_again(monkeypatch: pytest.MonkeyPatch, cache:
     assert len(calls) == 1
 
 
+@pytest.mark.usefixtures("native", "cache")
+def test_user_without_a_home_still_gets_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    calls = measured_as(monkeypatch, 0.3)
+    assert choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("native")
+def test_layer_that_cannot_be_measured_is_left_to_its_operator(cache: Path) -> None:
+    assert choice.sparse_is_faster(X[:, :, :2, :2], W, 0.2, ((1, 1), (0, 0), (1, 1), 1))
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("native", "cache")
+def test_nothing_is_measured_while_operators_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = measured_as(monkeypatch, 1.0)
+    with Calls():
+        assert not choice.sparse_is_faster(X, W, 0.5, GEOMETRY)
+    assert calls == []
+
+
 @pytest.mark.usefixtures("native")
 def test_threads_batch_and_shape_are_measured_apart(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     calls = measured_as(monkeypatch, 0.3)
@@ -110,6 +137,7 @@ def test_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LAYERS = {
     "linear": (lambda: nn.Linear(7, 5), (4, 7)),
+    "linear, a vector": (lambda: nn.Linear(7, 5), (7,)),
     "linear with leading dimensions": (lambda: nn.Linear(7, 5), (2, 3, 7)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, padding=1), (2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, 1, "same", groups=2), (2, 4, 9, 7)),

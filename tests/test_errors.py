@@ -194,6 +194,7 @@ WILD: dict[str, Callable[[], object]] = {
     "a short free mask": lambda: raw("masked_linear_backward", W[:3, :4], X, W, M, SHORT, [True, True]),
     "a column beyond the last": lambda: raw("sparse_linear", *SPARSE, *broken(col=PATTERN.col + 1), None),
     "a negative column": lambda: raw("sparse_linear", *SPARSE, *broken(col=PATTERN.col - 1), None),
+    "columns that do not ascend": lambda: raw("sparse_linear", *SPARSE, *broken(col=PATTERN.col.flip(0)), None),
     "a slot beyond the values": lambda: raw("sparse_linear", *SPARSE, *broken(slot=PATTERN.slot + 1), None),
     "pointers beyond the entries": lambda: raw("sparse_linear", *SPARSE, *broken(row_ptr=PATTERN.row_ptr * 2), None),
     "pointers that fall": lambda: raw("sparse_linear", *SPARSE, *broken(row_ptr=PATTERN.row_ptr.flip(0)), None),

@@ -81,7 +81,9 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
   const int64_t grain = kEntries * lines / std::max<int64_t>(1, pattern.entries) + 1;
   parallel_for(lines, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = pattern.ptr[begin], count = pattern.ptr[end] - first;
-    if (!EXSSNET_PICK(in_range)(pattern.index + first, pattern.slot + first, count, pattern.columns, values.count)) {
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t from = pattern.ptr[line], size = pattern.ptr[line + 1] - from;
+      if (EXSSNET_PICK(in_range)(pattern.index + from, pattern.slot + from, size, pattern.columns, values.count)) continue;
       good = false;
       return;
     }
@@ -173,11 +175,11 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   if (p.rows * p.out_plane() == 0) return true;
   const Tiling t = make_tiling<T>(p);
   const PatchLayout layout(p, t);
-  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T));
+  const bool one_tile = is_one_tile(p, t, layout);
+  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T), Blocks::kPatchBytes);
   Walk<T> walk;
   if (!make_walk<false>(p, layout, t.images, blocks, pattern, values, walk)) return false;
 
-  const bool one_tile = is_one_tile(p, t, layout);
   const bool in_place = one_tile && !epilogue.scale && !epilogue.bias && !epilogue.residual && !epilogue.relu;
   const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
   const int64_t work = (pattern.entries / p.phases() + p.rows) * tile;  // of one tile
@@ -249,7 +251,9 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
   if (p.rows * p.out_plane() == 0) return true;
   const Tiling t = make_tiling<T>(p);
   const PatchLayout layout(p, t);
-  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T));
+  const bool one_tile = is_one_tile(p, t, layout);
+  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T),
+                      one_tile ? Blocks::kSmallBytes : Blocks::kPatchBytes);
   Walk<T> walk;
   if (!make_walk<true>(p, layout, t.images, blocks, pattern, Values<T>{nullptr, nullptr, free_count, count}, walk))
     return false;
@@ -259,7 +263,6 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
   // A thread owns blocks of channels, or, where these are too few, some rows of them.
   const int64_t shares = std::min(jobs, blocks.count), parts = (jobs + shares - 1) / shares;
   const std::vector<int64_t> first_row = share_rows(walk, parts);
-  const bool one_tile = is_one_tile(p, t, layout);
   const int64_t tiles = t.tiles();
 
   parallel_for(shares * parts, 1, [&](int64_t begin, int64_t end) {

@@ -2,7 +2,7 @@
 //
 // Images are stored (C, H, W, N), the batch innermost, so that a kept weight meets whole vectors of images. All three
 // products go tile by tile: of a block of channels, the patch of pixels that a tile of outputs reads is copied, padded
-// and with stride and dilation resolved, to where it fits the first-level cache; there every kept weight of the block,
+// and with stride and dilation resolved, to where it stays in a near cache; there every kept weight of the block,
 // of every row, meets it:
 //
 //   y[o][tile] = sum over the entries k of row o of value[k] * patch[offset[k] + tile]
@@ -75,7 +75,7 @@ struct Epilogue {
 };
 
 // The products return false, with nothing but memory of the result written, if the pattern has a pointer, index or
-// slot that may not be followed. The pattern is (O, C * R * S); `transposed` is that of the weight (C, O, R, S).
+// slot that may not be followed, or indices that do not ascend in a row. The pattern is (O, C * R * S); `transposed` is that of the weight (C, O, R, S).
 
 // y (O, H', W', N) from x (C, H, W, N).
 template <class T>

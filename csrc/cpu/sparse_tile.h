@@ -116,21 +116,23 @@ struct PatchLayout {
   }
 };
 
-// Whether one tile is the whole image, so that patches and results are read and written where they lie. So it is with
-// linear layers, unless the batch leaves a vector partly empty.
+// Whether one tile of full vectors is the whole image of a pointwise product (see `flattened`), so that patches and
+// results may be read and written where they lie: linear layers, unless the batch leaves vectors empty.
 inline bool is_one_tile(const Product& p, const Tiling& t, const PatchLayout& layout) {
-  return t.tiles() * t.groups == 1 && p.in_plane() == layout.channel && p.out_plane() == layout.channel &&
-         p.in_h.lead == 0 && p.in_w.lead == 0;
+  const auto plain = [](const Axis& axis) { return axis.stride == 1 && axis.phases == 1 && axis.lead == 0; };
+  return p.taps.size() == 1 && plain(p.in_h) && plain(p.in_w) && plain(p.out_h) && plain(p.out_w) &&
+         t.tiles() * t.groups == 1 && p.in_plane() == layout.channel && p.out_plane() == layout.channel;
 }
 
-// The channels of a product in blocks: small enough for a patch to stay in the first-level cache while all rows pass
-// over it, and so large that a row finds enough entries in a block to pay for loading and storing its sums.
+// The channels of a product in blocks: small enough for a patch to stay in a cache while all rows pass over it, and so
+// large that a row finds enough entries in a block to pay for loading and storing its sums.
 struct Blocks {
-  static constexpr int64_t kPatchBytes = 64 << 10, kMostPatchBytes = 256 << 10, kEntries = 6;
+  static constexpr int64_t kPatchBytes = 64 << 10, kSmallBytes = 24 << 10, kMostPatchBytes = 256 << 10, kEntries = 6;
   int64_t channels, count;
 
-  Blocks(const Product& p, int64_t entries, int64_t channel_bytes) {
-    const int64_t by_cache = p.channels * channel_bytes / kPatchBytes + 1;
+  // cache_bytes: kPatchBytes; kSmallBytes where a patch is not copied and a row keeps no sums, so that blocks cost little.
+  Blocks(const Product& p, int64_t entries, int64_t channel_bytes, int64_t cache_bytes) {
+    const int64_t by_cache = p.channels * channel_bytes / cache_bytes + 1;
     const int64_t by_entries = entries / std::max<int64_t>(1, p.rows * kEntries) + 1;
     const int64_t wanted = std::max(std::min(by_cache, by_entries), p.channels * channel_bytes / kMostPatchBytes + 1);
     channels = std::max<int64_t>(1, (p.channels + wanted - 1) / wanted);
