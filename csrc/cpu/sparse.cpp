@@ -70,10 +70,12 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
           scratch<int32_t>(kOffsets, pattern.entries),
           only_free ? nullptr : scratch<T>(kWalkValues, pattern.entries),
           only_free ? scratch<int32_t>(kSlots, pattern.entries) : nullptr};
-  std::vector<int32_t> place(pattern.columns), block_end(blocks.count);
+  std::vector<int32_t> place(pattern.columns), phase_of(phases > 1 ? pattern.columns : 0), block_end(blocks.count);
   for (int64_t tap = 0; tap < taps; ++tap)
     for (int64_t channel = 0, from = layout.offset(p.taps[tap], images); channel < p.channels; ++channel)
       place[channel * taps + tap] = static_cast<int32_t>(channel % blocks.channels * layout.channel + from);
+  for (size_t column = 0; column < phase_of.size(); ++column)
+    phase_of[column] = static_cast<int32_t>(p.taps[column % taps].phase);
   for (int64_t block = 0; block < blocks.count; ++block)
     block_end[block] = static_cast<int32_t>(std::min((block + 1) * blocks.channels * taps, pattern.columns));
 
@@ -110,7 +112,7 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
         for (int32_t k = pattern.ptr[line]; k < pattern.ptr[line + 1]; ++k) {
           const int32_t index = pattern.index[k], slot = pattern.slot[k];
           const bool is_free = slot < values.free_count;
-          if ((phases > 1 && p.taps[index % taps].phase != phase) || (only_free && !is_free)) continue;
+          if ((phases > 1 && phase_of[index] != phase) || (only_free && !is_free)) continue;
           while (index >= block_end[block]) start[++block] = at;
           walk.offset[at] = place[index];
           if constexpr (only_free) walk.slot[at] = slot;
