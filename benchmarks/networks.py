@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from exssnet import Phases, convert
@@ -41,7 +42,7 @@ NETWORKS = {
     "resnet18-64": Network(lambda: ResNet18(10, 64), (3, 32, 32)),
     "resnet18-4": Network(lambda: ResNet18(10, 4), (3, 16, 16), batch=16),  # for quick runs
 }
-PEERS = {"mask": ("sort", "no mask"), "weight": ("cached mask", "no mask"), "inference": ("dense",)}
+PEERS = {"mask": ("sort", "no mask"), "weight": ("cached mask", "no mask"), "inference": ("dense", "dense, folded")}
 """What each phase is measured against; the first is what it is checked against."""
 
 
@@ -111,10 +112,13 @@ class Start:
     def peer(self, how: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Way:
         """The same in plain PyTorch: one of `PEERS`."""
         trained: list[Tensor] = []
-        model = (self.phases.fold(0).eval() if how == "dense" else copy.deepcopy(self.plain)).to(dtype)
+        finished = how.startswith("dense")
+        model = (self.phases.fold(0).eval() if finished else copy.deepcopy(self.plain)).to(dtype)
+        if how == "dense, folded":  # the norms in the convolutions, as `torch.nn.utils.fuse_conv_bn_eval` does it
+            model = fuse(model)
         if channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for name, mask in self.masks.items() if how != "dense" else ():
+        for name, mask in self.masks.items() if not finished else ():
             layer = model.get_submodule(name)
             factors, scores = mask.to(dtype), self.scores[name].to(dtype)
             if channels_last and mask.dim() == 4:
@@ -164,6 +168,9 @@ class Start:
         truths = peer(torch.float64)
         draws = [peer(torch.float32, first) for first in range(4)]
         budget = max(error(p, truth) for draw in draws for p, truth in zip(draw, truths, strict=True))
+        if phase == "inference":  # what is timed has no hooks, and its norms are folded
+            folded = error(ours.results(ours.input(x), y)[0], truths[0])
+            check_error("inference phase: the logits without hooks", folded, budget, truths[0])
         names = ["logits"] if phase == "inference" else [f"gradient of {name}" for name in self.masks]
         for name, result, truth in zip(names, got, truths, strict=True):
             check_error(f"{phase} phase: the {name}", error(result, truth), budget, truth)

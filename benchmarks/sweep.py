@@ -109,7 +109,7 @@ def plot(network: str, runs: list[dict[str, Any]], file: Path) -> None:
             label=f"{1e3 * run['fixed']:.3g} ms + {10 * run['slope']:.3g} ms per percent",
         )  # fmt: skip
         for (name, seconds), style in zip(run["peers"].items(), ("--", ":"), strict=True):
-            axes.axhline(1e3 * seconds, color=color, ls=style, label=f"{name}, {threads}")
+            axes.axhline(1e3 * seconds, color=str(0.3 + 0.3 * number), ls=style, label=f"{name}, {threads}")
     axes.set(
         xscale="log",
         yscale="log",

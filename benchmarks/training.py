@@ -3,8 +3,9 @@
 A step is forward, cross-entropy, backward and Adam on a batch of 64; in the inference phase it is the forward of a
 finished task, in evaluation mode without gradients. "cached mask" multiplies the dense weights with a mask kept as
 floats and trains them all; "sort" trains scores that every forward sorts in full, as the official code does; "no mask"
-is the plain network, "dense" the finished task's network with its zeros. Of the peers' memory layouts (NCHW,
-channels_last) the faster one is timed. Gradients and logits are checked before anything is timed.
+is the plain network, "dense" the finished task's network with its zeros, "dense, folded" that with its norms in the
+convolutions. Of the peers' memory layouts (NCHW, channels_last) the faster one is timed. Gradients and logits are
+checked before anything is timed.
 """
 
 import argparse

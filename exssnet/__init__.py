@@ -1,5 +1,6 @@
 """Sparse supermasks for PyTorch: operators, layers, and exclusive training without forgetting."""
 
+from .freezing import freeze_weights
 from .kkt import transfer
 from .learner import Learner, PhaseOptions
 from .masks import MaskBank
@@ -11,7 +12,6 @@ from .nn import (
     TaskBatchNorm1d,
     TaskBatchNorm2d,
     convert,
-    freeze_weights,
 )
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators

@@ -1,6 +1,7 @@
 """Blocks of networks whose batch norms take the residual and the ReLU that follow them along, see `batch_norm_act`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,9 +13,10 @@ def normalised(
     conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
     """``norm(conv(x), residual, relu)``; in inference the convolution takes the norm along if it can."""
+    together: Any = getattr(conv, "normalised", None)
     y: Tensor | None = None
-    if hasattr(conv, "normalised") and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
-        y = conv.normalised(x, norm, residual, relu)
+    if together is not None and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
+        y = together(x, norm, residual, relu)
     if y is None:
         y = norm(conv(x), residual, relu) if relu else norm(conv(x))
     return y

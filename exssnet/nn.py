@@ -39,7 +39,6 @@ __all__ = [
     "TaskBatchNorm2d",
     "allocate_density",
     "convert",
-    "freeze_weights",
     "signed_constant_",
     "supermask_layers",
 ]
@@ -467,39 +466,3 @@ def unconvert(model: nn.Module) -> None:
         module.__dict__.pop("_masked", None)
         module._buffers.pop("selection_hint", None)
         module._non_persistent_buffers_set.discard("selection_hint")
-
-
-def freeze_weights(
-    optimizer: torch.optim.Optimizer, frozen: Mapping[Tensor, Tensor]
-) -> torch.utils.hooks.RemovableHandle:
-    """Hold entries of dense parameters bitwise at their present values through every step of an optimizer.
-
-    A zero gradient does not freeze a weight: momentum, carried Adam moments and weight decay move it. This puts the
-    frozen entries back after each step, whatever the optimizer does. For people who train a dense weight with the
-    `masked_*` operators; `Phases` needs no guard, because its frozen weights are no parameters.
-
-    frozen: parameter -> bool mask of its shape, True where it must not change (the used mask).
-    Returns a handle whose ``remove()`` ends the guard. ValueError if a parameter is not the optimizer's.
-    """
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    held = []
-    for parameter, mask in frozen.items():
-        if id(parameter) not in known:
-            raise ValueError(f"freeze_weights: a parameter of shape {tuple(parameter.shape)} is not the optimizer's")
-        if mask.dtype != torch.bool or mask.shape != parameter.shape:
-            raise ValueError(
-                f"freeze_weights: the mask must be bool of shape {tuple(parameter.shape)}, "
-                f"got {mask.dtype} of {tuple(mask.shape)}"
-            )
-        where = mask.reshape(-1).nonzero().squeeze(1)
-        held.append((parameter, where, parameter.detach().reshape(-1)[where]))
-
-    def restore(*_: Any) -> None:
-        with torch.no_grad():
-            for parameter, where, values in held:
-                flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
-                flat.index_copy_(0, where, values)
-                if not parameter.is_contiguous():
-                    parameter.copy_(flat.view_as(parameter))
-
-    return optimizer.register_step_post_hook(restore)

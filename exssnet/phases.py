@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .freezing import freeze_weights
 from .masks import MaskBank
-from .nn import SupermaskLayer, freeze_weights, supermask_layers, unconvert
+from .nn import SupermaskLayer, supermask_layers, unconvert
 from .ops import unpack_mask
 
 Phase = Literal["idle", "mask", "weight", "joint"]

@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels",),
     ("ops",),
     ("choice",),
-    ("masks", "layout", "metrics", "tasks", "models", "methods"),
+    ("freezing", "masks", "layout", "metrics", "tasks", "models", "methods"),
     ("blocks",),
     ("torchvision_blocks",),
     ("nn",),
