@@ -246,7 +246,7 @@ def sparse_conv2d(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
-    weight = weight.reshape(-1, x.shape[1], *kernel_size)
+    weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     return batch_last(F.conv2d(x, weight, bias, stride, padding, dilation))
 
 
@@ -256,7 +256,7 @@ def sparse_conv2d_folded(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
-    weight = weight.reshape(-1, x.shape[1], *kernel_size)
+    weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     y = F.conv2d(x, weight, None, stride, padding, dilation) * scale[:, None, None] + bias[:, None, None]
     if residual is not None:
         y = y + residual
@@ -269,7 +269,7 @@ def sparse_conv2d_backward(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
-    weight = weight.reshape(-1, x.shape[1], *kernel_size)
+    weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     grad_x, effective = _conv2d_gradients(grad, x, weight, (stride, padding, dilation, 1), *output_mask)
     return (
         batch_last(grad_x) if output_mask[0] else grad_x,
