@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import exssnet
+from exssnet.choice import cpu_model
 from exssnet.kernels import native
 
 Variant = Callable[[], Any]
@@ -103,11 +103,8 @@ def check_close(what: str, got: Tensor, truth: Tensor) -> None:
 
 def machine() -> dict[str, Any]:
     """Where and with what the numbers were measured."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),

@@ -141,20 +141,17 @@ def _file() -> Path:
     return Path(folder) / "exssnet" / "crossovers.json"
 
 
+def cpu_model() -> str:
+    """The CPU's name, as the operating system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def _machine() -> str:
-    model = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
     versions = f"kernels {KERNELS_VERSION}, torch {torch.__version__}"
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {versions}"
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text().splitlines()
-    except OSError:
-        return []
+    return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {versions}"
 
 
 def _read() -> dict[str, float]:

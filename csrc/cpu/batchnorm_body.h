@@ -1,11 +1,5 @@
 // The inner loops of cpu/batchnorm.cpp over one chunk of a channel (see dispatch.h).
 
-template <class T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kVectorBytes), aligned(alignof(T))));
-  static constexpr int lanes = kVectorBytes / sizeof(T);
-};
-
 // Calls step.template operator()<partial>(at, count) on vectors that cover [0, n): all lanes or, at the end, `count`.
 template <class T, class Step>
 void in_vectors(int64_t n, const Step& step) {

@@ -1,11 +1,5 @@
 // Body of the transposition between layouts, compiled per instruction set (see dispatch.h), so it includes nothing.
 
-template <class T>
-struct Lanes {
-  typedef T type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-  static constexpr int count = kVectorBytes / sizeof(T);
-};
-
 // Lanes of a and b by turns, of the lower halves (from = 0) or of the upper ones.
 template <int from, class V, int... i>
 static V by_turns(V a, V b, std::integer_sequence<int, i...>) {
@@ -20,12 +14,12 @@ static V by_turns(V a, V b, std::integer_sequence<int, i...>) {
 // to[j][i] = from[i][j] for as many rows as a vector has lanes; the distances are between rows.
 template <class T>
 static void transpose_square(const T* from, int64_t from_step, T* to, int64_t to_step) {
-  using V = typename Lanes<T>::type;
-  constexpr int count = Lanes<T>::count;
+  using V = typename Vector<T>::type;
+  constexpr int count = Vector<T>::lanes;
   constexpr auto lanes = std::make_integer_sequence<int, count>();
   V v[count], next[count];
 #pragma GCC unroll 16
-  for (int i = 0; i < count; ++i) v[i] = *reinterpret_cast<const V*>(from + i * from_step);
+  for (int i = 0; i < count; ++i) v[i] = Vector<T>::load(from + i * from_step);
 #pragma GCC unroll 4
   for (int step = 1; step < count; step *= 2) {
 #pragma GCC unroll 16
@@ -37,13 +31,13 @@ static void transpose_square(const T* from, int64_t from_step, T* to, int64_t to
     for (int i = 0; i < count; ++i) v[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < count; ++i) *reinterpret_cast<V*>(to + i * to_step) = v[i];
+  for (int i = 0; i < count; ++i) Vector<T>::store(v[i], to + i * to_step);
 }
 
 // to[j][i] = from[i][j] for i < rows, j < columns.
 template <class T>
 void transpose(const T* from, int64_t from_step, int64_t rows, int64_t columns, T* to, int64_t to_step) {
-  constexpr int64_t count = Lanes<T>::count;
+  constexpr int64_t count = Vector<T>::lanes;
   for (int64_t i = 0; i < rows; i += count)
     for (int64_t j = 0; j < columns; j += count) {
       if (i + count <= rows && j + count <= columns) {

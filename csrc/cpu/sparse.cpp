@@ -152,7 +152,7 @@ struct Prefetch {
   // The patch of tile `at`, group `group` and block `block`; nothing for block -1.
   Prefetch(const Product& p, const Tiling& t, const Blocks& blocks, const T* x, int64_t at, int64_t group,
            int64_t together, int64_t block)
-      : p(p), t(t), x(x), down(t.down[at / t.across.size()]), across(t.across[at % t.across.size()]), group(group),
+      : p(p), t(t), x(x), down(t.down_of(at)), across(t.across_of(at)), group(group),
         groups(std::min(together, t.groups - group)), first(block * blocks.channels),
         last(std::min(first + blocks.channels, p.channels)) {
     if (block < 0 || !t.by_pixel) first = last = 0;
@@ -182,7 +182,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   Walk<T> walk;
   if (!make_walk<false>(p, layout, t.images, blocks, pattern, values, walk)) return false;
 
-  const bool in_place = one_tile && !epilogue.scale && !epilogue.bias && !epilogue.residual && !epilogue.relu;
+  const bool in_place = one_tile && epilogue.is_plain();
   const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
   const int64_t work = (pattern.entries / p.phases() + p.rows) * tile;  // of one tile
   const int64_t wanted = std::min(max_threads(), t.tiles() * t.groups * work / kGrain + 1);
@@ -199,7 +199,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
     T* const summed = in_place ? nullptr : scratch<T>(kSums, together * p.rows * tile);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / per_part, group = i % shares() * together, at = i % per_part / shares();
-      const Span down = t.down[at / t.across.size()], across = t.across[at % t.across.size()];
+      const Span down = t.down_of(at), across = t.across_of(at);
       const int64_t groups = std::min(together, t.groups - group), rows = first[part + 1] - first[part];
       const int64_t sums_size = rows * down.count * across.count * t.lanes;
       const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).multiply;
@@ -272,12 +272,12 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
       const int64_t from = first_row[job % parts], until = first_row[job % parts + 1], rows = until - from;
       const int64_t first_block = blocks.count * (job / parts) / shares;
       const int64_t blocks_here = blocks.count * (job / parts + 1) / shares - first_block;
-      std::vector<int64_t> entries(blocks_here + 1);  // before each block
-      for (int64_t b = 0; b < blocks_here; ++b) {
-        entries[b + 1] = entries[b];
-        for (int64_t row = from; row < until; ++row)
-          entries[b + 1] += walk.row(row)[first_block + b + 1] - walk.row(row)[first_block + b];
-      }
+      const auto count_entries = [&](int64_t b, int64_t begin_row, int64_t end_row) {
+        int64_t count = 0;
+        for (int64_t row = from + begin_row; row < from + end_row; ++row)
+          count += walk.row(row)[first_block + b + 1] - walk.row(row)[first_block + b];
+        return count;
+      };
       const auto finish = [&](int64_t b, int64_t begin_row, int64_t end_row, int64_t count, const T* sums) {
         std::vector<T> total(count);
         EXSSNET_PICK(add_lanes<T>)(sums, count, total.data());
@@ -290,9 +290,7 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
         const auto loop = EXSSNET_PICK(block_loops<T>)(t.lines, t.vectors).sample;
         for (int64_t b = 0; b < blocks_here; ++b)
           in_row_chunks(rows, [&](int64_t begin_row, int64_t end_row) {
-            int64_t count = 0;
-            for (int64_t row = from + begin_row; row < from + end_row; ++row)
-              count += walk.row(row)[first_block + b + 1] - walk.row(row)[first_block + b];
+            const int64_t count = count_entries(b, begin_row, end_row);
             T* sums = scratch<T>(kLaneSums, count * t.lanes);
             std::fill_n(sums, count * t.lanes, T(0));
             loop(walk, first_block + b, from + begin_row, from + end_row, x + (first_block + b) * patch_size, layout.pitch,
@@ -301,6 +299,8 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
           });
         continue;
       }
+      std::vector<int64_t> entries(blocks_here + 1);  // before each block
+      for (int64_t b = 0; b < blocks_here; ++b) entries[b + 1] = entries[b] + count_entries(b, 0, rows);
       // Few entries: all blocks meet a tile's gradients while these are near. Many: the sums of one block stay near.
       const bool tile_by_tile = entries[blocks_here] * t.lanes * sizeof(T) <= kSumBytes;
       const int64_t room = kSumBytes / sizeof(T);
@@ -310,7 +310,7 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
       // Adds what tile `at` of the groups from `group` on gives for block b; next_*: what is visited after that.
       const auto visit = [&](int64_t b, int64_t at, int64_t group, bool load, T* sums, int64_t next_b, int64_t next_at,
                              int64_t next_group) {
-        const Span down = t.down[at / t.across.size()], across = t.across[at % t.across.size()];
+        const Span down = t.down_of(at), across = t.across_of(at);
         const int64_t groups = std::min(together, t.groups - group), size = down.count * across.count * t.lanes;
         const int64_t channel = (first_block + b) * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
         // A tile of whole vectors inside the image is read where it lies, unless several blocks share a copy.

@@ -72,6 +72,8 @@ template <class T>
 struct Epilogue {
   const T *scale = nullptr, *bias = nullptr, *residual = nullptr;
   bool relu = false;
+
+  bool is_plain() const { return !scale && !bias && !residual && !relu; }
 };
 
 // The products return false, with nothing but memory of the result written, if the pattern has a pointer, index or

@@ -1,15 +1,6 @@
 // The loops over tiles of cpu/sparse.cpp, compiled once per instruction set (see dispatch.h), with kVectorBytes and
 // kVectors, the sums that fit its registers, defined by the includer.
 
-template <class T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-  static constexpr int lanes = kVectorBytes / sizeof(T);
-
-  static type load(const T* from) { return *reinterpret_cast<const type*>(from); }
-  static void store(type v, T* to) { *reinterpret_cast<type*>(to) = v; }
-};
-
 // Adds to sums (rows, lines * vectors) what the entries of one block give for rows [begin, end); the first block
 // overwrites them. Sums start at zero in each block, which keeps rounding errors small.
 template <class T, int lines, int vectors>
@@ -252,7 +243,7 @@ void store_tiles(const Product& p, const Tiling& t, Span down, Span across, int6
   using V = typename Vector<T>::type;
   constexpr int64_t lanes = Vector<T>::lanes;
   const int64_t size = down.count * across.count * lanes, ahead = p.out_plane();
-  const bool plain = !epilogue.scale && !epilogue.bias && !epilogue.residual && !epilogue.relu;
+  const bool plain = epilogue.is_plain();
   for (int64_t row = begin; row < end; ++row, sums += size) {
     const int64_t channel = row / p.phases();
     T* const plane = y + channel * p.out_plane();

@@ -101,6 +101,8 @@ struct Tiling {
            (by_pixel ? p.batch % lanes == 0 && a.first + a.count <= p.out_w.length
                      : (a.first + a.count) * lanes <= p.out_w.length * p.batch);
   }
+  Span down_of(int64_t tile) const { return down[tile / across.size()]; }
+  Span across_of(int64_t tile) const { return across[tile % across.size()]; }
   int64_t tiles() const { return static_cast<int64_t>(down.size() * across.size()); }
 };
 
