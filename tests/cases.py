@@ -88,8 +88,11 @@ LARGE = (
     Layer("conv2d-stride2-large", (16, 32, 17, 15), (64, 32, 3, 3), stride=2, padding=1, bias=False),
     Layer("conv2d-80x70x9x7", (80, 70, 9, 7), (40, 70, 3, 3), padding=1),
     Layer("conv2d-1x1-large", (20, 300, 6, 6), (30, 300, 1, 1)),
+    Layer("conv2d-past-the-caches", (48, 9, 26, 26), (10, 9, 3, 3), padding=1),
+    Layer("conv2d-stride2-past-the-caches", (32, 7, 39, 37), (26, 7, 3, 3), stride=2, padding=1),
 )
-"""Large enough that kernels share them among threads, small enough that float32 sums of small integers are exact."""
+"""Large enough that kernels share them among threads, or that results exceed a second-level cache (1 MB); small enough
+that float32 sums of small integers are exact."""
 TAILS = (
     *(Layer(f"linear-batch{n}", (n, 17), (9, 17)) for n in (*range(1, 18), 31, 33, 63, 65, 127, 129)),
     *(Layer(f"linear-features{i}", (3, i), (i + 1, i)) for i in (*range(1, 18), 31, 33, 63, 65)),

@@ -37,8 +37,10 @@ class Norm:
 
 OPTIONS = [dict(zip(("training", "residual", "affine", "relu"), on, strict=True))
            for on in itertools.product((True, False), repeat=4)]  # fmt: skip
-# Rows shorter than a vector, of a whole number of vectors, of one element more than a chunk, of several chunks.
-SHAPES = [(7, 3, 5, 3), (1, 9, 13, 3), (6, 5), (2, 3, 11), (5, 4, 1, 1), (64, 3, 13, 11), (17, 5, 241), (40, 9, 33, 5)]
+# Rows shorter than a vector, of a whole number of vectors, of one element more than a chunk, of several chunks; results
+# larger than a second-level cache, with rows that begin at a vector's boundary, and with rows that do not.
+SHAPES = [(7, 3, 5, 3), (1, 9, 13, 3), (6, 5), (2, 3, 11), (5, 4, 1, 1), (64, 3, 13, 11), (17, 5, 241), (40, 9, 33, 5),
+          (48, 9, 26, 26), (31, 9, 31, 31)]  # fmt: skip
 NORMS = [Norm(shape, **on) for shape, on in itertools.product(SHAPES, OPTIONS)]
 SMALL = [Norm((3, 2, 2, 2), **on) for on in OPTIONS]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import Results, assert_exact, representable, run
-from cases import DENSITIES, FEW, LAYERS, TAILS, Layer, dtypes, layers
+from cases import DENSITIES, FEW, LARGE, LAYERS, TAILS, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
 from torch import Tensor
 from torch.nn import functional as F
@@ -238,7 +238,7 @@ class TestFolded:
 
     @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
     @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-    @layers(tuple(layer for layer in LAYERS + TAILS if layer.kind == "conv2d"))
+    @layers(tuple(layer for layer in LAYERS + TAILS + LARGE if layer.kind == "conv2d"))
     @dtypes("float32", "float64")
     def test_exact(self, layer: Layer, dtype: torch.dtype, residual: bool, relu: bool) -> None:
         p = problem(layer, dtype, integers=True)

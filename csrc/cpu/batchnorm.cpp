@@ -8,6 +8,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/streaming.h"
 
 namespace exssnet::cpu {
 
@@ -46,6 +47,13 @@ Moments merged(const Moments& a, const Moments& b) {
   return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
 }
 
+// Whether rows may be written past the caches: all of them begin at a vector's boundary.
+template <class T>
+bool rows_stream(const BatchNorm<T>& norm, const T* result) {
+  const int64_t row_bytes = norm.size * sizeof(T);
+  return row_bytes % 64 == 0 && is_streamed(result, norm.channels * row_bytes);
+}
+
 // For every channel: part = measure(c, at, n) on each chunk of its row, finish(c, its parts), apply(c, at, n) on each
 // chunk. A row that one thread takes stays in its cache meanwhile. Chunks do not depend on the threads, nor does the
 // order of the parts.
@@ -62,6 +70,7 @@ void in_two_passes(const BatchNorm<T>& norm, const Measure& measure, const Finis
         finish(c, parts.data(), chunks);
         for (int64_t i = 0; i < chunks; ++i) apply(c, i * kChunk, length(i));
       }
+      finish_streams();
     });
     return;
   }
@@ -69,6 +78,7 @@ void in_two_passes(const BatchNorm<T>& norm, const Measure& measure, const Finis
   const auto for_chunks = [&](const auto& body) {
     parallel_for(norm.channels * chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i, i / chunks, i % chunks);
+      finish_streams();
     });
   };
   for_chunks([&](int64_t i, int64_t c, int64_t chunk) { parts[i] = measure(c, chunk * kChunk, length(chunk)); });
@@ -84,6 +94,7 @@ void gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, 
       training ? EXSSNET_PICK(input_gradient<T, relu, true>) : EXSSNET_PICK(input_gradient<T, relu, false>);
   const auto from_kept = training ? EXSSNET_PICK(input_gradient<T, Relu::none, true>)
                                   : EXSSNET_PICK(input_gradient<T, Relu::none, false>);
+  const bool stream = rows_stream(norm, grad_x);
   const bool need_sums = training || kept || grad_weight || grad_bias;
   std::vector<Channel<T>> channels(norm.channels);
   for (int64_t c = 0; c < norm.channels; ++c) channels[c] = channel_of(norm, c, mean[c], var[c]);
@@ -104,8 +115,8 @@ void gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, 
       },
       [&](int64_t c, int64_t at, int64_t n) {
         const int64_t i = c * norm.size + at;
-        if (grad_x && kept) from_kept(kept + i, x + i, nullptr, n, channels[c], grad_x + i);
-        else if (grad_x) from_grad(grad + i, x + i, y ? y + i : y, n, channels[c], grad_x + i);
+        if (grad_x && kept) from_kept(kept + i, x + i, nullptr, n, channels[c], stream, grad_x + i);
+        else if (grad_x) from_grad(grad + i, x + i, y ? y + i : y, n, channels[c], stream, grad_x + i);
       });
 }
 
@@ -116,6 +127,7 @@ void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool gi
   const auto measure = EXSSNET_PICK(moments<T>);
   const auto added = norm.relu ? EXSSNET_PICK(normalise<T, true, true>) : EXSSNET_PICK(normalise<T, true, false>);
   const auto alone = norm.relu ? EXSSNET_PICK(normalise<T, false, true>) : EXSSNET_PICK(normalise<T, false, false>);
+  const bool stream = rows_stream(norm, y);
   std::vector<Channel<T>> channels(norm.channels);
   in_two_passes<T, Moments>(
       norm,
@@ -131,8 +143,8 @@ void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool gi
       },
       [&](int64_t c, int64_t at, int64_t n) {
         const int64_t i = c * norm.size + at;
-        if (residual) added(x + i, residual + i, n, channels[c], y + i);
-        else alone(x + i, nullptr, n, channels[c], y + i);
+        if (residual) added(x + i, residual + i, n, channels[c], stream, y + i);
+        else alone(x + i, nullptr, n, channels[c], stream, y + i);
       });
 }
 

@@ -23,6 +23,13 @@ void store(const typename Vector<T>::type& v, T* to, int64_t count) {
   std::memcpy(to, &v, partial ? count * sizeof(T) : sizeof v);
 }
 
+// A store, past the caches if `stream`.
+template <bool partial, class T>
+void write(const typename Vector<T>::type& v, T* to, int64_t count, bool stream) {
+  if (!partial && stream) Vector<T>::stream(v, to);
+  else store<partial>(v, to, count);
+}
+
 // A sum in float64 of vectors that are given one at a time.
 template <class T>
 struct Sum {
@@ -95,14 +102,14 @@ typename Vector<T>::type normalised(const typename Vector<T>::type& x, const Cha
 }
 
 template <class T, bool with_residual, bool relu>
-void normalise(const T* x, const T* residual, int64_t n, const Channel<T>& channel, T* y) {
+void normalise(const T* x, const T* residual, int64_t n, const Channel<T>& channel, bool stream, T* y) {
   using V = typename Vector<T>::type;
   const Channel<T> c = channel;
   in_vectors<T>(n, [&]<bool partial>(int64_t at, int64_t count) {
     V v = normalised<T>(load<partial>(x + at, count, T(0)), c);
     if constexpr (with_residual) v += load<partial>(residual + at, count, T(0));
     if constexpr (relu) v = v <= 0 ? V{} : v;  // NaN stays
-    store<partial>(v, y + at, count);
+    write<partial>(v, y + at, count, stream);
   });
 }
 
@@ -133,7 +140,8 @@ Sums gradient_sums(const T* grad, const T* x, const T* y, int64_t n, const Chann
 
 // scale * (grad - offset - slope * (x - mean)); without `training`, scale * grad.
 template <class T, Relu relu, bool training>
-void input_gradient(const T* grad, const T* x, const T* y, int64_t n, const Channel<T>& channel, T* grad_x) {
+void input_gradient(const T* grad, const T* x, const T* y, int64_t n, const Channel<T>& channel, bool stream,
+                    T* grad_x) {
   using V = typename Vector<T>::type;
   const Channel<T> c = channel;
   in_vectors<T>(n, [&]<bool partial>(int64_t at, int64_t count) {
@@ -141,6 +149,6 @@ void input_gradient(const T* grad, const T* x, const T* y, int64_t n, const Chan
     if constexpr (training || relu == Relu::of_x) v = load<partial>(x + at, count, c.mean);
     V g = masked<T, relu, partial>(grad, v, y, at, count, c);
     if constexpr (training) g = g - c.offset - c.slope * (v - c.mean);
-    store<partial>(g * c.scale, grad_x + at, count);
+    write<partial>(g * c.scale, grad_x + at, count, stream);
   });
 }

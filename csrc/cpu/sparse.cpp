@@ -25,7 +25,7 @@ struct TileSteps {
 template <class T>
 struct BlockLoops {
   void (*multiply)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-                   T* sums);
+                   T* sums, const Target<T>* target);
   T* (*sample)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
                const T* grad, const TileSteps& steps, T* sums);
 };
@@ -140,28 +140,51 @@ std::vector<int64_t> share_rows(const Walk<T>& walk, int64_t parts) {
   return first;
 }
 
-// Asks memory for the patch that comes next, while the present one is multiplied.
+// Asks memory for the patch that comes next, line by line, while the present one is multiplied.
 template <class T>
-struct Prefetch {
-  const Product& p;
-  const Tiling& t;
-  const T* x;
-  Span down, across;
-  int64_t group, groups, first, last;
-
+class Prefetch {
+ public:
   // The patch of tile `at`, group `group` and block `block`; nothing for block -1.
   Prefetch(const Product& p, const Tiling& t, const Blocks& blocks, const T* x, int64_t at, int64_t group,
            int64_t together, int64_t block)
-      : p(p), t(t), x(x), down(t.down_of(at)), across(t.across_of(at)), group(group),
-        groups(std::min(together, t.groups - group)), first(block * blocks.channels),
-        last(std::min(first + blocks.channels, p.channels)) {
-    if (block < 0 || !t.by_pixel) first = last = 0;
+      : p_(p), t_(t), x_(x + group * t.lanes), down_(t.down_of(at)), across_(t.across_of(at)),
+        groups_(std::min(together, t.groups - group)), channel_(block * blocks.channels) {
+    if (block < 0 || !t.by_pixel) return;
+    for (int64_t phase = 0; phase < p.in_h.phases(); ++phase) lines_ += down_.count + p.in_h.reach[phase];
+    lines_ *= std::min(blocks.channels, p.channels - channel_);
   }
 
-  // After `done` of `all` rows, of which `rows` since the last call.
-  void part(int64_t done, int64_t rows, int64_t all) const {
-    EXSSNET_PICK(prefetch_patch<T>)(p, t, down, across, group, groups, first, last, x, done - rows, done, all);
+  // So much that `done` of `all` parts are asked for.
+  void until(int64_t done, int64_t all) {
+    for (const int64_t end = lines_ * done / all; asked_ < end; ++asked_) {
+      const int64_t row = p_.in_h.pixel(phase_, down_.first + line_);
+      if (row >= 0 && row < p_.in_h.size) ask(x_ + channel_ * p_.in_plane() + row * p_.in_w.size * p_.batch);
+      if (++line_ < down_.count + p_.in_h.reach[phase_]) continue;
+      line_ = 0;
+      if (++phase_ < p_.in_h.phases()) continue;
+      phase_ = 0;
+      ++channel_;
+    }
   }
+
+ private:
+  [[gnu::always_inline]] void ask(const T* line) const {  // a function of prefetches alone is removed by GCC
+    const int64_t step = p_.in_w.stride * p_.batch;
+    for (int64_t phase = 0; phase < p_.in_w.phases(); ++phase) {
+      // What the tile to the left has read as well is near.
+      const int64_t begin = across_.first > 0 ? p_.in_w.reach[phase] : 0;
+      const T* from = line + p_.in_w.pixel(phase, across_.first + begin) * p_.batch;
+      for (int64_t j = begin; j < across_.count + p_.in_w.reach[phase]; ++j, from += step)
+        for (int64_t g = 0; g < groups_; ++g) __builtin_prefetch(from + g * t_.lanes, 0, 2);
+    }
+  }
+
+  const Product& p_;
+  const Tiling& t_;
+  const T* x_;
+  Span down_, across_;
+  int64_t groups_, channel_, phase_ = 0, line_ = 0;
+  int64_t lines_ = 0, asked_ = 0;
 };
 
 // Calls body(begin, end) on a few rows at a time.
@@ -182,7 +205,6 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   Walk<T> walk;
   if (!make_walk<false>(p, layout, t.images, blocks, pattern, values, walk)) return false;
 
-  const bool in_place = one_tile && epilogue.is_plain();
   const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
   const int64_t work = (pattern.entries / p.phases() + p.rows) * tile;  // of one tile
   const int64_t wanted = std::min(max_threads(), t.tiles() * t.groups * work / kGrain + 1);
@@ -196,14 +218,16 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
 
   parallel_for(parts * per_part, wanted == 1 ? parts * per_part : 1, [&](int64_t begin, int64_t end) {
     T* const packed = one_tile ? nullptr : scratch<T>(kPatches, together * patch_size);
-    T* const summed = in_place ? nullptr : scratch<T>(kSums, together * p.rows * tile);
+    T* const summed = one_tile ? nullptr : scratch<T>(kSums, together * p.rows * tile);
+    Target<T> target(p, t, epilogue, y);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / per_part, group = i % shares() * together, at = i % per_part / shares();
       const Span down = t.down_of(at), across = t.across_of(at);
       const int64_t groups = std::min(together, t.groups - group), rows = first[part + 1] - first[part];
-      const int64_t sums_size = rows * down.count * across.count * t.lanes;
+      const int64_t tile_size = down.count * across.count * t.lanes;
+      const bool is_whole = t.is_whole(p, down, across);
       const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).multiply;
-      T* const sums = in_place ? y + first[part] * tile : summed;
+      T* const sums = one_tile ? y + first[part] * tile : summed;
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t channel = block * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
         const T* const patch = one_tile ? x + channel * layout.channel : packed;
@@ -211,19 +235,22 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
           EXSSNET_PICK(pack_patch<T>)
           (p, t, layout, down, across, group, groups, channel, last, x, packed, patch_size);
         const int64_t next_block = (block + 1) % blocks.count, next = i + (next_block == 0);
-        const Prefetch<T> prefetch(p, t, blocks, x, next % per_part / shares(), next % shares() * together, together,
-                                   next < end ? next_block : -1);
-        for (int64_t g = 0; g < groups; ++g)
+        Prefetch<T> prefetch(p, t, blocks, x, next % per_part / shares(), next % shares() * together, together,
+                             next < end ? next_block : -1);
+        for (int64_t g = 0; g < groups; ++g) {
+          target.at = down.first * target.line + across.first * target.vector + (group + g) * t.lanes;
           in_row_chunks(rows, [&](int64_t begin_row, int64_t end_row) {
             loop(walk, block, first[part] + begin_row, first[part] + end_row, patch + g * patch_size, layout.pitch,
-                 sums + g * sums_size + begin_row * down.count * across.count * t.lanes);
-            prefetch.part(g * rows + end_row, (end_row - begin_row), groups * rows);
+                 sums + (g * rows + begin_row) * tile_size, is_whole && next_block == 0 ? &target : nullptr);
+            prefetch.until(g * rows + end_row, groups * rows);
           });
+        }
       }
-      if (in_place) continue;
-      EXSSNET_PICK(store_tiles<T>)
-      (p, t, down, across, group, groups, first[part], first[part + 1], sums, epilogue, y);
+      if (!is_whole)
+        EXSSNET_PICK(store_tiles<T>)
+        (p, t, down, across, group, groups, first[part], first[part + 1], sums, epilogue, y);
     }
+    finish_streams();
   });
   return true;
 }
@@ -324,14 +351,14 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
         EXSSNET_PICK(pack_patch<T>)
         (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
         const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).sample;
-        const Prefetch<T> prefetch(p, t, blocks, x, next_at % tiles, next_group, together,
-                                   next_at < tiles ? first_block + next_b : -1);
+        Prefetch<T> prefetch(p, t, blocks, x, next_at % tiles, next_group, together,
+                             next_at < tiles ? first_block + next_b : -1);
         for (int64_t g = 0; g < groups; ++g) {
           T* next = sums;
           in_row_chunks(rows, [&](int64_t begin_row, int64_t end_row) {
             next = loop(walk, first_block + b, from + begin_row, from + end_row, patch + g * patch_size, layout.pitch,
                         (in_place ? lies : grads) + g * group_step + begin_row * steps.row, steps, next);
-            prefetch.part(g * rows + end_row, end_row - begin_row, groups * rows);
+            prefetch.until(g * rows + end_row, groups * rows);
           });
         }
       };

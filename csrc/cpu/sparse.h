@@ -17,16 +17,8 @@
 
 namespace exssnet::cpu {
 
-// Height or width of an image as tiles see it: position i of phase p is pixel i * stride + phase remainder - lead,
-// where there is such a pixel.
-struct Axis {
-  int64_t size, stride, dilation, phases, length, lead;
-
-  int64_t pixel(int64_t phase, int64_t i) const { return i * stride + phase * dilation % stride - lead; }
-};
-
 // Height or width of a convolution. Tap t reads padded pixel i * stride + t * dilation for output i: in the input that
-// is position i + shift(t) of phase(t).
+// is position i + shift(t) of the pixels of phase(t).
 struct Window {
   int64_t in, out, taps, stride, padding, dilation;
 
@@ -35,18 +27,6 @@ struct Window {
   int64_t shift(int64_t tap) const { return tap * dilation / stride; }
   int64_t reach() const { return shift(taps - 1); }
   bool is_pointwise() const { return taps == 1 && stride == 1 && padding == 0; }
-
-  Axis input() const { return {in, stride, dilation, phases(), out + reach(), padding}; }
-  Axis output() const { return {out, 1, 1, 1, out, 0}; }
-  // The input's gradient, phase by phase; its first position is the first that holds pixels of the image.
-  Axis input_gradient() const {
-    const int64_t first = padding / stride, length = (in - 1 + padding) / stride - first + 1;
-    return {in, stride, dilation, phases(), length, padding - first * stride};
-  }
-  // The output's gradient, as the product for `input_gradient` reads it: tap t at position i + reach() - shift(t).
-  Axis output_gradient() const {
-    return {out, 1, 1, 1, input_gradient().length + reach(), reach() - padding / stride};
-  }
 };
 
 struct Convolution {
@@ -77,7 +57,8 @@ struct Epilogue {
 };
 
 // The products return false, with nothing but memory of the result written, if the pattern has a pointer, index or
-// slot that may not be followed, or indices that do not ascend in a row. The pattern is (O, C * R * S); `transposed` is that of the weight (C, O, R, S).
+// slot that may not be followed, or indices that do not ascend in a row. The pattern is (O, C * R * S); `transposed` is that
+// of the weight (C, O, R, S).
 
 // y (O, H', W', N) from x (C, H, W, N).
 template <class T>

@@ -2,18 +2,27 @@
 // kVectors, the sums that fit its registers, defined by the includer.
 
 // Adds to sums (rows, lines * vectors) what the entries of one block give for rows [begin, end); the first block
-// overwrites them. Sums start at zero in each block, which keeps rounding errors small.
+// overwrites them, and the last, where `target` is given, brings them there instead. Sums start at zero in each block,
+// which keeps rounding errors small.
 template <class T, int lines, int vectors>
 void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-                    T* sums) {
+                    T* sums, const Target<T>* target) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
   const int32_t* const offset = walk.offset;
   const T* const value = walk.value;
   const int32_t* start = walk.row(begin) + block;
+  const bool plain = target == nullptr || target->epilogue.is_plain(), streams = target != nullptr && target->streams;
   for (int64_t row = begin; row < end; ++row, sums += lines * vectors * lanes, start += walk.blocks + 1) {
     const int64_t first = start[0], last = start[1];
-    if (block > 0 && first == last) continue;
+    if (block > 0 && first == last && target == nullptr) continue;
+    T* const to = target ? target->row(row) : sums;
+    const int64_t to_line = target ? target->line : vectors * lanes, to_vector = target ? target->vector : lanes;
+    if (target && !streams)
+#pragma GCC unroll 4
+      for (int a = 0; a < lines; ++a)
+#pragma GCC unroll 16
+        for (int b = 0; b < vectors; ++b) __builtin_prefetch(to + a * to_line + b * to_vector, 1, 3);
     V sum[lines * vectors];
 #pragma GCC unroll 16
     for (int i = 0; i < lines * vectors; ++i) sum[i] = V{};
@@ -28,8 +37,28 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
     if (block > 0)
 #pragma GCC unroll 16
       for (int i = 0; i < lines * vectors; ++i) sum[i] += Vector<T>::load(sums + i * lanes);
+    if (!plain) {
+      const Epilogue<T>& then = target->epilogue;
+      const int64_t channel = target->channel(row);
+      const V scale = V{} + (then.scale ? then.scale[channel] : T(1)), bias = V{} + (then.bias ? then.bias[channel] : T(0));
+      const T* const residual = then.residual ? then.residual + (to - target->result) : nullptr;
+#pragma GCC unroll 4
+      for (int a = 0; a < lines; ++a)
 #pragma GCC unroll 16
-    for (int i = 0; i < lines * vectors; ++i) Vector<T>::store(sum[i], sums + i * lanes);
+        for (int b = 0; b < vectors; ++b) {
+          V& v = sum[a * vectors + b];
+          v = then.scale ? v * scale + bias : v + bias;
+          if (residual) v += Vector<T>::load(residual + a * to_line + b * to_vector);
+          if (then.relu) v = v < 0 ? V{} : v;
+        }
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < lines; ++a)
+#pragma GCC unroll 16
+      for (int b = 0; b < vectors; ++b) {
+        T* const pixel = to + a * to_line + b * to_vector;
+        streams ? Vector<T>::stream(sum[a * vectors + b], pixel) : Vector<T>::store(sum[a * vectors + b], pixel);
+      }
   }
 }
 
@@ -142,63 +171,57 @@ BlockLoops<T> block_loops(int64_t lines, int64_t vectors) {
 template <class T>
 void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Span down, Span across, int64_t group,
                 int64_t groups, int64_t first, int64_t last, const T* x, T* patch, int64_t patch_size) {
+  using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
-  const int64_t line_pixels = p.in_w.size, n = p.batch, step = p.in_w.stride * n;
-  const int64_t height = down.count + p.reach_h(), length = across.count * lanes + p.reach_w() * t.images;
-  for (int64_t channel = first; channel < last; ++channel)
-    for (int64_t i = 0; i < p.in_h.phases * height; ++i) {
-      const int64_t h_phase = i / height, row = p.in_h.pixel(h_phase, down.first + i % height);
-      for (int64_t w_phase = 0; w_phase < p.in_w.phases; ++w_phase) {
-        T* to = patch + (channel - first) * layout.channel + (h_phase * layout.height + i % height) * layout.pitch +
-                w_phase * layout.line;
-        const T* line = x + channel * p.in_plane() + row * line_pixels * n;
-        if (row < 0 || row >= p.in_h.size) {
-          for (int64_t g = 0; g < groups; ++g) std::memset(to + g * patch_size, 0, length * sizeof(T));
-        } else if (t.by_pixel) {
-          const int64_t image = group * lanes, full = std::min(groups, n / lanes - group);
-          int64_t pixel = p.in_w.pixel(w_phase, across.first);
-          const T* from = line + pixel * n + image;
-          for (int64_t j = 0; j < across.count + p.reach_w(); ++j, pixel += p.in_w.stride, from += step, to += lanes) {
-            const bool inside = pixel >= 0 && pixel < line_pixels;
-            for (int64_t g = 0; g < full; ++g) {
-              const typename Vector<T>::type v = inside ? Vector<T>::load(from + g * lanes) : typename Vector<T>::type{};
-              std::memcpy(to + g * patch_size, &v, sizeof v);
+  const int64_t n = p.batch, line_size = p.in_w.size * n, step = p.in_w.stride * n;
+  const int64_t full = t.by_pixel ? std::min(groups, n / lanes - group) : 0;
+  for (int64_t w_phase = 0; w_phase < p.in_w.phases(); ++w_phase) {
+    const int64_t pixel = p.in_w.pixel(w_phase, across.first), count = across.count + p.in_w.reach[w_phase];
+    // Of `count` pixels, those inside the image.
+    const int64_t begin = std::clamp<int64_t>((p.in_w.stride - 1 - pixel) / p.in_w.stride, 0, count);
+    const int64_t end = std::clamp<int64_t>((p.in_w.size - pixel + p.in_w.stride - 1) / p.in_w.stride, begin, count);
+    // Likewise of elements of a line without gaps.
+    const int64_t length = across.count * lanes + p.in_w.reach[w_phase] * t.images;
+    const int64_t at = across.first * lanes + p.in_w.first[w_phase] * n;
+    const int64_t from_element = std::clamp<int64_t>(-at, 0, length);
+    const int64_t end_element = std::clamp<int64_t>(line_size - at, from_element, length);
+    for (int64_t channel = first; channel < last; ++channel)
+      for (int64_t h_phase = 0; h_phase < p.in_h.phases(); ++h_phase) {
+        T* to = patch + (channel - first) * layout.channel + layout.line[h_phase] * layout.pitch + layout.start[w_phase];
+        int64_t row = p.in_h.pixel(h_phase, down.first);
+        const T* line = x + channel * p.in_plane() + row * line_size;
+        for (int64_t i = down.count + p.in_h.reach[h_phase]; i > 0;
+             --i, to += layout.pitch, row += p.in_h.stride, line += p.in_h.stride * line_size) {
+          if (row < 0 || row >= p.in_h.size) {
+            for (int64_t g = 0; g < groups; ++g) std::memset(to + g * patch_size, 0, length * sizeof(T));
+          } else if (t.by_pixel) {
+            const T* from = line + (pixel + begin * p.in_w.stride) * n + group * lanes;
+            for (int64_t g = 0; g < groups; ++g) {
+              for (int64_t j = 0; j < begin; ++j) Vector<T>::store(V{}, to + g * patch_size + j * lanes);
+              for (int64_t j = end; j < count; ++j) Vector<T>::store(V{}, to + g * patch_size + j * lanes);
             }
-            if (full < groups) {
-              std::memset(to + full * patch_size, 0, lanes * sizeof(T));
-              if (inside) std::memcpy(to + full * patch_size, from + full * lanes, n % lanes * sizeof(T));
+            T* into = to + begin * lanes;
+            for (int64_t j = begin; j < end; ++j, from += step, into += lanes) {
+              for (int64_t g = 0; g < full; ++g)
+                Vector<T>::store(Vector<T>::load(from + g * lanes), into + g * patch_size);
+              if (full < groups) {
+                V part = {};
+                std::memcpy(&part, from + full * lanes, n % lanes * sizeof(T));
+                Vector<T>::store(part, into + full * patch_size);
+              }
             }
-          }
-        } else if (p.in_w.stride == 1) {
-          const int64_t at = across.first * lanes + p.in_w.pixel(w_phase, 0) * n, end = line_pixels * n;
-          const int64_t from = std::clamp<int64_t>(-at, 0, length), until = std::clamp<int64_t>(end - at, from, length);
-          std::memset(to, 0, from * sizeof(T));
-          std::memcpy(to + from, line + at + from, (until - from) * sizeof(T));
-          std::memset(to + until, 0, (length - until) * sizeof(T));
-        } else {
-          for (int64_t j = 0; j < length; ++j) {
-            const int64_t element = across.first * lanes + j, pixel = p.in_w.pixel(w_phase, element / n);
-            to[j] = pixel >= 0 && pixel < line_pixels ? line[pixel * n + element % n] : T(0);
+          } else if (p.in_w.stride == 1) {
+            std::memset(to, 0, from_element * sizeof(T));
+            std::memcpy(to + from_element, line + at + from_element, (end_element - from_element) * sizeof(T));
+            std::memset(to + end_element, 0, (length - end_element) * sizeof(T));
+          } else {
+            for (int64_t j = 0; j < length; ++j) {
+              const int64_t element = across.first * lanes + j, place = p.in_w.pixel(w_phase, element / n);
+              to[j] = place >= 0 && place < p.in_w.size ? line[place * n + element % n] : T(0);
+            }
           }
         }
       }
-    }
-}
-
-// Asks for what pack_patch will read, from share begin / all to share end / all of its lines.
-template <class T>
-void prefetch_patch(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
-                    int64_t first, int64_t last, const T* x, int64_t begin, int64_t end, int64_t all) {
-  const int64_t height = down.count + p.reach_h(), step = p.in_w.stride * p.batch;
-  const int64_t lines = (last - first) * p.in_h.phases * height;
-  for (int64_t i = lines * begin / all; i < lines * end / all; ++i) {
-    const int64_t row = p.in_h.pixel(i / height % p.in_h.phases, down.first + i % height);
-    if (row < 0 || row >= p.in_h.size) continue;
-    const T* from = x + (first + i / height / p.in_h.phases) * p.in_plane() + row * p.in_w.size * p.batch +
-                    p.in_w.pixel(0, across.first) * p.batch + group * t.lanes;
-    // What the tile to the left has read as well is near.
-    for (int64_t j = across.first > 0 ? p.reach_w() : 0; j < across.count + p.reach_w(); ++j)
-      for (int64_t g = 0; g < groups; ++g) __builtin_prefetch(from + j * step + g * t.lanes, 0, 2);
   }
 }
 
@@ -208,9 +231,9 @@ template <class T, class Visit>
 inline void for_each_run(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
                          int64_t tile, int64_t phase, const Visit& visit) {
   constexpr int64_t lanes = Vector<T>::lanes;
-  const int64_t n = p.batch, h_phase = phase / p.out_w.phases, w_phase = phase % p.out_w.phases;
+  const int64_t n = p.batch, h_phase = phase / p.out_w.phases(), w_phase = phase % p.out_w.phases();
   const int64_t full = t.by_pixel ? std::min(groups, n / lanes - group) : 0;
-  for (int64_t a = 0; a < down.count && down.first + a < p.out_h.length; ++a) {
+  for (int64_t a = 0; a < down.count; ++a) {
     const int64_t row = p.out_h.pixel(h_phase, down.first + a);
     if (row < 0 || row >= p.out_h.size) continue;
     const int64_t line = row * p.out_w.size * n;

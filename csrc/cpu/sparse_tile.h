@@ -5,23 +5,34 @@
 #include <vector>
 
 #include "cpu/sparse.h"
+#include "cpu/streaming.h"
 
 namespace exssnet::cpu {
 
+// Height or width of an image as tiles see it: position i of a phase is pixel first[phase] + i * stride, where there is
+// such a pixel. Taps of a phase read up to reach[phase] positions past those of a tile.
+struct Axis {
+  int64_t size, stride;
+  std::vector<int64_t> first, reach;
+
+  int64_t phases() const { return static_cast<int64_t>(first.size()); }
+  int64_t pixel(int64_t phase, int64_t i) const { return first[phase] + i * stride; }
+  // The positions up to which every phase has pixels.
+  int64_t inside() const { return (size - *std::max_element(first.begin(), first.end()) + stride - 1) / stride; }
+};
+
 // A product as tiles see it: rows of results at positions of `out`, each the sum over channels and taps of `in`.
-// Row r is channel r / phases() and phase r % phases() of the result.
+// Row r is channel r / phases() and phase r % phases() of the result, whose phases have height x width positions.
 struct Product {
   struct Tap {
     int64_t phase;  // of the result
     int64_t in_phase_h, shift_h, in_phase_w, shift_w;
   };
-  int64_t batch, rows, channels;
+  int64_t batch, rows, channels, height, width;
   Axis in_h, in_w, out_h, out_w;
   std::vector<Tap> taps;
 
-  int64_t phases() const { return out_h.phases * out_w.phases; }
-  int64_t reach_h() const { return in_h.length - out_h.length; }
-  int64_t reach_w() const { return in_w.length - out_w.length; }
+  int64_t phases() const { return out_h.phases() * out_w.phases(); }
   int64_t in_plane() const { return in_h.size * in_w.size * batch; }
   int64_t out_plane() const { return out_h.size * out_w.size * batch; }
 };
@@ -34,27 +45,53 @@ inline Convolution flattened(Convolution c) {
   return c;
 }
 
+inline Axis input_axis(const Window& w) {
+  Axis axis{w.in, w.stride, {}, std::vector<int64_t>(w.phases())};
+  for (int64_t phase = 0; phase < w.phases(); ++phase)
+    axis.first.push_back(phase * w.dilation % w.stride - w.padding);
+  for (int64_t tap = 0; tap < w.taps; ++tap) axis.reach[w.phase(tap)] = w.shift(tap);
+  return axis;
+}
+
 inline Product forward_product(const Convolution& c) {
-  Product p{c.batch, c.out_channels, c.in_channels, c.h.input(), c.w.input(), c.h.output(), c.w.output(), {}};
+  Product p{c.batch,         c.out_channels,  c.in_channels,          c.h.out,               c.w.out,
+            input_axis(c.h), input_axis(c.w), {c.h.out, 1, {0}, {0}}, {c.w.out, 1, {0}, {0}}, {}};
   for (int64_t r = 0; r < c.h.taps; ++r)
     for (int64_t s = 0; s < c.w.taps; ++s)
       p.taps.push_back({0, c.h.phase(r), c.h.shift(r), c.w.phase(s), c.w.shift(s)});
   return p;
 }
 
+// How the input's gradient reads the output's, in height or width: the pixels that phase(t) of the input has, from its
+// first on, read through tap t from `shift[t]` positions further on.
+struct GradientWindow {
+  Axis in, out;
+  int64_t length;
+  std::vector<int64_t> shift;
+
+  explicit GradientWindow(const Window& w) : in{w.out, 1, {0}, {0}}, out{w.in, w.stride, {}, {}}, length(1) {
+    std::vector<int64_t> skipped;  // positions of a phase that lie in the padding before the image
+    for (int64_t phase = 0; phase < w.phases(); ++phase) {
+      const int64_t padded = phase * w.dilation % w.stride;
+      skipped.push_back(std::max<int64_t>(0, (w.padding - padded + w.stride - 1) / w.stride));
+      out.first.push_back(padded + skipped[phase] * w.stride - w.padding);
+      length = std::max(length, (w.in - out.first[phase] + w.stride - 1) / w.stride);
+    }
+    for (int64_t tap = 0; tap < w.taps; ++tap) shift.push_back(skipped[w.phase(tap)] - w.shift(tap));
+    const auto [least, most] = std::minmax_element(shift.begin(), shift.end());
+    in.first[0] = *least;
+    in.reach[0] = *most - *least;
+    for (int64_t tap = 0; tap < w.taps; ++tap) shift[tap] -= in.first[0];
+  }
+};
+
 inline Product input_gradient_product(const Convolution& c) {
-  Product p{c.batch,
-            c.in_channels * c.h.phases() * c.w.phases(),
-            c.out_channels,
-            c.h.output_gradient(),
-            c.w.output_gradient(),
-            c.h.input_gradient(),
-            c.w.input_gradient(),
-            {}};
+  const GradientWindow h(c.h), w(c.w);
+  Product p{c.batch, c.in_channels * c.h.phases() * c.w.phases(), c.out_channels, h.length, w.length, h.in, w.in,
+            h.out,   w.out,                                       {}};
   for (int64_t r = 0; r < c.h.taps; ++r)
     for (int64_t s = 0; s < c.w.taps; ++s)
-      p.taps.push_back({c.h.phase(r) * c.w.phases() + c.w.phase(s), 0, c.h.reach() - c.h.shift(r), 0,
-                        c.w.reach() - c.w.shift(s)});
+      p.taps.push_back({c.h.phase(r) * c.w.phases() + c.w.phase(s), 0, h.shift[r], 0, w.shift[s]});
   return p;
 }
 
@@ -88,40 +125,50 @@ struct Tiling {
       : lanes(lanes), by_pixel(p.batch % lanes == 0 || p.batch > 4 * lanes) {
     images = by_pixel ? lanes : p.batch;
     groups = by_pixel ? (p.batch + lanes - 1) / lanes : 1;
-    const int64_t width = (p.out_w.length * images + lanes - 1) / lanes;
-    lines = std::min(power_above(p.out_h.length), registers >= 16 ? int64_t(4) : int64_t(2));
+    const int64_t width = (p.width * images + lanes - 1) / lanes;
+    lines = std::min(power_above(p.height), registers >= 16 ? int64_t(4) : int64_t(2));
     vectors = std::min(power_above(width), registers / lines);
-    down = spans(p.out_h.length, lines);
+    down = spans(p.height, lines);
     across = spans(width, vectors);
   }
   int64_t size() const { return lines * vectors * lanes; }
-  // Whether all vectors of a tile of the result are full of its pixels.
+  // Whether all vectors of a tile of the result are full of its pixels, those of a line at equal distances.
   bool is_whole(const Product& p, Span d, Span a) const {
-    return d.first + d.count <= p.out_h.length &&
-           (by_pixel ? p.batch % lanes == 0 && a.first + a.count <= p.out_w.length
-                     : (a.first + a.count) * lanes <= p.out_w.length * p.batch);
+    return d.first + d.count <= p.out_h.inside() &&
+           (by_pixel ? p.batch % lanes == 0 && a.first + a.count <= p.out_w.inside()
+                     : p.out_w.stride == 1 && (a.first + a.count) * lanes <= p.out_w.size * p.batch);
   }
   Span down_of(int64_t tile) const { return down[tile / across.size()]; }
   Span across_of(int64_t tile) const { return across[tile % across.size()]; }
   int64_t tiles() const { return static_cast<int64_t>(down.size() * across.size()); }
 };
 
-// Where a block of channels lies in a patch: (channel, phase of h, line, phase of w, element of the line).
+// Where a channel lies in a patch: (phase of h, line, phase of w, element of the line).
 struct PatchLayout {
-  int64_t height, line, pitch, channel;  // height: lines of a phase; the others are distances in elements
+  std::vector<int64_t> line, start;  // of each phase: its first line, and where it starts in a line
+  int64_t pitch = 0, channel = 0;    // elements of a line and of all lines
 
-  PatchLayout(const Product& p, const Tiling& t)
-      : height(t.lines + p.reach_h()), line(t.vectors * t.lanes + p.reach_w() * t.images), pitch(p.in_w.phases * line),
-        channel(p.in_h.phases * height * pitch) {}
+  PatchLayout(const Product& p, const Tiling& t) {
+    int64_t lines = 0;
+    for (int64_t reach : p.in_h.reach) {
+      line.push_back(lines);
+      lines += t.lines + reach;
+    }
+    for (int64_t reach : p.in_w.reach) {
+      start.push_back(pitch);
+      pitch += t.vectors * t.lanes + reach * t.images;
+    }
+    channel = lines * pitch;
+  }
   int64_t offset(const Product::Tap& tap, int64_t images) const {
-    return (tap.in_phase_h * height + tap.shift_h) * pitch + tap.in_phase_w * line + tap.shift_w * images;
+    return (line[tap.in_phase_h] + tap.shift_h) * pitch + start[tap.in_phase_w] + tap.shift_w * images;
   }
 };
 
 // Whether one tile of full vectors is the whole image of a pointwise product (see `flattened`), so that patches and
 // results may be read and written where they lie: linear layers, unless the batch leaves vectors empty.
 inline bool is_one_tile(const Product& p, const Tiling& t, const PatchLayout& layout) {
-  const auto plain = [](const Axis& axis) { return axis.stride == 1 && axis.phases == 1 && axis.lead == 0; };
+  const auto plain = [](const Axis& axis) { return axis.stride == 1 && axis.first == std::vector<int64_t>{0}; };
   return p.taps.size() == 1 && plain(p.in_h) && plain(p.in_w) && plain(p.out_h) && plain(p.out_w) &&
          t.tiles() * t.groups == 1 && p.in_plane() == layout.channel && p.out_plane() == layout.channel;
 }
@@ -148,6 +195,30 @@ inline int64_t groups_together(int64_t groups, int64_t most) {
   const int64_t shares = (groups + std::max<int64_t>(most, 1) - 1) / std::max<int64_t>(most, 1);
   return (groups + shares - 1) / shares;
 }
+
+// Where tiles lie in the result, and what becomes of their sums there.
+template <class T>
+struct Target {
+  T* result;
+  int64_t at;                  // where the tile begins
+  std::vector<int64_t> phase;  // and each phase of it
+  int64_t plane, line, vector;  // distances in elements
+  const Epilogue<T>& epilogue;
+  bool streams;
+
+  Target(const Product& p, const Tiling& t, const Epilogue<T>& epilogue, T* result)
+      : result(result), at(0), plane(p.out_plane()), line(p.out_h.stride * p.out_w.size * p.batch),
+        vector(t.by_pixel ? p.out_w.stride * p.batch : t.lanes), epilogue(epilogue),
+        streams(t.by_pixel && is_streamed(result, p.rows / p.phases() * p.out_plane() * sizeof(T))) {
+    for (int64_t h : p.out_h.first)
+      for (int64_t w : p.out_w.first) phase.push_back((h * p.out_w.size + w) * p.batch);
+  }
+  int64_t channel(int64_t row) const { return phase.size() == 1 ? row : row / static_cast<int64_t>(phase.size()); }
+  T* row(int64_t r) const {
+    const int64_t c = channel(r);
+    return result + at + c * plane + phase[r - c * static_cast<int64_t>(phase.size())];
+  }
+};
 
 // The entries of a pattern in the order in which tiles meet them. The memory is scratch of the calling thread.
 template <class T>

@@ -7,4 +7,14 @@ struct Vector {
 
   static type load(const T* from) { return *reinterpret_cast<const type*>(from); }
   static void store(type v, T* to) { *reinterpret_cast<type*>(to) = v; }
+
+  // See cpu/streaming.h; `to` is aligned to the register.
+  static void stream(type v, T* to) {
+#if EXSSNET_X86
+    if constexpr (kVectorBytes == 16) asm("movntps %1, %0" : "=m"(*reinterpret_cast<type*>(to)) : "x"(v));
+    else asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<type*>(to)) : "v"(v));
+#else
+    store(v, to);
+#endif
+  }
 };
