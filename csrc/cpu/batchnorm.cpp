@@ -51,7 +51,7 @@ Moments merged(const Moments& a, const Moments& b) {
 template <class T>
 bool rows_stream(const BatchNorm<T>& norm, const T* result) {
   const int64_t row_bytes = norm.size * sizeof(T);
-  return row_bytes % 64 == 0 && is_streamed(result, norm.channels * row_bytes);
+  return row_bytes % kStreamAlignment == 0 && is_streamed(result, norm.channels * row_bytes);
 }
 
 // For every channel: part = measure(c, at, n) on each chunk of its row, finish(c, its parts), apply(c, at, n) on each

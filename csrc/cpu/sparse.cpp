@@ -219,7 +219,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   parallel_for(parts * per_part, wanted == 1 ? parts * per_part : 1, [&](int64_t begin, int64_t end) {
     T* const packed = one_tile ? nullptr : scratch<T>(kPatches, together * patch_size);
     T* const summed = one_tile ? nullptr : scratch<T>(kSums, together * p.rows * tile);
-    Target<T> target(p, t, epilogue, y);
+    Target<T> target(p, t, epilogue, one_tile, y);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / per_part, group = i % shares() * together, at = i % per_part / shares();
       const Span down = t.down_of(at), across = t.across_of(at);

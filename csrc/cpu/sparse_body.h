@@ -1,6 +1,22 @@
 // The loops over tiles of cpu/sparse.cpp, compiled once per instruction set (see dispatch.h), with kVectorBytes and
 // kVectors, the sums that fit its registers, defined by the includer.
 
+// What becomes of the sums of one channel: see Epilogue.
+template <class T>
+struct Finish {
+  using V = typename Vector<T>::type;
+  V scale, bias;
+  bool is_scaled, relu;
+
+  Finish(const Epilogue<T>& then, int64_t channel)
+      : scale(V{} + (then.scale ? then.scale[channel] : T(1))), bias(V{} + (then.bias ? then.bias[channel] : T(0))),
+        is_scaled(then.scale != nullptr), relu(then.relu) {}
+  V operator()(V sum, V residual) const {
+    const V v = (is_scaled ? sum * scale + bias : sum + bias) + residual;
+    return relu ? (v < 0 ? V{} : v) : v;
+  }
+};
+
 // Adds to sums (rows, lines * vectors) what the entries of one block give for rows [begin, end); the first block
 // overwrites them, and the last, where `target` is given, brings them there instead. Sums start at zero in each block,
 // which keeps rounding errors small.
@@ -38,18 +54,14 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
 #pragma GCC unroll 16
       for (int i = 0; i < lines * vectors; ++i) sum[i] += Vector<T>::load(sums + i * lanes);
     if (!plain) {
-      const Epilogue<T>& then = target->epilogue;
-      const int64_t channel = target->channel(row);
-      const V scale = V{} + (then.scale ? then.scale[channel] : T(1)), bias = V{} + (then.bias ? then.bias[channel] : T(0));
-      const T* const residual = then.residual ? then.residual + (to - target->result) : nullptr;
+      const Finish<T> finish(target->epilogue, target->channel(row));
+      const T* const residual = target->epilogue.residual ? target->epilogue.residual + (to - target->result) : nullptr;
 #pragma GCC unroll 4
       for (int a = 0; a < lines; ++a)
 #pragma GCC unroll 16
         for (int b = 0; b < vectors; ++b) {
           V& v = sum[a * vectors + b];
-          v = then.scale ? v * scale + bias : v + bias;
-          if (residual) v += Vector<T>::load(residual + a * to_line + b * to_vector);
-          if (then.relu) v = v < 0 ? V{} : v;
+          v = finish(v, residual ? Vector<T>::load(residual + a * to_line + b * to_vector) : V{});
         }
     }
 #pragma GCC unroll 4
@@ -271,8 +283,7 @@ void store_tiles(const Product& p, const Tiling& t, Span down, Span across, int6
     const int64_t channel = row / p.phases();
     T* const plane = y + channel * p.out_plane();
     const T* const residual = epilogue.residual ? epilogue.residual + channel * p.out_plane() : nullptr;
-    const V scale = V{} + (epilogue.scale ? epilogue.scale[channel] : T(1));
-    const V bias = V{} + (epilogue.bias ? epilogue.bias[channel] : T(0));
+    const Finish<T> finish(epilogue, channel);
     for_each_run<T>(p, t, down, across, group, groups, (end - begin) * size, row % p.phases(),
                     [&](int64_t from, int64_t to, int64_t count) {
       T* const pixel = plane + to;
@@ -283,9 +294,7 @@ void store_tiles(const Product& p, const Tiling& t, Span down, Span across, int6
       else std::memcpy(&v, sums + from, count * sizeof(T));
       if (!plain) {
         if (residual) std::memcpy(&r, residual + to, count * sizeof(T));
-        v = epilogue.scale ? v * scale + bias : v + bias;
-        v += r;
-        if (epilogue.relu) v = v < 0 ? V{} : v;
+        v = finish(v, r);
       }
       if (whole) Vector<T>::store(v, pixel);
       else std::memcpy(pixel, &v, count * sizeof(T));

@@ -200,16 +200,17 @@ inline int64_t groups_together(int64_t groups, int64_t most) {
 template <class T>
 struct Target {
   T* result;
-  int64_t at;                  // where the tile begins
-  std::vector<int64_t> phase;  // and each phase of it
+  int64_t at;                   // where the tile begins
+  std::vector<int64_t> phase;   // and each phase of it
   int64_t plane, line, vector;  // distances in elements
   const Epilogue<T>& epilogue;
   bool streams;
 
-  Target(const Product& p, const Tiling& t, const Epilogue<T>& epilogue, T* result)
+  // in_place: sums are kept in the result, whose lines are in the caches therefore.
+  Target(const Product& p, const Tiling& t, const Epilogue<T>& epilogue, bool in_place, T* result)
       : result(result), at(0), plane(p.out_plane()), line(p.out_h.stride * p.out_w.size * p.batch),
         vector(t.by_pixel ? p.out_w.stride * p.batch : t.lanes), epilogue(epilogue),
-        streams(t.by_pixel && is_streamed(result, p.rows / p.phases() * p.out_plane() * sizeof(T))) {
+        streams(!in_place && t.by_pixel && is_streamed(result, p.rows / p.phases() * p.out_plane() * sizeof(T))) {
     for (int64_t h : p.out_h.first)
       for (int64_t w : p.out_w.first) phase.push_back((h * p.out_w.size + w) * p.batch);
   }

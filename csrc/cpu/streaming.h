@@ -1,5 +1,5 @@
-// Stores past the caches. A result larger than a second-level cache will not be found there by who reads it; written past
-// the caches, its lines need not be read first, and what the caches hold stays.
+// Stores past the caches. A result larger than a second-level cache will not be found there by who reads it; written
+// past the caches, its lines need not be read first, and what the caches hold stays.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,13 @@
 
 namespace exssnet::cpu {
 
+constexpr int64_t kStreamAlignment = 64;  // in bytes: of the widest vector
+
 // Whether a result of `bytes` is to be streamed: see Vector::stream. Who streams calls finish_streams() before other
 // threads may read.
 inline bool is_streamed(const void* result, int64_t bytes) {
-  constexpr int64_t kCacheBytes = 1 << 20, kAlignment = 64;
-  return EXSSNET_X86 && bytes >= kCacheBytes && reinterpret_cast<uintptr_t>(result) % kAlignment == 0;
+  constexpr int64_t kCacheBytes = 1 << 20;
+  return EXSSNET_X86 && bytes >= kCacheBytes && reinterpret_cast<uintptr_t>(result) % kStreamAlignment == 0;
 }
 
 inline void finish_streams() {
