@@ -65,6 +65,7 @@ CONV2D = (
     Layer("conv2d-1x1", (4, 33, 5, 5), (17, 33, 1, 1), bias=False),
     Layer("conv2d-1x1-stride2", (2, 8, 7, 8), (16, 8, 1, 1), stride=2),
     Layer("conv2d-1x1-image", (7, 33, 1, 1), (65, 33, 1, 1)),
+    Layer("conv2d-1x1-lines", (48, 9, 2, 2), (17, 9, 1, 1)),
     Layer("conv2d-7x7-stem", (2, 3, 17, 17), (8, 3, 7, 7), stride=2, padding=3),
     Layer("conv2d-even-kernel", (3, 4, 7, 8), (5, 4, 2, 4), padding=(1, 2)),
     Layer("conv2d-padding-beyond-image", (3, 4, 2, 2), (5, 4, 3, 3), padding=4),
@@ -94,7 +95,8 @@ LARGE = (
 """Large enough that kernels share them among threads, or that results exceed a second-level cache (1 MB); small enough
 that float32 sums of small integers are exact."""
 TAILS = (
-    *(Layer(f"linear-batch{n}", (n, 17), (9, 17)) for n in (*range(1, 18), 31, 33, 63, 65, 127, 129)),
+    *(Layer(f"linear-batch{n}", (n, 17), (9, 17)) for n in (*range(1, 18), 31, 33, 48, 63, 64, 65, 127, 129, 240, 256)),
+    *(Layer(f"linear-lines{i}", (32, i), (i + 1, i)) for i in (*range(1, 18), 31, 33, 300, 600)),
     *(Layer(f"linear-features{i}", (3, i), (i + 1, i)) for i in (*range(1, 18), 31, 33, 63, 65)),
     *(Layer(f"conv2d-batch{n}", (n, 3, 4, 5), (6, 3, 3, 3), padding=1) for n in (*range(1, 18), 31, 33, 63, 65)),
     *(Layer(f"conv2d-stride2-batch{n}", (n, 3, 5, 6), (6, 3, 3, 3), 2, 1) for n in (16, 24, 32, 70, 80)),

@@ -51,6 +51,20 @@ T* scratch(Scratch which, int64_t count) {  // 64 bytes aligned
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
 }
 
+// Whether a pattern has these rows, its pointers rise from 0 to its entries, and it has that many columns.
+bool has_rows(const Pattern& pattern, int64_t rows, int64_t columns) {
+  if (pattern.rows != rows || pattern.columns != columns || pattern.ptr[0] != 0 || pattern.ptr[rows] != pattern.entries)
+    return false;
+  for (int64_t row = 0; row < rows; ++row)
+    if (pattern.ptr[row] > pattern.ptr[row + 1]) return false;
+  return true;
+}
+
+bool in_range_of(const Pattern& pattern, int64_t row, int64_t slots) {
+  const int64_t from = pattern.ptr[row], size = pattern.ptr[row + 1] - from;
+  return EXSSNET_PICK(in_range)(pattern.index + from, pattern.slot + from, size, pattern.columns, slots);
+}
+
 // False if the pattern has a pointer, index or slot out of range. With only_free, entries of frozen values are left
 // out, and the values too.
 template <bool only_free, class T>
@@ -58,11 +72,7 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
                const Pattern& pattern, const Values<T>& values, Walk<T>& walk) {
   constexpr int64_t kEntries = 1 << 14;  // that are worth a thread
   const int64_t taps = p.taps.size(), phases = p.phases(), lines = p.rows / phases;
-  if (pattern.rows != lines || pattern.columns != p.channels * taps || pattern.ptr[0] != 0 ||
-      pattern.ptr[lines] != pattern.entries)
-    return false;
-  for (int64_t line = 0; line < lines; ++line)
-    if (pattern.ptr[line] > pattern.ptr[line + 1]) return false;
+  if (!has_rows(pattern, lines, p.channels * taps)) return false;
 
   walk = {p.rows,
           blocks.count,
@@ -84,8 +94,7 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
   parallel_for(lines, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = pattern.ptr[begin], count = pattern.ptr[end] - first;
     for (int64_t line = begin; line < end; ++line) {
-      const int64_t from = pattern.ptr[line], size = pattern.ptr[line + 1] - from;
-      if (EXSSNET_PICK(in_range)(pattern.index + from, pattern.slot + from, size, pattern.columns, values.count)) continue;
+      if (in_range_of(pattern, line, values.count)) continue;
       good = false;
       return;
     }
@@ -200,8 +209,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   if (p.rows * p.out_plane() == 0) return true;
   const Tiling t = make_tiling<T>(p);
   const PatchLayout layout(p, t);
-  const bool one_tile = is_one_tile(p, t, layout);
-  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T), Blocks::kPatchBytes);
+  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T));
   Walk<T> walk;
   if (!make_walk<false>(p, layout, t.images, blocks, pattern, values, walk)) return false;
 
@@ -217,9 +225,9 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   const std::vector<int64_t> first = share_rows(walk, parts);
 
   parallel_for(parts * per_part, wanted == 1 ? parts * per_part : 1, [&](int64_t begin, int64_t end) {
-    T* const packed = one_tile ? nullptr : scratch<T>(kPatches, together * patch_size);
-    T* const summed = one_tile ? nullptr : scratch<T>(kSums, together * p.rows * tile);
-    Target<T> target(p, t, epilogue, one_tile, y);
+    T* const patch = scratch<T>(kPatches, together * patch_size);
+    T* const sums = scratch<T>(kSums, together * p.rows * tile);
+    Target<T> target(p, t, epilogue, y);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / per_part, group = i % shares() * together, at = i % per_part / shares();
       const Span down = t.down_of(at), across = t.across_of(at);
@@ -227,13 +235,10 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
       const int64_t tile_size = down.count * across.count * t.lanes;
       const bool is_whole = t.is_whole(p, down, across);
       const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).multiply;
-      T* const sums = one_tile ? y + first[part] * tile : summed;
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t channel = block * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
-        const T* const patch = one_tile ? x + channel * layout.channel : packed;
-        if (!one_tile)
-          EXSSNET_PICK(pack_patch<T>)
-          (p, t, layout, down, across, group, groups, channel, last, x, packed, patch_size);
+        EXSSNET_PICK(pack_patch<T>)
+        (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
         const int64_t next_block = (block + 1) % blocks.count, next = i + (next_block == 0);
         Prefetch<T> prefetch(p, t, blocks, x, next % per_part / shares(), next % shares() * together, together,
                              next < end ? next_block : -1);
@@ -255,17 +260,52 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   return true;
 }
 
+// The length of the lines (channel, pixel and image) of a pointwise product, if they are a few full vectors: then they
+// are multiplied where they lie, by a walk over the pattern as it is. Otherwise 0.
+template <class T>
+int64_t full_lines(const Convolution& c) {
+  const int64_t lanes = make_tiling<T>(forward_product(c)).lanes, length = c.h.in * c.w.in * c.batch;
+  return c.h.is_pointwise() && c.w.is_pointwise() && length % lanes == 0 && length <= 16 * lanes ? length : 0;
+}
+
+// Calls body(begin, end) on rows of a pattern, shared among threads by their entries, once these may be followed.
+template <class Body>
+bool for_lines(const Pattern& pattern, int64_t rows, int64_t columns, int64_t slots, int64_t width, const Body& body) {
+  if (!has_rows(pattern, rows, columns)) return false;
+  const int64_t parts = std::min(max_threads(), pattern.entries * width / kGrain + 1);
+  std::atomic<bool> good = true;
+  parallel_for(parts, 1, [&](int64_t first, int64_t last) {
+    const auto row_of = [&](int64_t part) {
+      const int32_t* const end = pattern.ptr + rows;
+      return part == parts ? rows : std::lower_bound(pattern.ptr, end, pattern.entries * part / parts) - pattern.ptr;
+    };
+    const int64_t begin = row_of(first), end = row_of(last);
+    for (int64_t row = begin; row < end; ++row)
+      if (!in_range_of(pattern, row, slots)) good = false;
+    if (good) body(begin, end);
+  });
+  return good;
+}
+
 }  // namespace
 
 template <class T>
 bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
                     const T* x, T* y) {
+  if (const int64_t width = full_lines<T>(c))
+    return for_lines(pattern, c.out_channels, c.in_channels, values.count, width, [&](int64_t begin, int64_t end) {
+      EXSSNET_PICK(multiply_lines<T>)(pattern, values, epilogue, begin, end, x, width, y);
+    });
   return multiply(forward_product(flattened(c)), pattern, values, epilogue, x, y);
 }
 
 template <class T>
 bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const T* grad,
                            T* grad_x) {
+  if (const int64_t width = full_lines<T>(c))
+    return for_lines(transposed, c.in_channels, c.out_channels, values.count, width, [&](int64_t begin, int64_t end) {
+      EXSSNET_PICK(multiply_lines<T>)(transposed, values, {}, begin, end, grad, width, grad_x);
+    });
   // Pixels that no tap reads belong to no phase.
   if (c.h.phases() < c.h.stride || c.w.phases() < c.w.stride)
     std::fill_n(grad_x, c.in_channels * c.h.in * c.w.in * c.batch, T(0));
@@ -275,14 +315,17 @@ bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, cons
 template <class T>
 bool sparse_value_gradient(const Convolution& convolution, const Pattern& pattern, int64_t free_count, int64_t count,
                            const T* x, const T* grad, T* grad_values) {
-  const Product p = forward_product(flattened(convolution));
   std::fill_n(grad_values, free_count, T(0));
+  if (const int64_t width = full_lines<T>(convolution))
+    return for_lines(pattern, convolution.out_channels, convolution.in_channels, count, width,
+                     [&](int64_t begin, int64_t end) {
+                       EXSSNET_PICK(sample_lines<T>)(pattern, free_count, begin, end, x, grad, width, grad_values);
+                     });
+  const Product p = forward_product(flattened(convolution));
   if (p.rows * p.out_plane() == 0) return true;
   const Tiling t = make_tiling<T>(p);
   const PatchLayout layout(p, t);
-  const bool one_tile = is_one_tile(p, t, layout);
-  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T),
-                      one_tile ? Blocks::kSmallBytes : Blocks::kPatchBytes);
+  const Blocks blocks(p, pattern.entries, layout.channel * sizeof(T));
   Walk<T> walk;
   if (!make_walk<true>(p, layout, t.images, blocks, pattern, Values<T>{nullptr, nullptr, free_count, count}, walk))
     return false;
@@ -313,19 +356,6 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
           for (int32_t k = walk.row(row)[first_block + b]; k < walk.row(row)[first_block + b + 1]; ++k)
             grad_values[walk.slot[k]] = *next++;
       };
-      if (one_tile) {
-        const auto loop = EXSSNET_PICK(block_loops<T>)(t.lines, t.vectors).sample;
-        for (int64_t b = 0; b < blocks_here; ++b)
-          in_row_chunks(rows, [&](int64_t begin_row, int64_t end_row) {
-            const int64_t count = count_entries(b, begin_row, end_row);
-            T* sums = scratch<T>(kLaneSums, count * t.lanes);
-            std::fill_n(sums, count * t.lanes, T(0));
-            loop(walk, first_block + b, from + begin_row, from + end_row, x + (first_block + b) * patch_size, layout.pitch,
-                 grad + (from + begin_row) * tile, {tile, tile, t.lanes}, sums);
-            finish(b, begin_row, end_row, count, sums);
-          });
-        continue;
-      }
       std::vector<int64_t> entries(blocks_here + 1);  // before each block
       for (int64_t b = 0; b < blocks_here; ++b) entries[b + 1] = entries[b] + count_entries(b, 0, rows);
       // Few entries: all blocks meet a tile's gradients while these are near. Many: the sums of one block stay near.

@@ -8,7 +8,8 @@
 //   y[o][tile] = sum over the entries k of row o of value[k] * patch[offset[k] + tile]
 //
 // The input's gradient is the same product with the transposed pattern; the gradient of a value is the inner product
-// of the same lines. A linear layer is the convolution of a 1 x 1 image. T is float or double.
+// of the same lines. A linear layer is the convolution of a 1 x 1 image; where its batch is a few full vectors, nothing is
+// copied: each kept weight meets a line of x where it lies. T is float or double.
 #pragma once
 
 #include <algorithm>

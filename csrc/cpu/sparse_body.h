@@ -117,6 +117,18 @@ V add_pairs(V a, V b, std::integer_sequence<int, i...>) {
 #endif
 }
 
+// The sum of the lanes of each of `lanes` vectors, which are lost.
+template <class T>
+typename Vector<T>::type sum_each(typename Vector<T>::type* v) {
+  constexpr int lanes = Vector<T>::lanes;
+#pragma GCC unroll 4
+  for (int width = lanes; width > 1; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width / 2; ++i)
+      v[i] = add_pairs(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes>());
+  return v[0];
+}
+
 // total (entries,) of sums (entries, lanes), for as many entries at a time as a vector has lanes.
 template <class T>
 void add_lanes(const T* sums, int64_t entries, T* total) {
@@ -127,12 +139,8 @@ void add_lanes(const T* sums, int64_t entries, T* total) {
     V v[lanes];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) v[i] = i < count ? Vector<T>::load(sums + i * lanes) : V{};
-#pragma GCC unroll 4
-    for (int width = lanes; width > 1; width /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < width / 2; ++i)
-        v[i] = add_pairs(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes>());
-    std::memcpy(total + k, &v[0], count * sizeof(T));
+    const V sum = sum_each<T>(v);
+    std::memcpy(total + k, &sum, count * sizeof(T));
   }
 }
 
@@ -160,6 +168,103 @@ void lay_out(const int32_t* index, const int32_t* slot, int64_t count, const int
     for (int64_t k = 0; k < count; ++k) value[k] = frozen[slot[k]];
   else
     for (int64_t k = 0; k < count; ++k) value[k] = *(slot[k] < free_count ? free + slot[k] : frozen + slot[k] - free_count);
+}
+
+// y (rows, width), of rows [begin, end) and of `vectors` vectors from y on, is the product with x (columns, width).
+// Sums start at zero again after kRun entries, and entries alternate between two of them: less rounding, shorter chains.
+template <class T, int vectors>
+void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilogue<T>& then, int64_t begin, int64_t end,
+                   const T* x, int64_t width, T* y) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes;
+  constexpr int64_t kRun = 256;
+  const bool plain = then.is_plain();
+  const T* const of[] = {values.free, values.frozen};
+  const int32_t first_of[] = {0, static_cast<int32_t>(values.free_count)};
+  for (int64_t row = begin; row < end; ++row) {
+    T* const to = y + row * width;
+    int64_t k = pattern.ptr[row];
+    const int64_t last = pattern.ptr[row + 1];
+    bool is_first = true;
+    do {
+      V sum[2][vectors];
+#pragma GCC unroll 8
+      for (int b = 0; b < vectors; ++b) sum[0][b] = sum[1][b] = V{};
+      for (const int64_t until = std::min(k + kRun, last); k < until;) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          if (half == 1 && k == until) break;
+          const int32_t slot = pattern.slot[k];
+          const bool is_frozen = slot >= first_of[1];
+          const T* const from = x + pattern.index[k++] * width;
+          const V factor = V{} + of[is_frozen][slot - first_of[is_frozen]];
+#pragma GCC unroll 8
+          for (int b = 0; b < vectors; ++b) sum[half][b] += factor * Vector<T>::load(from + b * lanes);
+        }
+      }
+#pragma GCC unroll 8
+      for (int b = 0; b < vectors; ++b) {
+        V v = sum[0][b] + sum[1][b];
+        if (!is_first) v += Vector<T>::load(to + b * lanes);
+        if (k == last && !plain)
+          v = Finish<T>(then, row)(v, then.residual ? Vector<T>::load(then.residual + (to - y) + b * lanes) : V{});
+        Vector<T>::store(v, to + b * lanes);
+      }
+      is_first = false;
+    } while (k < last);
+  }
+}
+
+// The same of all `width` elements of a line, a multiple of the lanes.
+template <class T>
+void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T> then, int64_t begin, int64_t end,
+                    const T* x, int64_t width, T* y) {
+  constexpr int lanes = Vector<T>::lanes, most = kVectors / 2;
+  for (int64_t at = 0; at < width;) {
+    const int64_t vectors = std::min<int64_t>((width - at) / lanes, most);
+    const auto rows = vectors >= 8   ? multiply_rows<T, most>
+                      : vectors >= 4 ? multiply_rows<T, 4>
+                      : vectors >= 2 ? multiply_rows<T, 2>
+                                     : multiply_rows<T, 1>;
+    rows(pattern, values, then, begin, end, x + at, width, y + at);
+    const int64_t done = (vectors >= 8 ? 8 : vectors >= 4 ? 4 : vectors >= 2 ? 2 : 1) * lanes;
+    at += done;
+    if (then.residual) then.residual += done;
+  }
+}
+
+// grad_values[slot] of the free entries of rows [begin, end): the inner products of lines of x and of grad, of `width`
+// elements, as many at a time as a vector has lanes.
+template <class T>
+void sample_lines(const Pattern& pattern, int64_t free_count, int64_t begin, int64_t end, const T* x, const T* grad,
+                  int64_t width, T* grad_values) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes;
+  const T* from[lanes];
+  int32_t slots[lanes + 1];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t last = pattern.ptr[row + 1];
+    for (int64_t k = pattern.ptr[row]; k < last;) {
+      int count = 0;
+      for (; k < last && count < lanes; ++k) {
+        from[count] = x + pattern.index[k] * width;
+        slots[count] = pattern.slot[k];
+        count += pattern.slot[k] < free_count;
+      }
+      if (count == 0) break;
+      for (int i = count; i < lanes; ++i) from[i] = from[0];
+      V sum[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) sum[i] = V{};
+      for (int64_t b = 0; b < width; b += lanes) {
+        const V g = Vector<T>::load(grad + row * width + b);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) sum[i] += g * Vector<T>::load(from[i] + b);
+      }
+      const V total = sum_each<T>(sum);
+      for (int i = 0; i < count; ++i) grad_values[slots[i]] = total[i];
+    }
+  }
 }
 
 template <class T, int lines>

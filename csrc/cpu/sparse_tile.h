@@ -165,23 +165,14 @@ struct PatchLayout {
   }
 };
 
-// Whether one tile of full vectors is the whole image of a pointwise product (see `flattened`), so that patches and
-// results may be read and written where they lie: linear layers, unless the batch leaves vectors empty.
-inline bool is_one_tile(const Product& p, const Tiling& t, const PatchLayout& layout) {
-  const auto plain = [](const Axis& axis) { return axis.stride == 1 && axis.first == std::vector<int64_t>{0}; };
-  return p.taps.size() == 1 && plain(p.in_h) && plain(p.in_w) && plain(p.out_h) && plain(p.out_w) &&
-         t.tiles() * t.groups == 1 && p.in_plane() == layout.channel && p.out_plane() == layout.channel;
-}
-
 // The channels of a product in blocks: small enough for a patch to stay in a cache while all rows pass over it, and so
 // large that a row finds enough entries in a block to pay for loading and storing its sums.
 struct Blocks {
-  static constexpr int64_t kPatchBytes = 64 << 10, kSmallBytes = 24 << 10, kMostPatchBytes = 256 << 10, kEntries = 6;
+  static constexpr int64_t kPatchBytes = 64 << 10, kMostPatchBytes = 256 << 10, kEntries = 6;
   int64_t channels, count;
 
-  // cache_bytes: kPatchBytes; kSmallBytes where a patch is not copied and a row keeps no sums, so that blocks cost little.
-  Blocks(const Product& p, int64_t entries, int64_t channel_bytes, int64_t cache_bytes) {
-    const int64_t by_cache = p.channels * channel_bytes / cache_bytes + 1;
+  Blocks(const Product& p, int64_t entries, int64_t channel_bytes) {
+    const int64_t by_cache = p.channels * channel_bytes / kPatchBytes + 1;
     const int64_t by_entries = entries / std::max<int64_t>(1, p.rows * kEntries) + 1;
     const int64_t wanted = std::max(std::min(by_cache, by_entries), p.channels * channel_bytes / kMostPatchBytes + 1);
     channels = std::max<int64_t>(1, (p.channels + wanted - 1) / wanted);
@@ -206,11 +197,10 @@ struct Target {
   const Epilogue<T>& epilogue;
   bool streams;
 
-  // in_place: sums are kept in the result, whose lines are in the caches therefore.
-  Target(const Product& p, const Tiling& t, const Epilogue<T>& epilogue, bool in_place, T* result)
+  Target(const Product& p, const Tiling& t, const Epilogue<T>& epilogue, T* result)
       : result(result), at(0), plane(p.out_plane()), line(p.out_h.stride * p.out_w.size * p.batch),
         vector(t.by_pixel ? p.out_w.stride * p.batch : t.lanes), epilogue(epilogue),
-        streams(!in_place && t.by_pixel && is_streamed(result, p.rows / p.phases() * p.out_plane() * sizeof(T))) {
+        streams(t.by_pixel && is_streamed(result, p.rows / p.phases() * p.out_plane() * sizeof(T))) {
     for (int64_t h : p.out_h.first)
       for (int64_t w : p.out_w.first) phase.push_back((h * p.out_w.size + w) * p.batch);
   }
