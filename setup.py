@@ -1,11 +1,19 @@
-"""Builds the native library against torch's stable ABI: one wheel for every Python and every torch from 2.10 on.
+"""Builds the native libraries against torch's stable ABI: one wheel for every Python and every torch from 2.10 on.
 
-Environment: EXSSNET_NATIVE=0 skips the compiled part; FORCE_CUDA=1 refuses a build without CUDA kernels;
-MAX_JOBS limits the compilers that run at once; CXX names the compiler.
+There are two: _native for CPUs; and _cuda, which a torch for CPUs alone cannot load, where nvcc and a torch for CUDA
+are found.
+
+Environment: EXSSNET_NATIVE=0 skips both; FORCE_CUDA=1 makes a build without CUDA kernels an error, FORCE_CUDA=0 does
+without them; TORCH_CUDA_ARCH_LIST names the chips, as in "8.0;9.0+PTX" (default: this machine's, or all that are
+supported); CUDA_HOME is where nvcc is; MAX_JOBS limits the compilers that run at once; CXX names the C++ compiler.
 """
 
 import importlib.util
 import os
+import re
+import shutil
+import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +25,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020a000000000000"  # 2.10: the library uses no symbol that is newer
+CHIPS = "8.0;9.0;10.0;12.0+PTX"  # code for 8.0 runs on 8.6 and 8.9 as well
 
 
 def find_torch() -> Path | None:
@@ -56,6 +65,15 @@ class Build(build_ext):
                 "exssnet: torch >= 2.10 was not found, and the native library is compiled against its headers: "
                 "install torch first, or set EXSSNET_NATIVE=0 to go without."
             )
+        asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not asked.isdecimal() or int(asked) < 1:
+            raise SystemExit(f"exssnet: MAX_JOBS must be a number of compilers of at least 1, got {asked!r}.")
+        if ext.name.endswith("_cuda"):
+            self.build_cuda(ext, torch, int(asked))
+        else:
+            self.build_native(ext, torch, int(asked))
+
+    def build_native(self, ext: Extension, torch: Path, jobs: int) -> None:
         headers = str(torch / "include")
         if os.name == "nt":
             flags = ["/std:c++20", "/O2", "/external:I", headers]
@@ -67,11 +85,8 @@ class Build(build_ext):
             macros = [("TORCH_TARGET_VERSION", OLDEST_TORCH)]
             return self.compiler.compile([source], output_dir=self.build_temp, macros=macros, **options)[0]
 
-        asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        if not asked.isdecimal() or int(asked) < 1:
-            raise SystemExit(f"exssnet: MAX_JOBS must be a number of compilers of at least 1, got {asked!r}.")
         try:
-            with ThreadPoolExecutor(int(asked)) as pool:
+            with ThreadPoolExecutor(jobs) as pool:
                 objects = list(pool.map(compile_one, ext.sources))
             self.compiler.link_shared_object(
                 objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
@@ -83,18 +98,98 @@ class Build(build_ext):
                 "clang >= 12); set EXSSNET_NATIVE=0 to install without it."
             ) from error
 
+    def build_cuda(self, ext: Extension, torch: Path, jobs: int) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        flags = [
+            "-std=c++20", "-O3", "-Icsrc", "-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
+            "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+        ]  # fmt: skip
 
-def native() -> list[Extension]:
-    if os.environ.get("FORCE_CUDA") == "1":
-        raise SystemExit("exssnet: FORCE_CUDA=1, but csrc/cuda holds no kernels: this version has none for CUDA.")
+        def compile_one(source: str) -> str:
+            made = Path(self.build_temp) / f"{source}.o"
+            made.parent.mkdir(parents=True, exist_ok=True)
+            run_nvcc(*flags, *(chips() if source.endswith(".cu") else []), "-c", source, "-o", str(made))
+            return str(made)
+
+        try:
+            if cuda_of(torch) is None:
+                raise RuntimeError(f"the torch in {torch} is built without CUDA")
+            with ThreadPoolExecutor(jobs) as pool:
+                objects = list(pool.map(compile_one, ext.sources))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run_nvcc("-shared", *objects, "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda")
+        except Exception as error:
+            if os.environ.get("FORCE_CUDA") == "1":
+                raise SystemExit(f"exssnet: FORCE_CUDA=1, but the CUDA kernels did not compile: {error}.") from error
+            print(f"exssnet: installed without CUDA kernels, which did not compile: {error}", file=sys.stderr)
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version that a torch was built for, without importing it."""
+    found = re.search(r"^cuda\b.*'([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+
+
+def chips() -> list[str]:
+    """The -gencode options of nvcc for the chips that the kernels are built for."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not asked:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        try:
+            here = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError):
+            here = []
+        asked = ";".join(sorted(set(here))) or CHIPS
+    options = []
+    for chip in re.split(r"[;\s]+", asked.strip()):
+        known = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", chip)
+        if known is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST must be a list like 8.0;9.0+PTX, got {asked!r}")
+        number = known[1] + known[2]
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if known[3]:
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def run_nvcc(*arguments: str) -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("nvcc was not found; CUDA_HOME says where it is")
+    done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc {' '.join(arguments)} says {done.stderr.strip() or done.stdout.strip()}")
+
+
+def libraries() -> list[Extension]:
+    cuda = os.environ.get("FORCE_CUDA")
     if os.environ.get("EXSSNET_NATIVE") == "0":
+        if cuda == "1":
+            raise SystemExit("exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.")
         return []
-    sources = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))]
-    headers = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.h"))]
-    return [Extension("exssnet.kernels._native", sources, depends=headers, language="c++")]
+    files = {kind: [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob(kind))] for kind in
+             ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "csrc/**/*.h")}  # fmt: skip
+    glue = [p for p in files["csrc/*.cpp"] if Path(p).name.startswith("cuda_")]
+    entries = [p for p in files["csrc/*.cpp"] if p not in glue]
+    found = [("_native", [*entries, *files["csrc/cpu/*.cpp"]])]
+    torch = find_torch()
+    if cuda == "1" or (cuda != "0" and find_nvcc() is not None and torch is not None and cuda_of(torch) is not None):
+        found.append(("_cuda", [*glue, *files["csrc/cuda/*.cu"]]))
+    return [
+        Extension(
+            f"exssnet.kernels.{name}", sources, depends=files["csrc/**/*.h"], language="c++",
+            optional=name == "_cuda" and cuda != "1",
+        )
+        for name, sources in found
+    ]  # fmt: skip
 
 
-extensions = native()
+extensions = libraries()
 setup(
     packages=["exssnet", "exssnet.ops", "exssnet.tasks", "exssnet.kernels", "exssnet.bench"],
     package_dir={"exssnet.kernels": "kernels", "exssnet.bench": "benchmarks"},

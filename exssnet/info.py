@@ -6,15 +6,8 @@ import shutil
 
 import torch
 
-from .kernels import KERNELS, OPERATORS, native
-
-_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-
-
-def serving(operator: str, device: str) -> str:
-    """The file whose kernel serves an operator on a device ("cpu" or "cuda"), as the dispatcher has it now."""
-    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{operator}", _KEYS[device])
-    return KERNELS[operator, device] if own else "kernels/reference.py"
+from .kernels import OPERATORS, native
+from .kernels.native import serving
 
 
 def describe() -> str:
@@ -32,6 +25,7 @@ def describe() -> str:
         f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
         f"GPU     {gpu} (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU alone'})",
         f"native  {'loaded' if native.missing is None else f'not loaded: {native.missing}'}",
+        f"cuda    {'loaded' if native.missing_cuda is None else f'not loaded: {native.missing_cuda}'}",
         "",
         f"{'operator':<22}{'cpu':<24}cuda",
         *(f"{op:<22}{serving(op, 'cpu'):<24}{serving(op, 'cuda')}" for op in OPERATORS),
@@ -45,7 +39,4 @@ def describe() -> str:
             f"for the native CPU kernels: a C++20 compiler ({found}), then `pip install --force-reinstall --no-deps .` "
             "without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
         )
-    wishes.append(
-        "for the GPU: this version has no CUDA kernels; operators run there on the reference, in plain PyTorch"
-    )
     return "\n".join(lines + wishes)

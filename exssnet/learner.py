@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from .kernels import nan_flag
 from .kkt import RULES, Rule, Transfer, sample_share, transfer
 from .masks import LayerUse
 from .methods import Method, preset
@@ -284,6 +285,11 @@ class Learner:
                 if self.observer is not None:
                     self.observer.on_step(number, phase, epoch * len(data) + step + 1, steps, loss.detach())
             mean_loss = loss_sum.item() / seen
+            if nan_flag.seen(loss_sum.device):
+                raise FloatingPointError(
+                    f"{task.name}: scores became NaN in epoch {epoch + 1} of the {phase} phase; "
+                    f"{self._lower_the_rates()}"
+                )
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(
                     f"{task.name}: the mean loss became {mean_loss} in epoch {epoch + 1} of the {phase} phase; "

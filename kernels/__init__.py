@@ -1,41 +1,31 @@
-"""Kernels of the operators, one file per implementation; `KERNELS` is the table operator x device -> file.
+"""Kernels of the operators, one file per implementation; `KERNELS` is the table operator x device -> files.
 
-The reference serves every operator on every device. A compiled kernel registered for a device takes
-precedence by itself: PyTorch's dispatcher chooses, there is no other registry.
+The reference serves every operator on every device. A kernel registered for a device takes precedence by itself:
+PyTorch's dispatcher chooses, there is no other registry.
 """
 
 if __name__ != "exssnet.kernels":
     raise ImportError("this folder is the package exssnet.kernels: install exssnet and import it by that name")
 
-OPERATORS = (
-    "topk_masks",
-    "pack_mask",
-    "unpack_mask",
-    "free_mask",
-    "supermask_linear",
-    "supermask_conv2d",
-    "masked_linear",
-    "masked_conv2d",
-    "sparse_linear",
-    "sparse_conv2d",
-    "sparse_conv2d_folded",
-    "batch_norm_act",
-    "knn_classify",
-)
-
-KERNELS = {
-    **{(name, device): "kernels/reference.py" for name in OPERATORS for device in ("cpu", "cuda")},
-    ("topk_masks", "cpu"): "csrc/topk.cpp",
-    ("pack_mask", "cpu"): "csrc/bits.cpp",
-    ("unpack_mask", "cpu"): "csrc/bits.cpp",
-    ("free_mask", "cpu"): "csrc/bits.cpp",
-    ("supermask_linear", "cpu"): "csrc/linear.cpp",
-    ("supermask_conv2d", "cpu"): "csrc/conv.cpp",
-    ("masked_linear", "cpu"): "csrc/linear.cpp",
-    ("masked_conv2d", "cpu"): "csrc/conv.cpp",
-    ("sparse_linear", "cpu"): "csrc/sparse.cpp",
-    ("sparse_conv2d", "cpu"): "csrc/sparse.cpp",
-    ("sparse_conv2d_folded", "cpu"): "csrc/sparse.cpp",
-    ("batch_norm_act", "cpu"): "csrc/batchnorm.cpp",
-    ("knn_classify", "cpu"): "csrc/knn.cpp",
+REFERENCE = "kernels/reference.py"
+_FILES = {
+    "topk_masks": ("csrc/topk.cpp", "csrc/cuda_topk.cpp", "kernels/triton_topk.py"),
+    "pack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
+    "unpack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
+    "free_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
+    "supermask_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
+    "supermask_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
+    "masked_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
+    "masked_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
+    "sparse_linear": ("csrc/sparse.cpp",),
+    "sparse_conv2d": ("csrc/sparse.cpp",),
+    "sparse_conv2d_folded": ("csrc/sparse.cpp",),
+    "batch_norm_act": ("csrc/batchnorm.cpp",),
+    "knn_classify": ("csrc/knn.cpp",),
 }
+
+OPERATORS = tuple(_FILES)
+KERNELS = {(name, "cpu"): (files[0], REFERENCE) for name, files in _FILES.items()} | {
+    (name, "cuda"): (*files[1:], REFERENCE) for name, files in _FILES.items()
+}
+"""The files that can serve an operator on a device, best first. The first that is loaded does."""

@@ -1,4 +1,4 @@
-"""Loads the compiled library; `missing` says why it is not there, or is None."""
+"""Loads the kernels; `missing` says why the compiled ones for CPUs are not there, or is None."""
 
 import os
 import warnings
@@ -6,27 +6,60 @@ from pathlib import Path
 
 import torch
 
+from . import KERNELS, REFERENCE, cuda_topk, triton_backend
+
 BACKENDS = ("reference", "native", "triton")
 missing: str | None = "not loaded yet"
+missing_cuda: str | None = "not loaded yet"
+"""The same of the compiled kernels for CUDA."""
 
 
 def load() -> None:
-    """Register the compiled kernels. Without them the reference serves every operator, and one warning says so."""
-    global missing
+    """Register the kernels that EXSSNET_BACKEND asks for: the compiled ones ("native", the default) and, where those
+    have none for a GPU, Triton's; Triton's alone ("triton"); or none ("reference").
+
+    The reference serves what is left; where the CPU's are missing one warning says so.
+    """
+    global missing, missing_cuda
     backend = os.environ.get("EXSSNET_BACKEND", "native")
     if backend not in BACKENDS:
         raise ValueError(f"EXSSNET_BACKEND must be one of {', '.join(BACKENDS)}, got {backend}")
     if backend != "native":
-        missing = f"EXSSNET_BACKEND={backend}"
+        missing = missing_cuda = f"EXSSNET_BACKEND={backend}"
+        triton_backend.load()
         return
-    libraries = sorted(Path(__file__).parent.glob("_native*"))
-    if not libraries:
-        missing = "the package was installed without it; reinstall with a C++20 compiler and without EXSSNET_NATIVE=0"
+    missing = _load("_native", "reinstall with a C++20 compiler and without EXSSNET_NATIVE=0")
+    if torch.version.cuda is None:
+        missing_cuda = "this torch is built without CUDA"
     else:
-        try:
-            torch.ops.load_library(str(libraries[0]))
-            missing = None
-        except OSError as error:
-            missing = f"{libraries[0].name} does not load in torch {torch.__version__}: {error}"
+        missing_cuda = _load("_cuda", "reinstall with nvcc at hand (CUDA_HOME) and FORCE_CUDA=1")
+    if missing_cuda is None:
+        cuda_topk.register()
+    triton_backend.load()
     if missing is not None:
         warnings.warn(f"exssnet runs on its reference in plain PyTorch, native kernels: {missing}", stacklevel=2)
+
+
+def _load(name: str, remedy: str) -> str | None:
+    """Registers the kernels of a compiled library; why it could not, or None."""
+    libraries = sorted(Path(__file__).parent.glob(f"{name}*"))
+    if not libraries:
+        return f"the package was installed without it; {remedy}"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"{libraries[0].name} does not load in torch {torch.__version__}: {error}"
+    return None
+
+
+def serving(operator: str, device: str) -> str:
+    """The file whose kernel serves an operator on a device ("cpu" or "cuda"), as the dispatcher has it now."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{operator}", device.upper()):
+        return REFERENCE
+    compiled = (missing if device == "cpu" else missing_cuda) is None
+    return next(f for f in KERNELS[operator, device] if compiled or not f.startswith("csrc/"))
+
+
+def is_served(operator: str, device: str) -> bool:
+    """Whether an operator has a kernel of its own on a device, and not the reference alone."""
+    return (operator, device) in KERNELS and serving(operator, device) != REFERENCE

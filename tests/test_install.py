@@ -50,7 +50,7 @@ def package(tmp_path: Path) -> Path:
     """A folder with a copy of the package that has no native library."""
     ignored = shutil.ignore_patterns("kernels", "bench", "__pycache__")
     shutil.copytree(Path(exssnet.__file__).parent, tmp_path / "exssnet", ignore=ignored)
-    ignored = shutil.ignore_patterns("_native*", "__pycache__")
+    ignored = shutil.ignore_patterns("_native*", "_cuda*", "__pycache__")
     for folder in (kernels, bench):
         to = tmp_path / Path(*folder.__name__.split("."))
         shutil.copytree(Path(folder.__file__).parent, to, ignore=ignored)
@@ -131,14 +131,23 @@ def build(sources: Path, to: Path, *arguments: str, **environment: str) -> tuple
     return execute([*command, *arguments], sources, **environment)
 
 
-def test_a_build_with_cuda_is_refused_while_there_are_no_cuda_kernels(sources: Path, tmp_path: Path) -> None:
-    status, said, errors = build(sources, tmp_path, FORCE_CUDA="1")
+def test_a_build_that_must_have_cuda_is_refused_without_nvcc(sources: Path, tmp_path: Path) -> None:
+    status, _, errors = build(sources, tmp_path, FORCE_CUDA="1", CUDA_HOME="/nonexistent", EXSSNET_NATIVE="1")
+    assert status == 1
+    sentence = (
+        "exssnet: FORCE_CUDA=1, but the CUDA kernels did not compile: nvcc was not found; CUDA_HOME says where it is."
+    )
+    assert errors.splitlines()[-1] == sentence
+
+
+def test_cuda_kernels_alone_cannot_be_asked_for(sources: Path, tmp_path: Path) -> None:
+    status, said, errors = build(sources, tmp_path, FORCE_CUDA="1", EXSSNET_NATIVE="0")
     assert (status, said) == (1, "")
-    assert errors == "exssnet: FORCE_CUDA=1, but csrc/cuda holds no kernels: this version has none for CUDA.\n"
+    assert errors == "exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.\n"
 
 
 def test_a_missing_compiler_is_told_in_one_sentence(sources: Path, tmp_path: Path) -> None:
-    status, _, errors = build(sources, tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    status, _, errors = build(sources, tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++", FORCE_CUDA="0")
     assert status == 1
     assert "Traceback" not in errors
     sentence = errors.splitlines()[-1]
@@ -201,7 +210,7 @@ def test_the_source_distribution_holds_all_that_is_compiled(sources: Path, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_a_native_wheel_is_for_every_python_and_its_library_loads(sources: Path, tmp_path: Path) -> None:
-    with wheel(sources, tmp_path, MAX_JOBS="2") as found:
+    with wheel(sources, tmp_path, MAX_JOBS="2", FORCE_CUDA="0") as found:
         assert re.fullmatch(r"exssnet-[\d.]+-py3-none-(?!any)\w+\.whl", Path(str(found.filename)).name)
         libraries = [name for name in found.namelist() if "_native" in name]
         assert libraries == ["exssnet/kernels/_native" + Path(libraries[0]).suffix]

@@ -1,0 +1,231 @@
+// The pass over the scores that topk.cu makes, and that adam.cu makes while the new scores are still in registers.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/topk.h"
+
+namespace exssnet::cuda {
+
+constexpr int kWarps = 8;           // of the blocks that pass over all layers
+constexpr int kThreads = 32 * kWarps;
+constexpr int kBlocks = 16;         // of those, per processor: enough that all processors end together
+constexpr int kBins = 1 << 11;      // of the histograms
+constexpr unsigned kAll = 0xffffffffu;
+
+// S: bits of a score, int16_t, int32_t or int64_t. B: what they are computed with. Negative: no score.
+template <class S>
+using Wide = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+template <class S>
+constexpr int kWidth = 16 / sizeof(S);  // scores in a vector
+template <class S>
+constexpr int kVectors = sizeof(S) == 2 ? 2 : 4;  // that a lane holds at a time, as far as registers go
+template <class S>
+constexpr int64_t kStrip = 32 * kVectors<S> * kWidth<S>;  // scores that a warp holds at a time
+template <class S>
+constexpr int64_t kTile = kWarps * kStrip<S>;
+template <class S>
+constexpr Wide<S> kMagnitude = std::numeric_limits<S>::max();  // mask of the bits of a magnitude, and the largest
+
+// An entry inside the bracket: 31 bits of magnitude above 33 bits of index, or 64 and 64.
+struct Candidate64 {
+  int64_t magnitude, index;
+};
+template <class S>
+using Candidate = std::conditional_t<sizeof(S) == 8, Candidate64, uint64_t>;
+
+__device__ inline void put(uint64_t& candidate, int64_t magnitude, int64_t index) {
+  candidate = static_cast<uint64_t>(magnitude) << 33 | static_cast<uint64_t>(index);
+}
+__device__ inline void put(Candidate64& candidate, int64_t magnitude, int64_t index) { candidate = {magnitude, index}; }
+__device__ inline int64_t magnitude_of(uint64_t candidate) { return static_cast<int64_t>(candidate >> 33); }
+__device__ inline int64_t magnitude_of(const Candidate64& candidate) { return candidate.magnitude; }
+__device__ inline int64_t index_of(uint64_t candidate) { return static_cast<int64_t>(candidate & ((1ull << 33) - 1)); }
+__device__ inline int64_t index_of(const Candidate64& candidate) { return candidate.index; }
+
+using Count = unsigned long long;
+
+// What a layer waits for.
+enum class Phase { scan, narrow, paint, nothing };
+
+// A layer, in the workspace.
+struct Work {
+  TopkLayer layer;
+  int64_t first_tile;  // tiles of all layers are numbered through
+  bool aligned;        // to vectors
+  Phase phase;
+  int64_t lo, hi;      // the bracket, inclusive
+  Count above;         // entries above the bracket
+  Count inside;        // entries in it
+  void* candidates;    // those in it, in any order, as far as they fit
+  int64_t capacity;
+  unsigned* ties;      // number of entries inside a bracket of one value, of each strip
+  Count* bins;         // kBins
+};
+
+struct Workspace {
+  Work* works;
+  int layers;
+  int64_t tiles;
+  int64_t infinity;    // its bits
+  unsigned* ties;      // those of all layers
+  Count* bins;
+  unsigned* missed;    // number of layers whose first bracket was not good
+  unsigned* tied;      // number of layers that wait to be painted
+  int32_t* nan_flag;
+};
+
+__device__ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
+__device__ inline int warp() { return static_cast<int>(threadIdx.x / 32); }
+
+__device__ inline unsigned warp_sum(unsigned x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
+  return x;
+}
+
+// Calls body(layer, tile, end) for each layer in this block's share of the tiles, which are counted within the layer.
+template <class Body>
+__device__ void for_each_layer(const Workspace& space, Body&& body) {
+  int64_t tile = space.tiles * blockIdx.x / gridDim.x;
+  const int64_t end = space.tiles * (blockIdx.x + 1) / gridDim.x;
+  unsigned begun = 0;
+  for (int i = lane(); i < space.layers; i += 32) begun += space.works[i].first_tile <= tile;
+  for (int i = static_cast<int>(warp_sum(begun)) - 1; tile < end; ++i) {
+    const int64_t first = space.works[i].first_tile;
+    const int64_t last = i + 1 < space.layers ? min(end, space.works[i + 1].first_tile) : end;
+    if (tile < last) body(i, tile - first, last - first);
+    tile = last;
+  }
+}
+
+// Where the lane's entries of vector v of a strip begin.
+template <class S>
+__device__ int64_t place(int64_t strip, int v) {
+  return strip * kStrip<S> + (v * 32 + lane()) * kWidth<S>;
+}
+
+template <class S>
+__device__ int64_t magnitude(const TopkLayer& layer, int64_t i) {
+  S bits;
+  memcpy(&bits, static_cast<const S*>(layer.scores) + i, sizeof bits);  // this thread may have stored it as a float
+  return bits & kMagnitude<S>;
+}
+
+// Magnitudes of the vector of scores at i; past the end -1. `whole`: it is aligned, and ends before the end.
+template <class S>
+__device__ void load(const S* scores, int64_t i, int64_t n, bool whole, S (&magnitudes)[kWidth<S>]) {
+  if (whole) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(scores + i);
+    memcpy(magnitudes, &vector, 16);
+    for (S& x : magnitudes) x &= kMagnitude<S>;
+  } else {
+    for (int j = 0; j < kWidth<S>; ++j)
+      magnitudes[j] = i + j < n ? static_cast<S>(scores[i + j] & kMagnitude<S>) : S{-1};
+  }
+}
+
+// Source of a pass over scores that are in memory.
+template <class S>
+struct Stored {
+  __device__ void operator()(const Work& w, int, int64_t i, bool whole, S (&magnitudes)[kWidth<S>]) const {
+    load(static_cast<const S*>(w.layer.scores), i, w.layer.n, whole, magnitudes);
+  }
+};
+
+// Puts the entries of a strip that are inside the bracket among the candidates: entry j of the lane's vector v, where
+// bit v * kWidth + j of `inside` is set. They are few, so they are read again rather than kept at hand.
+template <class S>
+__device__ void collect(Work& w, int64_t strip, unsigned inside) {
+  const int count = __popc(inside);
+  int before = count;  // ends as the number of this lane and those before it
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kAll, before, step);
+    before += lane() >= step ? other : 0;
+  }
+  Count next = 0;
+  if (lane() == 31) next = atomicAdd(&w.inside, static_cast<Count>(before));
+  next = __shfl_sync(kAll, next, 31) + static_cast<Count>(before - count);
+  if (next + static_cast<Count>(count) > static_cast<Count>(w.capacity)) return;  // too many: settle() sees it
+  for (; inside != 0; inside &= inside - 1) {
+    const int bit = __ffs(static_cast<int>(inside)) - 1;
+    const int64_t i = place<S>(strip, bit / kWidth<S>) + bit % kWidth<S>;
+    put(static_cast<Candidate<S>*>(w.candidates)[next++], magnitude<S>(w.layer, i), i);
+  }
+}
+
+// Counts what is above the bracket of each layer and what is inside, writes the mask as if nothing inside were kept,
+// and collects the candidates inside. In a bracket of one value there may be any number of them: they are only counted,
+// strip by strip, and their bytes of the mask are 2. A strip is a warp's own work.
+template <class S, class Source>
+__device__ void scan_layers(const Workspace& space, const Source& read) {
+  using B = Wide<S>;
+  using U = std::make_unsigned_t<B>;
+  using Bytes = std::conditional_t<kWidth<S> == 8, uint64_t, std::conditional_t<kWidth<S> == 4, uint32_t, uint16_t>>;
+  for_each_layer(space, [&](int number, int64_t tile, int64_t end) {
+    Work& w = space.works[number];
+    if (w.phase != Phase::scan) return;
+    const int64_t n = w.layer.n;
+    const B lo = static_cast<B>(w.lo), hi = static_cast<B>(w.hi), infinity = static_cast<B>(space.infinity);
+    const U range = static_cast<U>(hi) - static_cast<U>(lo);
+    uint8_t* const mask = w.layer.mask;
+    unsigned above = 0, equal = 0;
+    bool nan = false;
+    for (; tile < end; ++tile) {
+      const int64_t strip = tile * kWarps + warp();
+      if (strip * kStrip<S> >= n) break;
+      const bool whole = w.aligned && (strip + 1) * kStrip<S> <= n;
+      S magnitudes[kVectors<S>][kWidth<S>];
+#pragma unroll
+      for (int v = 0; v < kVectors<S>; ++v) read(w, number, place<S>(strip, v), whole, magnitudes[v]);
+      unsigned inside = 0;
+#pragma unroll
+      for (int v = 0; v < kVectors<S>; ++v) {
+        Bytes bytes = 0;
+#pragma unroll
+        for (int j = 0; j < kWidth<S>; ++j) {
+          const B b = magnitudes[v][j];
+          const bool is_above = b > hi, is_inside = static_cast<U>(b) - static_cast<U>(lo) <= range;
+          above += is_above;
+          nan |= b > infinity;
+          inside |= static_cast<unsigned>(is_inside) << (v * kWidth<S> + j);
+          bytes |= static_cast<Bytes>(static_cast<Bytes>(is_inside && range == 0 ? 2 : is_above) << (8 * j));
+        }
+        const int64_t i = place<S>(strip, v);
+        if (mask && whole) *reinterpret_cast<Bytes*>(mask + i) = bytes;
+        else if (mask)
+#pragma unroll 1
+          for (int j = 0; j < kWidth<S> && i + j < n; ++j) mask[i + j] = static_cast<uint8_t>(bytes >> (8 * j));
+      }
+      if (range == 0) {
+        const unsigned count = warp_sum(static_cast<unsigned>(__popc(inside)));
+        equal += count;
+        if (lane() == 0) w.ties[strip] = count;
+      } else if (__any_sync(kAll, inside != 0)) {
+        collect<S>(w, strip, inside);
+      }
+    }
+    above = warp_sum(above);
+    if (lane() == 0 && above > 0) atomicAdd(&w.above, static_cast<Count>(above));
+    if (lane() == 0 && equal > 0) atomicAdd(&w.inside, static_cast<Count>(equal));
+    if (nan) atomicExch(space.nan_flag, 1);
+  });
+}
+
+// Returns the error of a launch to the caller.
+#define EXSSNET_TRY(launch) \
+  if (const cudaError_t error = (launch); error != cudaSuccess) return error
+
+// What comes before the pass, and after it; the layers are of one dtype. `space` is set by the first.
+cudaError_t topk_begin(const std::vector<TopkLayer>& layers, int32_t* nan_flag, void* workspace, cudaStream_t stream,
+                       Workspace& space);
+cudaError_t topk_finish(const Workspace& space, Float dtype, int processors, cudaStream_t stream);
+
+// The grid of a pass; a block has nothing to do where there are no tiles.
+inline unsigned pass_blocks(const Workspace& space, int processors) {
+  return static_cast<unsigned>(std::clamp<int64_t>(space.tiles, 1, int64_t{kBlocks} * processors));
+}
+
+}  // namespace exssnet::cuda
