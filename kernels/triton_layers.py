@@ -1,0 +1,84 @@
+"""What the Triton layers share: which arguments they serve, their results' memory, and their gradients."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .triton_mask import Mask, given, selected
+from .triton_product import Geometry, product, weight_gradients
+
+
+def served(x: Tensor, weight: Tensor, scores: Tensor | None = None, padding: Sequence[int] = ()) -> bool:
+    """Whether the kernels take a layer; the reference takes float64, and sizes at which their int32 indices end.
+
+    These count all pixels (the largest padded image has fewer than 2^30 with all its batch) and the weights of a tile
+    of outputs (fewer than 2^22 of each); elements they count in int64.
+    """
+    if x.dtype == torch.float64 or (scores is not None and scores.dtype == torch.float64):
+        return False
+    pixels = x.shape[0] * math.prod(size + 2 * pad for size, pad in zip(x.shape[2:], padding, strict=True))
+    return pixels < 1 << 30 and math.prod(weight.shape[1:]) < 1 << 22
+
+
+def _images(t: Tensor) -> Tensor:
+    """(B, F) as images of one pixel with F channels."""
+    return t if t.dim() == 4 else t[:, :, None, None]
+
+
+def _new_result(x: Tensor, shape: Sequence[int], batch_inner: bool) -> Tensor:
+    """Memory for a result, contiguous or with the batch innermost; no view, as callers may change it in place."""
+    if not batch_inner:
+        return x.new_empty(shape)
+    return x.new_empty_strided(shape, torch.empty(*shape[1:], shape[0], device="meta").movedim(-1, 0).stride())
+
+
+def forward(
+    x: Tensor, weight: Tensor, mask: Mask, bias: Tensor | None, geometry: Geometry, batch_inner: bool = False
+) -> Tensor:
+    result = _new_result(x, (x.shape[0], weight.shape[0], *geometry.output_size(x.shape[2:])), batch_inner)
+    bias = None if bias is None else bias.contiguous()
+    product(_images(x), weight, mask, bias, geometry, _images(result), transposed=False)
+    return result
+
+
+def _input_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, geometry: Geometry, batch_inner: bool, needed: bool
+) -> Tensor:
+    if not needed:
+        return x.new_empty(0)
+    result = _new_result(x, x.shape, batch_inner)
+    product(_images(grad), weight, mask, None, geometry, _images(result), transposed=True)
+    return result
+
+
+def new_gradient(t: Tensor, needed: bool) -> Tensor | None:
+    return t.new_empty(t.shape) if needed else None
+
+
+def or_empty(gradient: Tensor | None, t: Tensor) -> Tensor:
+    return t.new_empty(0) if gradient is None else gradient
+
+
+def supermask_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, geometry: Geometry, batch_inner: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    mask = selected(scores, selection)
+    grad_x = _input_gradient(grad, x, weight, mask, geometry, batch_inner, output_mask[0])
+    grad_scores, grad_weight = new_gradient(scores, output_mask[1]), new_gradient(weight, output_mask[2])
+    weight_gradients(_images(grad), _images(x), weight, mask, None, geometry, grad_scores, grad_weight)
+    return grad_x, or_empty(grad_scores, scores), or_empty(grad_weight, weight)
+
+
+def masked_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, geometry: Geometry,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kept = given(mask)
+    grad_x = _input_gradient(grad, x, weight, kept, geometry, False, output_mask[0])
+    grad_weight = new_gradient(weight, output_mask[1])
+    free = None if free_mask is None else given(free_mask)
+    weight_gradients(_images(grad), _images(x), weight, kept, free, geometry, None, grad_weight)
+    return grad_x, or_empty(grad_weight, weight)

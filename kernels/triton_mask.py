@@ -1,0 +1,178 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Masks inside Triton kernels, and what the gradient of a masked weight becomes.
+
+A mask is a tensor over the flat weight, told by its dtype: scores with the selection that picks from them, int8 with a
+byte a weight, or uint8 with a bit. Flat indices are an int64 `base` of a tile plus an int32 `local` index in it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # weights, or results, of one program of an elementwise kernel
+
+
+@dataclass(frozen=True)
+class Mask:
+    data: Tensor
+    selection: Tensor | None
+
+
+def selected(scores: Tensor, selection: Tensor) -> Mask:
+    return Mask(scores.contiguous(), selection.contiguous())
+
+
+def given(mask: Tensor) -> Mask:
+    mask = mask.contiguous()
+    return Mask(mask.view(torch.int8) if mask.dtype == torch.bool else mask, None)
+
+
+@triton.jit
+def _magnitude_bits(scores):
+    if scores.dtype == tl.float32:
+        bits = scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        bits = scores.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    return bits
+
+
+@triton.jit
+def threshold_of(selection):
+    """(threshold bits, tie index) of a selection; (0, 0), which nobody reads, without one."""
+    if selection is None:
+        threshold, tie = 0, 0
+    else:
+        threshold = tl.minimum(tl.load(selection), 0x7FFFFFFF).to(tl.int32)  # k = 0: beyond every score that is no NaN
+        tie = tl.load(selection + 1)
+    return threshold, tie
+
+
+@triton.jit
+def is_kept(mask, threshold, tie, base, local, inside):
+    """Whether a mask keeps the weights base + local; of those not inside nothing is promised."""
+    if mask.dtype.element_ty.is_floating():
+        bits = _magnitude_bits(tl.load(mask + base + local, mask=inside, other=0.0))
+        last = tl.minimum(tl.maximum(tie - base, -1), 0x7FFFFFFF).to(tl.int32)
+        kept = (bits > threshold) | ((bits == threshold) & (local <= last))
+    elif mask.dtype.element_ty == tl.int8:
+        kept = tl.load(mask + base + local, mask=inside, other=0) != 0
+    else:
+        place = (base % 8).to(tl.int32) + local
+        byte = tl.load(mask + base // 8 + place // 8, mask=inside, other=0).to(tl.int32)
+        kept = (byte >> place % 8 & 1) != 0
+    return kept
+
+
+@triton.jit
+def kept_weight(weight, mask, threshold, tie, base, local, inside):
+    """The weights base + local where the mask keeps them, else 0."""
+    value = tl.load(weight + base + local, mask=inside, other=0.0)
+    return tl.where(is_kept(mask, threshold, tie, base, local, inside), value, 0.0)
+
+
+@triton.jit
+def store_gradients(
+    gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+):  # fmt: skip
+    """From the gradient G of the effective weight: G W sign(S) (straight-through), and G where mask and free mask keep.
+
+    grad_scores, grad_weight: None where not asked; free_mask: None frees the whole mask.
+    """
+    if grad_scores is not None:
+        scores = tl.load(mask + base + local, mask=inside, other=0.0)
+        sign = (scores > 0).to(tl.float32) - (scores < 0).to(tl.float32)
+        value = tl.load(weight + base + local, mask=inside, other=0.0).to(tl.float32)
+        straight_through = gradient * value * sign
+        tl.store(grad_scores + base + local, straight_through.to(grad_scores.dtype.element_ty), mask=inside)
+    if grad_weight is not None:
+        kept = is_kept(mask, threshold, tie, base, local, inside)
+        if free_mask is not None:
+            kept &= is_kept(free_mask, 0, 0, base, local, inside)
+        trained = tl.where(kept, gradient, 0.0)
+        tl.store(grad_weight + base + local, trained.to(grad_weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_of_parts(parts, count, n, base, local, inside):
+    """Flat entries base + local of `count` tensors of n entries that lie one after the other, summed in that order."""
+    total = tl.load(parts + base + local, mask=inside, other=0.0).to(tl.float32)
+    for _ in range(1, count):
+        parts += n
+        total += tl.load(parts + base + local, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _gradients_kernel(
+    parts, count, n, weight, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr
+):  # fmt: skip
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    local = tl.arange(0, BLOCK)
+    inside = base + local < n
+    gradient = _sum_of_parts(parts, count, n, base, local, inside)
+    threshold, tie = threshold_of(selection)
+    store_gradients(
+        gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+    )  # fmt: skip
+
+
+@triton.jit
+def _output_kernel(parts, count, n, bias, channels, inner, output, BLOCK: tl.constexpr):
+    """bias[(i // inner) % channels] is added to entry i of the output's storage; bias may be None."""
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    local = tl.arange(0, BLOCK)
+    inside = base + local < n
+    total = _sum_of_parts(parts, count, n, base, local, inside)
+    if bias is not None:
+        total += tl.load(bias + (base + local) // inner % channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output + base + local, total.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _effective_kernel(weight, mask, selection, n, output, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    local = tl.arange(0, BLOCK)
+    inside = base + local < n
+    threshold, tie = threshold_of(selection)
+    value = kept_weight(weight, mask, threshold, tie, base, local, inside)
+    tl.store(output + base + local, value, mask=inside)
+
+
+def _grid(n: int) -> tuple[int]:
+    return (triton.cdiv(n, BLOCK),)
+
+
+def effective_weight(weight: Tensor, mask: Mask) -> Tensor:
+    """The weight where the mask keeps it, else 0; contiguous."""
+    output = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if output.numel():
+        with torch.cuda.device_of(weight):
+            _effective_kernel[_grid(output.numel())](
+                weight.contiguous(), mask.data, mask.selection, output.numel(), output, BLOCK=BLOCK
+            )
+    return output
+
+
+def gradients_from_parts(
+    parts: Tensor, weight: Tensor, mask: Mask, free_mask: Mask | None, grad_scores: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the gradients that are not None from that of the effective weight, the sum of parts (P, *weight.shape)."""
+    if weight.numel():
+        free = None if free_mask is None else free_mask.data
+        with torch.cuda.device_of(weight):
+            _gradients_kernel[_grid(weight.numel())](
+                parts, parts.shape[0], weight.numel(), weight.contiguous(), mask.data, mask.selection, free,
+                grad_scores, grad_weight, BLOCK=BLOCK,
+            )  # fmt: skip
+
+
+def output_from_parts(parts: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """Fill an output (N, O, H, W) from its parts (P, ...), which lie in the order of the output's storage."""
+    with torch.cuda.device_of(output):
+        _output_kernel[_grid(output.numel())](
+            parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, BLOCK=BLOCK
+        )

@@ -1,0 +1,348 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""The products of all layers under a mask, as tiles of one implicit matrix product; the mask is applied to tiles.
+
+A linear layer is the 1 x 1 convolution of 1 x 1 images. Tensors (N, C, H, W) are read and written by their strides. A
+tile has BLOCK_O outputs, BLOCK_K weights of each and BLOCK_P pixels, counted over all images. Sums are float32; where
+tiles are few, each sum is split into parts, which are added afterwards, always in the same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_mask import Mask, gradients_from_parts, kept_weight, output_from_parts, store_gradients, threshold_of
+
+PROGRAMS = 256  # as many keep a large GPU busy
+PART = 256  # least length of a part of a sum
+MOST_PARTS = 64
+FEW_CHANNELS = 16  # up to so many, a tile's weights are of all taps; of more, they are of one tap
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a convolution; the default is that of a linear layer."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def output_size(self, size: Sequence[int]) -> list[int]:
+        """Of images of a size; of a linear layer, which has none, none."""
+        windows = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=False)
+        return [(n + 2 * p - d * (taps - 1) - 1) // step + 1 for n, taps, step, p, d in windows]
+
+    def constants(self) -> dict[str, Any]:
+        return {"KERNEL": self.kernel, "STRIDE": self.stride, "PADDING": self.padding, "DILATION": self.dilation}
+
+
+LINEAR = Geometry()
+
+
+@triton.jit
+def _pixel(p, size, batch, BATCH_INNER: tl.constexpr):
+    """(image, line, column) of pixels counted with the columns innermost, or with the images innermost."""
+    if BATCH_INNER:
+        n, column = p % batch, p // batch % size[1]
+        line = p // batch // size[1]
+    else:
+        column, line = p % size[1], p // size[1] % size[0]
+        n = p // size[1] // size[0]
+    return n.to(tl.int64), line, column
+
+
+@triton.jit
+def _weights_of_block(block, KERNEL: tl.constexpr, MIXED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(first channel, channels, tap) of a block of BLOCK_K weights of an output.
+
+    MIXED: they are consecutive, one tap each; else they are of consecutive channels and one tap, the channels advancing
+    after all taps, so that the next taps find the same lines of memory in the caches.
+    """
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+    if MIXED:
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        first, channel, tap = block * BLOCK_K // TAPS, k // TAPS, k % TAPS
+    else:
+        first, tap = block // TAPS * BLOCK_K, block % TAPS
+        channel = first + tl.arange(0, BLOCK_K)
+    return first, channel, tap
+
+
+@triton.jit
+def _reach(
+    at, tap, size, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """(position, whether it exists) of what a tap multiplies for a result at `at`, in one dimension."""
+    if TRANSPOSED:
+        steps = at + PADDING - tap * DILATION
+        position = steps // STRIDE
+        exists = (steps >= 0) & (steps % STRIDE == 0) & (position < size)
+    else:
+        position = at * STRIDE - PADDING + tap * DILATION
+        exists = (position >= 0) & (position < size)
+    return position, exists
+
+
+@triton.jit
+def _gathered(
+    source, strides, size, channel, channel_exists, tap, n, line, column, pixel_exists, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """The tile (channels and taps, pixels) of what is multiplied with weights; 0 in the padding."""
+    if MIXED:
+        tap = tap[:, None]
+    down, right = tap // KERNEL[1], tap % KERNEL[1]
+    y, y_exists = _reach(line[None, :], down, size[0], STRIDE[0], PADDING[0], DILATION[0], TRANSPOSED)
+    x, x_exists = _reach(column[None, :], right, size[1], STRIDE[1], PADDING[1], DILATION[1], TRANSPOSED)
+    exists = y_exists & x_exists & pixel_exists[None, :] & channel_exists[:, None]
+    pixel = n[None, :] * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+    return tl.load(source + pixel + channel.to(tl.int64)[:, None] * strides[1], mask=exists, other=0.0)
+
+
+@triton.jit
+def _part(blocks):
+    """(first, past the last) block of the sum that this program makes."""
+    length = tl.cdiv(blocks, tl.num_programs(1))
+    first = tl.program_id(1) * length
+    return first, tl.minimum(first + length, blocks)
+
+
+@triton.jit
+def _tile(tiles_o, others):
+    """(group, tile of outputs, other tile) of this program: neighbours share both operands in the caches."""
+    of_group = tiles_o * others
+    group, tile = tl.program_id(0) // of_group, tl.program_id(0) % of_group
+    other, tile_o = tl.swizzle2d(tile // tiles_o, tile % tiles_o, others, tiles_o, 8)
+    return group, tile_o, other
+
+
+Tile = tuple[int, int, int, int]  # two blocks of the result, that of the sum, warps
+PRODUCT_TILES: dict[str, list[Tile]] = {
+    "half": [(128, 128, 32, 8), (64, 128, 32, 4), (128, 64, 32, 4), (64, 64, 32, 4), (32, 64, 64, 4), (64, 16, 64, 4)],
+    "float32": [(128, 64, 16, 8), (64, 64, 32, 8), (64, 64, 16, 4), (32, 64, 32, 8), (64, 16, 32, 4)],
+}
+GRADIENT_TILES: dict[str, list[Tile]] = {
+    "half": [(64, 128, 32, 8), (128, 64, 32, 8), (64, 64, 32, 4), (32, 64, 64, 8), (64, 16, 64, 8)],
+    "float32": [(128, 64, 16, 8), (64, 128, 16, 8), (64, 64, 16, 4), (32, 64, 32, 8), (64, 16, 32, 4), (32, 32, 16, 4)],
+}
+"""Of float32 less fits into the registers: at full precision each number is two, and each product three."""
+
+
+def _tuning(blocks: Sequence[str], tiles: dict[str, list[Tile]], key: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the autotuner: the tiles, and which of them a dtype has."""
+
+    def config(tile: Tile) -> triton.Config:
+        return triton.Config(dict(zip(blocks, tile, strict=False)), num_warps=tile[3], num_stages=3)
+
+    def of_dtype(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+        many = len(tiles["half"])
+        return configs[many:] if arguments["weight"].dtype == torch.float32 else configs[:many]
+
+    configs = [config(tile) for tile in tiles["half"] + tiles["float32"]]
+    return {"configs": configs, "key": list(key), "prune_configs_by": {"early_config_prune": of_dtype}}
+
+
+@triton.autotune(
+    **_tuning(
+        ("BLOCK_O", "BLOCK_P", "BLOCK_K"),
+        PRODUCT_TILES,
+        ("scale", "outputs", "channels", "KERNEL", "STRIDE", "TRANSPOSED", "BATCH_INNER", "PRECISION"),
+    )
+)
+@triton.jit(do_not_specialize=["scale"])
+def product_kernel(
+    source, source_strides, source_size, weight, mask, selection, bias, result, result_strides, result_size,
+    batch, channels, outputs, part_stride, scale,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BATCH_INNER: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A layer's output, or, TRANSPOSED, the gradient of its input, gathered from that of its output.
+
+    channels, outputs: of source and result, in each group; scale: of the number of pixels, for the choice of tiles.
+    Program (tile of a group, part of the sum); with several parts, `result` holds them part_stride apart.
+    """
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+    pixels = batch * result_size[0] * result_size[1]
+    group, tile_o, tile_p = _tile(tl.cdiv(outputs, BLOCK_O), tl.cdiv(pixels, BLOCK_P))
+    output = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, line, column = _pixel(p, result_size, batch, BATCH_INNER)
+    threshold, tie = threshold_of(selection)
+    source += (group * channels).to(tl.int64) * source_strides[1]
+    row = (outputs if TRANSPOSED else channels) * TAPS  # weights of one output of the layer
+
+    total = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
+    first_block, past = _part(tl.cdiv(channels * TAPS, BLOCK_K) if MIXED else tl.cdiv(channels, BLOCK_K) * TAPS)
+    for block in range(first_block, past):
+        first, channel, tap = _weights_of_block(block, KERNEL, MIXED, BLOCK_K)
+        exists = channel < channels
+        if TRANSPOSED:
+            base = (group * channels + first).to(tl.int64) * row
+            local = (output * TAPS)[:, None] + ((channel - first) * row + tap)[None, :]
+        else:
+            base = (group * outputs + tile_o * BLOCK_O).to(tl.int64) * row
+            local = (tl.arange(0, BLOCK_O) * row)[:, None] + (channel * TAPS + tap)[None, :]
+        inside = (output < outputs)[:, None] & exists[None, :]
+        tile = kept_weight(weight, mask, threshold, tie, base, local, inside)
+        gathered = _gathered(
+            source, source_strides, source_size, channel, exists, tap, n, line, column, p < pixels,
+            KERNEL, STRIDE, PADDING, DILATION, TRANSPOSED, MIXED,
+        )  # fmt: skip
+        total = tl.dot(tile, gathered, total, input_precision=PRECISION)
+
+    output_channel = (group * outputs + output).to(tl.int64)
+    if bias is not None:
+        total += tl.load(bias + output_channel, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
+    result += tl.program_id(1).to(tl.int64) * part_stride
+    pixel = n * result_strides[0] + line.to(tl.int64) * result_strides[2] + column.to(tl.int64) * result_strides[3]
+    place = output_channel[:, None] * result_strides[1] + pixel[None, :]
+    inside = (output < outputs)[:, None] & (p < pixels)[None, :]
+    tl.store(result + place, total.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.autotune(
+    **_tuning(
+        ("BLOCK_O", "BLOCK_K", "BLOCK_P"),
+        GRADIENT_TILES,
+        ("scale", "outputs", "channels", "KERNEL", "STRIDE", "BATCH_INNER", "PRECISION"),
+    )
+)
+@triton.jit(do_not_specialize=["scale"])
+def gradient_kernel(
+    grad, grad_strides, grad_size, x, x_strides, x_size, parts, weight, mask, selection, free_mask, grad_scores,
+    grad_weight, batch, channels, outputs, part_stride, scale,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    BATCH_INNER: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The gradients of scores and weight, summed over all pixels; or, with `parts`, parts of that of W M.
+
+    Program (tile of a group's weights, part of the sum).
+    """
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+    row = channels * TAPS
+    blocks_k = tl.cdiv(row, BLOCK_K) if MIXED else tl.cdiv(channels, BLOCK_K) * TAPS
+    group, tile_o, block = _tile(tl.cdiv(outputs, BLOCK_O), blocks_k)
+    output = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    _, channel, tap = _weights_of_block(block, KERNEL, MIXED, BLOCK_K)
+    x += (group * channels).to(tl.int64) * x_strides[1]
+    grad += (group * outputs).to(tl.int64) * grad_strides[1]
+    pixels = batch * grad_size[0] * grad_size[1]
+
+    total = tl.zeros([BLOCK_O, BLOCK_K], tl.float32)
+    first_block, past = _part(tl.cdiv(pixels, BLOCK_P))
+    for pixel_block in range(first_block, past):
+        p = pixel_block * BLOCK_P + tl.arange(0, BLOCK_P)
+        n, line, column = _pixel(p, grad_size, batch, BATCH_INNER)
+        pixel = n * grad_strides[0] + line.to(tl.int64) * grad_strides[2] + column.to(tl.int64) * grad_strides[3]
+        place = output.to(tl.int64)[:, None] * grad_strides[1] + pixel[None, :]
+        tile = tl.load(grad + place, mask=(output < outputs)[:, None] & (p < pixels)[None, :], other=0.0)
+        gathered = _gathered(
+            x, x_strides, x_size, channel, channel < channels, tap, n, line, column, p < pixels,
+            KERNEL, STRIDE, PADDING, DILATION, False, MIXED,
+        )  # fmt: skip
+        total = tl.dot(tile, gathered.trans(), total, input_precision=PRECISION)
+
+    base = (group * outputs + tile_o * BLOCK_O).to(tl.int64) * row
+    local = (tl.arange(0, BLOCK_O) * row)[:, None] + (channel * TAPS + tap)[None, :]
+    inside = (output < outputs)[:, None] & (channel < channels)[None, :]
+    if parts is not None:
+        parts += tl.program_id(1).to(tl.int64) * part_stride
+        tl.store(parts + base + local, total, mask=inside)
+    else:
+        threshold, tie = threshold_of(selection)
+        store_gradients(
+            total, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+        )  # fmt: skip
+
+
+def _precision() -> str:
+    """How float32 tiles are multiplied: as PyTorch's matrix products are allowed to be."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _parts(rows: int, columns: int, length: int, groups: int) -> int:
+    """Into how many parts the sums of a matrix (rows, columns) are split, of `length` terms each."""
+    tiles: int = triton.cdiv(rows, 64) * triton.cdiv(columns, 64) * groups
+    return max(1, min(PROGRAMS // tiles, length // PART, MOST_PARTS))
+
+
+def _batch_inner(t: Tensor) -> bool:
+    return t.shape[0] > 1 and t.stride(0) == 1
+
+
+def _pixels(t: Tensor) -> int:
+    return t.shape[0] * t.shape[2] * t.shape[3]
+
+
+def product(
+    source: Tensor, weight: Tensor, mask: Mask, bias: Tensor | None, geometry: Geometry, result: Tensor,
+    transposed: bool,
+) -> None:  # fmt: skip
+    """Fill `result` (N, O, H', W'), dense in memory, with the layer's output for `source` (N, C, H, W).
+
+    transposed: with the gradient of the input (N, C, H, W) for `source`, the gradient of the output.
+    weight, mask: of the layer, (O, C/groups, R, S).
+    """
+    if result.numel() == 0:
+        return
+    weight, groups = weight.contiguous(), geometry.groups
+    channels, outputs, pixels = source.shape[1] // groups, result.shape[1] // groups, _pixels(result)
+    count = _parts(outputs, pixels, channels * geometry.taps, groups)
+    parts = result if count == 1 else result.new_empty((count, result.numel()), dtype=torch.float32)
+
+    def grid(tile: dict[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(pixels, tile["BLOCK_P"]) * groups, count
+
+    with torch.cuda.device_of(result):
+        product_kernel[grid](
+            source, source.stride(), tuple(source.shape[2:]), weight, mask.data, mask.selection,
+            bias if count == 1 else None, parts, result.stride(), tuple(result.shape[2:]), result.shape[0],
+            channels, outputs, result.numel(), pixels.bit_length(),
+            **geometry.constants(), TRANSPOSED=transposed, BATCH_INNER=_batch_inner(result),
+            MIXED=geometry.taps > 1 and channels <= FEW_CHANNELS, PRECISION=_precision(),
+        )  # fmt: skip
+    if count > 1:
+        output_from_parts(parts, bias, result)
+
+
+def weight_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, free_mask: Mask | None, geometry: Geometry,
+    grad_scores: Tensor | None, grad_weight: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the gradients that are not None, both contiguous, from grad (N, O, H', W') and x (N, C, H, W)."""
+    if weight.numel() == 0 or (grad_scores is None and grad_weight is None):
+        return
+    weight, groups = weight.contiguous(), geometry.groups
+    channels, outputs, pixels = x.shape[1] // groups, grad.shape[1] // groups, _pixels(grad)
+    count = _parts(outputs, channels * geometry.taps, pixels, groups)
+    parts = None if count == 1 else weight.new_empty((count, weight.numel()), dtype=torch.float32)
+    mixed = geometry.taps > 1 and channels <= FEW_CHANNELS
+
+    def grid(tile: dict[str, Any]) -> tuple[int, int]:
+        of_taps, size = (1, channels * geometry.taps) if mixed else (geometry.taps, channels)
+        blocks = of_taps * triton.cdiv(size, tile["BLOCK_K"])
+        return triton.cdiv(outputs, tile["BLOCK_O"]) * blocks * groups, count
+
+    with torch.cuda.device_of(weight):
+        gradient_kernel[grid](
+            grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts, weight, mask.data,
+            mask.selection, None if free_mask is None else free_mask.data, grad_scores, grad_weight, grad.shape[0],
+            channels, outputs, weight.numel(), pixels.bit_length(),
+            **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
+        )  # fmt: skip
+    if parts is not None:
+        gradients_from_parts(parts, weight, mask, free_mask, grad_scores, grad_weight)

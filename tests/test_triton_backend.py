@@ -1,0 +1,72 @@
+"""The Triton kernels behind the operators: registered, compiled, and judged by the operators' own tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton_compile
+import triton_guard
+from cases import DTYPES
+from torch import Tensor
+
+from exssnet import ops
+from exssnet.kernels import triton_backend, triton_bits, triton_topk
+
+TESTS = Path(__file__).parent
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+CALLS: dict[str, Callable[[], object]] = {
+    **{
+        f"topk_masks of {name}": lambda dtype=dtype: triton_topk.topk_masks(
+            [meta(512, 512, dtype=dtype)] * 2, [20_000] * 2, None, True
+        )
+        for name, dtype in DTYPES.items()
+    },
+    "topk_masks of one layer": lambda: triton_topk.topk_masks([meta(33, 65, dtype=torch.float32)], [20], None, True),
+    "pack_mask": lambda: triton_bits.pack_mask(meta(512, 512, dtype=torch.bool)),
+    "unpack_mask": lambda: triton_bits.unpack_mask(meta(32_768, dtype=torch.uint8), [512, 512]),
+    "free_mask": lambda: triton_bits.free_mask(*[meta(512, 512, dtype=torch.bool)] * 2),
+}
+
+
+@pytest.mark.skipif(triton_guard.interpreting, reason="this process interprets Triton")
+@pytest.mark.parametrize("architecture", triton_compile.TARGETS)
+@pytest.mark.parametrize("call", CALLS)
+def test_selection_and_bits_compile_and_nothing_spills(call: str, architecture: str) -> None:
+    kernels = triton_compile.compiled(architecture, CALLS[call])
+    assert len(kernels) > 0
+    assert [k for k in kernels if k.spilled or k.shared > triton_compile.SHARED[architecture]] == []
+
+
+def test_operators_launch_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not triton_guard.interpreting:
+        name = test_operators_launch_triton_kernels.__name__
+        triton_guard.run(f"{__file__}::{name}", EXSSNET_BACKEND="triton")
+        return
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert [name for name in triton_backend.OPERATORS if not registered(f"exssnet::{name}", "CPU")] == []
+    launched: list[str] = []
+    monkeypatch.setattr(triton_guard.GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    ops.pack_mask(torch.ones(3, dtype=torch.bool))
+    ops.topk_select([torch.ones(3)], [2])
+    assert launched[:2] == ["_pack", "_count_digit"]
+
+
+OWN_TESTS = {
+    "test_bits.py": "not 1048576",
+    "test_topk.py": "of_equal_magnitudes or tie_index or strides or opcheck or compiles or different_dtypes "
+    "or (for_every_k and 64) or (exactly_k and (many-ties or last-bits or infinities))",
+    "test_supermask.py": "(groups or 7x33x65) and (exact or gradient or opcheck or compiles)",
+    "test_masked.py": "(groups or 7x33x65) and (exact or gradient or opcheck or compiles)",
+}
+"""Test files, and which of their tests are quick enough to interpret."""
+
+
+@pytest.mark.parametrize("file", OWN_TESTS)
+def test_operators_pass_their_own_tests_on_triton_kernels(file: str) -> None:
+    triton_guard.run(str(TESTS / file), "-k", OWN_TESTS[file], EXSSNET_BACKEND="triton")

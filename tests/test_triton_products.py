@@ -1,0 +1,321 @@
+"""supermask_linear, supermask_conv2d, masked_linear, masked_conv2d in Triton, interpreted under the guard.
+
+Truth is the reference in float64. `fused` masks tiles of the weight; `dense` writes the masked weight for PyTorch's
+products.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton_guard
+from accuracy import assert_accurate, assert_exact, representable
+from cases import CONV2D, FEW, LAYOUTS, LINEAR, PATTERNS, Layer, any_convolution, dtypes, layers, scores_of
+from hypothesis import HealthCheck, given, settings
+from products import Problem, geometry, output_masks, problem
+from torch import Tensor
+
+from exssnet.kernels import reference, triton_conv, triton_dense, triton_layers, triton_linear, triton_product
+
+KERNELS = {
+    "fused": {**vars(triton_linear), **vars(triton_conv)},
+    "dense": {name.replace("_dense", ""): function for name, function in vars(triton_dense).items()},
+}
+HALF, FLOAT32 = (
+    max(len(tiles[of]) for tiles in (triton_product.PRODUCT_TILES, triton_product.GRADIENT_TILES))
+    for of in ("half", "float32")
+)
+engines = pytest.mark.parametrize("engine", KERNELS)
+single = dtypes("float32", "bfloat16", "float16")
+Arguments = dict[str, tuple[Any, ...]]
+SMALL = (
+    Layer("linear-9x21x19", (9, 21), (19, 21)),
+    Layer("linear-70x33x67", (70, 33), (67, 33)),
+    Layer("conv2d-20-channels", (2, 20, 5, 4), (18, 20, 3, 3), padding=1),
+    Layer("conv2d-strides", (2, 34, 5, 6), (10, 17, 3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2),
+    Layer("conv2d-3-channels", (2, 3, 9, 8), (5, 3, 3, 3), stride=2, padding=1),
+)
+"""For what is done with each tile: edges in every block, more than one tile, channels for both kinds of blocks."""
+
+
+def unchanged(name: str, t: Tensor) -> Tensor:
+    return t
+
+
+def arguments(p: Problem, *, sparse: bool = False, change: Callable[[str, Tensor], Tensor] = unchanged) -> Arguments:
+    """What each raw operator takes, with everything asked of the backward ones."""
+    linear = p.layer.kind == "linear"
+    leading = p.x.shape[:-1].numel()
+    x, grad = (t.reshape(leading, t.shape[-1]) if linear else t for t in (p.x, p.grad))
+    tensors = {"x": x, "grad": grad, "weight": p.weight, "scores": p.scores, "mask": p.mask, "free": p.free}
+    x, grad, weight, scores, mask, free = (change(name, t) for name, t in tensors.items())
+    convolution = () if linear else (*geometry(p.layer), p.layer.groups)
+    row = reference.select(reference.magnitude_bits(p.scores), p.k)
+    kind = p.layer.kind
+    return {
+        f"supermask_{kind}": (x, weight, scores, row, p.bias, *convolution, sparse),
+        f"supermask_{kind}_backward": (grad, x, weight, scores, row, *convolution, sparse, [True] * 3),
+        f"masked_{kind}": (x, weight, mask, free, p.bias, *convolution),
+        f"masked_{kind}_backward": (grad, x, weight, mask, free, *convolution, [True] * 2),
+    }
+
+
+def of_supermasks(calls: Arguments) -> Arguments:
+    """Those of one family, where masks do not matter."""
+    return {name: args for name, args in calls.items() if name.startswith("supermask")}
+
+
+def results(name: str, found: Any) -> dict[str, Tensor]:
+    return {f"{name} {i}": t for i, t in enumerate(found if isinstance(found, tuple) else (found,))}
+
+
+def kernel(engine: str, calls: Arguments) -> dict[str, Tensor]:
+    found = {}
+    for name, args in calls.items():
+        found |= results(name, KERNELS[engine][name](*args))
+    return found
+
+
+def plain(calls: Arguments) -> dict[str, Tensor]:
+    found = {}
+    for name, args in calls.items():
+        found |= results(name, getattr(reference, name)(*args))
+    return found
+
+
+def truth(calls: Arguments) -> dict[str, Tensor]:
+    """The reference in float64; scores keep their dtype, by whose bits they are selected."""
+
+    def exact(name: str, i: int, a: Any) -> Any:
+        scores = name.startswith("supermask") and i == (3 if name.endswith("_backward") else 2)
+        return a.double() if isinstance(a, Tensor) and a.is_floating_point() and not scores else a
+
+    found = plain({name: tuple(exact(name, i, a) for i, a in enumerate(args)) for name, args in calls.items()})
+    return {name: t.double() for name, t in found.items()}
+
+
+def order(t: Tensor) -> tuple[bool, bool]:
+    """Whether a tensor is contiguous, and whether it is with the batch innermost."""
+    return t.is_contiguous(), t.movedim(0, -1).is_contiguous()
+
+
+def check_exact(engine: str, calls: Arguments) -> None:
+    got, like = kernel(engine, calls), plain(calls)
+    assert_exact(got, representable(truth(calls), like))
+    for name, t in got.items():
+        assert order(t) == order(like[name]), name
+        assert t._base is None, f"{name} is a view, which nobody may change in place"
+
+
+@layers(LINEAR + CONV2D)
+def test_integers_give_exact_results(layer: Layer) -> None:
+    check_exact("fused", of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
+
+
+@layers(FEW)
+@single
+@engines
+def test_exact_in_dtype(engine: str, layer: Layer, dtype: torch.dtype) -> None:
+    check_exact(engine, arguments(problem(layer, dtype, integers=True)))
+
+
+@pytest.mark.parametrize("index", range(HALF))
+@layers(SMALL)
+def test_exact_in_every_configuration_of_half_types(index: int, layer: Layer) -> None:
+    with triton_guard.configuration(index):
+        check_exact("fused", of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
+
+
+@pytest.mark.parametrize("index", range(FLOAT32))
+@layers(SMALL)
+def test_exact_in_every_configuration_of_float32(index: int, layer: Layer) -> None:
+    with triton_guard.configuration(index):
+        check_exact("fused", of_supermasks(arguments(problem(layer, integers=True))))
+
+
+def test_float32_is_tf32_only_where_pytorch_allows_it() -> None:
+    x = torch.full((16, 16), 1 + 2.0**-12)  # 1 in tf32
+    weight, scores, selection = torch.eye(16), torch.ones(16, 16), torch.tensor([0, 0])
+    found = {}
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found[precision] = triton_linear.supermask_linear(x, weight, scores, selection, None, False)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found["highest"], x)
+    assert torch.equal(found["high"], torch.ones_like(x))
+    assert torch.equal(found["medium"], torch.ones_like(x))
+
+
+@layers(SMALL)
+@single
+@engines
+def test_errs_at_most_twice_as_much_as_plain_pytorch(engine: str, layer: Layer, dtype: torch.dtype) -> None:
+    calls = arguments(problem(layer, dtype))
+    assert_accurate(kernel(engine, calls), plain(calls), truth(calls))
+
+
+def split(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes sums of parts where they are short too; the list will hold the number of parts of each product."""
+    counts: list[int] = []
+    parts = triton_product._parts
+    monkeypatch.setattr(triton_product, "PROGRAMS", 8)
+    monkeypatch.setattr(triton_product, "PART", 4)
+    monkeypatch.setattr(triton_product, "_parts", lambda *sizes: counts.append(parts(*sizes)) or counts[-1])
+    return counts
+
+
+@layers(SMALL)
+def test_exact_in_parts(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = split(monkeypatch)
+    check_exact("fused", arguments(problem(layer, torch.bfloat16, integers=True)))
+    assert min(counts) > 1
+
+
+@layers(SMALL[:1] + SMALL[-1:])
+@single
+def test_parts_repeat_bit_for_bit_and_err_no_more(
+    layer: Layer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split(monkeypatch)
+    calls = of_supermasks(arguments(problem(layer, dtype)))
+    found = kernel("fused", calls)
+    assert_exact(kernel("fused", calls), found)
+    assert_accurate(found, plain(calls), truth(calls))
+
+
+@layers(FEW[:1] + SMALL[-2:])
+@engines
+def test_batch_innermost_in_and_out(engine: str, layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(layer, torch.bfloat16, integers=True)
+    for stored in (unchanged, lambda name, t: reference.batch_last(t) if name in ("x", "grad") else t):
+        check_exact(engine, of_supermasks(arguments(p, sparse=True, change=stored)))
+    split(monkeypatch)
+    check_exact(engine, of_supermasks(arguments(p, sparse=True)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@layers(FEW[:1] + SMALL[-2:])
+@engines
+def test_exact_with_strides(engine: str, layer: Layer, layout: str) -> None:
+    p = problem(layer, torch.bfloat16, integers=True)
+    check_exact(engine, arguments(p, change=lambda _, t: LAYOUTS[layout](t)))
+
+
+@layers(FEW)
+@engines
+def test_exact_with_the_expanded_gradient_of_a_sum(engine: str, layer: Layer) -> None:
+    p = problem(layer, integers=True)
+    p.grad = torch.ones(()).expand(p.grad.shape)
+    check_exact(engine, arguments(p))
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.differing_executors])
+@given(any_convolution())
+def test_exact_in_any_geometry(layer: Layer) -> None:
+    torch.manual_seed(0)
+    check_exact("fused", of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@single
+@engines
+def test_selection_is_that_of_the_reference(engine: str, pattern: str, dtype: torch.dtype) -> None:
+    """With x the identity, the output is the effective weight, transposed."""
+    scores = scores_of(pattern, 13 * 11, dtype).reshape(13, 11)
+    weight = torch.randint(1, 9, (13, 11)).bfloat16()
+    eye = torch.eye(11, dtype=torch.bfloat16)
+    for k in (0, 1, 60, 142, 143):
+        row = reference.select(reference.magnitude_bits(scores), k)
+        kept = weight.where(reference.mask_of(scores, row), 0)
+        assert torch.equal(KERNELS[engine]["supermask_linear"](eye, weight, scores, row, None, False), kept.t()), k
+        arguments = (eye.new_ones(11, 13), eye, weight, scores, row, False, [True] * 3)
+        grad_x, grad_scores, grad_weight = KERNELS[engine]["supermask_linear_backward"](*arguments)
+        assert torch.equal(grad_x, kept.sum(0).expand(11, 11)), k
+        assert torch.equal(grad_scores, (weight * scores.sign()).to(dtype)), k
+        assert torch.equal(grad_weight, (kept != 0).bfloat16()), k
+
+
+@pytest.mark.parametrize("scores_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@layers(SMALL[-2:])
+@single
+@engines
+def test_scores_keep_a_dtype_of_their_own(
+    engine: str, layer: Layer, dtype: torch.dtype, scores_dtype: torch.dtype
+) -> None:
+    check_exact(engine, arguments(problem(layer, dtype, integers=True, scores_dtype=scores_dtype)))
+
+
+@pytest.mark.parametrize("packed", [("mask",), ("free",), ("mask", "free")], ids=",".join)
+@layers(FEW + SMALL[-2:])
+@engines
+def test_packed_masks_give_the_bits_of_bool_masks(engine: str, layer: Layer, packed: tuple[str, ...]) -> None:
+    p = problem(layer)
+    pack = arguments(p, change=lambda name, t: reference.pack_mask(t) if name in packed else t)
+    assert_exact(kernel(engine, pack), kernel(engine, arguments(p)))
+
+
+@layers(FEW)
+@engines
+def test_no_free_mask_means_the_whole_mask(engine: str, layer: Layer) -> None:
+    name = f"masked_{layer.kind}_backward"
+    grad, x, weight, mask, _, *rest = arguments(problem(layer, integers=True))[name]
+    check_exact(engine, {name: (grad, x, weight, mask, None, *rest)})
+
+
+@layers(FEW)
+@engines
+def test_backward_computes_only_what_is_asked(engine: str, layer: Layer) -> None:
+    for name, (*args, everything) in arguments(problem(layer, integers=True)).items():
+        if name.endswith("_backward"):
+            for asked in output_masks(len(everything)):
+                check_exact(engine, {name: (*args, list(asked))})
+
+
+@layers(FEW)
+@engines
+def test_weights_outside_the_mask_are_not_read(engine: str, layer: Layer) -> None:
+    p = problem(layer)
+    holes = arguments(p, change=lambda name, t: t.where(p.mask, torch.nan) if name == "weight" else t)
+    full = kernel(engine, arguments(p))
+    for name, t in kernel(engine, holes).items():
+        if name != f"supermask_{layer.kind}_backward 1":  # the score gradient, which is G W sign(S) everywhere
+            assert torch.equal(t, full[name]), name
+
+
+@layers(FEW)
+@engines
+def test_infinite_gradients_do_not_leave_the_free_mask(engine: str, layer: Layer) -> None:
+    p = problem(layer)
+    p.grad.fill_(torch.inf)
+    name = f"masked_{layer.kind}_backward"
+    _, grad_weight = KERNELS[engine][name](*arguments(p)[name])
+    assert torch.equal(grad_weight[~p.free], torch.zeros(int((~p.free).sum())))
+
+
+@layers(FEW)
+@engines
+def test_float64_is_the_reference(engine: str, layer: Layer) -> None:
+    for dtype, other in itertools.product([torch.float64, torch.float32], [torch.float64]):
+        calls = arguments(problem(layer, dtype, scores_dtype=other))
+        if dtype == torch.float32:
+            calls = {name: args for name, args in calls.items() if name.startswith("supermask")}
+        assert_exact(kernel(engine, calls), plain(calls))
+
+
+def test_what_32_bits_cannot_count_is_left_to_the_reference() -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    weight = empty(8, 3, 3, 3)
+    assert triton_layers.served(empty(1, 3, 32767, 32768), weight, padding=[0, 0])
+    assert not triton_layers.served(empty(1, 3, 32767, 32768), weight, padding=[1, 1])
+    assert not triton_layers.served(empty(1 << 30, 3), empty(8, 3))
+    assert not triton_layers.served(empty(8, 1 << 22), empty(8, 1 << 22))
+    assert triton_layers.served(empty(8, 1 << 21), empty(1 << 20, 1 << 21))
+
+
+triton_guard.interpret(globals())
