@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .timing import finish
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -23,13 +25,16 @@ class Ceilings:
 
 
 def machine_peak(quick: bool = False) -> Ceilings:
-    """The ceilings at torch's present number of threads, measured once each: the best of several rounds."""
-    return _measured(torch.get_num_threads(), quick)
+    """The ceilings of the default device at torch's present number of threads, measured once each: the best of several
+    rounds."""
+    return _measured(torch.get_num_threads(), quick, torch.get_default_device().type)
 
 
 @cache
-def _measured(threads: int, quick: bool) -> Ceilings:
-    n, channels, size = (256, 32, 1 << 20) if quick else (2048, 128, 1 << 26)
+def _measured(threads: int, quick: bool, device: str) -> Ceilings:
+    n, channels, size = {"cpu": (2048, 128, 1 << 26), "cuda": (8192, 256, 1 << 30)}[device]
+    if quick:
+        n, channels, size = 256, 32, 1 << 20
     a, b, product = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
     image = torch.randn(64, channels, 18, 18).contiguous(memory_format=torch.channels_last)
     taps = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -42,9 +47,11 @@ def _measured(threads: int, quick: bool) -> Ceilings:
 
 def _best(function: Callable[[], Any], rounds: int = 5) -> float:
     function()
+    finish()
     times = []
     for _ in range(rounds):
         begin = time.perf_counter()
         function()
+        finish()
         times.append(time.perf_counter() - begin)
     return min(times)

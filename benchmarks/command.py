@@ -21,7 +21,7 @@ SELECTION = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `exssnet bench` and of all its kinds; shared ones may stand on either side of the kind."""
-    _shared(parser, [1], False, None)
+    _shared(parser, [1], "cpu", False, None)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", help="default: a selection of all, in a few minutes")
     for name, module in KINDS.items():
         description = (module.__doc__ or "").strip()
@@ -29,12 +29,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             name, help=description.partition("\n")[0], description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        _shared(kind, *[argparse.SUPPRESS] * 3)
+        _shared(kind, *[argparse.SUPPRESS] * 4)
         module.add_options(kind)
 
 
-def _shared(parser: argparse.ArgumentParser, threads: Any, quick: Any, file: Any) -> None:
+def _shared(parser: argparse.ArgumentParser, threads: Any, device: Any, quick: Any, file: Any) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=threads, help="one run for each number (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="what is measured (default: cpu)")
     parser.add_argument("--quick", action="store_true", default=quick, help="tiny shapes and short runs: a smoke test")
     parser.add_argument("--json", type=Path, metavar="FILE", default=file, help="also write all numbers to FILE")
 
@@ -43,6 +44,15 @@ def run(options: argparse.Namespace) -> int:
     """Print and write what was asked for; raises WrongResult where a result is wrong. Returns the exit status."""
     if min(options.threads) < 1:
         raise ValueError(f"threads must be at least 1, got {min(options.threads)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda needs a GPU, and torch {torch.__version__} finds none")
+    if options.device == "cuda" and options.kind == "memory":
+        raise ValueError("memory is measured on the CPU alone, got --device cuda")
+    with torch.device(options.device):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     found: dict[str, Any] = {"machine": timing.machine(), "ceilings": []}
     print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
     if options.quick:
@@ -62,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
             before = os.times()
             found[kind] = KINDS[kind].run(given)
             found[kind]["cpu"] = share = _cpu_share(before, os.times())
-            if share < 0.9:
+            if share < 0.9 and options.device == "cpu":
                 print(f"\nThe machine was busy: this run had {share:.2f} of a core. Compare the ratios alone.")
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1))
@@ -81,7 +91,9 @@ def _selection(options: argparse.Namespace) -> list[tuple[str, argparse.Namespac
     parser = argparse.ArgumentParser()
     add_options(parser)
     chosen = {kind: [] if options.quick else arguments for kind, arguments in SELECTION.items()}
+    if options.device == "cuda":
+        del chosen["memory"]
     asked = [(kind, parser.parse_args([kind, *arguments])) for kind, arguments in chosen.items()]
     for _, given in asked:
-        given.threads, given.quick = options.threads, options.quick
+        given.threads, given.device, given.quick = options.threads, options.device, options.quick
     return asked

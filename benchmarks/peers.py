@@ -22,6 +22,8 @@ def linear(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, V
     """Of x (B, I), weight and mask (O, I), grad (B, O)."""
     kept = weight * mask
     found = _csr(x, kept, grad)
+    if x.device.type != "cpu":
+        return found
     if INSTALLED["sparselab"]:
         found["sparselab"] = _sparselab(x, kept, grad)
     if INSTALLED["sparseprop"]:
@@ -46,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, V
 
 def conv2d(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor, stride: int) -> dict[str, Variant]:
     """Of x (N, C, H, W), weight and mask (O, C, 3, 3), grad (N, O, H', W'), padding 1."""
-    if not INSTALLED["sparseprop"]:
+    if not INSTALLED["sparseprop"] or x.device.type != "cpu":
         return {}
     from sparseprop.modules.conv2d import SparseConv2d
 

@@ -51,10 +51,17 @@ class Row:
         return asdict(self) | {"ratios": {name: self.ratio(name) for name in self.baselines}}
 
 
+def finish() -> None:
+    """Wait until the device that tensors are made on has done what it was told."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def alternate(variants: Sequence[Variant], seconds: float) -> list[Timing]:
     """Time all variants round by round, so that a machine that drifts hits them alike; at least 5 rounds."""
     for variant in variants:
         variant()
+    finish()
     start = time.perf_counter()
     rounds: list[list[float]] = []
     while len(rounds) < 5 or time.perf_counter() - start < seconds:
@@ -62,9 +69,12 @@ def alternate(variants: Sequence[Variant], seconds: float) -> list[Timing]:
         for variant in variants:
             begin = time.perf_counter()
             variant()
+            finish()
             times.append(time.perf_counter() - begin)
         rounds.append(times)
-    quartiles = torch.tensor(rounds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
+    quartiles = torch.tensor(rounds, dtype=torch.float64, device="cpu").quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu"), dim=0
+    )
     return [Timing(float(middle), float(high - low)) for low, middle, high in quartiles.t()]
 
 
@@ -103,7 +113,8 @@ def check_close(what: str, got: Tensor, truth: Tensor) -> None:
 
 def machine() -> dict[str, Any]:
     """Where and with what the numbers were measured."""
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),

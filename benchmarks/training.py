@@ -53,7 +53,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for threads, name, density in itertools.product(options.threads, names, densities):
             measure(name, density, threads, options.quick, rows, budgets)
             tick()
-    print("\n" + timings(rows) + "\n\n" + budget.show(budgets, options.quick))
+    print("\n" + timings(rows))
+    if budgets:
+        print("\n" + budget.show(budgets, options.quick))
     return {"rows": [row.as_dict() for row in rows], "budgets": [b.as_dict() for b in budgets]}
 
 
@@ -70,4 +72,5 @@ def measure(
     baselines = {way.name: timing for way, timing in zip(ways[1:], timed[1:], strict=True)}
     shape = f"{network}, batch {start.network.batch}"
     rows.append(Row(f"{phase} phase", shape, density, threads, timed[0], baselines=baselines))
-    budgets += [budget.budget(name, phase, start, way, threads, quick) for way in ways[:2]]
+    if torch.get_default_device().type == "cpu":
+        budgets += [budget.budget(name, phase, start, way, threads, quick) for way in ways[:2]]

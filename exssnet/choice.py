@@ -17,8 +17,8 @@ from .ops import masked_weight, sparse_pattern
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
 SURE_DENSITY, SURE_WORK = 0.11, 1 << 22
-"""Up to this density a layer of at least so many multiply-adds (dense) is not measured: sparse products were 2.5 to 20
-times faster on every such shape in docs/cpu-engine.md."""
+"""Up to this density a layer of at least so many multiply-adds (dense) is not measured on a CPU: sparse products were
+2.5 to 20 times faster on every such shape in docs/cpu-engine.md."""
 KERNELS_VERSION = 1  # of what is kept: raise it when products become faster
 
 _crossovers: dict[str, float] = {}
@@ -34,7 +34,8 @@ def sparse_is_faster(
     products: "sparse" or "dense" decide alone, and so does the environment's EXSSNET_PRODUCTS over "auto". Otherwise
         the layer's crossover decides: the density at which output and input gradient cost the same either way,
         measured when a shape is first met, and kept in a file of the user's cache folder.
-    Off the CPU, without native kernels and under a compiler that is tracing, nothing is measured.
+    Without a kernel for the sparse products on x's device, and while operators are traced or a CUDA graph is captured,
+    nothing is measured.
     """
     if products == "auto":
         products = os.environ.get("EXSSNET_PRODUCTS", "auto")  # type: ignore[assignment]
@@ -42,7 +43,8 @@ def sparse_is_faster(
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     if products != "auto":
         return products == "sparse"
-    if x.device.type != "cpu" or native.missing is not None:
+    kind = x.device.type
+    if not native.is_served(f"sparse_{'linear' if weight.dim() == 2 else 'conv2d'}", kind):
         return False
     if weight.dim() == 2 and x.dim() not in (0, 2):
         x = x.reshape(-1, x.shape[-1])
@@ -53,14 +55,15 @@ def sparse_is_faster(
         geometry = (1, *stride), (0, *padding), (1, *dilation), groups
         x, weight = x.unsqueeze(2), weight.unsqueeze(2)
     work = x.numel() // max(1, x.shape[1]) * weight.numel()
-    if traced() or (density <= SURE_DENSITY and work >= SURE_WORK):
-        return density <= SURE_DENSITY
-    key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, torch.get_num_threads(), "threads", x.dtype)))
+    if traced() or (kind == "cpu" and density <= SURE_DENSITY and work >= SURE_WORK):
+        return kind == "cpu" and density <= SURE_DENSITY
+    where = f"{torch.get_num_threads()} threads" if kind == "cpu" else torch.cuda.get_device_name(x.device)
+    key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, where, x.dtype)))
     if key not in _crossovers:
         _crossovers.update(_read())
     if key not in _crossovers:
         try:
-            _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype)
+            _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype, x.device)
         except RuntimeError:  # no such layer: the operators tell what is wrong
             return True
         _write()
@@ -69,10 +72,14 @@ def sparse_is_faster(
 
 def traced() -> bool:
     """Whether operators are being recorded, so that a measurement would be recorded as well."""
-    return torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+    if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], dtype: torch.dtype) -> float:
+def crossover(
+    x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], dtype: torch.dtype, device: torch.device
+) -> float:
     """The density in [0, 1] at which a layer's sparse products take as long as its dense ones, measured now.
 
     Output and input gradient of the weight phase, with the making of the dense weight; it decides for all phases.
@@ -80,13 +87,16 @@ def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], 
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+
+    def random_mask(density: float) -> Tensor:
+        return (torch.rand(*weight, generator=generator, device="cpu") < density).to(device)
 
     images, filters = random(*x), random(*weight)
     stride, padding, dilation, groups = geometry if geometry else ([1], [0], [1], 1)
     ops: Any = torch.ops
 
-    mask = torch.rand(*weight, generator=generator, device="cpu") < 0.1
+    mask = random_mask(0.1)
     kept, where = filters[mask], sparse_pattern(mask, groups=groups)
 
     def dense() -> None:
@@ -100,7 +110,7 @@ def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], 
             )
 
     def sparse(density: float) -> Callable[[], None]:
-        mask = torch.rand(*weight, generator=generator, device="cpu") < density
+        mask = random_mask(density)
         pattern, values = sparse_pattern(mask, groups=groups), filters[mask]
         arguments = (values, values[:0], *pattern.tensors)
         kind = "linear" if len(weight) == 2 else "conv2d"
@@ -115,22 +125,25 @@ def crossover(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], 
         return run
 
     low, high = 0.05, 0.25
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        whole, at_low, at_high = _times(dense, sparse(low), sparse(high))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        whole, at_low, at_high = _times(finish, dense, sparse(low), sparse(high))
     slope = max((at_high - at_low) / (high - low), 1e-12)
     return min(1.0, max(0.0, low + (whole - at_low) / slope))
 
 
-def _times(*ways: Callable[[], None]) -> list[float]:
-    """Seconds of each: the least of several rounds, which run for a hundredth of a second at least."""
+def _times(finish: Callable[[], None], *ways: Callable[[], None]) -> list[float]:
+    """Seconds of each until `finish` returns: the least of several rounds, for a hundredth of a second at least."""
     best = [float("inf")] * len(ways)
     for way in ways:
         way()
+        finish()
     began, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - began < 0.01:
         for i, way in enumerate(ways):
             start = time.perf_counter()
             way()
+            finish()
             best[i] = min(best[i], time.perf_counter() - start)
         rounds += 1
     return best

@@ -62,6 +62,18 @@ def test_ops_takes_densities_and_threads(tmp_path: Path) -> None:
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "ops", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == f"exssnet: --device cuda needs a GPU, and torch {torch.__version__} finds none\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["ops", "training", "sweep"])
+def test_a_gpu_is_measured_as_well(tmp_path: Path, kind: str) -> None:
+    bench(tmp_path, kind, "--device", "cuda")
+
+
 def test_training_times_each_phase_and_its_budget(tmp_path: Path) -> None:
     found = bench(tmp_path, "training", "--densities", "0.1")["training"]
     assert [row["name"] for row in found["rows"]] == ["weight phase", "mask phase", "inference phase"]
