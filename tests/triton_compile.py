@@ -106,7 +106,7 @@ def _report(name: str, kernel: Any, launch: dict[str, Any]) -> Compiled:
 
 
 @contextmanager
-def _compiling(architecture: str, found: list[Compiled]) -> Iterator[None]:
+def _compiling(architecture: str, found: list[Compiled], most: int | None) -> Iterator[None]:
     launch = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
@@ -114,7 +114,7 @@ def _compiling(architecture: str, found: list[Compiled]) -> Iterator[None]:
 
     def every_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
-        for configuration in self.prune_configs(kwargs):
+        for configuration in self.prune_configs(kwargs)[:most]:
             self.fn.run(*args, **kwargs, **configuration.all_kwargs())
 
     hip = "7.0" if TARGETS[architecture].backend == "hip" else None
@@ -127,9 +127,9 @@ def _compiling(architecture: str, found: list[Compiled]) -> Iterator[None]:
         yield
 
 
-def compiled(architecture: str, call: Callable[[], object]) -> list[Compiled]:
-    """What every launch of a call compiles to."""
+def compiled(architecture: str, call: Callable[[], object], most: int | None = None) -> list[Compiled]:
+    """What every launch of a call compiles to, in at most so many configurations each."""
     found: list[Compiled] = []
-    with _compiling(architecture, found):
+    with _compiling(architecture, found, most):
         call()
     return found
