@@ -158,10 +158,7 @@ def chips() -> list[str]:
 
 
 def run_nvcc(*arguments: str) -> None:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise FileNotFoundError("nvcc was not found; CUDA_HOME says where it is")
-    done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    done = subprocess.run([str(find_nvcc()), *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc {' '.join(arguments)} says {done.stderr.strip() or done.stdout.strip()}")
 
@@ -172,6 +169,8 @@ def libraries() -> list[Extension]:
         if cuda == "1":
             raise SystemExit("exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.")
         return []
+    if cuda == "1" and find_nvcc() is None:  # before minutes of compiling
+        raise SystemExit("exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.")
     files = {kind: [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob(kind))] for kind in
              ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "csrc/**/*.h")}  # fmt: skip
     glue = [p for p in files["csrc/*.cpp"] if Path(p).name.startswith("cuda_")]

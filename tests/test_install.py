@@ -132,12 +132,9 @@ def build(sources: Path, to: Path, *arguments: str, **environment: str) -> tuple
 
 
 def test_a_build_that_must_have_cuda_is_refused_without_nvcc(sources: Path, tmp_path: Path) -> None:
-    status, _, errors = build(sources, tmp_path, FORCE_CUDA="1", CUDA_HOME="/nonexistent", EXSSNET_NATIVE="1")
-    assert status == 1
-    sentence = (
-        "exssnet: FORCE_CUDA=1, but the CUDA kernels did not compile: nvcc was not found; CUDA_HOME says where it is."
-    )
-    assert errors.splitlines()[-1] == sentence
+    status, said, errors = build(sources, tmp_path, FORCE_CUDA="1", CUDA_HOME="/nonexistent", EXSSNET_NATIVE="1")
+    assert (status, said) == (1, "")
+    assert errors == "exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.\n"
 
 
 def test_cuda_kernels_alone_cannot_be_asked_for(sources: Path, tmp_path: Path) -> None:
