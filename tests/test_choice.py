@@ -113,7 +113,7 @@ def test_low_density_of_a_large_layer_is_not_measured(monkeypatch: pytest.Monkey
     ids=["linear", "conv2d"],
 )
 def test_measured_crossover_is_a_density(x: Any, weight: Any, geometry: Any) -> None:
-    assert 0 <= choice.crossover(x, weight, geometry, torch.float32) <= 1
+    assert 0 <= choice.crossover(x, weight, geometry, torch.float32, torch.device("cpu")) <= 1
 
 
 @pytest.mark.parametrize("products", ["sparse", "dense"])
