@@ -175,13 +175,14 @@ def libraries() -> list[Extension]:
              ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "csrc/**/*.h")}  # fmt: skip
     glue = [p for p in files["csrc/*.cpp"] if Path(p).name.startswith("cuda_")]
     entries = [p for p in files["csrc/*.cpp"] if p not in glue]
+    everything = sorted({p for paths in files.values() for p in paths})  # a source distribution holds what it names
     found = [("_native", [*entries, *files["csrc/cpu/*.cpp"]])]
     torch = find_torch()
     if cuda == "1" or (cuda != "0" and find_nvcc() is not None and torch is not None and cuda_of(torch) is not None):
         found.append(("_cuda", [*glue, *files["csrc/cuda/*.cu"]]))
     return [
         Extension(
-            f"exssnet.kernels.{name}", sources, depends=files["csrc/**/*.h"], language="c++",
+            f"exssnet.kernels.{name}", sources, depends=everything, language="c++",
             optional=name == "_cuda" and cuda != "1",
         )
         for name, sources in found
