@@ -128,7 +128,7 @@ def _tile(tiles_o, others):
 
 Tile = tuple[int, int, int, int]  # two blocks of the result, that of the sum, warps
 PRODUCT_TILES: dict[str, list[Tile]] = {
-    "half": [(128, 128, 32, 8), (64, 128, 32, 4), (128, 64, 32, 4), (64, 64, 32, 4), (32, 64, 64, 4), (64, 16, 64, 4)],
+    "half": [(128, 128, 32, 8), (64, 128, 32, 4), (128, 64, 32, 4), (64, 64, 32, 4), (32, 64, 64, 8), (64, 16, 64, 4)],
     "float32": [(128, 64, 16, 8), (64, 64, 32, 8), (64, 64, 16, 4), (32, 64, 32, 8), (64, 16, 32, 4)],
 }
 GRADIENT_TILES: dict[str, list[Tile]] = {

@@ -6,6 +6,8 @@ products.
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -304,6 +306,25 @@ def test_float64_is_the_reference(engine: str, layer: Layer) -> None:
         if dtype == torch.float32:
             calls = {name: args for name, args in calls.items() if name.startswith("supermask")}
         assert_exact(kernel(engine, calls), plain(calls))
+
+
+@layers(SMALL[:1] + SMALL[-1:])
+def test_images_farther_apart_than_32_bits_count(layer: Layer, tmp_path: Path) -> None:
+    """The last of three in x and in the gradient lies 2^31 elements after the first, in a file with holes."""
+
+    def far(name: str, t: Tensor) -> Tensor:
+        if name not in ("x", "grad"):
+            return t
+        apart, file = 1 << 30, tmp_path / name
+        with file.open("wb") as hole:
+            hole.truncate((2 * apart + t[0].numel()) * t.element_size())
+        memory = torch.from_file(str(file), shared=True, size=2 * apart + t[0].numel(), dtype=t.dtype)
+        return memory.as_strided(t.shape, (apart, *t.stride()[1:])).copy_(t)
+
+    p = problem(replace(layer, x=(3, *layer.x[1:])), torch.bfloat16, integers=True)
+    calls = of_supermasks(arguments(p))
+    got = kernel("fused", of_supermasks(arguments(p, change=far)))
+    assert_exact(got, representable(truth(calls), got))
 
 
 def test_what_32_bits_cannot_count_is_left_to_the_reference() -> None:
