@@ -43,8 +43,4 @@ class OnDevice {
   cudaStream_t stream_ = nullptr;
 };
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
-}
-
 }  // namespace exssnet

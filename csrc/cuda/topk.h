@@ -14,23 +14,16 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/floats.h"
+#include "cpu/topk.h"
 #include "cuda/portable.h"
 
 namespace exssnet::cuda {
 
 using cpu::Float;
 
-// As on the CPU, with pointers to memory of the device.
-struct TopkLayer {
-  const void* scores;  // n entries of dtype, aligned to them; 16-byte alignment, of the mask too, is faster
-  Float dtype;
-  int64_t n, k;        // 0 <= k <= n < 2^33
-  uint8_t* mask;       // n bytes of 0 and 1 to write, or null
-  const int64_t* hint; // what an earlier call wrote to new_hint, or anything: it changes speed only; or null
-  int64_t* selection;  // 2: bits of the k-th largest magnitude, index of the last kept entry that has them
-  int64_t* new_hint;   // 2: may be the hint's own memory
-};
+// All pointers are to memory of the device. 16-byte alignment of scores and mask is faster; the new hint's memory may be
+// the hint's own.
+using cpu::TopkLayer;
 
 // Of scratch memory, aligned to 16 bytes; nothing in it needs to be set. About n / 2 bytes of a layer (float64: n).
 // Afterwards its first 4 bytes are the number of layers, of the last dtype, whose scores were read more than once.
