@@ -98,13 +98,18 @@ def _conv2d_gradients(
     )
 
 
-def batch_last(x: Tensor) -> Tensor:
-    """A copy with the batch, dimension 0, stored innermost: (N, C, H, W) in storage order (C, H, W, N).
+def empty_batch_last(x: Tensor, *shape: int) -> Tensor:
+    """A fresh tensor of the given logical shape with the batch, dimension 0, stored innermost: (N, C, H, W) in storage
+    order (C, H, W, N).
 
     It is no view: autograd lets nobody change a view in place that a Function has returned, as ReLU may.
     """
-    strides = x.new_empty(*x.shape[1:], x.shape[0], device="meta").movedim(-1, 0).stride()
-    return x.new_empty_strided(x.shape, strides).copy_(x)
+    return x.new_empty_strided(shape, torch.empty(*shape[1:], shape[0], device="meta").movedim(-1, 0).stride())
+
+
+def batch_last(x: Tensor) -> Tensor:
+    """A copy with the batch, dimension 0, stored innermost."""
+    return empty_batch_last(x, *x.shape).copy_(x)
 
 
 def _stored(t: Tensor, batch_innermost: bool) -> Tensor:

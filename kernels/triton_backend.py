@@ -1,5 +1,6 @@
 """Registers the Triton kernels with PyTorch's dispatcher, for CUDA and ROCm, where nothing else serves an operator."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -30,10 +31,14 @@ _library: torch.library.Library | None = None
 def _kernel(name: str) -> Callable[..., Any]:
     """An operator's function, its module imported at the first call, on the device of its first tensor."""
 
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(f".{OPERATORS[name]}", __package__), name)
+        return found
+
     def call(*args: Any) -> Any:
-        function = getattr(importlib.import_module(f".{OPERATORS[name]}", __package__), name)
         with torch.cuda.device_of(args[0][0] if isinstance(args[0], list) else args[0]):
-            return function(*args)
+            return function()(*args)
 
     return call
 

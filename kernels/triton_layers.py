@@ -1,11 +1,15 @@
 """What the Triton layers share: which arguments they serve, their results' memory, and their gradients."""
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .triton_mask import Mask, given, selected
 from .triton_product import Geometry, product, weight_gradients
 
@@ -22,16 +26,31 @@ def served(x: Tensor, weight: Tensor, scores: Tensor | None = None, padding: Seq
     return pixels < 1 << 30 and math.prod(weight.shape[1:]) < 1 << 22
 
 
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def or_reference(kernel: Kernel) -> Kernel:
+    """The kernel of an operator for layers that are `served`, the reference's for others; arguments by position."""
+    names = list(inspect.signature(kernel).parameters)
+    otherwise = getattr(reference, kernel.__name__)
+
+    @functools.wraps(kernel)
+    def call(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        takes = served(given["x"], given["weight"], given.get("scores"), given.get("padding", ()))
+        return (kernel if takes else otherwise)(*args)
+
+    return cast(Kernel, call)
+
+
 def _images(t: Tensor) -> Tensor:
     """(B, F) as images of one pixel with F channels."""
     return t if t.dim() == 4 else t[:, :, None, None]
 
 
 def _new_result(x: Tensor, shape: Sequence[int], batch_inner: bool) -> Tensor:
-    """Memory for a result, contiguous or with the batch innermost; no view, as callers may change it in place."""
-    if not batch_inner:
-        return x.new_empty(shape)
-    return x.new_empty_strided(shape, torch.empty(*shape[1:], shape[0], device="meta").movedim(-1, 0).stride())
+    """Memory for a result, contiguous or with the batch innermost."""
+    return reference.empty_batch_last(x, *shape) if batch_inner else x.new_empty(shape)
 
 
 def forward(

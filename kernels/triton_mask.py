@@ -149,10 +149,9 @@ def effective_weight(weight: Tensor, mask: Mask) -> Tensor:
     """The weight where the mask keeps it, else 0; contiguous."""
     output = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if output.numel():
-        with torch.cuda.device_of(weight):
-            _effective_kernel[_grid(output.numel())](
-                weight.contiguous(), mask.data, mask.selection, output.numel(), output, BLOCK=BLOCK
-            )
+        _effective_kernel[_grid(output.numel())](
+            weight.contiguous(), mask.data, mask.selection, output.numel(), output, BLOCK=BLOCK
+        )
     return output
 
 
@@ -163,16 +162,14 @@ def gradients_from_parts(
     """Fill the gradients that are not None from that of the effective weight, the sum of parts (P, *weight.shape)."""
     if weight.numel():
         free = None if free_mask is None else free_mask.data
-        with torch.cuda.device_of(weight):
-            _gradients_kernel[_grid(weight.numel())](
-                parts, parts.shape[0], weight.numel(), weight.contiguous(), mask.data, mask.selection, free,
-                grad_scores, grad_weight, BLOCK=BLOCK,
-            )  # fmt: skip
+        _gradients_kernel[_grid(weight.numel())](
+            parts, parts.shape[0], weight.numel(), weight.contiguous(), mask.data, mask.selection, free,
+            grad_scores, grad_weight, BLOCK=BLOCK,
+        )  # fmt: skip
 
 
 def output_from_parts(parts: Tensor, bias: Tensor | None, output: Tensor) -> None:
     """Fill an output (N, O, H, W) from its parts (P, ...), which lie in the order of the output's storage."""
-    with torch.cuda.device_of(output):
-        _output_kernel[_grid(output.numel())](
-            parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, BLOCK=BLOCK
-        )
+    _output_kernel[_grid(output.numel())](
+        parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, BLOCK=BLOCK
+    )

@@ -307,14 +307,13 @@ def product(
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
         return triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(pixels, tile["BLOCK_P"]) * groups, count
 
-    with torch.cuda.device_of(result):
-        product_kernel[grid](
-            source, source.stride(), tuple(source.shape[2:]), weight, mask.data, mask.selection,
-            bias if count == 1 else None, parts, result.stride(), tuple(result.shape[2:]), result.shape[0],
-            channels, outputs, result.numel(), pixels.bit_length(),
-            **geometry.constants(), TRANSPOSED=transposed, BATCH_INNER=_batch_inner(result),
-            MIXED=geometry.taps > 1 and channels <= FEW_CHANNELS, PRECISION=_precision(),
-        )  # fmt: skip
+    product_kernel[grid](
+        source, source.stride(), tuple(source.shape[2:]), weight, mask.data, mask.selection,
+        bias if count == 1 else None, parts, result.stride(), tuple(result.shape[2:]), result.shape[0],
+        channels, outputs, result.numel(), pixels.bit_length(),
+        **geometry.constants(), TRANSPOSED=transposed, BATCH_INNER=_batch_inner(result),
+        MIXED=geometry.taps > 1 and channels <= FEW_CHANNELS, PRECISION=_precision(),
+    )  # fmt: skip
     if count > 1:
         output_from_parts(parts, bias, result)
 
@@ -337,12 +336,11 @@ def weight_gradients(
         blocks = of_taps * triton.cdiv(size, tile["BLOCK_K"])
         return triton.cdiv(outputs, tile["BLOCK_O"]) * blocks * groups, count
 
-    with torch.cuda.device_of(weight):
-        gradient_kernel[grid](
-            grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts, weight, mask.data,
-            mask.selection, None if free_mask is None else free_mask.data, grad_scores, grad_weight, grad.shape[0],
-            channels, outputs, weight.numel(), pixels.bit_length(),
-            **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
-        )  # fmt: skip
+    gradient_kernel[grid](
+        grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts, weight, mask.data,
+        mask.selection, None if free_mask is None else free_mask.data, grad_scores, grad_weight, grad.shape[0],
+        channels, outputs, weight.numel(), pixels.bit_length(),
+        **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
+    )  # fmt: skip
     if parts is not None:
         gradients_from_parts(parts, weight, mask, free_mask, grad_scores, grad_weight)

@@ -87,7 +87,7 @@ def masked_linear(dtype: torch.dtype, packed: bool) -> dict[str, Call]:
 def dense(dtype: torch.dtype) -> dict[str, Call]:
     x, weight, grad = meta(64, 1024, dtype=dtype), meta(2048, 1024, dtype=dtype), meta(64, 2048, dtype=dtype)
     scores, row = meta(2048, 1024, dtype=FLOAT32), meta(2, dtype=torch.int64)
-    backward = triton_dense.supermask_linear_dense_backward
+    backward = triton_dense.supermask_linear_backward
     return {"all": lambda: backward(grad, x, weight, scores, row, False, [True] * 3)}
 
 

@@ -23,7 +23,7 @@ from exssnet.kernels import reference, triton_conv, triton_dense, triton_layers,
 
 KERNELS = {
     "fused": {**vars(triton_linear), **vars(triton_conv)},
-    "dense": {name.replace("_dense", ""): function for name, function in vars(triton_dense).items()},
+    "dense": vars(triton_dense),
 }
 HALF, FLOAT32 = (
     max(len(tiles[of]) for tiles in (triton_product.PRODUCT_TILES, triton_product.GRADIENT_TILES))

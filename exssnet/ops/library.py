@@ -87,11 +87,6 @@ def refuse_derivative(name: str, why: str) -> None:
     _library.impl(name, refuse, "Autograd")
 
 
-def empty_batch_last(x: Tensor, *shape: int) -> Tensor:
-    """A fresh tensor of the given logical shape whose batch, dimension 0, is stored innermost; no view."""
-    return x.new_empty_strided(shape, torch.empty(*shape[1:], shape[0], device="meta").movedim(-1, 0).stride())
-
-
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The arguments in autocast's dtype where autocast is on for the device of x, else unchanged."""
     kind = x.device.type

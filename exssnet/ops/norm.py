@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import bind_gradient, define, empty_batch_last, same_kind
+from exssnet.kernels.reference import empty_batch_last
+
+from .library import bind_gradient, define, same_kind
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:

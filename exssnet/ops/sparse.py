@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from exssnet.kernels.reference import empty_batch_last
+
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
-from .library import autocast, define, differentiable, empty_batch_last, pair, refuse_derivative, same_kind, single
+from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
 
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
@@ -29,7 +31,8 @@ def _fake_conv2d(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     size = conv_shape(x, kernel_size, stride, padding, dilation)
-    return empty_batch_last(x, x.shape[0], row_ptr.numel() - 1, *size)
+    y: Tensor = empty_batch_last(x, x.shape[0], row_ptr.numel() - 1, *size)
+    return y
 
 
 define(

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from exssnet.kernels.reference import empty_batch_last
+
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
-from .library import autocast, define, differentiable, empty_batch_last, same_kind
+from .library import autocast, define, differentiable, same_kind
 from .selection import FLOATS, topk_select
 
 
