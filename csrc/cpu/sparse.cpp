@@ -34,9 +34,13 @@ struct BlockLoops {
 #include "cpu/each_isa.h"
 
 template <class T>
+int64_t lanes_of_vector() {
+  return (isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16) / sizeof(T);
+}
+
+template <class T>
 Tiling make_tiling(const Product& p) {
-  const auto [bytes, registers] = isa() == Isa::avx512 ? std::pair(64, 16) : std::pair(isa() == Isa::avx2 ? 32 : 16, 8);
-  return Tiling(p, bytes / sizeof(T), registers);
+  return Tiling(p, lanes_of_vector<T>(), isa() == Isa::avx512 ? 16 : 8);
 }
 
 // What a thread keeps memory for from call to call: fresh memory costs a page fault every 4 KB.
@@ -264,7 +268,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
 // are multiplied where they lie, by a walk over the pattern as it is. Otherwise 0.
 template <class T>
 int64_t full_lines(const Convolution& c) {
-  const int64_t lanes = make_tiling<T>(forward_product(c)).lanes, length = c.h.in * c.w.in * c.batch;
+  const int64_t lanes = lanes_of_vector<T>(), length = c.h.in * c.w.in * c.batch;
   return c.h.is_pointwise() && c.w.is_pointwise() && length % lanes == 0 && length <= 16 * lanes ? length : 0;
 }
 

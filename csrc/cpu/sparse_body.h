@@ -221,15 +221,14 @@ void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T>
                     const T* x, int64_t width, T* y) {
   constexpr int lanes = Vector<T>::lanes, most = kVectors / 2;
   for (int64_t at = 0; at < width;) {
-    const int64_t vectors = std::min<int64_t>((width - at) / lanes, most);
-    const auto rows = vectors >= 8   ? multiply_rows<T, most>
-                      : vectors >= 4 ? multiply_rows<T, 4>
-                      : vectors >= 2 ? multiply_rows<T, 2>
-                                     : multiply_rows<T, 1>;
+    const int64_t left = (width - at) / lanes, vectors = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const auto rows = vectors == most ? multiply_rows<T, most>
+                      : vectors == 4  ? multiply_rows<T, 4>
+                      : vectors == 2  ? multiply_rows<T, 2>
+                                      : multiply_rows<T, 1>;
     rows(pattern, values, then, begin, end, x + at, width, y + at);
-    const int64_t done = (vectors >= 8 ? 8 : vectors >= 4 ? 4 : vectors >= 2 ? 2 : 1) * lanes;
-    at += done;
-    if (then.residual) then.residual += done;
+    at += vectors * lanes;
+    if (then.residual) then.residual += vectors * lanes;
   }
 }
 
