@@ -62,6 +62,8 @@ def sparse_is_faster(
     if key not in _crossovers:
         _crossovers.update(_read())
     if key not in _crossovers:
+        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
         try:
             _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype, x.device)
         except RuntimeError:  # no such layer: the operators tell what is wrong
@@ -72,9 +74,7 @@ def sparse_is_faster(
 
 def traced() -> bool:
     """Whether operators are being recorded, so that a measurement would be recorded as well."""
-    if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
 
 
 def crossover(
