@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -105,17 +106,17 @@ class Build(build_ext):
             "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden",
         ]  # fmt: skip
 
-        def compile_one(source: str) -> str:
+        def compile_one(source: str, code: list[str]) -> str:
             made = Path(self.build_temp) / f"{source}.o"
             made.parent.mkdir(parents=True, exist_ok=True)
-            run_nvcc(*flags, *(chips() if source.endswith(".cu") else []), "-c", source, "-o", str(made))
+            run_nvcc(*flags, *(code if source.endswith(".cu") else []), "-c", source, "-o", str(made))
             return str(made)
 
         try:
             if cuda_of(torch) is None:
                 raise RuntimeError(f"the torch in {torch} is built without CUDA")
             with ThreadPoolExecutor(jobs) as pool:
-                objects = list(pool.map(compile_one, ext.sources))
+                objects = list(pool.map(partial(compile_one, code=chips()), ext.sources))
             target.parent.mkdir(parents=True, exist_ok=True)
             run_nvcc("-shared", *objects, "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda")
         except Exception as error:
