@@ -10,6 +10,7 @@ from networks import changes, stream
 from torch import Tensor, nn
 
 from exssnet import METHODS, Learner, PhaseOptions, convert
+from exssnet.kernels import nan_flag
 from exssnet.learner import EpochRecord
 from exssnet.tasks import Labelled, split_by_class
 
@@ -289,6 +290,16 @@ def test_a_mask_phase_that_diverges_says_so(batch_size: int, sentence: str) -> N
     sentence = f"^task 0: {sentence}; lower the learning rates, mask 0.25 and weight 0.5$"
     with pytest.raises(FloatingPointError, match=sentence):
         learned.run(split_by_class(broken, broken, 1, validation=0))
+
+
+def test_scores_that_became_nan_on_a_device_are_told_where_the_loss_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nan_flag, "_flags", {})
+    nan_flag.flag(torch.device("cpu")).fill_(1)  # as a selection does that may not wait
+    learned = learner(mask=PhaseOptions(1, 0.25), weight=PhaseOptions(1, 0.5))
+    rates = "lower the learning rates, mask 0.25 and weight 0.5"
+    with pytest.raises(FloatingPointError, match=f"^task 0: scores became NaN in epoch 1 of the mask phase; {rates}$"):
+        learned.learn(stream(1)[0])
+    assert not nan_flag.seen(torch.device("cpu"))
 
 
 def test_a_weight_phase_that_diverges_says_so() -> None:
