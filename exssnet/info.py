@@ -6,8 +6,12 @@ import shutil
 
 import torch
 
-from .kernels import OPERATORS, native
+from .kernels import OPERATORS, native, triton_backend
 from .kernels.native import serving
+
+
+def _state(missing: str | None) -> str:
+    return "loaded" if missing is None else f"not loaded: {missing}"
 
 
 def describe() -> str:
@@ -24,8 +28,9 @@ def describe() -> str:
         f"exssnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
         f"GPU     {gpu} (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU alone'})",
-        f"native  {'loaded' if native.missing is None else f'not loaded: {native.missing}'}",
-        f"cuda    {'loaded' if native.missing_cuda is None else f'not loaded: {native.missing_cuda}'}",
+        f"native  {_state(native.missing)}",
+        f"cuda    {_state(native.missing_cuda)}",
+        f"triton  {_state(triton_backend.missing)}",
         "",
         f"{'operator':<22}{'cpu':<24}cuda",
         *(f"{op:<22}{serving(op, 'cpu'):<24}{serving(op, 'cuda')}" for op in OPERATORS),
