@@ -1,4 +1,4 @@
-"""The command line: ``exssnet train``, ``bench`` and ``info``. Arguments and the wiring of a run live here."""
+"""The command line: ``exssnet train``, ``reproduce``, ``bench`` and ``info``. Arguments and the wiring of a run live here."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from . import checkpoint
+from . import checkpoint, reproduce
 from .bench import command as bench
 from .bench.timing import WrongResult
 from .choice import PRODUCTS
@@ -185,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_options(
         commands.add_parser("bench", help="measure speed and memory against plain PyTorch and other peers")
     )
+    reproduce.add_options(
+        commands.add_parser("reproduce", help="run an experiment of the literature from a recipe, and report")
+    )
     commands.add_parser("info", help="versions, hardware, and which kernel serves each operator")
     options = parser.parse_args(arguments)
     given = vars(options)
@@ -195,10 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "bench":
             return int(bench.run(options))
+        if command == "reproduce":
+            return reproduce.run(options)
         config = given.pop("config")
         chosen = _from_file(config) if config else {}
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen))
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
         print(f"exssnet: {error}", file=sys.stderr)
         return 2

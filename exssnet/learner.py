@@ -136,8 +136,7 @@ class Learner:
             self.phases.start_task(scores, joint=self.method.joint)
             best = self._train(task, report, self.mask, mask_epochs, None)
             if self.method.weight_phase:
-                self.phases.start_weight_phase(self.method.exclusive)
-                after = self._train(task, report, self.weight, weight_epochs, best)
+                after = self._weight_phase(task, report, weight_epochs, best)
                 report.reverted = "weight" in report.seconds and task.validation is not None and after == best
             self.phases.finish_task()
         report.use = self.phases.bank.use[number]
@@ -206,6 +205,17 @@ class Learner:
         logits: Tensor = self.model(x.to(self.device))
         return logits if self.all_outputs else logits[:, :classes]
 
+    def _loss(self, x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """(loss, logits) of a training batch."""
+        logits = self._logits(x, classes)
+        return F.cross_entropy(logits, y), logits
+
+    def _weight_phase(
+        self, task: Task, report: TaskReport, epochs: int, best: tuple[float, float] | None
+    ) -> tuple[float, float] | None:
+        self.phases.start_weight_phase(self.method.exclusive)
+        return self._train(task, report, self.weight, epochs, best)
+
     def _transfer(self, task: Task, report: TaskReport) -> dict[str, Tensor] | None:
         assert self.kkt is not None
         data = task.train.unaugmented()
@@ -273,8 +283,7 @@ class Learner:
             loss_sum, right = torch.zeros(2, device=self.device).unbind()  # read once an epoch: no synchronisation
             for step, (x, y) in enumerate(data):
                 y = y.to(self.device)
-                logits = self._logits(x, task.classes)
-                loss = F.cross_entropy(logits, y)
+                loss, logits = self._loss(x, y, task.classes)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -315,7 +324,7 @@ class Learner:
                     break
         if kept is not None:
             self.phases.restore(kept)
-        report.seconds[phase] = time.perf_counter() - began
+        report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - began
         return best
 
     def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 class Method:
     """What a method trains after, or together with, the scores.
 
+    mask_phase: train scores; without it the mask is the top k of the scores that a task starts with.
     weight_phase: train weights of the fixed mask after the mask phase.
     exclusive: train only weights that no earlier task uses, so that nothing is forgotten.
     joint: one phase in which scores and unused weights are trained together.
@@ -16,11 +17,15 @@ class Method:
     weight_phase: bool = False
     exclusive: bool = True
     joint: bool = False
+    mask_phase: bool = True
     source: str = ""
 
     def budget(self, mask_epochs: int, weight_epochs: int) -> tuple[int, int]:
         """Epochs of the two phases, with the same total for every method."""
-        return (mask_epochs, weight_epochs) if self.weight_phase else (mask_epochs + weight_epochs, 0)
+        if self.mask_phase and self.weight_phase:
+            return mask_epochs, weight_epochs
+        total = mask_epochs + weight_epochs
+        return (total, 0) if self.mask_phase else (0, total)
 
 
 METHODS = {

@@ -116,6 +116,19 @@ class Phases:
             layer.use_values(mask, self._open_free[name])
         self.phase = "weight"
 
+    def prune(self, keep: Mapping[str, Tensor]) -> None:
+        """In the weight phase: of the free weights keep those of the bool masks; the others leave the task's mask.
+
+        Training goes on with what is left (PackNet, Mallya & Lazebnik, CVPR 2018). Optimizers must be made anew.
+        """
+        self._require("prune", "weight")
+        for name, layer in self.layers.items():
+            free = self._open_free[name]
+            layer.store_values(free)
+            dropped = free & ~keep[name]
+            self._open_masks[name], self._open_free[name] = self._open_masks[name] & ~dropped, free & ~dropped
+            layer.use_values(self._open_masks[name], self._open_free[name])
+
     def finish_task(self) -> int:
         """Store the task's weights, masks, scores and state; it stays active. Returns its number."""
         self._require("finish_task", "mask", "joint", "weight")
@@ -197,6 +210,11 @@ class Phases:
         """Scores (mask and joint phase), or free values (weight phase; possibly none)."""
         found = (p for layer in self.layers.values() for p in (layer.scores, layer.free_values))
         return [p for p in found if p is not None]
+
+    def free_mask(self, name: str) -> Tensor:
+        """In the weight phase: where a layer's free values lie, bool of its weight's shape, in flat order."""
+        self._require("free_mask", "weight")
+        return self._open_free[name]
 
     def dense_weights(self) -> list[Tensor]:
         """The weights that the joint phase trains in place; none in other phases."""

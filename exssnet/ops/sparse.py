@@ -122,7 +122,12 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
 
 def masked_weight(free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
     """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values."""
-    values = torch.cat([free_values, frozen_values]).index_select(0, pattern.slot)
+    if free_values.numel() and frozen_values.numel():
+        values = torch.cat([free_values, frozen_values]).index_select(0, pattern.slot)
+    else:
+        values = free_values if free_values.numel() else frozen_values  # in walking order already
+    if values.numel() == math.prod(shape):
+        return values.view(tuple(shape))
     return values.new_zeros(math.prod(shape)).index_put((kept_weights(pattern, shape),), values).view(tuple(shape))
 
 

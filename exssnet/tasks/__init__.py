@@ -20,3 +20,7 @@ __all__ = [
     "split_by_class",
     "stratified_split",
 ]
+
+
+def stream(name, root, tasks=5, validation=0.1, seed=0):  # SHIM
+    return split_by_class(*load("mnist" if name == "split-mnist" else "mnist5k", root), tasks, validation=validation, seed=seed)

@@ -95,13 +95,19 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[Any, Tensor]:
         index = torch.as_tensor(index, dtype=torch.int64)
         source = self.index[index]
-        if isinstance(self.dataset, Labelled):
+        if isinstance(self.dataset, Labelled | _Joined):
             items = self.dataset[source][0]
         elif index.dim() == 0:
             items = self.dataset[int(source)][0]
         else:
             items = default_collate([self.dataset[i][0] for i in source.tolist()])
         return items, self.labels[index]
+
+    @classmethod
+    def join(cls, parts: Sequence["Relabelled"], offsets: Sequence[int]) -> "Relabelled":
+        """The items of all parts, one part after another, each under its own labels plus its offset."""
+        labels = torch.cat([part.labels + offset for part, offset in zip(parts, offsets, strict=True)])
+        return cls(_Joined(tuple(parts)), torch.arange(len(labels)), labels)
 
     def select(self, index: Tensor) -> "Relabelled":
         """The items at these indices."""
@@ -121,6 +127,32 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
         """The same items of the same images in memory, read with other fields of `Labelled`."""
         assert isinstance(self.dataset, Labelled)
         return replace(self, dataset=replace(self.dataset, **changes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined(Dataset[tuple[Any, Tensor]]):
+    """Several datasets as one, read in batches."""
+
+    parts: tuple[Relabelled, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int | Tensor) -> tuple[Any, Tensor]:
+        index = torch.as_tensor(index, dtype=torch.int64)
+        if index.dim() == 0:
+            items, labels = self[index[None]]
+            return items[0], labels[0]
+        ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        owner = torch.searchsorted(ends, index, right=True)
+        order, read = [], []
+        for number, part in enumerate(self.parts):
+            where = (owner == number).nonzero()[:, 0]
+            if len(where):
+                order.append(where)
+                read.append(part[index[where] - ends[number] + len(part)])
+        back = torch.cat(order).argsort()
+        return torch.cat([items for items, _ in read])[back], torch.cat([labels for _, labels in read])[back]
 
 
 def loader(
