@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .learner import Learner, PhaseOptions, TaskReport
+from .learner import Learner, PhaseOptions
 from .methods import Method
 from .nn import convert
 from .phases import Phases, evaluation
+from .progress import OpenTask, TaskReport
 from .tasks import Relabelled, Task, loader
 
 
@@ -179,18 +180,26 @@ class PackNet(Sequential):
         self.tasks = tasks
         self._initial = {name: layer.weight.clone() for name, layer in self.phases.layers.items()}
 
-    def _weight_phase(
-        self, task: Task, report: TaskReport, epochs: int, best: tuple[float, float] | None
-    ) -> tuple[float, float] | None:
-        if report.task >= self.tasks:
+    def _begin(self, task: Task) -> OpenTask:
+        if len(self.phases.bank) >= self.tasks:
             raise ValueError(f"PackNet was made for {self.tasks} tasks, {task.name} is one more")
+        open_ = super()._begin(task)
         for name, layer in self.phases.layers.items():
             free = self.phases.bank.free(name, layer.mask())
             layer.weight[free] = self._initial[name][free]
-        super()._weight_phase(task, report, epochs - epochs // 2, best)
-        share = 1 / (self.tasks - report.task)
+        self._pruned = False
+        return open_
+
+    def _phase(self) -> tuple[PhaseOptions, int]:
+        options, epochs = super()._phase()
+        return options, epochs // 2 if self._pruned else epochs - epochs // 2
+
+    def _train_weights(self, open_: OpenTask) -> None:
+        self._train(open_)
+        share = 1 / (self.tasks - open_.report.task)
         self.phases.prune({name: self._largest(name, share) for name in self.phases.layers})
-        return self._train(task, report, self.weight, epochs // 2, best)
+        self._pruned, open_.best = True, None  # the pruned network's best epoch is another matter
+        self._train(open_)
 
     def _largest(self, name: str, share: float) -> Tensor:
         """Where the largest free weights of a layer are, bool of its shape."""

@@ -1,10 +1,11 @@
 """Trains and evaluates a converted model on a stream of tasks: one loop for both phases, one for evaluation."""
 
+import copy
+import json
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from . import state
 from .kernels import nan_flag
-from .kkt import RULES, Rule, Transfer, sample_share, transfer
-from .masks import LayerUse
+from .kkt import RULES, Rule, sample_share, transfer
 from .methods import Method, preset
 from .phases import Phases, evaluation
+from .progress import EpochRecord, OpenTask, Stopwatch, TaskReport, Training
 from .tasks import Task, loader, stratified_split
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -43,40 +45,11 @@ class PhaseOptions:
             raise ValueError(f"patience must be at least 1 epoch, or None, got {self.patience}")
 
 
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch of one phase. Accuracies are in [0, 1]; `validation` is None without a validation split."""
-
-    task: int
-    phase: str
-    epoch: int
-    epochs: int
-    loss: float
-    accuracy: float
-    validation: float | None
-    seconds: float
-
-
 class Observer(Protocol):
     """Is told how training goes; printing, saving and plotting belong to it."""
 
     def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None: ...
     def on_epoch(self, record: EpochRecord) -> None: ...
-
-
-@dataclass
-class TaskReport:
-    """What learning one task came to."""
-
-    task: int
-    name: str
-    classes: int
-    use: dict[str, LayerUse] = field(default_factory=dict)
-    kkt: Transfer | None = None
-    initial_accuracy: tuple[float, float] | None = None  # before training: with KKT's scores, with random ones
-    reverted: bool = False  # the weight phase did not improve validation and was undone
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase
-    history: list[EpochRecord] = field(default_factory=list)
 
 
 class Learner:
@@ -115,47 +88,83 @@ class Learner:
         self.observer = observer
         self.reports: list[TaskReport] = []
         self._rows: list[list[float]] = []
+        self._stream: list[str] = []  # a fingerprint of each task that was begun
+        self._open: OpenTask | None = None
+        self._restored = False
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.phases.layers.values())).weight.device
 
     def learn(self, task: Task) -> TaskReport:
-        """Learn one task through all phases of the method; the model is its network afterwards."""
-        number = len(self.phases.bank)
+        """Learn one task through all phases of the method; the model is its network afterwards.
+
+        After `restore`, the open task is learned on from where it was: ValueError for another one.
+        """
         self._check(task)
-        report = TaskReport(number, task.name, task.classes)
-        task.train.restart()
-        scores = None
-        if self.kkt is not None and number > 0:
-            began = time.perf_counter()
-            scores = self._transfer(task, report)
-            report.seconds["kkt"] = time.perf_counter() - began
-        mask_epochs, weight_epochs = self.method.budget(self.mask.epochs, self.weight.epochs)
-        with self._divergence_told(task):
-            self.phases.start_task(scores, joint=self.method.joint)
-            best = self._train(task, report, self.mask, mask_epochs, None)
-            if self.method.weight_phase:
-                after = self._weight_phase(task, report, weight_epochs, best)
-                report.reverted = "weight" in report.seconds and task.validation is not None and after == best
-            self.phases.finish_task()
-        report.use = self.phases.bank.use[number]
+        if self._open is not None and self._open.task is not task:
+            raise ValueError(
+                f"{task.name} cannot be learned while {self._open.task.name} is open: learn that one first"
+            )
+        try:
+            with self._divergence_told(task):
+                report = self._learn(self._open or self._begin(task))
+        finally:
+            self._open = None  # what an exception left may be half a step
         self.reports.append(report)
         return report
 
     def run(self, tasks: Sequence[Task]) -> Tensor:
         """Learn all tasks; returns accuracy (T, T), entry [i, j] on task j's test data after learning task i.
 
-        Entries of tasks not yet learned (j > i) are NaN.
+        Entries of tasks not yet learned (j > i) are NaN. After `restore`, goes on from where training was.
         """
         for task in tasks:
             self._check(task)
-        if self.reports:
+        done = len(self._rows)
+        if self.reports and not (self._restored and done == len(self.reports)):
             raise RuntimeError(f"run: starts with the first task, but {len(self.reports)} tasks are learned already")
-        for i, task in enumerate(tasks):
-            self.learn(task)
+        self._restored = False
+        for i in range(done, len(tasks)):
+            self.learn(tasks[i])
             self._rows.append([self.evaluate(j, tasks[j].test) for j in range(i + 1)])
         return self.accuracy
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that training goes on from, as named tensors and an object that JSON can hold: see `restore`.
+
+        Whole between two tasks, and within one whenever the observer is called. The tensors are those of the model:
+        write or copy them before training goes on. RuntimeError for a task that was not opened by this learner.
+        """
+        phases, open_ = self.phases, self._open
+        tensors, meta = state.finished(phases) | state.random_states(), None
+        if phases.phase != "idle":
+            if open_ is None or open_.training is None:
+                raise RuntimeError(
+                    f"state: a task is open in the {phases.phase} phase, but not in this learner's hands"
+                )
+            more, meta = state.opened(phases, open_, open_.training)
+            tensors |= more
+        found = state.LearnerMeta(
+            len(phases.bank), state.kept(phases), self._settings(), self._stream, self.reports, self._rows,
+            state.choices(phases), meta,
+        )  # fmt: skip
+        return tensors, found.as_json()
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> None:
+        """Return to a `state` of a learner with the same options and model; `run` then goes on, bit for bit.
+
+        tasks: the stream, made anew from the same data. Also sets torch's random state. RuntimeError if tasks are
+        learned or open already; ValueError, before anything is changed, for a state of another learner, model or
+        stream, and for one that is damaged.
+        """
+        trial = copy.copy(self)
+        trial.phases = copy.deepcopy(self.phases)
+        trial.model = trial.phases.model
+        trial._put(tensors, meta, tasks)  # whatever is wrong shows here and not in this learner
+        random = self._put(tensors, meta, tasks)
+        state.set_random(random, None if self._open is None else self._open.task.train.random)
+        self._restored = True
 
     @property
     def accuracy(self) -> Tensor:
@@ -210,11 +219,38 @@ class Learner:
         logits = self._logits(x, classes)
         return F.cross_entropy(logits, y), logits
 
-    def _weight_phase(
-        self, task: Task, report: TaskReport, epochs: int, best: tuple[float, float] | None
-    ) -> tuple[float, float] | None:
-        self.phases.start_weight_phase(self.method.exclusive)
-        return self._train(task, report, self.weight, epochs, best)
+    def _begin(self, task: Task) -> OpenTask:
+        """Open the mask phase of a new task, with KKT's scores where there are any."""
+        report = TaskReport(len(self.phases.bank), task.name, task.classes)
+        task.train.restart()
+        scores = None
+        if self.kkt is not None and report.task > 0:
+            clock = Stopwatch()
+            scores = self._transfer(task, report)
+            report.seconds["kkt"] = clock.seconds
+        self.phases.start_task(scores, joint=self.method.joint)
+        self._stream = [*self._stream[: report.task], state.fingerprint(task)]
+        self._open = OpenTask(task, report)
+        return self._open
+
+    def _learn(self, open_: OpenTask) -> TaskReport:
+        """Train the phases of an open task that are left, and close it."""
+        report, task = open_.report, open_.task
+        if self.phases.phase != "weight":
+            self._train(open_)
+            if self.method.weight_phase:
+                self.phases.start_weight_phase(self.method.exclusive)
+                open_.to_beat = open_.best
+        if self.phases.phase == "weight":
+            self._train_weights(open_)
+            unbeaten = task.validation is not None and open_.best == open_.to_beat
+            report.reverted = "weight" in report.seconds and unbeaten
+        self.phases.finish_task()
+        report.use = self.phases.bank.use[report.task]
+        return report
+
+    def _train_weights(self, open_: OpenTask) -> None:
+        self._train(open_)
 
     def _transfer(self, task: Task, report: TaskReport) -> dict[str, Tensor] | None:
         assert self.kkt is not None
@@ -222,10 +258,11 @@ class Learner:
         _, index = stratified_split(data.labels, sample_share(len(data)), self._generator(report.task, 0))
         picked = data.select(index)
         x = torch.cat([batch for batch, _ in loader(picked, 4 * self.batch_size)]).to(self.device)
-        report.kkt = transfer(self.phases, x, picked.labels, task.classes, self.kkt, self.seed, 4 * self.batch_size)
-        if report.kkt.scores is None:
+        found = transfer(self.phases, x, picked.labels, task.classes, self.kkt, self.seed, 4 * self.batch_size)
+        report.kkt = replace(found, scores=None)
+        if found.scores is None:
             return None
-        scores = dict(report.kkt.scores)
+        scores = dict(found.scores)
         report.initial_accuracy = (
             self._initial_accuracy(task, report.kkt.sources[0], scores),
             self._initial_accuracy(task, report.kkt.sources[0], self.phases.random_scores(report.task)),
@@ -256,76 +293,131 @@ class Learner:
         # One kernel for all parameters: a step of a small network is a third of it otherwise.
         return kind(groups, weight_decay=options.weight_decay, fused=self.device.type in ("cpu", "cuda"))
 
-    def _train(
-        self, task: Task, report: TaskReport, options: PhaseOptions, epochs: int, best: tuple[float, float] | None
-    ) -> tuple[float, float] | None:
-        """Train the open phase and leave it at its best epoch by validation (accuracy, then loss), or at its last.
+    def _settings(self) -> dict[str, Any]:
+        """What decides how training goes, as JSON has it."""
+        found = {
+            "method": asdict(self.method), "mask": asdict(self.mask), "weight": asdict(self.weight), "kkt": self.kkt,
+            "batch_size": self.batch_size, "all_outputs": self.all_outputs, "seed": self.seed,
+            "keep_scores": None if self.phases.keep_scores is None else str(self.phases.keep_scores),
+        }  # fmt: skip
+        settings: dict[str, Any] = json.loads(json.dumps(found))
+        return settings
 
-        best: the result to beat; the phase ends where it began if no epoch does. Returns the best result.
+    def _put(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
+        """Take a state over, except for random states; returns the global ones."""
+        phases, pieces = self.phases, state.Pieces(tensors)
+        found = state.parse(meta, self._settings(), phases, tasks)
+        random = state.take_random(pieces)
+        state.put_finished(phases, pieces, found.tasks)
+        state.put_choices(phases, found.choices)
+        self._stream, self._rows = found.stream, found.rows
+        self.reports = [replace(r, use=use) for r, use in zip(found.reports, phases.bank.use, strict=True)]
+        if found.open is not None:
+            task, method = tasks[found.tasks], self.method
+            names = ["joint"] if method.joint else ["mask", "weight"][: 1 + method.weight_phase]
+            state.reopen(phases, pieces, found.open, names, method.exclusive)
+            order = state.generator_state(pieces, "epoch/order")
+            training = self._training(task, order, found.open.batch)
+            if training is None:
+                raise ValueError(f"its {found.open.phase} phase trains, but here there is nothing to train")
+            state.put_training(phases, pieces, found.open, training, self._phase()[1])
+            self._open = OpenTask(task, found.open.report, found.open.best, found.open.to_beat, training)
+            if task.train.random is not None:
+                random["random/augmentation"] = state.generator_state(pieces, "random/augmentation")
+        pieces.end()
+        return random
+
+    def _phase(self) -> tuple[PhaseOptions, int]:
+        """Options and epochs of the open phase."""
+        mask_epochs, weight_epochs = self.method.budget(self.mask.epochs, self.weight.epochs)
+        return (self.weight, weight_epochs) if self.phases.phase == "weight" else (self.mask, mask_epochs)
+
+    def _training(self, task: Task, order: Tensor | None = None, skip: int = 0) -> Training | None:
+        """The open phase's training at its first step; None where there is nothing to train.
+
+        order, skip: state of the data's generator when an epoch began, and how many batches of it are learned.
         """
-        phase, number = self.phases.phase, report.task
+        options, epochs = self._phase()
         optimizer = self._optimizer(options)
         if optimizer is None or epochs == 0:
-            return best
-        if phase == "joint":
+            return None
+        if self.phases.phase == "joint":
             self.phases.guard(optimizer)
-        data = loader(
-            task.train, self.batch_size, shuffle=True, generator=self._generator(number, 2 if phase == "weight" else 1)
+        generator = self._generator(len(self.phases.bank), 2 if self.phases.phase == "weight" else 1)
+        if order is not None:
+            generator.set_state(order)
+        data = loader(task.train, self.batch_size, shuffle=True, generator=generator, skip=skip)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(data))
+        return Training(
+            optimizer, schedule, data, generator, generator.get_state(), torch.zeros(2, device=self.device), batch=skip
         )
-        steps = epochs * len(data)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        kept = self.phases.snapshot() if best is not None else None
-        began, waited = time.perf_counter(), 0
-        for epoch in range(epochs):
-            started = time.perf_counter()
+
+    def _train(self, open_: OpenTask) -> None:
+        """Train the open phase and leave it at its best epoch by validation (accuracy, then loss), or at its last.
+
+        With a result to beat, the phase ends where it began if no epoch does.
+        """
+        task, phase, (options, epochs) = open_.task, self.phases.phase, self._phase()
+        if open_.training is None:
+            open_.training = self._training(task)
+            if open_.training is not None and open_.best is not None:
+                open_.training.kept = self.phases.snapshot()
+        training = open_.training
+        if training is None:
+            return
+        optimizer, schedule, steps = training.optimizer, training.schedule, epochs * len(training.data)
+        while training.epoch < epochs and (options.patience is None or training.waited < options.patience):
             self.model.train()
-            seen = 0
-            loss_sum, right = torch.zeros(2, device=self.device).unbind()  # read once an epoch: no synchronisation
-            for step, (x, y) in enumerate(data):
+            loss_sum, right = training.sums.unbind()
+            for x, y in training.data:
                 y = y.to(self.device)
                 loss, logits = self._loss(x, y, task.classes)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                seen += len(y)
                 loss_sum += loss.detach() * len(y)
                 right += (logits.argmax(1) == y).sum()
+                training.batch += 1
                 if self.observer is not None:
-                    self.observer.on_step(number, phase, epoch * len(data) + step + 1, steps, loss.detach())
-            mean_loss = loss_sum.item() / seen
-            if nan_flag.seen(loss_sum.device):
-                raise FloatingPointError(
-                    f"{task.name}: scores became NaN in epoch {epoch + 1} of the {phase} phase; "
-                    f"{self._lower_the_rates()}"
-                )
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"{task.name}: the mean loss became {mean_loss} in epoch {epoch + 1} of the {phase} phase; "
-                    f"{self._lower_the_rates()}"
-                )
-            result = None
-            if task.validation is not None:
-                accuracy, validation_loss = self.validate(task)
-                result = (accuracy, -validation_loss)
-            record = EpochRecord(
-                number, phase, epoch + 1, epochs, mean_loss, right.item() / seen, result[0] if result else None,
-                time.perf_counter() - started,
-            )  # fmt: skip
-            report.history.append(record)
-            if self.observer is not None:
-                self.observer.on_epoch(record)
-            if result is not None:
-                if best is None or result > best:
-                    best, kept, waited = result, self.phases.snapshot(), 0
-                else:
-                    waited += 1
-                if options.patience is not None and waited >= options.patience:
-                    break
-        if kept is not None:
-            self.phases.restore(kept)
-        report.seconds[phase] = report.seconds.get(phase, 0.0) + time.perf_counter() - began
-        return best
+                    step = training.epoch * len(training.data) + training.batch
+                    self.observer.on_step(open_.report.task, phase, step, steps, loss.detach())
+            self._end_epoch(open_, training, epochs)
+        if training.kept is not None:
+            self.phases.restore(training.kept)
+        open_.report.seconds[phase] = open_.report.seconds.get(phase, 0.0) + training.clock.seconds
+        open_.training = None
+
+    def _end_epoch(self, open_: OpenTask, training: Training, epochs: int) -> None:
+        """Validate, record and tell an epoch, and keep it if it is the best so far."""
+        task, phase, number = open_.task, self.phases.phase, training.epoch + 1
+        mean_loss, accuracy = (total / len(task.train) for total in training.sums.tolist())
+        if nan_flag.seen(training.sums.device):
+            raise FloatingPointError(
+                f"{task.name}: scores became NaN in epoch {number} of the {phase} phase; {self._lower_the_rates()}"
+            )
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(
+                f"{task.name}: the mean loss became {mean_loss} in epoch {number} of the {phase} phase; "
+                f"{self._lower_the_rates()}"
+            )
+        result = None
+        if task.validation is not None:
+            validated, validation_loss = self.validate(task)
+            result = (validated, -validation_loss)
+        record = EpochRecord(
+            open_.report.task, phase, number, epochs, mean_loss, accuracy, result[0] if result else None,
+            training.epoch_clock.seconds,
+        )  # fmt: skip
+        open_.report.history.append(record)
+        if result is not None:
+            if open_.best is None or result > open_.best:
+                open_.best, training.kept, training.waited = result, self.phases.snapshot(), 0
+            else:
+                training.waited += 1
+        training.next_epoch()
+        if self.observer is not None:
+            self.observer.on_epoch(record)
 
     def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""

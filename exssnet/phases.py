@@ -1,7 +1,7 @@
 """The phases of a task over a converted model: which task is active, and which parameters it may train."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -164,13 +164,21 @@ class Phases:
 
     def adopt(self, masks: Mapping[str, Tensor], state: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> int:
         """Append a task that is already learned, and activate it: its masks (bool or packed), state and scores."""
+        return self.adopt_all([(masks, state, scores)])
+
+    def adopt_all(
+        self, tasks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]]
+    ) -> int:
+        """Append tasks that are already learned, each (masks, state, scores), and activate the last."""
         self._require("adopt", "idle")
-        task = self.bank.add(masks)
-        self.states.append(dict(state))
-        if scores:
-            self.scores.append(dict(scores))
-        self.activate(task)
-        return task
+        for masks, state, scores in tasks:
+            self.bank.add(masks)
+            self.states.append(dict(state))
+            if scores:
+                self.scores.append(dict(scores))
+        if tasks:
+            self.activate(len(self.bank) - 1)
+        return len(self.bank) - 1
 
     def activate(self, task: int) -> None:
         """Make the model the network of a finished task: its masks, its batch norms, its biases."""
@@ -259,6 +267,32 @@ class Phases:
             ):
                 parameter.copy_(value)
         self._write_state(snapshot["state"])
+
+    def weights_before(self) -> dict[str, Tensor]:
+        """The weights as they were before the open task, by layer name, where the joint phase trains them in place."""
+        return dict(self._weights_before)
+
+    def open_tensors(self) -> dict[str, Tensor]:
+        """All that the open phase has beyond the finished tasks; these tensors themselves, no copies.
+
+        scores/LAYER (in the weight phase those that the masks were taken from), free/LAYER where weights are free,
+        weight/LAYER in the joint phase, state/NAME.
+        """
+        found: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            scores = self._open_scores[name] if layer.scores is None else layer.scores.detach()
+            found[f"scores/{name}"] = scores
+            if layer.free_values is not None:
+                found[f"free/{name}"] = layer.free_values.detach()
+            if self.phase == "joint":
+                found[f"weight/{name}"] = layer.weight.detach()
+        return found | {f"state/{n}": t.detach() for n, t in self._live_state().items()}
+
+    def reopen(self, phase: Phase, scores: Mapping[str, Tensor], exclusive: bool = True) -> None:
+        """Open a task again in a phase, from the scores of `open_tensors`; its other tensors are then to be filled."""
+        self.start_task(scores, joint=phase == "joint")
+        if phase == "weight":
+            self.start_weight_phase(exclusive)
 
     def fold(self, task: int) -> nn.Module:
         """A plain dense copy of a finished task's network, which needs no exssnet."""

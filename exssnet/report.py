@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from . import metrics
-from .learner import EpochRecord, Learner, Observer, TaskReport
+from .learner import Learner, Observer
+from .progress import EpochRecord, TaskReport
 from .tasks import Task
 
 

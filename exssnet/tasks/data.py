@@ -1,7 +1,8 @@
 """Labelled data, in memory or lazily loaded, and its batches. N items, B a batch of them."""
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -123,6 +124,12 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
         if restart is not None:
             restart()
 
+    @property
+    def random(self) -> torch.Generator | None:
+        """What random augmentation draws from, where it has a `generator` of its own."""
+        generator = getattr(getattr(self.dataset, "augment", None), "generator", None)
+        return generator if isinstance(generator, torch.Generator) else None
+
     def with_source(self, **changes: Any) -> "Relabelled":
         """The same items of the same images in memory, read with other fields of `Labelled`."""
         assert isinstance(self.dataset, Labelled)
@@ -155,19 +162,34 @@ class _Joined(Dataset[tuple[Any, Tensor]]):
         return torch.cat([items for items, _ in read])[back], torch.cat([labels for _, labels in read])[back]
 
 
+class _Batches(BatchSampler):
+    """Batches of indices; the first pass begins with batch number `skip`."""
+
+    def __init__(self, indices: Any, batch_size: int, skip: int) -> None:
+        super().__init__(indices, batch_size, drop_last=False)
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skip, self.skip = self.skip, 0
+        return islice(super().__iter__(), skip, None)
+
+
 def loader(
-    dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None
-) -> DataLoader[Any]:
+    dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None,
+    skip: int = 0,
+) -> DataLoader[Any]:  # fmt: skip
     """Batches (x, labels) of a dataset, the last one possibly smaller; data in memory is indexed once per batch.
 
     generator: draws the order; required with shuffle (ValueError), so that the order can be repeated.
+    skip: so many batches are left out of the first pass, without a look at their data.
     """
     if shuffle and generator is None:
         raise ValueError("loader: shuffle=True needs a torch.Generator, so that the order can be repeated")
     # A DataLoader without a generator draws a seed from the global random state at each pass, shuffled or not.
     generator = generator or torch.Generator()
+    assert isinstance(dataset, Sized)
+    indices = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
+    batches = _Batches(indices, batch_size, skip)
     if not isinstance(dataset, Labelled | Relabelled):
-        return DataLoader(dataset, batch_size, shuffle, generator=generator)
-    sampler = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
+        return DataLoader(dataset, batch_sampler=batches, generator=generator)
     return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)

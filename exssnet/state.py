@@ -1,0 +1,367 @@
+"""What training goes on from as named tensors and JSON, and back: each piece is checked for what it should be."""
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .nn import SupermaskLayer
+from .ops import pack_mask, unpack_mask
+from .phases import Phase, Phases
+from .progress import OpenTask, Result, Stopwatch, TaskReport, Training
+from .tasks import Task
+from .typed import alike, typed
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NUMBERS = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
+
+
+class Pieces:
+    """Named tensors of a state; what is taken must be what it should be, and nothing may be left over."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left = dict(tensors)
+
+    def take(self, key: str, shape: Sequence[int], *dtypes: torch.dtype, finite: bool = False) -> Tensor:
+        """The tensor of that name. ValueError for none, another shape or dtype, and for NaN or infinity if `finite`."""
+        if key not in self.left or self.left[key].shape != tuple(shape):
+            found = tuple(self.left[key].shape) if key in self.left else "nothing"
+            raise ValueError(f"it holds {found} for {key}, the model needs {tuple(shape)}")
+        tensor = self.left.pop(key)
+        if dtypes and tensor.dtype not in dtypes:
+            raise ValueError(f"it holds {tensor.dtype} for {key}, expected {' or '.join(map(str, dtypes))}")
+        if finite and not bool(tensor.isfinite().all()):
+            raise ValueError(f"it holds NaN or infinity for {key}")
+        return tensor
+
+    def names(self, prefix: str) -> list[str]:
+        """What follows the prefix in the names that are left."""
+        return [key.removeprefix(prefix) for key in self.left if key.startswith(prefix)]
+
+    def end(self) -> None:
+        """ValueError if anything is left."""
+        if self.left:
+            shown = ", ".join(sorted(self.left)[:5]) + (" ..." if len(self.left) > 5 else "")
+            raise ValueError(f"it holds {shown}, which has no place in the model")
+
+
+# Finished tasks
+
+
+def finished(phases: Phases) -> dict[str, Tensor]:
+    """Weights, and of finished tasks masks (packed), states and scores; in an open task the weights before it."""
+    before = phases.weights_before()
+    tensors = {f"weight/{n}": before.get(n, layer.weight.detach()) for n, layer in phases.layers.items()}
+    for task in range(len(phases.bank)):
+        tensors |= {f"mask/{task}/{n}": phases.bank.packed(task, n) for n in phases.layers}
+        tensors |= {f"state/{task}/{n}": t for n, t in phases.states[task].items()}
+    for task, scores in enumerate(phases.scores):
+        tensors |= {f"scores/{task}/{n}": s for n, s in scores.items()}
+    tensors |= {f"initial/{n}": t for n, t in phases.initial.items()}
+    return tensors | {f"frozen/{n}": p.detach() for n, p in phases.frozen_parameters().items()}
+
+
+def kept(phases: Phases) -> dict[str, int]:
+    """k of every layer: what tells whether a state is of such a model."""
+    return {n: layer.k for n, layer in phases.layers.items()}
+
+
+def put_finished(phases: Phases, pieces: Pieces, tasks: int) -> None:
+    """Give a fresh `Phases` the finished tasks and activate the last. ValueError, before anything is changed."""
+    if len(phases.bank) or phases.phase != "idle":
+        raise RuntimeError(
+            f"load: needs a Phases without tasks, this one has {len(phases.bank)} and is in the {phases.phase} phase"
+        )
+    targets = {f"weight/{n}": layer.weight for n, layer in phases.layers.items()}
+    targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
+    targets |= {f"initial/{n}": t for n, t in phases.initial.items()}
+    shared = ("weight/", "frozen/", "initial/")
+    if more := sorted(k for k in pieces.left if k.startswith(shared) and k not in targets):
+        raise ValueError(f"it holds {', '.join(more)}, which has no place in the model")
+    values = {
+        key: pieces.take(key, target.shape, target.dtype, finite=not key.startswith("initial/"))
+        for key, target in targets.items()
+    }
+    learned = [_task(phases, pieces, task) for task in range(tasks)]
+    with torch.no_grad():
+        for key, target in targets.items():
+            target.copy_(values[key])
+    phases.adopt_all(learned)
+
+
+def _task(phases: Phases, pieces: Pieces, task: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Masks, state and scores of one finished task."""
+    layers = phases.layers
+    shapes = {n: layer.weight.shape for n, layer in layers.items()}
+    masks = {n: pieces.take(f"mask/{task}/{n}", (-(-s.numel() // 8),), torch.uint8) for n, s in shapes.items()}
+    for n, bits in masks.items():
+        if not torch.equal(pack_mask(unpack_mask(bits, shapes[n])), bits):
+            raise ValueError(f"it holds bits beyond the {shapes[n].numel()} weights in mask/{task}/{n}")
+    names = [n for n in pieces.names(f"state/{task}/") if n in phases.initial]
+    like = phases.initial
+    state = {n: pieces.take(f"state/{task}/{n}", like[n].shape, like[n].dtype) for n in names}
+    scores: dict[str, Tensor] = {}
+    if pieces.names(f"scores/{task}/"):
+        scores = {n: pieces.take(f"scores/{task}/{n}", s, *FLOATS, finite=True) for n, s in shapes.items()}
+    masks, scores = ({n: t.to(layers[n].weight.device) for n, t in part.items()} for part in (masks, scores))
+    return masks, state, scores
+
+
+# The learner
+
+
+@dataclass
+class Choice:
+    """Whether a layer takes sparse products for inputs of one kind: made once, so that rounding stays the same."""
+
+    layer: str
+    shape: list[int]
+    dtype: str
+    device: str
+    threads: int
+    products: str
+    k: int
+    sparse: bool
+
+
+@dataclass
+class OpenMeta:
+    """What an open task's state holds beside tensors: see `OpenTask` and `Training`."""
+
+    phase: str
+    report: TaskReport
+    best: Result | None
+    to_beat: Result | None
+    epoch: int
+    batch: int
+    waited: int
+    kept: int | None  # tensors of the snapshot
+    seconds: float
+    epoch_seconds: float
+    groups: list[dict[str, Any]]  # of the optimizer, without parameters
+    moments: list[dict[str, Any]]  # the optimizer's state of each parameter; None stands for a tensor
+
+
+@dataclass
+class LearnerMeta:
+    """What a learner's state holds beside tensors."""
+
+    tasks: int
+    k: dict[str, int]
+    settings: dict[str, Any]
+    stream: list[str]
+    reports: list[TaskReport]
+    rows: list[list[float]]
+    choices: list[Choice]
+    open: OpenMeta | None
+
+    def as_json(self) -> dict[str, Any]:
+        reports = [replace(report, use={}) for report in self.reports]  # the masks tell it
+        return asdict(replace(self, reports=reports))
+
+
+def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequence[Task]) -> LearnerMeta:
+    """The JSON part of a learner's state. ValueError where it is damaged or of other settings, model or stream."""
+    found: LearnerMeta = typed(LearnerMeta, meta, "the state")
+    check_layers(found.k, phases)
+    if different := sorted(k for k in {*settings, *found.settings} if settings.get(k) != found.settings.get(k)):
+        told = "; ".join(f"{k} {found.settings.get(k)}, the learner has {settings.get(k)}" for k in different)
+        raise ValueError(f"it is of a learner with {told}")
+    begun = found.tasks + (found.open is not None)
+    if not found.tasks == len(found.reports) or len(found.stream) != begun or len(found.rows) > found.tasks:
+        raise ValueError(
+            f"it tells of {begun} tasks, {len(found.stream)} of the stream, {len(found.reports)} reports and "
+            f"{len(found.rows)} rows of accuracies, which do not fit together"
+        )
+    if len(tasks) < begun:
+        raise ValueError(f"it is of {begun} tasks, the stream has {len(tasks)}")
+    for number, (task, known) in enumerate(zip(tasks, found.stream, strict=False)):
+        if fingerprint(task) != known:
+            raise ValueError(f"task {number} of the stream is not the one that was learned: its data has changed")
+    reports = [*found.reports, *([found.open.report] if found.open else [])]
+    if [r.task for r in reports] != list(range(begun)) or [len(r) for r in found.rows] != [
+        i + 1 for i in range(len(found.rows))
+    ]:
+        raise ValueError("its reports or rows of accuracies are out of order")
+    for c in found.choices:
+        if c.layer not in phases.layers or c.dtype not in NUMBERS or not re.fullmatch(r"cpu|cuda(:\d\d?)?", c.device):
+            raise ValueError(
+                f"it holds a choice of kernels for {c.layer}, {c.dtype} on {c.device}, which are not known"
+            )
+    return found
+
+
+def check_layers(k: Mapping[str, int], phases: Phases) -> None:
+    if k != kept(phases):
+        raise ValueError(f"it has layers and k {dict(k)}, the model has {kept(phases)}")
+
+
+def fingerprint(task: Task) -> str:
+    """A hash of a task's name, labels and choice of items, not of what the items look like."""
+    found = hashlib.sha256(repr((task.name, task.classes, task.labels)).encode())
+    for part in (task.train, task.validation, task.test):
+        for tensor in () if part is None else (part.index, part.labels):
+            found.update(f"{len(tensor)} ".encode())
+            found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def choices(phases: Phases) -> list[Choice]:
+    """The choices between sparse and dense products that were made so far."""
+    return [
+        Choice(name, list(x), str(dtype).removeprefix("torch."), str(device), threads, products, k, sparse)
+        for name, layer in phases.layers.items()
+        for (x, dtype, device, threads, products, k), sparse in layer._choices.items()
+    ]
+
+
+def put_choices(phases: Phases, made: Sequence[Choice]) -> None:
+    for c in made:
+        layer: SupermaskLayer = phases.layers[c.layer]
+        layer._choices[torch.Size(c.shape), NUMBERS[c.dtype], torch.device(c.device), c.threads, c.products, c.k] = (
+            c.sparse
+        )
+
+
+# The open task
+
+
+def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[str, Tensor], OpenMeta]:
+    """The state of an open task."""
+    tensors = {f"open/{n}": t for n, t in phases.open_tensors().items()}
+    tensors |= {"epoch/order": training.order, "epoch/sums": training.sums}
+    if training.kept is not None:
+        tensors |= {f"kept/masked/{i}": t for i, t in enumerate(training.kept["masked"])}
+        tensors |= {f"kept/state/{n}": t for n, t in training.kept["state"].items()}
+    if (random := open_.task.train.random) is not None:
+        tensors["random/augmentation"] = random.get_state()
+    optimizer, moments = training.optimizer, []
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        own = optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer/{i}/{n}": t for n, t in own.items() if isinstance(t, Tensor)}
+        moments.append({n: None if isinstance(v, Tensor) else v for n, v in own.items()})
+    groups = [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
+    return tensors, OpenMeta(
+        phases.phase, open_.report, open_.best, open_.to_beat, training.epoch, training.batch, training.waited,
+        None if training.kept is None else len(training.kept["masked"]), training.clock.seconds,
+        training.epoch_clock.seconds, groups, moments,
+    )  # fmt: skip
+
+
+def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, expected: Sequence[str], exclusive: bool) -> None:
+    """Open the phase of a task again."""
+    if meta.phase not in expected:
+        raise ValueError(f"its open task is in the {meta.phase} phase, the method has {' and '.join(expected)}")
+    phase: Phase = meta.phase  # type: ignore[assignment]
+    shapes = {n: layer.weight.shape for n, layer in phases.layers.items()}
+    scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
+    phases.reopen(phase, scores, exclusive)
+    for name, target in phases.open_tensors().items():
+        kind = name.partition("/")[0]
+        if kind != "scores":
+            target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=kind != "state"))
+
+
+def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Training, epochs: int) -> None:
+    """Put a phase's training at its step; `training` is at the first step of an epoch's batch `meta.batch`."""
+    if not (0 <= meta.epoch <= epochs and 0 <= meta.batch <= len(training.data) and meta.waited >= 0):
+        raise ValueError(
+            f"it stands at epoch {meta.epoch} of {epochs} and batch {meta.batch} of {len(training.data)}, "
+            f"{meta.waited} epochs after the best"
+        )
+    training.epoch, training.waited = meta.epoch, meta.waited
+    training.clock, training.epoch_clock = Stopwatch(meta.seconds), Stopwatch(meta.epoch_seconds)
+    training.sums.copy_(pieces.take("epoch/sums", (2,), torch.float32))
+    if meta.kept is not None:
+        snapshot = phases.snapshot()
+        for kind, parts in (("masked", dict(enumerate(snapshot["masked"]))), ("state", snapshot["state"])):
+            for name, target in parts.items():
+                finite = kind == "masked"
+                target.copy_(pieces.take(f"kept/{kind}/{name}", target.shape, target.dtype, finite=finite))
+        training.kept = snapshot
+    _put_optimizer(pieces, meta, training)
+
+
+def _put_optimizer(pieces: Pieces, meta: OpenMeta, training: Training) -> None:
+    optimizer = training.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(meta.groups) != len(optimizer.param_groups) or len(meta.moments) != len(parameters):
+        raise ValueError(
+            f"its optimizer has {len(meta.groups)} groups and {len(meta.moments)} parameters, the learner's "
+            f"{len(optimizer.param_groups)} and {len(parameters)}"
+        )
+    for live, group in zip(optimizer.param_groups, meta.groups, strict=True):
+        if live.keys() - {"params"} != group.keys():
+            raise ValueError(f"its optimizer has the options {', '.join(group)}, the learner's {', '.join(live)}")
+        live |= {n: alike(live[n], value, f"the optimizer's {n}") for n, value in group.items()}
+    done = meta.epoch * len(training.data) + meta.batch
+    rates = [group["lr"] for group in optimizer.param_groups]
+    training.schedule.load_state_dict({"last_epoch": done, "_step_count": done + 1, "_last_lr": rates})
+    for i, (parameter, own, like) in enumerate(zip(parameters, meta.moments, moments(optimizer), strict=True)):
+        if own and own.keys() != like.keys():
+            raise ValueError(f"its optimizer keeps {', '.join(own)} of parameter {i}, the learner's {', '.join(like)}")
+        for name, value in own.items():
+            expected = like[name]
+            if isinstance(expected, Tensor):
+                taken = pieces.take(f"optimizer/{i}/{name}", expected.shape, expected.dtype)
+                optimizer.state[parameter][name] = expected.copy_(taken)
+            else:
+                optimizer.state[parameter][name] = alike(expected, value, f"the optimizer's {name}")
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The state that an optimizer keeps of each parameter after one step: what it is like, not its values."""
+    twin = copy.deepcopy(optimizer)
+    parameters = [p for group in twin.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    return [dict(twin.state[p]) for p in parameters]
+
+
+# Random states
+
+
+def random_states() -> dict[str, Tensor]:
+    """torch's global random states."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random/torch": torch.get_rng_state(), **{f"random/cuda/{i}": s for i, s in enumerate(cuda)}}
+
+
+def generator_state(pieces: Pieces, key: str, device: str = "cpu") -> Tensor:
+    """The state of a random generator, which it accepts."""
+    generator = torch.Generator(device)
+    state = pieces.take(key, generator.get_state().shape, torch.uint8)
+    try:
+        generator.set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"it holds no state of a random generator for {key}: {error}") from None
+    return state
+
+
+def take_random(pieces: Pieces) -> dict[str, Tensor]:
+    """The global random states; of CUDA devices that are not here, none."""
+    found = {"random/torch": generator_state(pieces, "random/torch")}
+    for number in sorted(pieces.names("random/cuda/")):
+        key = f"random/cuda/{number}"
+        if number.isdecimal() and int(number) < (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            found[key] = generator_state(pieces, key, f"cuda:{int(number)}")
+        else:
+            del pieces.left[key]
+    return found
+
+
+def set_random(states: Mapping[str, Tensor], augmentation: torch.Generator | None) -> None:
+    for key, state in states.items():
+        if key == "random/torch":
+            torch.set_rng_state(state)
+        elif key == "random/augmentation":
+            assert augmentation is not None
+            augmentation.set_state(state)
+        else:
+            torch.cuda.set_rng_state(state, int(key.rpartition("/")[2]))
