@@ -10,11 +10,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from exssnet.resident import peak, resident, restart_peak
 
 from .networks import NETWORKS, Start, state_bytes
 from .timing import table, tick
@@ -68,20 +68,20 @@ def child(asked: str) -> None:
     small = Start(NETWORKS["resnet18-4"], 0.5)
     for warm in (small.peer("cached mask"), small.ours("weight")):  # what torch loads at the first step
         warm.steps(small.network.batches())()
-    baseline = _resident()
-    _restart_peak()
+    baseline = resident()
+    restart_peak()
     start = Start(NETWORKS[network], density)
     made = start.ours(phase) if way == "ours" else start.peer(way)
     _drop_the_other(start, way)
-    setup = _peak() - baseline
-    _restart_peak()
+    setup = peak() - baseline
+    restart_peak()
     step = made.steps(_forever(batch))
     for _ in range(3):
         step()
     print(json.dumps({
         "network": network, "phase": phase, "density": density, "threads": threads, "way": way,
         "trained": sum(t.numel() for t in made.trained), "state": state_bytes(made), "setup": setup,
-        "step": _peak() - baseline,
+        "step": peak() - baseline,
     }))  # fmt: skip
 
 
@@ -93,33 +93,3 @@ def _drop_the_other(start: Start, way: str) -> None:
     """A user has one of the networks."""
     for name in ("plain", "masks", "scores", *(() if way == "ours" else ("model", "phases"))):
         delattr(start, name)
-
-
-# The peak is Linux's VmHWM where there is one: a child's ru_maxrss begins with its parent's, and does not go back.
-
-
-def _status(key: str) -> int | None:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return 1024 * int(line.split()[1])
-    return None
-
-
-def _peak() -> int:
-    found = _status("VmHWM")
-    if found is None:
-        import resource
-
-        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return found
-
-
-def _resident() -> int:
-    found = _status("VmRSS")
-    return _peak() if found is None else found
-
-
-def _restart_peak() -> None:
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

@@ -231,6 +231,7 @@ def _plots(report: dict[str, Any], out: Path) -> list[tuple[str, str]]:
     figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(order)), layout="constrained")
     axes.barh(range(len(order)), [accuracies(g)[0] for g in order], xerr=[accuracies(g)[1] for g in order], capsize=3,
               color=["C0" if g[2] is None else "C1" for g in order])  # fmt: skip
+    axes.set_xlim(max(0, min(accuracies(g)[0] - accuracies(g)[1] for g in order) - 5))
     axes.set(yticks=range(len(order)), yticklabels=[label(g) for g in order], xlabel="average accuracy, %",
              title="Average accuracy by method, standard deviation over seeds (blue: dense)")  # fmt: skip
     save(figure, "Accuracy by method", "methods.png")

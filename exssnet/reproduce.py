@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from .learner import Learner, PhaseOptions
 from .models import MODELS
 from .nn import convert
 from .recipes import KKT, Rates, Recipe, Run, as_json, names, read, recipe
+from .resident import peak, resident, restart_peak
 from .task_inference import RULES, TaskInference, evaluate_without_task
 from .tasks import Task, stratified_split, stream
 
@@ -97,7 +97,8 @@ def perform(job: Job) -> dict[str, Any]:
     """Make a run and say what came of it, in values that JSON can hold. Times in seconds, memory in bytes."""
     torch.set_num_threads(1)
     tasks = tasks_of(job)
-    before = _peak_memory()
+    restart_peak()
+    before = resident()
     learner = learner_of(job, tasks)
     began = time.perf_counter()
     try:
@@ -108,7 +109,7 @@ def perform(job: Job) -> dict[str, Any]:
         return {"validation": metrics.average_accuracy(accuracy)}
     found: dict[str, Any] = {
         "seconds": time.perf_counter() - began,
-        "memory": _peak_memory() - before,
+        "memory": peak() - before,
         "accuracy": [row[: i + 1] for i, row in enumerate(accuracy.tolist())],
         "average accuracy": metrics.average_accuracy(accuracy),
         "forgetting": metrics.forgetting(accuracy),
@@ -162,12 +163,6 @@ def _without_task(learner: Learner, tasks: list[Task]) -> dict[str, Any]:
         for rule in RULES
         for samples in (1, 16, 128)
     }
-
-
-def _peak_memory() -> int:
-    """Bytes of this process' largest resident memory so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else 1024 * peak
 
 
 def _perform_to_file(job: Job, file: Path) -> None:

@@ -30,7 +30,10 @@ LAYERS = (
     ("progress",),
     ("state",),
     ("learner", "checkpoint", "info"),
-    ("report", "bench"),
+    ("baselines", "task_inference"),
+    ("recipes",),
+    ("comparison",),
+    ("report", "bench", "reproduce"),
     ("cli",),
     ("__main__",),
 )
