@@ -192,9 +192,9 @@ def libraries() -> list[Extension]:
 
 extensions = libraries()
 setup(
-    packages=["exssnet", "exssnet.ops", "exssnet.tasks", "exssnet.kernels", "exssnet.bench"],
+    packages=["exssnet", "exssnet.ops", "exssnet.recipes", "exssnet.tasks", "exssnet.kernels", "exssnet.bench"],
     package_dir={"exssnet.kernels": "kernels", "exssnet.bench": "benchmarks"},
-    package_data={"exssnet": ["py.typed"]},
+    package_data={"exssnet": ["py.typed"], "exssnet.recipes": ["*.yaml"]},
     ext_modules=extensions,
     # Without a torch to compile against, the front end is asked to put one into the build environment.
     setup_requires=["torch>=2.10"] if extensions and find_torch() is None else [],

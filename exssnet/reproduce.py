@@ -77,7 +77,7 @@ def learner_of(job: Job, tasks: list[Task]) -> Learner:
     shape = tuple(tasks[0].train[0][0].shape)
     outputs = (sum if run.method == "multitask" else max)(task.classes for task in tasks)
     torch.manual_seed(run.seed)
-    model = MODELS[made.model](shape, outputs)
+    model = MODELS[made.model](shape, outputs).to("cuda" if torch.cuda.is_available() else "cpu")
     epochs = made.scaled_epochs
     common: dict[str, Any] = {"batch_size": made.batch_size, "seed": run.seed}
     if run.method in BASELINES:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset, default_collate
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
@@ -159,7 +160,11 @@ class _Joined(Dataset[tuple[Any, Tensor]]):
                 order.append(where)
                 read.append(part[index[where] - ends[number] + len(part)])
         back = torch.cat(order).argsort()
-        return torch.cat([items for items, _ in read])[back], torch.cat([labels for _, labels in read])[back]
+        longest = max(items.shape[1] for items, _ in read)  # texts (B, L, E) differ in length from part to part
+        padded = [
+            F.pad(items, (0, 0, 0, longest - items.shape[1])) if items.shape[1] < longest else items for items, _ in read
+        ]
+        return torch.cat(padded)[back], torch.cat([labels for _, labels in read])[back]
 
 
 class _Batches(BatchSampler):

@@ -1,0 +1,211 @@
+"""Recipes, the runs they stand for, and an experiment from beginning to report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from exssnet import cli, recipes
+from exssnet.comparison import groups_of, paired, paired_difference
+from exssnet.models import MODELS
+from exssnet.recipes import Rates, Run, read, recipe
+from exssnet.reproduce import Job, perform, tasks_of, tune
+from exssnet.tasks import streams
+
+SMALL: dict[str, Any] = {
+    "title": "a test", "stream": "split-mnist", "model": "lenet-300-100", "methods": ["supsup", "exssnet+kkt", "ewc"],
+    "options": {"tasks": 2, "class_order": [0, 1, 2, 3]}, "seeds": 2, "epochs": 1,
+    "tuning": {"rates": [0.01], "strengths": [1, 2], "tasks": 1},
+}  # fmt: skip
+
+
+def idx(path: Path, array: np.ndarray[Any, Any]) -> None:
+    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNIST's files, of four separable classes."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    centres = generator.integers(0, 256, (4, 28, 28))
+    for split, count in (("train", 20), ("t10k", 5)):
+        labels = np.arange(4, dtype=np.uint8).repeat(count)
+        images = (centres[labels] + generator.integers(0, 100, (len(labels), 28, 28))).clip(0, 255).astype(np.uint8)
+        idx(folder / f"{split}-images-idx3-ubyte", images)
+        idx(folder / f"{split}-labels-idx1-ubyte", labels)
+    return folder
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_of_the_package_names_what_there_is(name: str) -> None:
+    made = read(name)
+    assert made.stream in streams()
+    assert made.model in MODELS
+    assert made.runs()
+
+
+def test_a_recipe_is_read_back_from_its_json() -> None:
+    made = recipe(SMALL, "test")
+    assert recipe(json.loads(json.dumps(recipes.as_json(made))), "again") == made
+
+
+def test_dense_methods_have_one_run_a_seed_whatever_the_densities() -> None:
+    made = recipe({**SMALL, "densities": [0.1, 0.2], "init_scales": ["official", "density"]}, "test")
+    count = {m: sum(run.method == m for run in made.runs()) for m in made.methods}
+    assert count == {"supsup": 8, "exssnet+kkt": 8, "ewc": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "count"), [("supsup", 3), ("wsn", 3), ("exssnet", 9), ("ssnet", 9), ("ewc", 9), ("replay", 3)]
+)
+def test_tuning_tries_every_rate_that_a_method_has(method: str, count: int) -> None:
+    made = recipe({**SMALL, "tuning": {}}, "test")
+    assert len(set(made.candidates(method))) == count
+
+
+def test_given_rates_are_not_tuned() -> None:
+    made = recipe({**SMALL, "rates": {"supsup": {"mask": "1e-2", "weight": 0.5}}}, "test")
+    assert made.candidates("supsup") == [Rates(0.01, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": ["supsup"]}, "test: unknown key method; known are title"),
+        ({"methods": ["supsub"]}, "method must be one of ewc, exssnet, .* got 'supsub'"),
+        ({"methods": ["ewc+kkt"]}, "got 'ewc\\+kkt'"),
+        ({"densities": [0]}, r"densities must be in \(0, 1\], got \[0.0\]"),
+        ({"densities": ["a"]}, "test: densities must be tuple.*, got .'a'."),
+        ({"seeds": 0}, "seeds, epochs, .* at least 1, got 0, 1, 1, 1"),
+        ({"seeds": "3"}, "test: seeds must be int, got '3'"),
+        ({"scale": 2}, r"scale must be in \(0, 1\], got 2.0"),
+        ({"tuning": {"rate": 1}}, "test: tuning: unknown key rate"),
+        ({"rates": {"ewc": {"mask": 1}}}, "test: rates.ewc: weight must be given"),
+        ({"tuning": 3}, "test: tuning: expected `key: value` lines, got int"),
+    ],
+)
+def test_a_recipe_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe({**SMALL, **change}, "test")
+
+
+def test_missing_keys_are_named() -> None:
+    with pytest.raises(ValueError, match="test: stream, model, methods must be given"):
+        recipe({"title": "x"}, "test")
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"recipe split-mnits is none of .*split-mnist.* and no .yaml file"):
+        read("split-mnits")
+
+
+# Runs
+
+
+def test_tuning_looks_at_the_validation_data_of_the_first_tasks(root: Path) -> None:
+    made = recipe({**SMALL, "validation": 0.2}, "test")
+    job = Job(made, str(root), Run("supsup", 0.1, "official", 1000), Rates(0.01, 0.01), tuning=True)
+    (task,) = tasks_of(job)
+    assert task.test is task.validation
+    assert len(task.test) == 8
+
+
+def test_a_recipe_without_validation_data_is_tuned_on_some_of_the_training_data(root: Path) -> None:
+    made = recipe({**SMALL, "validation": 0, "tuning": {"validation": 0.25, "tasks": 2}}, "test")
+    run = Run("supsup", 0.1, "official", 0)
+    tuned = tasks_of(Job(made, str(root), run, Rates(0.01, 0.01), tuning=True))
+    assert [len(task.test) for task in tuned] == [10, 10]
+    assert all(task.validation is None for task in tasks_of(Job(made, str(root), run, Rates(0.01, 0.01))))
+
+
+def test_scale_shrinks_epochs_and_training_data(root: Path) -> None:
+    made = recipe({**SMALL, "epochs": 10, "validation": 0, "scale": 0.2}, "test")
+    assert made.scaled_epochs == 2
+    tasks = tasks_of(Job(made, str(root), made.runs()[0], Rates(0.01, 0.01)))
+    assert [len(task.train) for task in tasks] == [8, 8]
+
+
+def test_divergence_is_a_result(root: Path) -> None:
+    made = recipe(SMALL, "test")
+    found = perform(Job(made, str(root), Run("ewc", None, "", 0), Rates(1e30, 1e30, 1.0)))
+    assert "lower the learning rates" in found["diverged"]
+
+
+def test_the_best_rates_are_chosen_and_kkt_shares_them(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe({**SMALL, "methods": ["exssnet", "exssnet+kkt"], "tuning": {"rates": [1, 2]}}, "test")
+    asked = []
+
+    def performed(jobs: list[Job], *_: Any) -> list[dict[str, float]]:
+        asked.extend(jobs)
+        return [{"validation": 1.0} if job.rates == Rates(2, 1) else {"diverged": 0.0} for job in jobs]
+
+    monkeypatch.setattr("exssnet.reproduce.perform_all", performed)
+    chosen = tune(made, str(root), tmp_path, 1, print)
+    assert chosen == {Run("exssnet", 0.1, "official", 0): Rates(2, 1)}
+    assert {(job.run.method, job.run.seed, job.tuning) for job in asked} == {("exssnet", 1000, True)}
+
+
+def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(SMALL))
+    out = tmp_path / "out"
+    arguments = ["reproduce", str(file), "--root", str(root), "--out", str(out), "--processes", "2"]
+    assert cli.main(arguments) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert {(r["method"], r["seed"]) for r in report["runs"]} == {
+        (m, s) for m in ("supsup", "exssnet+kkt", "ewc") for s in (0, 1)
+    }
+    assert all(len(r["accuracy"]) == 2 for r in report["runs"])
+    text = (out / "report.md").read_text()
+    assert text.startswith("# a test\n")
+    assert text in capsys.readouterr().out
+    for plot in ("methods", "capacity", "matrix", "cost"):
+        assert (out / f"{plot}.png").stat().st_size > 1000
+        assert f"({plot}.png)" in text
+
+    lost = out / "runs" / "ewc-seed1.json"
+    kept = out / "runs" / "ewc-seed0.json"
+    before = json.loads(lost.read_text()), kept.stat().st_mtime_ns
+    lost.unlink()
+    assert cli.main(arguments) == 0
+    assert json.loads(lost.read_text())["accuracy"] == before[0]["accuracy"]
+    assert kept.stat().st_mtime_ns == before[1]
+
+    assert cli.main([*arguments, "--scale", "0.5"]) == 2
+    assert "holds results of another recipe or another --scale" in capsys.readouterr().err
+
+
+def test_missing_data_fails_with_what_to_put_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps({**SMALL, "methods": ["supsup"]}))
+    assert cli.main(["reproduce", str(file), "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "put the idx files" in capfd.readouterr().err
+
+
+# Numbers of the report
+
+
+def test_the_interval_is_students() -> None:
+    mean, half = paired_difference([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(4.303 / 3**0.5)
+
+
+def test_pairs_are_of_the_same_density_and_seed() -> None:
+    runs = [
+        {"method": m, "init_scale": "official", "density": d, "seed": s, "average accuracy": a}
+        for m, d, s, a in (("supsup", 0.1, 0, 0.5), ("supsup", 0.2, 0, 0.9), ("exssnet", 0.1, 0, 0.7), ("exssnet", 0.1, 1, 1))
+    ]
+    groups = groups_of({"runs": runs})
+    assert paired(groups, ("exssnet", "official", 0.1), "supsup") == ([70.0], [50.0])
