@@ -50,9 +50,7 @@ class EWC(Sequential):
     ) -> None:
         super().__init__(model, weight, **options)
         if strength < 0 or samples < 1:
-            raise ValueError(
-                f"EWC needs a strength of at least 0 and at least 1 sample, got {strength} and {samples}"
-            )
+            raise ValueError(f"EWC needs a strength of at least 0 and at least 1 sample, got {strength} and {samples}")
         self.strength, self.samples = strength, samples
         self._fisher: dict[str, Tensor] = {}  # summed over earlier tasks
         self._anchor: dict[str, Tensor] = {}  # mean of their weights, weighted by their Fisher information
@@ -86,7 +84,9 @@ class EWC(Sequential):
                     logits = self._logits(x, task.classes)
                     drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
                     loss = F.cross_entropy(logits, drawn.to(logits.device))
-                    for (name, _), g in zip(values.items(), torch.autograd.grad(loss, list(values.values())), strict=True):
+                    for (name, _), g in zip(
+                        values.items(), torch.autograd.grad(loss, list(values.values())), strict=True
+                    ):
                         fisher[name] += g.square() / len(data)
         for name, new in fisher.items():
             old = self._fisher.get(name, torch.zeros_like(new))

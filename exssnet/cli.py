@@ -1,4 +1,4 @@
-"""The command line: ``exssnet train``, ``reproduce``, ``bench`` and ``info``. Arguments and the wiring of a run live here."""
+"""The command line: ``exssnet train``, ``reproduce``, ``bench`` and ``info``; arguments and the wiring of a run."""
 
 import argparse
 import sys

@@ -50,7 +50,9 @@ def write_report(report: dict[str, Any], out: Path) -> None:
     """Write report.json, report.md and, where matplotlib is installed, the plots it shows."""
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     plots = _plots(report, out)
-    (out / "report.md").write_text("\n\n".join([*_text(report), *(f"![{name}]({file})" for name, file in plots)]) + "\n")
+    (out / "report.md").write_text(
+        "\n\n".join([*_text(report), *(f"![{name}]({file})" for name, file in plots)]) + "\n"
+    )
 
 
 def _text(report: dict[str, Any]) -> list[str]:
@@ -60,8 +62,8 @@ def _text(report: dict[str, Any]) -> list[str]:
     epochs = max(1, round(made["epochs"] * made["scale"]))
     parts = [
         f"# {made['title']}{scaled}",
-        f"{made['model']}, {epochs} + {epochs} epochs (methods with one phase: {2 * epochs}), batch {made['batch_size']}, "
-        f"{made['seeds']} seeds; mean ± standard deviation, accuracies in %. "
+        f"{made['model']}, {epochs} + {epochs} epochs (methods with one phase: {2 * epochs}), batch "
+        f"{made['batch_size']}, {made['seeds']} seeds; mean ± standard deviation, accuracies in %. "
         + (
             f"{100 * made['validation']:g} % of the training data picks the best epoch. "
             if made["validation"]
@@ -76,10 +78,16 @@ def _text(report: dict[str, Any]) -> list[str]:
         ),
     ]  # fmt: skip
     for title, table in (
-        (f"Difference to {BASE} with the same number of epochs, paired by seed, with 95 % intervals", _differences(groups)),
+        (
+            f"Difference to {BASE} with the same number of epochs, paired by seed, with 95 % intervals",
+            _differences(groups),
+        ),
         ("Knowledge transfer (KKT): with and without", _transfer(groups)),
         ("Weights of the masks: kept, and free when the task came", _capacity(groups)),
-        ("Without a task id: share of test items whose task was found, and that were classified right", _inferred(groups)),
+        (
+            "Without a task id: share of test items whose task was found, and that were classified right",
+            _inferred(groups),
+        ),
     ):
         if table:
             parts += [f"## {title}", table]
@@ -133,7 +141,9 @@ def _differences(groups: dict[tuple[Any, ...], Runs]) -> str:
             if ours:
                 mean, half = paired_difference(ours, theirs)
                 means.append(mean)
-                rows.append([method, f"{group[2]:g}", scale, f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")])
+                rows.append(
+                    [method, f"{group[2]:g}", scale, f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")]
+                )
         if len(means) > 1:
             rows.append([method, "mean of all densities", scale, f"{statistics.mean(means):+.2f}"])
     return _table(["method", "density", "weights", "points"], rows)
@@ -148,19 +158,19 @@ def _transfer(groups: dict[tuple[Any, ...], Runs]) -> str:
             continue
         ours, theirs = zip(*[(100 * a["average accuracy"], 100 * b["average accuracy"]) for a, b in pairs], strict=True)
         mean, half = paired_difference(ours, theirs)
-        reached, total = [], []
-        for a, b in pairs:
-            for with_kkt, without in list(zip(a["tasks"], b["tasks"], strict=True))[1:]:
-                if with_kkt.get("sources"):
-                    total.append(len(without["curve"]))
-                    target = max(without["curve"])
-                    epochs = epochs_to_reach(with_kkt["curve"], target), epochs_to_reach(without["curve"], target)
-                    reached.append(epochs)
-        with_kkt = [len_ if a is None else a for (a, _), len_ in zip(reached, total, strict=True)]
+        counts = [
+            (epochs_to_reach(fast["curve"], target), epochs_to_reach(slow["curve"], target), len(slow["curve"]))
+            for a, b in pairs
+            for fast, slow in list(zip(a["tasks"], b["tasks"], strict=True))[1:]
+            if fast.get("sources")
+            for target in [max(slow["curve"])]
+        ]
+        fast_mean = statistics.mean(all_ if fast is None else fast for fast, _, all_ in counts) if counts else 0
+        slow_mean = statistics.mean(slow or 0 for _, slow, _ in counts) if counts else 0
         rows.append([
             *_name(group), f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}"),
-            f"{sum(a is not None for a, _ in reached)} of {len(reached)}",
-            f"{statistics.mean(with_kkt):.1f} against {statistics.mean(b for _, b in reached if b):.1f}" if reached else "",
+            f"{sum(fast is not None for fast, *_ in counts)} of {len(counts)}",
+            f"{fast_mean:.1f} against {slow_mean:.1f}",
         ])  # fmt: skip
     head = ["method", "density", "weights", "points of average accuracy", "tasks that reach the best without KKT",
             "epochs until then (never: all)"]  # fmt: skip
@@ -271,7 +281,9 @@ def _plots(report: dict[str, Any], out: Path) -> list[tuple[str, str]]:
 
     pairs = [g for g in groups if g[0].endswith(KKT) and (g[0].removesuffix(KKT), *g[1:]) in groups]
     if pairs:
-        figure, all_axes = plt.subplots(1, len(pairs), figsize=(1 + 4 * len(pairs), 4), layout="constrained", squeeze=False)
+        figure, all_axes = plt.subplots(
+            1, len(pairs), figsize=(1 + 4 * len(pairs), 4), layout="constrained", squeeze=False
+        )
         for axes, group in zip(all_axes[0], pairs, strict=True):
             for g, style in ((group, "-"), ((group[0].removesuffix(KKT), *group[1:]), "--")):
                 curves = [[100 * a for a in t["curve"]] for run in groups[g] for t in run["tasks"][1:] if t["curve"]]

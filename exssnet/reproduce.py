@@ -56,7 +56,9 @@ def tasks_of(job: Job) -> list[Task]:
     """The stream of a job. In tuning: its first tasks, with their validation data in the place of their test data."""
     made = job.recipe
     validation = made.validation or (made.tuning.validation if job.tuning else 0.0)
-    tasks = stream(made.stream, job.root, **{"validation": validation, "seed": job.run.seed, **made.options})
+    tasks: list[Task] = stream(
+        made.stream, job.root, **{"validation": validation, "seed": job.run.seed, **made.options}
+    )
     if job.tuning:
         tasks = [replace(t, test=t.validation) for t in tasks[: made.tuning.tasks] if t.validation is not None]
     if made.scale < 1:
@@ -81,10 +83,11 @@ def learner_of(job: Job, tasks: list[Task]) -> Learner:
     epochs = made.scaled_epochs
     common: dict[str, Any] = {"batch_size": made.batch_size, "seed": run.seed}
     if run.method in BASELINES:
-        more: dict[str, Any] = {
+        more: dict[str, dict[str, Any]] = {
             "ewc": {"strength": rates.strength}, "replay": {"memory": made.memory}, "packnet": {"tasks": len(tasks)},
-        }.get(run.method, {})  # fmt: skip
-        return BASELINES[run.method](model, PhaseOptions(2 * epochs, rates.weight), **more, **common)
+        }  # fmt: skip
+        made_of: Callable[..., Learner] = BASELINES[run.method]
+        return made_of(model, PhaseOptions(2 * epochs, rates.weight), **more.get(run.method, {}), **common)
     assert run.density is not None
     convert(model, run.density, weights="signed_constant", init_scale=run.init_scale)  # type: ignore[arg-type]
     return Learner(
@@ -230,7 +233,9 @@ def tune(made: Recipe, root: str, out: Path, processes: int, tell: Callable[[str
     return chosen
 
 
-def reproduce(made: Recipe, root: str, out: Path, processes: int, tell: Callable[[str], None] = print) -> dict[str, Any]:
+def reproduce(
+    made: Recipe, root: str, out: Path, processes: int, tell: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Make all runs of a recipe and write report.md, report.json and plots into `out`. Returns what report.json holds.
 
     ValueError if `out` holds results of another recipe.
@@ -242,6 +247,7 @@ def reproduce(made: Recipe, root: str, out: Path, processes: int, tell: Callable
         raise ValueError(f"{out} holds results of another recipe or another --scale: give another --out")
     file.write_text(json.dumps(described, indent=1))
     began = time.time()
+    tasks_of(Job(made, root, made.runs()[0], Rates(0, 0)))  # missing data is told here, texts are encoded once
     rates = tune(made, root, out, processes, tell)
     runs = made.runs()
     jobs = [Job(made, root, run, rates[replace(run.group, method=run.base)]) for run in runs]

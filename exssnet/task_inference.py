@@ -19,8 +19,8 @@ RULES: tuple[InferenceRule, ...] = ("one-shot", "binary")
 class TaskInference:
     """Finds the task of a batch among the finished tasks of a model.
 
-    All masks are superposed, ``W * sum_i alpha_i M_i`` with equal coefficients, and the batch goes through once. The task
-    is that whose coefficient, if it grew, would lower the entropy H of the outputs most:
+    All masks are superposed, ``W * sum_i alpha_i M_i`` with equal coefficients, and the batch goes through once. The
+    task is that whose coefficient, if it grew, would lower the entropy H of the outputs most:
     ``g_i = dH / d alpha_i = sum over layers <dH / dW_eff, W * M_i>``, one backward pass, then a product with each mask.
 
     phases: a model with finished tasks; nothing in it is changed. Later tasks need a new object.

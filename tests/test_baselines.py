@@ -148,7 +148,11 @@ def test_replay_trains_the_heads_and_norms_of_earlier_tasks() -> None:
     before = {n: t.detach().clone() for n, t in learned.phases.states[0].items()}
     learned.learn(tasks[1])
     after = learned.phases.states[0]
-    assert {n for n in before if not torch.equal(before[n], after[n])} >= {"head.weight", "norm.weight", "norm.running_mean"}
+    assert {n for n in before if not torch.equal(before[n], after[n])} >= {
+        "head.weight",
+        "norm.weight",
+        "norm.running_mean",
+    }
 
 
 def test_an_earlier_task_whose_best_epoch_comes_back_has_its_head_of_then() -> None:
@@ -235,10 +239,12 @@ def test_the_loss_of_joint_training_sees_each_items_own_outputs() -> None:
         learned.model.eval()
         loss, _ = learned._loss(x, y, 6)
         all_outputs = learned.model(x)
-        own = torch.stack([
-            F.cross_entropy(all_outputs[i : i + 1, 2 * t : 2 * t + 2], y[i : i + 1] - 2 * t)
-            for i, t in enumerate((y // 2).tolist())
-        ])
+        own = torch.stack(
+            [
+                F.cross_entropy(all_outputs[i : i + 1, 2 * t : 2 * t + 2], y[i : i + 1] - 2 * t)
+                for i, t in enumerate((y // 2).tolist())
+            ]
+        )
     torch.testing.assert_close(loss, own.mean())
 
 

@@ -205,7 +205,12 @@ def test_the_interval_is_students() -> None:
 def test_pairs_are_of_the_same_density_and_seed() -> None:
     runs = [
         {"method": m, "init_scale": "official", "density": d, "seed": s, "average accuracy": a}
-        for m, d, s, a in (("supsup", 0.1, 0, 0.5), ("supsup", 0.2, 0, 0.9), ("exssnet", 0.1, 0, 0.7), ("exssnet", 0.1, 1, 1))
+        for m, d, s, a in (
+            ("supsup", 0.1, 0, 0.5),
+            ("supsup", 0.2, 0, 0.9),
+            ("exssnet", 0.1, 0, 0.7),
+            ("exssnet", 0.1, 1, 1),
+        )
     ]
     groups = groups_of({"runs": runs})
     assert paired(groups, ("exssnet", "official", 0.1), "supsup") == ([70.0], [50.0])

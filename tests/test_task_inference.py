@@ -32,7 +32,9 @@ def by_autograd(learned: Learner, x: Tensor, tasks: Sequence[int], samples: int)
     plain.eval()
     alpha = torch.full((len(tasks),), 1 / len(tasks), dtype=torch.float64, requires_grad=True)
     weights = {
-        f"{n}.weight": sum(a * (layer.weight * phases.bank.mask(t, n)).double() for a, t in zip(alpha, tasks, strict=True))
+        f"{n}.weight": sum(
+            a * (layer.weight * phases.bank.mask(t, n)).double() for a, t in zip(alpha, tasks, strict=True)
+        )
         for n, layer in phases.layers.items()
     }
     for n in ("conv.bias", "norm.weight", "norm.bias", "head.bias"):
@@ -48,7 +50,9 @@ def test_the_gradient_is_that_of_the_entropy_by_the_coefficients(
 ) -> None:
     x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     found = TaskInference(learned.phases, samples=samples)._gradient(x, tasks)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(by_autograd(learned, x, tasks, samples)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(found), torch.tensor(by_autograd(learned, x, tasks, samples)), rtol=1e-4, atol=1e-5
+    )
 
 
 def scripted(inference: TaskInference, gradients: dict[int, float]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Recipes of experiments: small YAML files that say which methods learn which stream how, and the runs they stand for."""
+"""Recipes of experiments: YAML files that say which methods learn which stream how, and the runs they stand for."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ KKT = "+kkt"
 class Tuning:
     """How a method's learning rates are chosen: by the mean validation accuracy over the first tasks, learned in order.
 
-    rates: tried for each of a method's learning rates; strengths: for EWC's penalty as well. seeds: of the runs, none of
-    which is reported. validation: share of the training data held out for this, where the recipe itself holds out none.
+    rates: tried for each of a method's learning rates; strengths: for EWC's penalty as well. seeds: of the runs, none
+    of which is reported. validation: share of the training data held out for this, where the recipe holds out none.
     """
 
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
@@ -116,12 +116,7 @@ class Recipe:
 
     def runs(self) -> list[Run]:
         """All runs, seed by seed."""
-        return [
-            run
-            for seed in range(self.seeds)
-            for method in self.methods
-            for run in self._of(method, seed)
-        ]
+        return [run for seed in range(self.seeds) for method in self.methods for run in self._of(method, seed)]
 
     def _of(self, method: str, seed: int) -> Iterator[Run]:
         if method in BASELINES:

@@ -23,4 +23,6 @@ __all__ = [
 
 
 def stream(name, root, tasks=5, validation=0.1, seed=0):  # SHIM
-    return split_by_class(*load("mnist" if name == "split-mnist" else "mnist5k", root), tasks, validation=validation, seed=seed)
+    return split_by_class(
+        *load("mnist" if name == "split-mnist" else "mnist5k", root), tasks, validation=validation, seed=seed
+    )

@@ -162,7 +162,8 @@ class _Joined(Dataset[tuple[Any, Tensor]]):
         back = torch.cat(order).argsort()
         longest = max(items.shape[1] for items, _ in read)  # texts (B, L, E) differ in length from part to part
         padded = [
-            F.pad(items, (0, 0, 0, longest - items.shape[1])) if items.shape[1] < longest else items for items, _ in read
+            F.pad(items, (0, 0, 0, longest - items.shape[1])) if items.shape[1] < longest else items
+            for items, _ in read
         ]
         return torch.cat(padded)[back], torch.cat([labels for _, labels in read])[back]
 
