@@ -74,4 +74,12 @@ class _BasicBlock(ResidualBlock, models.BasicBlock):
     _past = "shortcut"
 
 
-SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {models.BasicBlock: _BasicBlock}
+class _Bottleneck(ResidualBlock, models.Bottleneck):
+    _steps = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"), ("conv3", "norm3", "relu3"))
+    _past = "shortcut"
+
+
+SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {
+    models.BasicBlock: _BasicBlock,
+    models.Bottleneck: _Bottleneck,
+}

@@ -1,7 +1,10 @@
 """Networks of the continual-learning literature: plain modules without masks, without biases, without affine norms.
 
 Every model has `penultimate(x)`, the features that KKT compares, and an output layer `head`. ReLUs and norms are
-members used once each, so that they can be swapped and hooked; pooling is a mean.
+members used once each, so that they can be swapped and hooked; images are pooled by a mean.
+
+Texts are (N, L, E + 1): E features a token and as the last one 1 where there is a token, 0 where there is padding.
+What stands in the features of padding, and how much padding there is, changes no logit in evaluation mode.
 """
 
 from collections import OrderedDict
@@ -10,6 +13,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LeNet300100(nn.Module):
@@ -41,21 +45,34 @@ def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
 
 
+def _conv1x1(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, affine=False)
+
+
+def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
+    """The identity, or a 1x1 convolution where the shape changes."""
+    if stride == 1 and in_channels == channels:
+        return nn.Identity()
+    return nn.Sequential(_conv1x1(in_channels, channels, stride), _norm(channels))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    expansion = 1
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, channels, stride)
-        self.norm1 = nn.BatchNorm2d(channels, affine=False)
+        self.norm1 = _norm(channels)
         self.relu1 = nn.ReLU()
         self.conv2 = _conv3x3(channels, channels)
-        self.norm2 = nn.BatchNorm2d(channels, affine=False)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels, affine=False)
-            )
+        self.norm2 = _norm(channels)
+        self.shortcut = _shortcut(in_channels, channels, stride)
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,27 +81,62 @@ class BasicBlock(nn.Module):
         return out
 
 
-class ResNet18(nn.Module):
-    """The narrow ResNet-18 of GEM for small images: four stages of two blocks, of width, 2, 4 and 8 times width.
+class Bottleneck(nn.Module):
+    """A 1x1 convolution, a 3x3 one, which has the stride, a 1x1 one to four times the channels, and a shortcut."""
 
-    x: (N, in_channels, H, W) of any size; returns logits (N, classes).
-    Source: Lopez-Paz & Ranzato, "Gradient Episodic Memory", NeurIPS 2017; He et al., CVPR 2016.
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.conv1 = _conv1x1(in_channels, channels)
+        self.norm1 = _norm(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = _conv3x3(channels, channels, stride)
+        self.norm2 = _norm(channels)
+        self.relu2 = nn.ReLU()
+        self.conv3 = _conv1x1(channels, out_channels)
+        self.norm3 = _norm(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride)
+        self.relu3 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu1(self.norm1(self.conv1(x)))
+        y = self.relu2(self.norm2(self.conv2(y)))
+        out: Tensor = self.relu3(self.norm3(self.conv3(y)) + self.shortcut(x))
+        return out
+
+
+class ResNet(nn.Module):
+    """Stages of residual blocks after a stem: width channels in the first, twice as many in each further one.
+
+    depths: blocks of each stage; all stages but the first halve the image.
+    large: the stem for large images, a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2, instead of a 3x3
+        convolution.
+    x: (N, in_channels, H, W) of any size; returns logits (N, classes). Source: He et al., CVPR 2016.
     """
 
-    def __init__(self, classes: int, width: int = 20, in_channels: int = 3) -> None:
+    def __init__(
+        self, classes: int, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], width: int,
+        in_channels: int = 3, large: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        stem = {"conv": _conv3x3(in_channels, width), "norm": nn.BatchNorm2d(width, affine=False), "relu": nn.ReLU()}
+        first = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False) if large else _conv3x3(in_channels, width)
+        stem: dict[str, nn.Module] = {"conv": first, "norm": _norm(width), "relu": nn.ReLU()}
+        if large:
+            stem["pool"] = nn.MaxPool2d(3, 2, padding=1)
         self.stem = nn.Sequential(OrderedDict(stem))
-        blocks, channels = [], width
-        for stage in range(4):
-            for stride in (1 if stage == 0 else 2, 1):
-                blocks.append(BasicBlock(channels, width << stage, stride))
-                channels = width << stage
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage, depth in enumerate(depths):
+            for number in range(depth):
+                blocks.append(block(channels, width << stage, 2 if stage > 0 and number == 0 else 1))
+                channels = (width << stage) * block.expansion
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, classes, bias=False)
 
     def penultimate(self, x: Tensor) -> Tensor:
-        """Features (N, 8 * width): the last stage, averaged over H and W."""
+        """Features (N, channels): the last stage, averaged over H and W."""
         return torch.mean(self.blocks(self.stem(x)), dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,8 +144,165 @@ class ResNet18(nn.Module):
         return logits
 
 
-MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
+class ResNet18(ResNet):
+    """The ResNet-18 of GEM for small images, narrow by default: four stages of two basic blocks; 8 * width features.
+
+    Source: Lopez-Paz & Ranzato, "Gradient Episodic Memory", NeurIPS 2017.
+    """
+
+    def __init__(self, classes: int, width: int = 20, in_channels: int = 3) -> None:
+        super().__init__(classes, BasicBlock, (2, 2, 2, 2), width, in_channels)
+
+
+class ResNet50(ResNet):
+    """ResNet-50 with the stem for large images, which leaves 64x64 images 2x2 in the last stage; 2048 features."""
+
+    def __init__(self, classes: int, in_channels: int = 3) -> None:
+        super().__init__(classes, Bottleneck, (3, 4, 6, 3), 64, in_channels, large=True)
+
+
+class SmallResNet(ResNet):
+    """Three stages of one basic block for 28x28 characters, 305 k weights without the head; 4 * width features."""
+
+    def __init__(self, classes: int, width: int = 32, in_channels: int = 1) -> None:
+        super().__init__(classes, BasicBlock, (1, 1, 1), width, in_channels)
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, E, L), zero at padding, and the mask (N, 1, L) of texts (N, L, E + 1)."""
+    mask = x[..., -1:]
+    return x[..., :-1].where(mask > 0, 0).transpose(1, 2), mask.transpose(1, 2)
+
+
+class TextCNN(nn.Module):
+    """Convolutions over 3, 4 and 5 tokens, `filters` each, ReLU, the maximum over the text, and an output layer.
+
+    x: texts (N, L, features + 1), see above; returns logits (N, classes). A window belongs to the token in its middle
+    (of 4, the third); outside the text it sees zeros, and an empty text has zeros as features.
+    Source: Kim, "Convolutional Neural Networks for Sentence Classification", EMNLP 2014.
+    """
+
+    def __init__(self, features: int, classes: int, filters: int = 200) -> None:
+        super().__init__()
+        sizes = (3, 4, 5)
+        self.convs = nn.ModuleList(nn.Conv1d(features, filters, n, padding=n // 2, bias=False) for n in sizes)
+        self.relus = nn.ModuleList(nn.ReLU() for _ in sizes)
+        self.head = nn.Linear(filters * len(sizes), classes, bias=False)
+
+    def penultimate(self, x: Tensor) -> Tensor:
+        """Features (N, 3 * filters): the maximum over the text of each filter."""
+        tokens, mask = _tokens(x)
+        length = tokens.shape[2]  # a window of 4 has one place more
+        maps = [relu(conv(tokens))[..., :length] for conv, relu in zip(self.convs, self.relus, strict=True)]
+        return torch.cat([(y * mask).amax(2) for y in maps], dim=1)  # nothing is below 0, so no padding wins
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.penultimate(x))
+        return logits
+
+
+class TextBlock(nn.Module):
+    """Two convolutions over 3 tokens and a shortcut, with the padding held at zero; x (N, C, L), mask (N, 1, L)."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(in_channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm1d(channels, affine=False)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv1d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm1d(channels, affine=False)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels:
+            convolution = nn.Conv1d(in_channels, channels, 1, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm1d(channels, affine=False))
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.relu1(self.norm1(self.conv1(x))) * mask
+        out: Tensor = self.relu2(self.norm2(self.conv2(y)) + self.shortcut(x)) * mask
+        return out
+
+
+_BLOCKS = {9: (1, 1, 1, 1), 17: (2, 2, 2, 2), 29: (5, 5, 2, 2), 49: (8, 8, 5, 3)}  # of each stage, by depth
+_KEPT = 8  # values of each channel that the last pool keeps
+
+
+class VDCNN(nn.Module):
+    """Very deep convolutional network for text: 9, 17, 29 or 49 convolutions, two hidden layers and an output layer.
+
+    Stages of 64, 128, 256 and 512 channels, between which a max pool halves the text; then the 8 largest values of each
+    channel in their order, of equal ones the earlier; zeros where a text is shorter. The statistics of the norms count
+    padding too, in training.
+    x: texts (N, L, features + 1), see above; returns logits (N, classes). ValueError for another depth.
+    Source: Conneau et al., "Very Deep Convolutional Networks for Text Classification", EACL 2017, with shortcuts.
+    """
+
+    def __init__(self, features: int, classes: int, depth: int = 9, hidden: int = 2048) -> None:
+        super().__init__()
+        if depth not in _BLOCKS:
+            raise ValueError(f"VDCNN: depth must be one of {', '.join(map(str, _BLOCKS))}, got {depth}")
+        self.first = nn.Conv1d(features, 64, 3, padding=1, bias=False)
+        channels = 64
+        self.stages = nn.ModuleList()
+        for stage, blocks in enumerate(_BLOCKS[depth]):
+            width = 64 << stage
+            self.stages.append(nn.ModuleList(TextBlock(width if n else channels, width) for n in range(blocks)))
+            channels = width
+        self.pools = nn.ModuleList(nn.MaxPool1d(3, 2, padding=1) for _ in self.stages[1:])
+        self.hidden1 = nn.Linear(_KEPT * channels, hidden, bias=False)
+        self.relu1 = nn.ReLU()
+        self.hidden2 = nn.Linear(hidden, hidden, bias=False)
+        self.relu2 = nn.ReLU()
+        self.head = nn.Linear(hidden, classes, bias=False)
+
+    def penultimate(self, x: Tensor) -> Tensor:
+        """Features (N, hidden): the second hidden layer after its ReLU."""
+        x, mask = _tokens(x)
+        x = self.first(x) * mask
+        for stage, pool in zip(self.stages, (None, *self.pools), strict=True):
+            if pool is not None:
+                x, mask = pool(x), mask[..., ::2]  # the middle of each window; what is padding is 0 and never wins
+            for block in stage:  # type: ignore[attr-defined]
+                x = block(x, mask)
+        x = F.pad(x, (0, max(0, _KEPT - x.shape[2])))
+        largest = x.sort(dim=2, descending=True, stable=True).indices[..., :_KEPT]  # stable: padding comes last
+        x = x.gather(2, largest.sort(dim=2).values)
+        features: Tensor = self.relu2(self.hidden2(self.relu1(self.hidden1(x.flatten(1)))))
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.penultimate(x))
+        return logits
+
+
+Constructor = Callable[[Sequence[int], int], nn.Module]
+
+
+def _images(model: Callable[..., nn.Module], name: str, **options: int) -> Constructor:
+    def make(shape: Sequence[int], classes: int) -> nn.Module:
+        if len(shape) != 3:
+            raise ValueError(f"{name} is for images (C, H, W), got items of shape {tuple(shape)}")
+        return model(classes, in_channels=shape[0], **options)
+
+    return make
+
+
+def _texts(model: Callable[..., nn.Module], name: str, **options: int) -> Constructor:
+    def make(shape: Sequence[int], classes: int) -> nn.Module:
+        if len(shape) != 2 or shape[1] < 2:
+            raise ValueError(f"{name} is for texts (L, E + 1), got items of shape {tuple(shape)}")
+        return model(shape[1] - 1, classes, **options)
+
+    return make
+
+
+MODELS: dict[str, Constructor] = {
     "lenet-300-100": lambda shape, classes: LeNet300100(prod(shape), classes),
-    "resnet18": lambda shape, classes: ResNet18(classes, in_channels=shape[0]),
-}
-"""Constructors by name: (shape of one input without the batch, number of outputs) -> model."""
+    "resnet18": _images(ResNet18, "resnet18"),
+    "resnet18-64": _images(ResNet18, "resnet18-64", width=64),
+    "resnet50": _images(ResNet50, "resnet50"),
+    "resnet-small": _images(SmallResNet, "resnet-small"),
+    "text-cnn": _texts(TextCNN, "text-cnn"),
+} | {f"vdcnn-{depth}": _texts(VDCNN, f"vdcnn-{depth}", depth=depth) for depth in _BLOCKS}
+"""Constructors by name: (shape of one input without the batch, number of outputs) -> model. ValueError where a model is
+not made for such a shape: images are (C, H, W), texts (L, E + 1)."""

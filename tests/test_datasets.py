@@ -97,6 +97,7 @@ def test_an_idx_file_that_is_damaged_is_refused(tmp_path, content):
         ("cifar10", "put the unpacked python version of CIFAR10 at .*cifar-10-batches-py"),
         ("cifar100", "put the unpacked python version of CIFAR100 at .*cifar-100-python"),
         ("omniglot", "put the unpacked folders of Omniglot at .*images_background and .*images_evaluation"),
+        ("tinyimagenet", r"put the unpacked folder of Tiny ImageNet at .*tiny-imagenet-200, or .*tinyimagenet\.npz"),
     ],
 )
 def test_what_is_missing_is_said_with_its_place(tmp_path, name, message):
@@ -194,7 +195,6 @@ def test_images_of_another_type_are_refused(tmp_path):
 
 
 def test_class_folders_stay_lazy(tmp_path):
-    pytest.importorskip("torchvision")
     write_images(tmp_path)
     train, test = tasks.load(tmp_path)
     _, second = tasks.split_by_class(train, test, tasks=2, validation=0)
@@ -202,22 +202,64 @@ def test_class_folders_stay_lazy(tmp_path):
     assert (second.labels, y.tolist()) == ((1,), [0, 0])
     assert x.shape == (2, 3, 6, 4)
     torch.testing.assert_close(x[:, 0], torch.ones(2, 6, 4))  # red is 0 or 200: normalised -1 or 1
+    (tmp_path / "test" / "b" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        second.test[[0, 1]]
+    assert train[[]][0].shape == (0, 3, 6, 4)
 
 
 def test_class_folders_with_different_classes_are_refused(tmp_path):
-    pytest.importorskip("torchvision")
     write_images(tmp_path)
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
     with pytest.raises(ValueError, match=r"must hold the same classes, only one has \['b', 'c'\]"):
         tasks.load(tmp_path)
 
 
+def test_a_class_without_images_is_refused(tmp_path):
+    write_images(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "c").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no images of the classes c"):
+        tasks.load(tmp_path)
+
+
 def test_class_folders_with_images_of_different_sizes_are_refused(tmp_path):
-    pytest.importorskip("torchvision")
     write_images(tmp_path)
     pytest.importorskip("PIL.Image").new("RGB", (9, 9)).save(tmp_path / "train" / "b" / "0.png")
-    with pytest.raises(ValueError, match=r"images must have one size, got \[\(6, 4\), \(9, 9\)\]"):
+    with pytest.raises(ValueError, match=r"0\.png: images must have one size, got \[\(6, 4\), \(9, 9\)\]"):
         tasks.load(tmp_path)
+
+
+def test_tiny_imagenet_is_read_from_its_official_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "val" / "images").mkdir(parents=True)
+    for value, name in ((10, "n02"), (200, "n01")):
+        (root / "train" / name / "images").mkdir(parents=True)
+        for i in range(3):
+            image.new("RGB", (4, 4), (value, i, 0)).save(root / "train" / name / "images" / f"{name}_{i}.PNG")
+    for i, value in enumerate((10, 200, 10)):
+        image.new("RGB", (4, 4), (value, 0, 0)).save(root / "val" / "images" / f"val_{i}.PNG")
+    lines = ["val_0.PNG\tn02\t0\t0\t62\t62", "val_1.PNG\tn01\t0\t0\t62\t62", "val_2.PNG\tn02\t0\t0\t62\t62"]
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    train, test = tasks.load("tinyimagenet", tmp_path)
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0] * 3 + [1] * 3, [1, 0, 1])
+    for data in (train, test):
+        red = data.images[torch.arange(len(data))][:, 0, 0, 0]
+        assert red.tolist() == [10 if label else 200 for label in data.labels.tolist()]
+
+
+def test_tiny_imagenet_may_be_class_folders(tmp_path):
+    write_images(tmp_path / "tinyimagenet")
+    train, _ = tasks.load("tinyimagenet", tmp_path)
+    assert train.images.shape == (6, 3, 6, 4)
+
+
+@pytest.mark.parametrize("name", ["omniglot", "cifar100", "tinyimagenet"])
+def test_an_archive_of_its_name_is_read_in_place_of_a_named_set(tmp_path, name):
+    arrays = write_npz(tmp_path / f"{name}.npz")
+    train, _ = tasks.load(name, tmp_path)
+    assert torch.equal(train.images, torch.tensor(arrays["x_train"]).movedim(3, 1))
 
 
 def test_an_incomplete_folder_is_refused(tmp_path):
@@ -228,7 +270,7 @@ def test_an_incomplete_folder_is_refused(tmp_path):
 
 
 def test_an_unknown_name_gets_the_known_ones():
-    with pytest.raises(ValueError, match=r"data set imagenet is none of mnist5k, .*, omniglot, no \.npz file"):
+    with pytest.raises(ValueError, match=r"data set imagenet is none of mnist5k, .*, tinyimagenet, no \.npz file"):
         tasks.load("imagenet")
 
 
@@ -238,4 +280,5 @@ def test_a_missing_npz_file_is_named(tmp_path):
 
 
 def test_names_lists_what_load_knows():
-    assert tasks.names() == ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "omniglot")
+    named = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "omniglot", "tinyimagenet")
+    assert tasks.names() == named

