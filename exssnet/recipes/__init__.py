@@ -183,7 +183,7 @@ def _fill(kind: Any, values: Any, where: str) -> Any:
         raise ValueError(f"{where}: unknown key {', '.join(map(str, unknown))}; known are {', '.join(known)}")
     made = {}
     for name, value in values.items():
-        wanted = str(known[name].type)
+        wanted = str(known[name].type).removeprefix("<class '").removesuffix("'>")
         try:
             if wanted.startswith("tuple[float"):
                 value = tuple(map(float, value))
