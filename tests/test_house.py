@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels",),
     ("ops",),
     ("choice",),
-    ("freezing", "masks", "layout", "metrics", "tasks", "models", "methods", "resident", "typed"),
+    ("freezing", "masks", "layout", "metrics", "tasks", "models", "methods", "resident", "typed", "distributed"),
     ("blocks",),
     ("torchvision_blocks",),
     ("nn",),
