@@ -311,7 +311,7 @@ class Learner:
             order = state.generator_state(pieces, "epoch/order")
             training = self._training(task, order, found.open.batch)
             if training is None:
-                raise ValueError(f"its {found.open.phase} phase trains, but here there is nothing to train")
+                raise ValueError(f"the state's {found.open.phase} phase trains, but here there is nothing to train")
             state.put_training(phases, pieces, found.open, training, self._phase()[1])
             self._open = OpenTask(task, found.open.report, found.open.best, found.open.to_beat, training)
             if task.train.random is not None:
