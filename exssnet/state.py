@@ -4,6 +4,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -350,10 +351,10 @@ def generator_state(pieces: Pieces, key: str, device: str = "cpu") -> Tensor:
     """The state of a random generator, which it accepts."""
     generator = torch.Generator(device)
     state = pieces.take(key, generator.get_state().shape, torch.uint8)
-    try:
+    with suppress(RuntimeError):
         generator.set_state(state)
-    except RuntimeError as error:
-        raise ValueError(f"the state holds no state of a random generator for {key}: {error}") from None
+    if not torch.equal(generator.get_state(), state):
+        raise ValueError(f"the state holds no state of a random generator for {key}")
     return state
 
 
