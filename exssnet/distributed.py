@@ -18,6 +18,16 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
+def part() -> tuple[int, int]:
+    """Which part of every batch is this process': (rank, size)."""
+    return rank(), size()
+
+
+def share(items: int) -> int:
+    """How many of the items of a batch are this process'."""
+    return len(range(rank(), items, size()))
+
+
 def start() -> None:
     """Join the processes that `torchrun` started, each with its own GPU if there are any; nothing without torchrun."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .nn import SupermaskLinear
 from .ops import knn_classify
 from .phases import Phases, evaluation
@@ -79,6 +80,7 @@ def transfer(
     x, labels: one fixed, unaugmented sample (n, ...) of the new task's training data; classes: of the new task.
     rule: "best" copies the scores of the source with the highest accuracy if that is above chance; "always" copies
         them in any case; "all" takes the mean of all sources above chance. Ties go to the earlier task.
+    Several processes share the sources; process 0 decides.
     Statistics, masks and scores of the sources are not touched. RuntimeError if their scores were dropped.
     Source: arXiv 2210.10209, section 3.3.
     """
@@ -88,13 +90,15 @@ def transfer(
     if len(phases.scores) != tasks:
         raise RuntimeError(f"KKT needs the scores of {tasks} finished tasks, but keep_scores=None dropped them")
     labels = labels.cpu()
-    accuracies = []
-    for task in range(tasks):
+    mine = {}
+    for task in range(distributed.rank(), tasks, distributed.size()):
         with phases.using(task) as model, evaluation(model):
             features = torch.cat([penultimate_features(model, part) for part in x.split(batch_size)])
         # The same split for every source
         generator = torch.Generator().manual_seed(seed)
-        accuracies.append(knn_accuracy(features.float().cpu(), labels, classes, generator))
+        mine[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)
+    found = {task: accuracy for part in distributed.gathered(mine) for task, accuracy in part.items()}
+    accuracies = distributed.of_first([found[task] for task in range(tasks)])
     chance = 1 / classes
     above = [task for task in range(tasks) if accuracies[task] > chance]
     best = max(range(tasks), key=lambda task: accuracies[task], default=None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from . import state
+from . import distributed, state
 from .kernels import nan_flag
 from .kkt import RULES, Rule, sample_share, transfer
 from .methods import Method, preset
@@ -319,7 +319,7 @@ class Learner:
             order = state.generator_state(pieces, "epoch/order")
             training = self._training(task, order, found.open.batch)
             if training is None:
-                raise ValueError(f"its {found.open.phase} phase trains, but here there is nothing to train")
+                raise ValueError(f"the state's {found.open.phase} phase trains, but here there is nothing to train")
             state.put_training(phases, pieces, found.open, training, self._phase()[1])
             self._open = OpenTask(task, found.open.report, found.open.best, found.open.to_beat, training)
             if task.train.random is not None:
@@ -346,7 +346,9 @@ class Learner:
         generator = self._generator(len(self.phases.bank), 2 if self.phases.phase == "weight" else 1)
         if order is not None:
             generator.set_state(order)
-        data = loader(task.train, self.batch_size, shuffle=True, generator=generator, skip=skip)
+        data = loader(
+            task.train, self.batch_size, shuffle=True, generator=generator, skip=skip, share=distributed.part()
+        )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(data))
         return Training(
             optimizer, schedule, data, generator, generator.get_state(), torch.zeros(2, device=self.device), batch=skip
@@ -368,20 +370,26 @@ class Learner:
         optimizer, schedule, steps = training.optimizer, training.schedule, epochs * len(training.data)
         while training.epoch < epochs and (options.patience is None or training.waited < options.patience):
             self.model.train()
-            loss_sum, right = training.sums.unbind()
             for x, y in training.data:
                 y = y.to(self.device)
+                batch = min(self.batch_size, len(task.train) - training.batch * self.batch_size)
+                own, processes = distributed.share(batch), distributed.size()
                 loss, logits = self._loss(x, y, task.classes)
+                if processes > 1:
+                    loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
+                sums = torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
+                if processes > 1:
+                    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+                    distributed.average([*(g for g in gradients if g is not None), *self.phases.statistics(), sums])
                 optimizer.step()
                 schedule.step()
-                loss_sum += loss.detach() * len(y)
-                right += (logits.argmax(1) == y).sum()
+                training.sums += sums * processes
                 training.batch += 1
                 if self.observer is not None:
                     step = training.epoch * len(training.data) + training.batch
-                    self.observer.on_step(open_.report.task, phase, step, steps, loss.detach())
+                    self.observer.on_step(open_.report.task, phase, step, steps, sums[0] * processes / batch)
             self._end_epoch(open_, training, epochs)
         if training.kept is not None:
             self.phases.restore(training.kept)
@@ -423,10 +431,12 @@ class Learner:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
         right, loss, seen = 0, 0.0, 0
         with evaluation(self.model):
-            for x, y in loader(data, 4 * self.batch_size):
-                y = y.to(self.device)
-                logits = self._logits(x, classes)
+            for number, (x, y) in enumerate(loader(data, 4 * self.batch_size, share=distributed.part())):
+                own = distributed.share(min(4 * self.batch_size, len(data) - number * 4 * self.batch_size))  # type: ignore[arg-type]
+                y = y.to(self.device)[:own]
+                logits = self._logits(x, classes)[:own]
                 right += int((logits.argmax(1) == y).sum())
                 loss += F.cross_entropy(logits, y, reduction="sum").item()
                 seen += len(y)
+        right, loss, seen = distributed.total((right, loss, seen), self.device)
         return (right / seen, loss / seen) if seen else (math.nan, math.nan)

@@ -219,6 +219,10 @@ class Phases:
         found = (p for layer in self.layers.values() for p in (layer.scores, layer.free_values))
         return [p for p in found if p is not None]
 
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of the model's norms, and whatever other floating point state has no gradient."""
+        return [t for n, t in self.model.named_buffers() if n in self.initial and t.is_floating_point()]
+
     def free_mask(self, name: str) -> Tensor:
         """In the weight phase: where a layer's free values lie, bool of its weight's shape, in flat order."""
         self._require("free_mask", "weight")

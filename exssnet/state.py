@@ -4,6 +4,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +22,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NUMBERS = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
 
 
+FINITE = ("weight/", "scores/", "open/scores/", "open/free/", "open/weight/", "kept/masked/")
+"""What never is NaN or infinite in a state that training can go on from."""
+
+
 class Pieces:
     """Named tensors of a state; what is taken must be what it should be, and nothing may be left over."""
 
@@ -31,12 +36,12 @@ class Pieces:
         """The tensor of that name. ValueError for none, another shape or dtype, and for NaN or infinity if `finite`."""
         if key not in self.left or self.left[key].shape != tuple(shape):
             found = tuple(self.left[key].shape) if key in self.left else "nothing"
-            raise ValueError(f"it holds {found} for {key}, the model needs {tuple(shape)}")
+            raise ValueError(f"the state holds {found} for {key}, the model needs {tuple(shape)}")
         tensor = self.left.pop(key)
         if dtypes and tensor.dtype not in dtypes:
-            raise ValueError(f"it holds {tensor.dtype} for {key}, expected {' or '.join(map(str, dtypes))}")
+            raise ValueError(f"the state holds {tensor.dtype} for {key}, expected {' or '.join(map(str, dtypes))}")
         if finite and not bool(tensor.isfinite().all()):
-            raise ValueError(f"it holds NaN or infinity for {key}")
+            raise ValueError(f"the state holds NaN or infinity for {key}")
         return tensor
 
     def names(self, prefix: str) -> list[str]:
@@ -47,7 +52,7 @@ class Pieces:
         """ValueError if anything is left."""
         if self.left:
             shown = ", ".join(sorted(self.left)[:5]) + (" ..." if len(self.left) > 5 else "")
-            raise ValueError(f"it holds {shown}, which has no place in the model")
+            raise ValueError(f"the state holds {shown}, which has no place in the model")
 
 
 # Finished tasks
@@ -71,8 +76,11 @@ def kept(phases: Phases) -> dict[str, int]:
     return {n: layer.k for n, layer in phases.layers.items()}
 
 
-def put_finished(phases: Phases, pieces: Pieces, tasks: int) -> None:
-    """Give a fresh `Phases` the finished tasks and activate the last. ValueError, before anything is changed."""
+def put_finished(phases: Phases, pieces: Pieces, tasks: int, complete: bool = False) -> None:
+    """Give a fresh `Phases` the finished tasks and activate the last. ValueError, before anything is changed.
+
+    complete: nothing else may be among the pieces.
+    """
     if len(phases.bank) or phases.phase != "idle":
         raise RuntimeError(
             f"load: needs a Phases without tasks, this one has {len(phases.bank)} and is in the {phases.phase} phase"
@@ -82,12 +90,14 @@ def put_finished(phases: Phases, pieces: Pieces, tasks: int) -> None:
     targets |= {f"initial/{n}": t for n, t in phases.initial.items()}
     shared = ("weight/", "frozen/", "initial/")
     if more := sorted(k for k in pieces.left if k.startswith(shared) and k not in targets):
-        raise ValueError(f"it holds {', '.join(more)}, which has no place in the model")
+        raise ValueError(f"the state holds {', '.join(more)}, which has no place in the model")
     values = {
-        key: pieces.take(key, target.shape, target.dtype, finite=not key.startswith("initial/"))
+        key: pieces.take(key, target.shape, target.dtype, finite=key.startswith("weight/"))
         for key, target in targets.items()
     }
     learned = [_task(phases, pieces, task) for task in range(tasks)]
+    if complete:
+        pieces.end()
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(values[key])
@@ -101,7 +111,7 @@ def _task(phases: Phases, pieces: Pieces, task: int) -> tuple[dict[str, Tensor],
     masks = {n: pieces.take(f"mask/{task}/{n}", (-(-s.numel() // 8),), torch.uint8) for n, s in shapes.items()}
     for n, bits in masks.items():
         if not torch.equal(pack_mask(unpack_mask(bits, shapes[n])), bits):
-            raise ValueError(f"it holds bits beyond the {shapes[n].numel()} weights in mask/{task}/{n}")
+            raise ValueError(f"the state holds bits beyond the {shapes[n].numel()} weights in mask/{task}/{n}")
     names = [n for n in pieces.names(f"state/{task}/") if n in phases.initial]
     like = phases.initial
     state = {n: pieces.take(f"state/{task}/{n}", like[n].shape, like[n].dtype) for n in names}
@@ -171,15 +181,15 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
     check_layers(found.k, phases)
     if different := sorted(k for k in {*settings, *found.settings} if settings.get(k) != found.settings.get(k)):
         told = "; ".join(f"{k} {found.settings.get(k)}, the learner has {settings.get(k)}" for k in different)
-        raise ValueError(f"it is of a learner with {told}")
+        raise ValueError(f"the state is of a learner with {told}")
     begun = found.tasks + (found.open is not None)
     if not found.tasks == len(found.reports) or len(found.stream) != begun or len(found.rows) > found.tasks:
         raise ValueError(
-            f"it tells of {begun} tasks, {len(found.stream)} of the stream, {len(found.reports)} reports and "
+            f"the state tells of {begun} tasks, {len(found.stream)} of the stream, {len(found.reports)} reports and "
             f"{len(found.rows)} rows of accuracies, which do not fit together"
         )
     if len(tasks) < begun:
-        raise ValueError(f"it is of {begun} tasks, the stream has {len(tasks)}")
+        raise ValueError(f"the state is of {begun} tasks, the stream has {len(tasks)}")
     for number, (task, known) in enumerate(zip(tasks, found.stream, strict=False)):
         if fingerprint(task) != known:
             raise ValueError(f"task {number} of the stream is not the one that was learned: its data has changed")
@@ -187,18 +197,18 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
     if [r.task for r in reports] != list(range(begun)) or [len(r) for r in found.rows] != [
         i + 1 for i in range(len(found.rows))
     ]:
-        raise ValueError("its reports or rows of accuracies are out of order")
+        raise ValueError("the state's reports or rows of accuracies are out of order")
     for c in found.choices:
         if c.layer not in phases.layers or c.dtype not in NUMBERS or not re.fullmatch(r"cpu|cuda(:\d\d?)?", c.device):
             raise ValueError(
-                f"it holds a choice of kernels for {c.layer}, {c.dtype} on {c.device}, which are not known"
+                f"the state holds a choice of kernels for {c.layer}, {c.dtype} on {c.device}, which are not known"
             )
     return found
 
 
 def check_layers(k: Mapping[str, int], phases: Phases) -> None:
     if k != kept(phases):
-        raise ValueError(f"it has layers and k {dict(k)}, the model has {kept(phases)}")
+        raise ValueError(f"the state has layers and k {dict(k)}, the model has {kept(phases)}")
 
 
 def fingerprint(task: Task) -> str:
@@ -256,7 +266,7 @@ def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[st
 def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, expected: Sequence[str], exclusive: bool) -> None:
     """Open the phase of a task again."""
     if meta.phase not in expected:
-        raise ValueError(f"its open task is in the {meta.phase} phase, the method has {' and '.join(expected)}")
+        raise ValueError(f"the state's open task is in the {meta.phase} phase, the method has {' and '.join(expected)}")
     phase: Phase = meta.phase  # type: ignore[assignment]
     shapes = {n: layer.weight.shape for n, layer in phases.layers.items()}
     scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
@@ -271,7 +281,7 @@ def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Train
     """Put a phase's training at its step; `training` is at the first step of an epoch's batch `meta.batch`."""
     if not (0 <= meta.epoch <= epochs and 0 <= meta.batch <= len(training.data) and meta.waited >= 0):
         raise ValueError(
-            f"it stands at epoch {meta.epoch} of {epochs} and batch {meta.batch} of {len(training.data)}, "
+            f"the state stands at epoch {meta.epoch} of {epochs} and batch {meta.batch} of {len(training.data)}, "
             f"{meta.waited} epochs after the best"
         )
     training.epoch, training.waited = meta.epoch, meta.waited
@@ -292,19 +302,23 @@ def _put_optimizer(pieces: Pieces, meta: OpenMeta, training: Training) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(meta.groups) != len(optimizer.param_groups) or len(meta.moments) != len(parameters):
         raise ValueError(
-            f"its optimizer has {len(meta.groups)} groups and {len(meta.moments)} parameters, the learner's "
+            f"the state's optimizer has {len(meta.groups)} groups and {len(meta.moments)} parameters, the learner's "
             f"{len(optimizer.param_groups)} and {len(parameters)}"
         )
     for live, group in zip(optimizer.param_groups, meta.groups, strict=True):
         if live.keys() - {"params"} != group.keys():
-            raise ValueError(f"its optimizer has the options {', '.join(group)}, the learner's {', '.join(live)}")
+            raise ValueError(
+                f"the state's optimizer has the options {', '.join(group)}, the learner's {', '.join(live)}"
+            )
         live |= {n: alike(live[n], value, f"the optimizer's {n}") for n, value in group.items()}
     done = meta.epoch * len(training.data) + meta.batch
     rates = [group["lr"] for group in optimizer.param_groups]
     training.schedule.load_state_dict({"last_epoch": done, "_step_count": done + 1, "_last_lr": rates})
     for i, (parameter, own, like) in enumerate(zip(parameters, meta.moments, moments(optimizer), strict=True)):
         if own and own.keys() != like.keys():
-            raise ValueError(f"its optimizer keeps {', '.join(own)} of parameter {i}, the learner's {', '.join(like)}")
+            raise ValueError(
+                f"the state's optimizer keeps {', '.join(own)} of parameter {i}, the learner's {', '.join(like)}"
+            )
         for name, value in own.items():
             expected = like[name]
             if isinstance(expected, Tensor):
@@ -337,10 +351,10 @@ def generator_state(pieces: Pieces, key: str, device: str = "cpu") -> Tensor:
     """The state of a random generator, which it accepts."""
     generator = torch.Generator(device)
     state = pieces.take(key, generator.get_state().shape, torch.uint8)
-    try:
+    with suppress(RuntimeError):
         generator.set_state(state)
-    except RuntimeError as error:
-        raise ValueError(f"it holds no state of a random generator for {key}: {error}") from None
+    if not torch.equal(generator.get_state(), state):
+        raise ValueError(f"the state holds no state of a random generator for {key}")
     return state
 
 

@@ -1,17 +1,24 @@
 """Checkpoints: everything comes back bit for bit, or one sentence says why not and nothing has changed."""
 
+import hashlib
+import io
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from learning import bare_net, learner, logits, outcome
+from learning import bare_net, learner, logits, outcome, watched
 from networks import SmallNet, changes, images, picture, small_net, stream
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from exssnet import Learner, Phases, checkpoint, convert
+import exssnet
+from exssnet import Learner, Phases, checkpoint, convert, state
+from exssnet.coding import decode
 
 NOTES = {"classes": [2, 2], "shape": [1, 8, 8], "text": "ü", "nothing": None}
 
@@ -24,7 +31,7 @@ def other_net() -> nn.Module:
     return convert(model, 0.3)
 
 
-def learned(**options: object) -> Learner:
+def learned_two(**options: object) -> Learner:
     found = learner(**options)  # type: ignore[arg-type]
     found.run(stream(2))
     return found
@@ -33,14 +40,14 @@ def learned(**options: object) -> Learner:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Learner, Path]:
     torch.manual_seed(0)
-    source, path = learned(), tmp_path_factory.mktemp("saved") / "model.safetensors"
+    source, path = learned_two(), tmp_path_factory.mktemp("saved") / "model.safetensors"
     checkpoint.save(source.phases, path, NOTES)
     return source, path
 
 
 @pytest.mark.parametrize("keep", [torch.float32, torch.float16, torch.bfloat16, None], ids=str)
 def test_everything_comes_back_bit_for_bit(tmp_path: Path, keep: torch.dtype | None) -> None:
-    source = learned(keep_scores=keep)
+    source = learned_two(keep_scores=keep)
     checkpoint.save(source.phases, tmp_path / "model", NOTES)
     phases = Phases(other_net(), keep)
     assert checkpoint.load(phases, tmp_path / "model") == NOTES
@@ -88,16 +95,44 @@ def test_training_goes_on_as_if_nothing_had_been_saved(saved: tuple[Learner, Pat
     assert straight.reports[2].history[0].loss == halted.reports[0].history[0].loss
 
 
-def test_the_file_holds_packed_masks_and_plain_weights(saved: tuple[Learner, Path]) -> None:
+def test_the_file_is_a_safetensors_file_of_plain_weights_and_coded_masks(saved: tuple[Learner, Path]) -> None:
     source, path = saved
     tensors = load_file(path)
     for name, layer in source.phases.layers.items():
         assert torch.equal(tensors[f"weight/{name}"], layer.weight)
         for task in (0, 1):
-            packed = tensors[f"mask/{task}/{name}"]
-            assert (packed.dtype, packed.numel()) == (torch.uint8, -(-layer.weight.numel() // 8))
+            bits = decode(tensors[f"mask/{task}/{name}"], layer.weight.numel())
+            assert torch.equal(bits, source.phases.bank.packed(task, name))
     assert "state/1/norm.running_mean" in tensors
     assert [p.name for p in path.parent.iterdir() if p.name.startswith("model")] == ["model.safetensors"]
+
+
+def test_every_tensor_lies_at_a_multiple_of_its_entries_size(saved: tuple[Learner, Path]) -> None:
+    data = saved[1].read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    entries = json.loads(data[8 : 8 + length])
+    for key, tensor in load_file(saved[1]).items():
+        assert entries[key]["data_offsets"][0] % tensor.element_size() == 0
+
+
+def test_the_last_bytes_are_the_checksum_of_all_before(saved: tuple[Learner, Path]) -> None:
+    data = saved[1].read_bytes()
+    assert hashlib.sha256(data[:-32]).digest() == data[-32:] == bytes(load_file(saved[1])["checksum"].tolist())
+
+
+@pytest.mark.parametrize("tasks", [0, 2])
+def test_a_file_of_the_first_format_is_read(saved: tuple[Learner, Path], tmp_path: Path, tasks: int) -> None:
+    phases = saved[0].phases
+    shared = {k: t for k, t in state.finished(phases).items() if tasks or ("/0/" not in k and "/1/" not in k)}
+    meta = {"tasks": tasks, "k": {n: layer.k for n, layer in phases.layers.items()}, "notes": NOTES}
+    whole = {k: t.clone().contiguous() for k, t in shared.items()}
+    save_file(whole, tmp_path / "old", {"format": "exssnet-1", "exssnet": json.dumps(meta)})
+    again = Phases(other_net())
+    assert checkpoint.load(again, tmp_path / "old") == NOTES
+    for task in range(tasks):
+        assert torch.equal(logits(again, task, images(9)), logits(phases, task, images(9)))
+    assert "format exssnet-1" in checkpoint.describe(tmp_path / "old")
 
 
 def test_an_open_task_is_not_saved(tmp_path: Path) -> None:
@@ -109,24 +144,111 @@ def test_an_open_task_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
-@pytest.mark.parametrize("when", ["while writing", "after writing"])
-def test_an_interrupted_save_leaves_the_old_file(
+@pytest.mark.parametrize("when", ["write", "fsync", "replace"])
+def test_a_save_that_is_interrupted_leaves_the_old_file_alone(
     saved: tuple[Learner, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, when: str
 ) -> None:
     path = tmp_path / "model"
     path.write_bytes(b"the old file")
 
-    def half(tensors: dict[str, Tensor], where: str | Path, metadata: dict[str, str]) -> None:
-        Path(where).write_bytes(b"half of the new")
+    def fail(*_: object) -> None:
         raise error
 
-    def never(part: str | Path, where: str | Path) -> None:
-        raise error
+    def half(file: Path, mode: str) -> io.BytesIO:
+        assert mode == "wb"
+        Path(file).write_bytes(b"half of the new")
+        return type("Full", (io.BytesIO,), {"write": fail})()  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(*((checkpoint, "save_file", half) if when == "while writing" else (os, "replace", never)))
+    if when == "write":
+        monkeypatch.setattr(checkpoint, "open", half, raising=False)
+    else:
+        monkeypatch.setattr(os, when, fail)
     with pytest.raises(type(error)):
         checkpoint.save(saved[0].phases, path)
     assert path.read_bytes() == b"the old file"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of file sizes are POSIX's")
+def test_a_full_disk_leaves_the_old_file_alone(saved: tuple[Learner, Path], tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(saved[1].read_bytes())
+    program = f"""
+import resource, signal
+from exssnet import Phases, checkpoint
+from networks import small_net
+phases = Phases(small_net())
+checkpoint.load(phases, {str(path)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    checkpoint.save(phases, {str(path)!r})
+except OSError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert "File too large" in run.stdout, run.stderr
+    assert path.read_bytes() == saved[1].read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(
+    saved: tuple[Learner, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+    checkpoint.save(saved[0].phases, tmp_path / "model")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_a_model_with_nan_is_not_written(tmp_path: Path) -> None:
+    phases = Phases(small_net())
+    phases.layers["conv"].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"save: weight/conv holds NaN or infinity; nothing was written to .*model"):
+        checkpoint.save(phases, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_no_finished_model_but_its_finished_tasks_are(saved: tuple[Learner, Path], tmp_path: Path) -> None:
+    learned, tasks = learner(kkt="best"), stream(2)
+
+    def write(task: int, phase: str, step: int) -> None:
+        if (task, phase, step) == (1, "weight", 2):
+            checkpoint.save_run(learned, tmp_path / "run", {"here": 1})
+
+    watched(learned).at_step = write
+    learned.run(tasks)
+    expected, phases = outcome(learned), Phases(other_net())
+    assert checkpoint.load(phases, tmp_path / "run") == {"here": 1}
+    assert len(phases.bank) == 1
+    assert torch.equal(logits(phases, 0, images(9)), logits(learned.phases, 0, images(9)))
+    again = learner(kkt="best")
+    assert checkpoint.load_run(again, tmp_path / "run", tasks) == {"here": 1}
+    again.run(tasks)
+    assert changes(expected, outcome(again)) in ([], [".selection_hint"])
+    with pytest.raises(ValueError, match=r"model\.safetensors: it holds a finished model, no run that could go on"):
+        checkpoint.load_run(learner(kkt="best"), saved[1], tasks)
+
+
+def test_masks_of_finished_tasks_are_coded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, coded = learned_two(), {}
+    checkpoint.save_run(learned, tmp_path / "one", coded=coded)
+    monkeypatch.setattr(checkpoint, "encode", lambda *_: 1 / 0)
+    checkpoint.save_run(learned, tmp_path / "two", coded=coded)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_file_is_described_without_its_tensors(saved: tuple[Learner, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = checkpoint.describe(saved[1], verify=True)
+    weights = sum(layer.weight.numel() for layer in saved[0].phases.layers.values())
+    rows = dict(line.split(maxsplit=1) for line in said.splitlines() if not line.startswith("written by"))
+    assert rows["file"].endswith("format exssnet-2, checksum right")
+    assert rows["layers"].startswith(f"3 with {weights} weights, of which a mask keeps ")
+    assert (rows["tasks"], rows["classes"]) == ("2 finished", "2, 2")
+    assert f"written by  exssnet {exssnet.__version__}, torch {torch.__version__}" in said
+    assert f"weight {4 * weights / 1000:.1f} kB" in rows["sizes"]
 
 
 def test_saving_again_replaces_the_file(saved: tuple[Learner, Path], tmp_path: Path) -> None:
@@ -148,9 +270,33 @@ def _newer(path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, path, {"format": "exssnet-9"})
 
 
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+
+
+def _undescribed(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path, {"format": "exssnet-1", "exssnet": "[" * 100000})
+
+
+def _otherwise(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path, {"format": "exssnet-1", "exssnet": "1"})
+
+
 WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "foreign": (_foreign, "is of format None, this version reads exssnet-1"),
-    "newer": (_newer, "is of format exssnet-9, this version reads exssnet-1"),
+    "foreign": (_foreign, "is of format None, this version reads exssnet-1 and exssnet-2$"),
+    "newer": (
+        _newer,
+        "is of format exssnet-9, this version reads .* exssnet-2: a newer exssnet wrote it, install that",
+    ),
+    "bit": (_flipped, "is damaged: its checksum is wrong"),
+    "huge header": (
+        lambda path: path.write_bytes(b"\xff" * 7 + b"\x0f" + b"{}"),
+        "is no safetensors file or is damaged",
+    ),
+    "no JSON": (_undescribed, "its description is no JSON"),
+    "other JSON": (_otherwise, "the description must be an object of tasks, k, notes, learner, versions, got 1"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is no safetensors file or is damaged"),
     "no header": (lambda path: path.write_bytes(path.read_bytes()[:20]), "is no safetensors file or is damaged"),
     "empty": (lambda path: path.write_bytes(b""), "is no safetensors file or is damaged"),

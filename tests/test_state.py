@@ -215,29 +215,41 @@ def without(key: str) -> Callable[[State], None]:
 
 NAN = float("nan")
 WRONG: dict[str, tuple[Callable[[State], None], str]] = {
-    "NaN weight": (with_tensor("weight/conv", lambda t: t * NAN), "it holds NaN or infinity for weight/conv"),
-    "NaN score": (with_tensor("open/scores/head", lambda t: t / 0), "it holds NaN or infinity for open/scores/head"),
+    "NaN weight": (with_tensor("weight/conv", lambda t: t * NAN), "the state holds NaN or infinity for weight/conv"),
+    "NaN score": (
+        with_tensor("open/scores/head", lambda t: t / 0),
+        "the state holds NaN or infinity for open/scores/head",
+    ),
     "NaN free value": (with_tensor("open/free/head", lambda t: t * NAN), "NaN or infinity for open/free/head"),
-    "shape": (with_tensor("open/scores/conv", lambda t: t[:1]), r"it holds \(1, 1, 3, 3\) for open/scores/conv, the "),
-    "dtype": (with_tensor("weight/conv", lambda t: t.half()), "it holds torch.float16 for weight/conv, expected"),
-    "missing": (without("kept/state/norm.bias"), "it holds nothing for kept/state/norm.bias, the model needs"),
-    "missing moment": (without("optimizer/0/exp_avg"), "it holds nothing for optimizer/0/exp_avg"),
-    "scalar moment": (with_tensor("optimizer/0/exp_avg", lambda t: t[0]), r"it holds \(\) for optimizer/0/exp_avg"),
-    "more": (lambda s: s[0].update(more=torch.zeros(1)), "it holds more, which has no place in the model"),
+    "shape": (
+        with_tensor("open/scores/conv", lambda t: t[:1]),
+        r"the state holds \(1, 1, 3, 3\) for open/scores/conv, the ",
+    ),
+    "dtype": (
+        with_tensor("weight/conv", lambda t: t.half()),
+        "the state holds torch.float16 for weight/conv, expected",
+    ),
+    "missing": (without("kept/state/norm.bias"), "the state holds nothing for kept/state/norm.bias, the model needs"),
+    "missing moment": (without("optimizer/0/exp_avg"), "the state holds nothing for optimizer/0/exp_avg"),
+    "scalar moment": (
+        with_tensor("optimizer/0/exp_avg", lambda t: t[0]),
+        r"the state holds \(\) for optimizer/0/exp_avg",
+    ),
+    "more": (lambda s: s[0].update(more=torch.zeros(1)), "the state holds more, which has no place in the model"),
     "random": (with_tensor("random/torch", lambda t: t[:-1]), "for random/torch, the model needs"),
     "no generator": (with_tensor("random/torch", torch.zeros_like), "no state of a random generator for random/torch"),
-    "k": (with_meta("k", "conv", to=3), r"it has layers and k \{'conv': 3"),
-    "settings": (with_meta("settings", "seed", to=3), "it is of a learner with seed 3, the learner has 0"),
-    "epoch": (with_meta("open", "epoch", to=7), "it stands at epoch 7 of 3 and batch "),
+    "k": (with_meta("k", "conv", to=3), r"the state has layers and k \{'conv': 3"),
+    "settings": (with_meta("settings", "seed", to=3), "the state is of a learner with seed 3, the learner has 0"),
+    "epoch": (with_meta("open", "epoch", to=7), "the state stands at epoch 7 of 3 and batch "),
     "batch": (with_meta("open", "batch", to=-1), "batch -1 of 3, "),
     "phase": (with_meta("open", "phase", to="joint"), "in the joint phase, the method has mask and weight"),
     "type": (with_meta("open", "epoch", to="1"), "the state.open.epoch must be int, got '1'"),
     "field": (with_meta("open", "other", to=1), "the state.open must be an object of phase, report, "),
     "huge": (with_meta("open", "waited", to=1 << 70), "the state.open.waited must be int, got 1180591620717411303424"),
     "rate": (with_meta("open", "groups", 0, "lr", to="x"), "the optimizer's lr must be float, got 'x'"),
-    "groups": (with_meta("open", "groups", to=[]), "its optimizer has 0 groups and "),
-    "tasks": (with_meta("tasks", to=0), "it tells of 1 tasks, 2 of the stream"),
-    "rows": (with_meta("rows", 0, to=[]), "its reports or rows of accuracies are out of order"),
+    "groups": (with_meta("open", "groups", to=[]), "the state's optimizer has 0 groups and "),
+    "tasks": (with_meta("tasks", to=0), "the state tells of 1 tasks, 2 of the stream"),
+    "rows": (with_meta("rows", 0, to=[]), "the state's reports or rows of accuracies are out of order"),
     "choice": (with_meta("choices", 0, "device", to="xpu:../"), "a choice of kernels for conv, float32 on xpu:../"),
     "nothing": (lambda s: s[1].clear(), "the state must be an object of tasks, k, settings, "),
 }
@@ -256,11 +268,11 @@ def test_a_state_of_other_data_is_refused(states: list[State]) -> None:
     tasks = noisy_stream()
     moved = replace(tasks[1], train=tasks[1].train.select(torch.arange(60).flip(0)))
     refused(states[-1], "task 1 of the stream is not the one that was learned", tasks=[tasks[0], moved])
-    refused(states[-1], "it is of 2 tasks, the stream has 1", tasks=tasks[:1])
+    refused(states[-1], "the state is of 2 tasks, the stream has 1", tasks=tasks[:1])
 
 
 def test_a_state_of_another_learner_is_refused_by_what_differs(states: list[State]) -> None:
-    refused(states[0], "it is of a learner with mask .*; method .*'exssnet'.*the learner has .*'supsup'",
+    refused(states[0], "the state is of a learner with mask .*; method .*'exssnet'.*the learner has .*'supsup'",
             into=made("supsup", "sgd"))  # fmt: skip
 
 
@@ -274,7 +286,7 @@ def test_spare_bits_of_a_mask_are_refused() -> None:
     learned.run(tasks)
     state = copied(learned.state())
     state[0]["mask/0/2"][1] |= 128
-    with pytest.raises(ValueError, match="it holds bits beyond the 9 weights in mask/0/2"):
+    with pytest.raises(ValueError, match="the state holds bits beyond the 9 weights in mask/0/2"):
         small().restore(*state, tasks)
 
 

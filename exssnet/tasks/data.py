@@ -179,25 +179,28 @@ class _Joined(Dataset[tuple[Any, Tensor]]):
 
 
 class _Batches(BatchSampler):
-    """Batches of indices; the first pass begins with batch number `skip`."""
+    """A share of each batch of indices; the first pass begins with batch number `skip`."""
 
-    def __init__(self, indices: Any, batch_size: int, skip: int) -> None:
+    def __init__(self, indices: Any, batch_size: int, skip: int, share: tuple[int, int]) -> None:
         super().__init__(indices, batch_size, drop_last=False)
-        self.skip = skip
+        self.skip, self.share = skip, share
 
     def __iter__(self) -> Iterator[list[int]]:
         skip, self.skip = self.skip, 0
-        return islice(super().__iter__(), skip, None)
+        rank, size = self.share
+        for batch in islice(super().__iter__(), skip, None):
+            yield batch[rank::size] or batch[:1]
 
 
 def loader(
     dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None,
-    skip: int = 0,
+    skip: int = 0, share: tuple[int, int] = (0, 1),
 ) -> DataLoader[Any]:  # fmt: skip
     """Batches (x, labels) of a dataset, the last one possibly smaller; data in memory is indexed once per batch.
 
     generator: draws the order; required with shuffle (ValueError), so that the order can be repeated.
     skip: so many batches are left out of the first pass, without a look at their data.
+    share: (r, s) leaves of each batch the items r, r + s, r + 2 s, ...; its first item where that is none.
     """
     if shuffle and generator is None:
         raise ValueError("loader: shuffle=True needs a torch.Generator, so that the order can be repeated")
@@ -205,7 +208,7 @@ def loader(
     generator = generator or torch.Generator()
     assert isinstance(dataset, Sized)
     indices = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
-    batches = _Batches(indices, batch_size, skip)
+    batches = _Batches(indices, batch_size, skip, share)
     if not isinstance(dataset, Labelled | Relabelled):
         return DataLoader(dataset, batch_sampler=batches, generator=generator)
     return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)

@@ -1,0 +1,67 @@
+"""Masks in few bytes: the gaps between kept weights, Huffman coded, at a few per cent above their entropy."""
+
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+BITS, GAPS = 0, 1
+"""First byte of a coded mask: packed bits as they are, or gaps."""
+ESCAPE = 255
+HEAD = 9  # the first byte, and the number of kept weights in 8 bytes
+
+
+def encode(bits: Tensor, n: int) -> Tensor:
+    """A packed mask of n weights (see `pack_mask`) as uint8 of fewer bytes: `decode` gives it back.
+
+    The number of weights between a kept one and the next is a byte below 255, after a byte 255 for every 255 of them;
+    the bytes are Huffman coded by zlib. Packed bits where these are shorter.
+    """
+    packed = bits.cpu().numpy()
+    where = np.flatnonzero(np.unpackbits(packed, count=n, bitorder="little"))
+    gaps = np.diff(where, prepend=-1) - 1
+    ends = np.cumsum(gaps // ESCAPE + 1) - 1
+    symbols = np.full(ends[-1] + 1 if len(ends) else 0, ESCAPE, np.uint8)
+    symbols[ends] = gaps % ESCAPE
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    coded = packer.compress(symbols.tobytes()) + packer.flush()
+    kind, body = (GAPS, coded) if len(coded) < len(packed) else (BITS, packed.tobytes())
+    return torch.frombuffer(bytearray([kind, *len(where).to_bytes(8, "little"), *body]), dtype=torch.uint8)
+
+
+def decode(coded: Tensor, n: int) -> Tensor:
+    """The packed mask of n weights of which `encode` made these bytes; ValueError for any others."""
+    data = coded.numpy().tobytes()
+    kept = int.from_bytes(data[1:HEAD], "little")
+    if len(data) < HEAD or kept > n:
+        raise ValueError(f"a mask of {n} weights cannot be coded in {len(data)} bytes that keep {kept}")
+    read = {BITS: _ones, GAPS: _positions}.get(data[0])
+    where = None if read is None else read(data, kept, n)
+    if where is None or len(where) != kept or (kept and where[-1] >= n):
+        raise ValueError(f"a mask of {n} weights that keeps {kept} is damaged")
+    flags = np.zeros(-(-n // 8) * 8, np.uint8)
+    flags[where] = 1
+    return torch.from_numpy(np.packbits(flags, bitorder="little"))
+
+
+def _ones(data: bytes, kept: int, n: int) -> npt.NDArray[np.int64] | None:
+    """Ascending indices of the kept weights in packed bits."""
+    mask = np.frombuffer(data, np.uint8, offset=HEAD)
+    return np.flatnonzero(np.unpackbits(mask, bitorder="little")) if len(mask) == -(-n // 8) else None
+
+
+def _positions(data: bytes, kept: int, n: int) -> npt.NDArray[np.int64] | None:
+    """Ascending indices of the kept weights; None where the bytes are not a whole stream of gaps."""
+    unpacker = zlib.decompressobj(-15)
+    longest = kept + n // ESCAPE + 1  # more symbols would be more than n weights
+    try:
+        symbols = np.frombuffer(unpacker.decompress(data[HEAD:], longest), np.uint8)
+    except zlib.error:
+        return None
+    if not unpacker.eof or unpacker.unused_data or (len(symbols) and symbols[-1] == ESCAPE):
+        return None
+    ends = symbols != ESCAPE
+    where: npt.NDArray[np.int64] = np.cumsum(symbols, dtype=np.int64)[ends] + np.arange(int(ends.sum()))
+    return where
