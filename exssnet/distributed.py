@@ -88,9 +88,9 @@ def gathered(value: Any) -> list[Any]:
 def sharded_topk_mask(shard: Tensor, k: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """The part of `topk_mask` of a tensor that lies in shards on several processes: bool, of the shard's shape.
 
-    The whole is the shards' elements in the order of the ranks, as `fully_shard` (FSDP2) cuts a parameter along its first
-    dimension: give ``parameter.to_local()``. Exactly the k largest magnitudes of the whole are kept, of equal ones those
-    of smaller index in the whole, the same bits that `topk_mask` of the whole has.
+    The whole is the shards' elements in the order of the ranks, as `fully_shard` (FSDP2) cuts a parameter along its
+    first dimension: give ``parameter.to_local()``. Exactly the k largest magnitudes of the whole are kept, of equal
+    ones those of smaller index in the whole, the same bits that `topk_mask` of the whole has.
     What travels are histograms of 11 bits of the magnitudes, three of 16 kB, and two numbers a process.
     shard: float32, of any shape, also empty. ValueError for a k that is not in [0, n] or NaN, on every process.
     """

@@ -412,7 +412,7 @@ class Learner:
         result = None
         if task.validation is not None:
             validated, validation_loss = self.validate(task)
-            result = (validated, -validation_loss)
+            result = distributed.of_first((validated, -validation_loss))
         record = EpochRecord(
             open_.report.task, phase, number, epochs, mean_loss, accuracy, result[0] if result else None,
             training.epoch_clock.seconds,

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from learning import learner
+from networks import stream
+from torch import nn
 
-from exssnet import distributed, topk_mask
+from exssnet import Learner, PhaseOptions, convert, distributed, topk_mask
 
 if not dist.is_available() or sys.platform == "win32":
     pytest.skip("torch.distributed with gloo is needed", allow_module_level=True)
@@ -81,3 +85,58 @@ def test_processes_exchange(tmp_path: Path) -> None:
     wanted = [topk_mask(scores, k) for scores in adversarial() for k in (0, 1, 100, 210, 419, 420)]
     for whole, a, b in zip(wanted, first["masks"], second["masks"], strict=True):
         assert torch.equal(torch.cat([a, b]), whole)
+
+
+class _Hashing:
+    """An observer that keeps a digest of scores or values, masks and statistics after each step."""
+
+    def __init__(self, learned: Learner) -> None:
+        self.learned, self.digests = learned, list[str]()
+
+    def on_step(self, *_: Any) -> None:
+        phases = self.learned.phases
+        masks = [layer.mask() for layer in phases.layers.values()]
+        found = sha256()
+        for tensor in [*phases.parameters(), *phases.statistics(), *masks]:
+            found.update(tensor.detach().numpy().tobytes())
+        self.digests.append(found.hexdigest())
+
+    def on_epoch(self, record: Any) -> None:
+        pass
+
+
+def _learn() -> dict[str, Any]:
+    learned = learner("exssnet", PhaseOptions(3, 0.03), PhaseOptions(3, 0.01), kkt="best")
+    learned.observer = watching = _Hashing(learned)  # type: ignore[assignment]
+    accuracy = learned.run(stream())
+    history = [(r.loss, r.accuracy, r.validation) for report in learned.reports for r in report.history]
+    return {"steps": watching.digests, "accuracy": accuracy, "history": history}
+
+
+def test_processes_hold_the_same_bits_after_every_step_and_learn_as_well_as_one(tmp_path: Path) -> None:
+    alone = _learn()
+    first, second = together(_learn, tmp_path)
+    assert len(first["steps"]) == len(alone["steps"])
+    assert first["steps"] == second["steps"]
+    assert first["history"] == second["history"]
+    assert torch.equal(first["accuracy"].nan_to_num(-1), second["accuracy"].nan_to_num(-1))
+    assert abs(first["accuracy"][-1].mean() - alone["accuracy"][-1].mean()) < 0.1
+
+
+def _one_epoch(method: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4)), 0.4)
+    phase = PhaseOptions(1, 0.01, "sgd")
+    learned = Learner(model, method, mask=phase, weight=phase, batch_size=5)
+    learned.learn(stream(1, per_class=8, validation=0)[0])  # batches of 5, 5, 5 and 1: a process has none of the last
+    (report,) = learned.reports
+    weights = [layer.weight.clone() for layer in learned.phases.layers.values()]
+    return {"weights": weights, "history": [(r.loss, r.accuracy) for r in report.history]}
+
+
+@pytest.mark.parametrize("method", ["exssnet", "wsn"])
+def test_shares_of_a_batch_are_the_batch(method: str, tmp_path: Path) -> None:
+    alone = _one_epoch(method)
+    for found in together(_one_epoch, tmp_path, method):
+        torch.testing.assert_close(found["weights"], alone["weights"])
+        torch.testing.assert_close(found["history"], alone["history"])
