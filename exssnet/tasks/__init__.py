@@ -6,6 +6,7 @@ Nothing here draws from the global random state: the same seeds and generators g
 from .data import Labelled, Relabelled, loader
 from .datasets import load, names
 from .features import TextFeatures, encoder, text_features
+from .named import stream, streams
 from .streams import CropFlip, Task, in_one_task, permuted_pixels, rotated, split_by_class, stratified_split
 from .text import Texts, read_texts
 
@@ -26,5 +27,7 @@ __all__ = [
     "rotated",
     "split_by_class",
     "stratified_split",
+    "stream",
+    "streams",
     "text_features",
 ]
