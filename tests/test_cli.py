@@ -414,9 +414,6 @@ def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str], argumen
         (["--data", "digits", "--batch-size", "0"], "got batch_size=0"),
         (["--data", "digits", "--keep-scores", "none"], "kkt needs the scores of earlier tasks"),
         (["--data", "digits", "--augment"], "augment=True is for colour images of shape (3, H, W), got (1, 8, 8)"),
-        (["--data", "digits", "--encoder", "bert"], "encoder is for the streams split-mnist, "),
-        (["--stream", "split-mnist", "--root", "nowhere"], "put the idx files train-images-idx3-ubyte, "),
-        (["--stream", "glue", "--encoder", "v.txt"], "there is no file v.txt of word vectors"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else "",
@@ -498,22 +495,3 @@ def test_on_a_terminal_progress_is_bars(tmp_path: Path, monkeypatch: pytest.Monk
 def test_augmentation_of_whole_streams_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     said = refused(capsys, "--data", "digits", "--stream", "rotated", "--augment", "--out", str(tmp_path))
     assert said == "augment is for the split stream, got rotated"
-
-
-def test_a_named_stream_of_texts_is_learned_by_the_text_cnn(tmp_path: Path) -> None:
-    vectors = tmp_path / "v.txt"
-    vectors.write_text("good 1 0 0\nbad 0 1 0\nfilm 0 0 1\n")
-    for name, texts in (("cola", ("good film", "bad film")), ("sst2", ("bad", "film film good"))):
-        for split in ("train", "dev"):
-            (tmp_path / name).mkdir(exist_ok=True)
-            rows = [f"{label}\t{text}\n" for label, text in enumerate(texts)] * 20
-            (tmp_path / name / f"{split}.tsv").write_text("".join(rows))
-    options = ["--encoder", str(vectors), "--cache", str(tmp_path / "cache"), "--root", str(tmp_path), "--threads", "1"]
-    options += ["--epochs", "3", "--weight-epochs", "2", "--batch-size", "8", "--density", "0.3"]
-    assert main(["train", "--stream", "glue", "--tasks", "2", *options, "--out", str(tmp_path / "out")]) == 0
-    found = result(tmp_path / "out")
-    assert found["model"] == "text-cnn"
-    assert [task["name"] for task in found["tasks"]] == ["cola", "sst2"]
-    assert found["accuracy"] == [[1.0, None], [1.0, 1.0]]
-    assert found["tasks"][1]["kkt"]["sources"] == [0]
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # the test texts are the training texts

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from test_datasets import write_idx
 from torch import Tensor
 
+from exssnet.cli import main
 from exssnet.tasks import Task, load, split_by_class, stream, streams
 from exssnet.tasks.streams import CropFlip
 
@@ -413,3 +415,35 @@ def test_lists_of_classes_are_refused_for_texts(web):
 def test_the_stream_is_that_of_split_by_class(cifar):
     ours = stream("split-cifar10", cifar, validation=0.25, seed=3)
     assert all(map(same, ours, split_by_class(*load("cifar10", cifar), 5, validation=0.25, seed=3)))
+
+
+def test_a_named_stream_of_texts_is_learned_by_the_text_cnn(tmp_path):
+    vectors = tmp_path / "v.txt"
+    vectors.write_text("good 1 0 0\nbad 0 1 0\nfilm 0 0 1\n")
+    for name, texts in (("cola", ("good film", "bad film")), ("sst2", ("bad", "film film good"))):
+        for split in ("train", "dev"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            rows = [f"{label}\t{text}\n" for label, text in enumerate(texts)] * 10
+            (tmp_path / name / f"{split}.tsv").write_text("".join(rows))
+    options = ["--encoder", str(vectors), "--cache", str(tmp_path / "cache"), "--root", str(tmp_path), "--threads", "1"]
+    options += ["--epochs", "3", "--weight-epochs", "1", "--batch-size", "5", "--density", "0.3"]
+    assert main(["train", "--stream", "glue", "--tasks", "2", *options, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["model"] == "text-cnn"
+    assert [task["name"] for task in found["tasks"]] == ["cola", "sst2"]
+    assert found["accuracy"] == [[1.0, None], [1.0, 1.0]]
+    assert found["tasks"][1]["kkt"]["sources"] == [0]
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the test texts are the training texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "digits", "--encoder", "bert"], "encoder is for the streams split-mnist, "),
+        (["--stream", "split-mnist", "--root", "nowhere"], "put the idx files train-images-idx3-ubyte, "),
+        (["--stream", "glue", "--encoder", "v.txt"], "there is no file v.txt of word vectors"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence_what_it_cannot_read(capsys, arguments, sentence):
+    assert main(["train", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
