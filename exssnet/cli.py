@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ from .methods import METHODS
 from .models import MODELS
 from .nn import convert
 from .report import Report, observer
-from .tasks import load, names, permuted_pixels, rotated, split_by_class
+from .tasks import Task, load, names, permuted_pixels, rotated, split_by_class, stream, streams
 
 
 def _option(default: Any, help_: str, **more: Any) -> Any:
@@ -36,12 +36,14 @@ class TrainOptions:
     data: str = _option("mnist5k", f"data set ({', '.join(names())}), an .npz file, or a folder of class folders")
     root: str | None = _option(None, "folder where the data set lies; nothing is ever downloaded")
     stream: str = _option(
-        "split", "tasks by class, by pixel permutation or by rotation", choices=("split", "permuted", "rotated")
-    )
-    tasks: int = _option(5, "number of tasks")
+        "split", "tasks of --data by class, by pixel permutation or by rotation; or a stream of the literature by name",
+        choices=("split", "permuted", "rotated", *streams()),
+    )  # fmt: skip
+    tasks: int | None = _option(None, "number of tasks; None: 5, or all of a named stream")
     model: str = _option(
-        "auto", "network; auto: lenet-300-100 for grey images, resnet18 for others", choices=("auto", *MODELS)
-    )
+        "auto", "network; auto: text-cnn for texts, lenet-300-100 for grey images, resnet18 for others",
+        choices=("auto", *MODELS),
+    )  # fmt: skip
     method: str = _option("exssnet", "what is trained when", choices=tuple(METHODS))
     density: float = _option(0.1, "share of each layer's weights that a task's mask keeps")
     kkt: str = _option(
@@ -55,8 +57,19 @@ class TrainOptions:
     weight_decay: float = _option(0.0, "weight decay of both phases")
     batch_size: int = _option(64, "images in a training batch")
     patience: int | None = _option(None, "stop a phase after this many epochs without a better validation result")
-    validation: float = _option(0.1, "share of the training data that picks the best epoch; 0: the last epoch counts")
-    augment: bool = _option(False, "random crop and flip of 32x32 colour images")
+    validation: float | None = _option(
+        None,
+        "share of the training data that picks the best epoch; 0: the last epoch counts; None: 0.1, or a stream's",
+    )
+    augment: bool | None = _option(
+        None,
+        "random crop and flip of 32x32 colour images, flip of larger ones (default: no, or as a stream does)",
+    )
+    per_class: int | None = _option(None, "use at most so many training items of each class (named streams)")
+    test_per_class: int | None = _option(None, "the same for test items")
+    encoder: str | None = _option(None, "of texts: a model's folder or name, or word vectors; None: all-MiniLM-L6-v2")
+    max_tokens: int = _option(64, "tokens of a text that count")
+    cache: str | None = _option(None, "folder for the features of texts; None: ~/.cache/exssnet/features")
     init_scale: str = _option("official", "scale of the signed constant weights", choices=("official", "density"))
     allocation: str = _option("uniform", "how the density is spread over layers", choices=("uniform", "er"))
     products: str = _option("auto", "of what a mask keeps alone, of all, or whichever is faster", choices=PRODUCTS)
@@ -71,14 +84,15 @@ class TrainOptions:
 
 def _kind(option: Field[Any]) -> type:
     """What the values of an option are, also where the default is None."""
-    return {"root": str, "patience": int, "threads": int}.get(option.name, type(option.default))
+    kind: type = (get_args(option.type) or (option.type,))[0]
+    return kind
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     for f in fields(TrainOptions):
         name = "--" + f.name.replace("_", "-")
         text = f"{f.metadata['help']} (default: {f.default})"
-        if isinstance(f.default, bool):
+        if _kind(f) is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=f.metadata["help"])
             continue
         kind = _kind(f)
@@ -114,6 +128,31 @@ def _from_file(path: str) -> dict[str, Any]:
     return options
 
 
+def _tasks(options: TrainOptions) -> list[Task]:
+    """The stream that the options name."""
+    if options.stream in streams():
+        return stream(
+            options.stream, options.root, tasks=options.tasks, validation=options.validation, augment=options.augment,
+            per_class=options.per_class, test_per_class=options.test_per_class, seed=options.seed,
+            encoder=options.encoder, max_tokens=options.max_tokens, cache=options.cache, progress=_say_encoded,
+        )  # fmt: skip
+    if others := [n for n in ("per_class", "test_per_class", "encoder", "cache") if getattr(options, n) is not None]:
+        raise ValueError(f"{', '.join(others)} is for the streams {', '.join(streams())}, got {options.stream}")
+    data = load(options.data, options.root)
+    cut: Any = {"split": split_by_class, "permuted": permuted_pixels, "rotated": rotated}[options.stream]
+    if options.augment and options.stream != "split":
+        raise ValueError(f"augment is for the split stream, got {options.stream}")
+    augment = {"augment": bool(options.augment)} if options.stream == "split" else {}
+    validation = 0.1 if options.validation is None else options.validation
+    number = 5 if options.tasks is None else options.tasks
+    return cut(*data, number, validation=validation, seed=options.seed, **augment)  # type: ignore[no-any-return]
+
+
+def _say_encoded(what: str, done: int, texts: int) -> None:
+    if done == texts or done % 1024 == 0:
+        print(f"{what}: {done} of {texts} texts encoded", flush=True)
+
+
 def train(options: TrainOptions) -> int:
     """Run `exssnet train`: learn the stream, print and write the results. Returns the exit status."""
     if options.threads is not None:
@@ -121,14 +160,10 @@ def train(options: TrainOptions) -> int:
             raise ValueError(f"threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     kkt = None if options.kkt == "none" else options.kkt
-    data = load(options.data, options.root)
-    cut: Any = {"split": split_by_class, "permuted": permuted_pixels, "rotated": rotated}[options.stream]
-    if options.augment and options.stream != "split":
-        raise ValueError(f"augment is for the split stream, got {options.stream}")
-    augment = {"augment": options.augment} if options.stream == "split" else {}
-    tasks = cut(*data, options.tasks, validation=options.validation, seed=options.seed, **augment)
+    tasks = _tasks(options)
     shape = tasks[0].train[0][0].shape
-    name = options.model if options.model != "auto" else "lenet-300-100" if shape[0] == 1 else "resnet18"
+    fitting = "text-cnn" if len(shape) == 2 else "lenet-300-100" if shape[0] == 1 else "resnet18"
+    name = options.model if options.model != "auto" else fitting
     torch.manual_seed(options.seed)
     model = convert(
         MODELS[name](shape, max(task.classes for task in tasks)), options.density, weights="signed_constant",

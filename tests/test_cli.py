@@ -326,6 +326,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(
     )
     assert main(["train", "--config", str(config), "--method", "ssnet", "--no-augment", "--epochs", "9"]) == 0
     expected = {"method": "ssnet", "mask_lr": 1e-4, "weight_lr": 1.0, "all_outputs": True, "kkt": "none", "epochs": 9}
+    expected["augment"] = False
     assert chosen == [TrainOptions(**expected)]  # type: ignore[arg-type]
     assert type(chosen[0].weight_lr) is float
 
@@ -412,7 +413,7 @@ def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str], argumen
         (["--data", "digits", "--patience", "0"], "patience must be at least 1 epoch, or None, got 0"),
         (["--data", "digits", "--batch-size", "0"], "got batch_size=0"),
         (["--data", "digits", "--keep-scores", "none"], "kkt needs the scores of earlier tasks"),
-        (["--data", "digits", "--augment"], "augment=True is for images of shape (3, 32, 32), got (1, 8, 8)"),
+        (["--data", "digits", "--augment"], "augment=True is for colour images of shape (3, H, W), got (1, 8, 8)"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else "",

@@ -39,7 +39,7 @@ class Options:
     def chosen(self, known: int) -> list[int]:
         """The numbers of the first tasks, in the order wanted, of as many as are known."""
         order = _permutation(self.task_order, list(range(known)))
-        first = known if self.tasks is None else self.tasks
+        first = len(order) if self.tasks is None else self.tasks
         if not isinstance(first, int) or not 1 <= first <= len(order):
             raise ValueError(f"tasks must be a number from 1 to {len(order)}, got {first}")
         return order[:first]
@@ -52,7 +52,7 @@ def _permutation(order: Order, known: Sequence[int]) -> list[int]:
     if isinstance(order, int):
         shuffled = torch.randperm(len(known), generator=torch.Generator().manual_seed(order))
         return [known[i] for i in shuffled.tolist()]
-    if not set(order) <= set(known) or len(set(order)) != len(order):
+    if not order or not set(order) <= set(known) or len(set(order)) != len(order):
         raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {list(order)}")
     return list(order)
 
