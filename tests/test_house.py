@@ -22,6 +22,7 @@ LAYERS = (
     ("ops",),
     ("choice",),
     ("freezing", "masks", "layout", "metrics", "tasks", "models", "methods", "typed", "coding"),
+    ("container",),
     ("blocks",),
     ("torchvision_blocks",),
     ("nn",),
@@ -31,7 +32,7 @@ LAYERS = (
     ("state",),
     ("learner", "info"),
     ("checkpoint",),
-    ("report", "bench"),
+    ("report", "bench", "saving"),
     ("cli",),
     ("__main__",),
 )
