@@ -1,9 +1,7 @@
 """A run at any step, or a finished multi-task model, in one safetensors file that is read whole or refused."""
 
-import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,24 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import state
+from . import container, state
 from .choice import cpu_model
 from .coding import decode, encode
+from .container import CHECKSUM, Container
 from .learner import Learner
 from .phases import Phases
 from .tasks import Task
 from .typed import typed
 
 FORMAT, FIRST = "exssnet-2", "exssnet-1"
-CHECKSUM = "checksum"
-"""Name of the last tensor: the SHA-256 of all bytes before it."""
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass
@@ -96,53 +88,44 @@ def load_run(learner: Learner, path: str | Path, tasks: Sequence[Task]) -> Any:
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Meta]:
     """Tensors, masks packed, and the rest of a file; its checksum is right. ValueError for any other file."""
-    with _opened(path) as (file, form, meta):
-        if form == FORMAT and not whole(path):
-            raise ValueError("it is damaged: its checksum is wrong")
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        if form == FORMAT:
-            if CHECKSUM not in tensors:
-                raise ValueError("it holds no checksum")
-            del tensors[CHECKSUM]
-            for key in [key for key in tensors if key.startswith("mask/")]:
-                weight = tensors.get(f"weight/{key.split('/', 2)[-1]}")
-                if weight is None or tensors[key].dtype != torch.uint8 or tensors[key].dim() != 1:
-                    raise ValueError(f"it holds {key!r}, which is no mask of a layer")
-                tensors[key] = decode(tensors[key], weight.numel())
+    with _named(path), container.opened(path) as found:
+        meta = _meta(found)
+        try:
+            tensors = found.tensors()
+        except ValueError as error:
+            raise ValueError(f"it is damaged: {error}") from error
+        for key in [key for key in tensors if key.startswith("mask/") and found.metadata["format"] == FORMAT]:
+            weight = tensors.get(f"weight/{key.split('/', 2)[-1]}")
+            if weight is None or tensors[key].dtype != torch.uint8 or tensors[key].dim() != 1:
+                raise ValueError(f"it holds {key[:99]!r}, which is no mask of a layer")
+            tensors[key] = decode(tensors[key], weight.numel())
     return tensors, meta
 
 
-def whole(path: str | Path) -> bool:
-    """Whether the checksum at the end of a file is that of its content."""
-    found = hashlib.sha256()
-    left = os.path.getsize(path) - found.digest_size
-    with open(path, "rb") as file:
-        while left > 0 and (part := file.read(min(left, 1 << 20))):
-            found.update(part)
-            left -= len(part)
-        return file.read() == found.digest()
+def header(path: str | Path) -> Meta:
+    """What a file holds beside tensors, which are not read; its checksum is not looked at."""
+    with _named(path), container.opened(path) as found:
+        return _meta(found)
 
 
 def describe(path: str | Path, verify: bool = False) -> str:
     """What a file holds, as text, from its header alone: nothing is loaded and no model is built.
 
-    verify: read all of it once and compare its checksum. ValueError for what is no file of ours or is damaged.
+    verify: read all of it as well, and check what `read` checks. ValueError for what is no file of ours or is damaged.
     """
-    with _opened(path) as (file, form, meta):
-        if verify and not (form == FORMAT and whole(path)):
-            raise ValueError("it is damaged: its checksum is wrong" if form == FORMAT else f"{form} has no checksum")
-        pieces = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        shapes = {key: piece.get_shape() for key, piece in pieces.items()}
-        widths = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-        sizes: dict[str, int] = {}
-        for key, shape in shapes.items():
-            kind = key.partition("/")[0]
-            kind = {"kept": "best epoch", "open": "open task", "epoch": "open task"}.get(kind, kind)
-            sizes[kind] = sizes.get(kind, 0) + math.prod(shape) * widths.get(pieces[key].get_dtype(), 0)
-    weights = {n: math.prod(shapes.get(f"weight/{n}", ())) for n in meta.k}
+    with _named(path), container.opened(path) as found:
+        meta = _meta(found)
+    if verify:
+        read(path)
+    sizes: dict[str, int] = {}
+    for key, entry in found.entries.items():
+        kind = key.partition("/")[0]
+        kind = {"kept": "best epoch", "open": "open task", "epoch": "open task"}.get(kind, kind)
+        sizes[kind] = sizes.get(kind, 0) + entry.size
+    weights = {n: math.prod(found.entries[f"weight/{n}"].shape) for n in meta.k if f"weight/{n}" in found.entries}
     notes = meta.notes if isinstance(meta.notes, dict) else {}
     rows = [
-        ("file", f"{_size(os.path.getsize(path))}, format {form}" + (", checksum right" if verify else "")),
+        ("file", f"{_size(found.size)}, format {found.metadata['format']}" + (", checksum right" if verify else "")),
         ("written by", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
         ("model", str(notes.get("model", ""))),
         ("layers", f"{len(weights)} with {sum(weights.values()):,} weights, of which a mask keeps "
@@ -190,35 +173,23 @@ def _named(path: str | Path) -> Iterator[None]:
         raise ValueError(f"load: {path}: {error}") from error
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, str, Meta]]:
-    """The file for safetensors, its format, and what it holds beside tensors."""
-    with _named(path):
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                form = header.get("format")
-                if form not in (FIRST, FORMAT):
-                    newer = form is not None and form.startswith("exssnet-")
-                    raise ValueError(
-                        f"it is of format {form}, this version reads {FIRST} and {FORMAT}"
-                        + (": a newer exssnet wrote it, install that" if newer else "")
-                    )
-                yield file, form, _meta(header.get("exssnet", ""))
-        except SafetensorError as error:
-            raise ValueError(
-                f"it is no safetensors file or is damaged ({' '.join(str(error).split())[:200]})"
-            ) from error
-
-
-def _meta(text: str) -> Meta:
+def _meta(found: Container) -> Meta:
+    """What a container of ours holds beside tensors."""
+    form = found.metadata.get("format")
+    if form not in (FIRST, FORMAT) or (form == FORMAT and list(found.entries)[-1:] != [CHECKSUM]):
+        newer = form is not None and form.startswith("exssnet-") and form != FORMAT
+        raise ValueError(
+            f"it is of format {form}"
+            + (" without a checksum" if form == FORMAT else f", this version reads {FIRST} and {FORMAT}")
+            + (": a newer exssnet wrote it, install that" if newer else "")
+        )
     try:
-        found = json.loads(text)
+        described = json.loads(found.metadata.get("exssnet", ""))
     except (ValueError, RecursionError):
         raise ValueError("its description is no JSON") from None
-    if isinstance(found, dict) and found.keys() == {"tasks", "k", "notes"}:  # as the first format has it
-        found |= {"learner": None, "versions": {}}
-    meta: Meta = typed(Meta, found, "the description")
+    if isinstance(described, dict) and described.keys() == {"tasks", "k", "notes"}:  # as the first format has it
+        described |= {"learner": None, "versions": {}}
+    meta: Meta = typed(Meta, described, "the description")
     return meta
 
 
@@ -240,47 +211,4 @@ def _write(path: Path, tensors: Mapping[str, Tensor], meta: Meta, coded: dict[st
             raise ValueError(f"save: {key} holds NaN or infinity; nothing was written to {path}")
         flat[key] = tensor.detach().cpu().contiguous()
     meta.versions = versions()
-    entries: dict[str, Any] = {"__metadata__": {"format": FORMAT, "exssnet": json.dumps(vars(meta))}}
-    # The widest first: then every tensor lies at a multiple of its entries' size.
-    order = sorted(flat, key=lambda key: -flat[key].element_size())
-    at = 0
-    for key in order:
-        end = at + flat[key].numel() * flat[key].element_size()
-        entries[key] = {"dtype": DTYPES[flat[key].dtype], "shape": list(flat[key].shape), "data_offsets": [at, end]}
-        at = end
-    size = hashlib.sha256().digest_size
-    entries[CHECKSUM] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-
-    def parts() -> Iterator[Any]:
-        yield len(header).to_bytes(8, "little")
-        yield header
-        for key in order:
-            yield flat[key].reshape(-1).view(torch.uint8).numpy().data
-
-    _replace(path, parts())
-
-
-def _replace(path: Path, parts: Iterator[Any]) -> None:
-    """Write bytes and their SHA-256 beside the file, onto the disk, then put them in its place."""
-    part = path.with_name(path.name + ".part")
-    found = hashlib.sha256()
-    try:
-        with open(part, "wb") as file:
-            for data in parts:
-                found.update(data)
-                file.write(data)
-            file.write(found.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # that the new name stays, too, needs the folder on the disk
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    container.write(path, flat, {"format": FORMAT, "exssnet": json.dumps(vars(meta))})

@@ -1,4 +1,4 @@
-"""The command line: ``exssnet train``, ``reproduce``, ``bench`` and ``info``; arguments and the wiring of a run."""
+"""The command line: ``exssnet train``, ``reproduce``, ``inspect``, ``bench`` and ``info``; the wiring of a run."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 import yaml
 
-from . import checkpoint, reproduce
+from . import checkpoint, distributed, reproduce
 from .bench import command as bench
 from .bench.timing import WrongResult
 from .choice import PRODUCTS
@@ -22,6 +22,7 @@ from .methods import METHODS
 from .models import MODELS
 from .nn import convert
 from .report import Report, observer
+from .saving import Saver, Stopped
 from .tasks import Task, load, names, permuted_pixels, rotated, split_by_class, stream, streams
 
 
@@ -79,7 +80,14 @@ class TrainOptions:
     )
     seed: int = _option(0, "seed of weights, scores, splits and order of the data")
     threads: int | None = _option(None, "CPU threads (default: torch's)")
+    every: int | None = _option(None, "write the checkpoint OUT/checkpoint.safetensors after so many steps")
+    every_minutes: float = _option(10.0, "write it after so many minutes; 0: not for that")
     out: str = _option("runs/train", "folder for results, plots and the model")
+
+
+CHECKPOINT = "checkpoint.safetensors"
+FREE = ("root", "threads", "every", "every_minutes", "out")
+"""Options that a resumed run may be given anew."""
 
 
 def _kind(option: Field[Any]) -> type:
@@ -100,13 +108,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _from_file(path: str) -> dict[str, Any]:
-    """The options in a YAML file; ValueError, naming it, for an unknown key or a value of the wrong kind."""
+    """The options in a YAML file."""
     try:
         read = yaml.safe_load(Path(path).read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(read, dict):
         raise ValueError(f"{path}: expected options as `name: value` lines, got {type(read).__name__}")
+    return _checked(path, read)
+
+
+def _checked(path: str | Path, read: dict[Any, Any]) -> dict[str, Any]:
+    """Options by name; ValueError, naming the file they are from, for an unknown key or a value of the wrong kind."""
     known = {f.name: f for f in fields(TrainOptions)}
     options = {}
     for key, value in read.items():
@@ -153,12 +166,84 @@ def _say_encoded(what: str, done: int, texts: int) -> None:
         print(f"{what}: {done} of {texts} texts encoded", flush=True)
 
 
-def train(options: TrainOptions) -> int:
-    """Run `exssnet train`: learn the stream, print and write the results. Returns the exit status."""
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+def _to_resume(text: str, chosen: dict[str, Any]) -> tuple[TrainOptions, Path]:
+    """Options of the run whose checkpoint or folder is named, or lies in OUT, and the checkpoint."""
+    path = Path(text or chosen.get("out", TrainOptions.out))
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(
+            f"there is no checkpoint {path}: a run writes one every 10 minutes (--every-minutes), with --every N after "
+            "N steps, and when SIGINT or SIGTERM stops it"
+        )
+    notes = checkpoint.header(path).notes
+    if not isinstance(notes, dict) or not isinstance(notes.get("options"), dict):
+        raise ValueError(f"{path} is of no run of `exssnet train`: load it with exssnet.checkpoint")
+    options = _checked(path, notes["options"])
+    for name, value in chosen.items():
+        if name not in FREE and value != options.get(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} is not what the run in {path} has ({options.get(name)}): "
+                "leave it out, a resumed run keeps its options"
+            )
+    options |= {"out": str(path.parent)} | {name: value for name, value in chosen.items() if name in FREE}
+    return TrainOptions(**options), path
+
+
+def _make_room(path: Path) -> None:
+    """Remove the checkpoint of a run that was finished; ValueError for one that could go on."""
+    try:
+        meta = checkpoint.header(path)
+        tasks = len(meta.notes["classes"])
+        unfinished = meta.tasks < tasks
+    except (ValueError, KeyError, TypeError, OSError):
+        return  # nothing there, or nothing that can be read
+    if unfinished:
+        raise ValueError(
+            f"{path.parent} holds a run that stopped after {meta.tasks} of {tasks} tasks: go on with "
+            f"`exssnet train --resume {path.parent}`, give another --out, or delete {path}"
+        )
+    path.unlink()
+
+
+def _resume(learner: Learner, path: Path, tasks: Sequence[Any]) -> None:
+    """Put the learner where the checkpoint was taken, and say what is different from there."""
+    checkpoint.load_run(learner, path, tasks)
+    then, now = checkpoint.header(path).versions, checkpoint.versions()
+    for name in ("exssnet", "torch", "cpu"):
+        if then.get(name) != now[name]:
+            told = f"the checkpoint is from {name} {then.get(name)}, this is {now[name]}"
+            print(f"exssnet: {told}: results may differ in rounding", file=sys.stderr)
+    done = len(learner.reports)
+    if distributed.rank() > 0:
+        return
+    if done == len(tasks):
+        print(f"The run of {path} is finished: {done} of {done} tasks are learned; its results are written again.")
+    else:
+        where = "" if learner.phases.phase == "idle" else f", in the {learner.phases.phase} phase of task {done}"
+        print(f"Resumed from {path} after {done} of {len(tasks)} tasks{where}.", flush=True)
+
+
+def train(options: TrainOptions, resume: Path | None = None) -> int:
+    """Run `exssnet train`: learn the stream, print and write the results. Returns the exit status.
+
+    resume: the checkpoint from which to go on.
+    """
+    distributed.start()
+    threads, kept = options.threads, Path(options.out) / CHECKPOINT
+    if distributed.restarted() and kept.exists():
+        resume = kept
+    if resume is None and distributed.rank() == 0:
+        _make_room(kept)
+    elif threads is None:
+        threads = checkpoint.header(resume).notes.get("threads")
+    if threads is not None:
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    if (options.every is not None and options.every < 1) or not options.every_minutes >= 0:
+        raise ValueError(
+            f"every must be at least 1 and every_minutes at least 0, got {options.every} and {options.every_minutes}"
+        )
     kkt = None if options.kkt == "none" else options.kkt
     tasks = _tasks(options)
     shape = tasks[0].train[0][0].shape
@@ -169,33 +254,44 @@ def train(options: TrainOptions) -> int:
         MODELS[name](shape, max(task.classes for task in tasks)), options.density, weights="signed_constant",
         init_scale=options.init_scale, allocation=options.allocation, products=options.products,  # type: ignore[arg-type]
     )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun the process' own GPU is the current one
     phase: dict[str, Any] = {
         "optimizer": options.optimizer,
         "weight_decay": options.weight_decay,
         "patience": options.patience,
     }
     report = Report(asdict(options), tasks, name)
+    notes = {"model": name, "shape": list(shape), "classes": [task.classes for task in tasks]}
+    run_notes = {**notes, "options": asdict(options), "threads": torch.get_num_threads()}
     with observer(tasks) as watching:
+        saver = Saver(watching, report.out / CHECKPOINT, run_notes, options.every, options.every_minutes)
         learner = Learner(
             model.to(device), options.method, kkt=kkt,  # type: ignore[arg-type]
             mask=PhaseOptions(options.epochs, options.mask_lr, **phase),
             weight=PhaseOptions(options.weight_epochs, options.weight_lr, **phase),
             batch_size=options.batch_size, all_outputs=options.all_outputs, seed=options.seed,
             keep_scores=None if options.keep_scores == "none" else getattr(torch, options.keep_scores),
-            observer=watching,
+            observer=saver,
         )  # fmt: skip
+        saver.learner = learner
+        if resume is not None:
+            _resume(learner, resume, tasks)
         stopped: BaseException | None = None
         try:
-            learner.run(tasks)
+            with saver.at_signals():
+                learner.run(tasks)
         except (KeyboardInterrupt, FloatingPointError) as error:
             stopped = error
+    if distributed.rank() > 0:
+        return 0 if stopped is None else 1
     report.write(learner)
     if learner.phases.phase != "idle":
         learner.phases.abandon_task()
     if learner.reports:
-        notes = {"model": name, "shape": list(shape), "classes": [r.classes for r in learner.reports]}
-        checkpoint.save(learner.phases, Path(options.out) / "model.safetensors", notes)
+        notes["classes"] = [r.classes for r in learner.reports]
+        checkpoint.save(learner.phases, report.out / "model.safetensors", notes)
+    if stopped is None and (saver.path.exists() or options.every):
+        saver.write()
     report.show(learner)
     if stopped is None:
         return 0
@@ -203,6 +299,9 @@ def train(options: TrainOptions) -> int:
         print(f"Stopped after {len(learner.reports)} of {len(tasks)} tasks; what was learned is in {options.out}.")
     if isinstance(stopped, FloatingPointError):
         raise stopped
+    if isinstance(stopped, Stopped):
+        print(stopped)
+        return stopped.status
     return 130
 
 
@@ -216,7 +315,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Learn a stream of tasks; print, plot and save the outcome.",
     )
     training.add_argument("--config", help="YAML file of the options below; options given here win")
+    training.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN",
+        help="go on from a checkpoint: its file, or its folder (default: OUT); the run keeps its options",
+    )  # fmt: skip
     _add_options(training)
+    inspecting = commands.add_parser("inspect", help="describe a checkpoint or a saved model without loading it")
+    inspecting.add_argument("file")
+    inspecting.add_argument("--verify", action="store_true", help="read all of it and compare its checksum")
     bench.add_options(
         commands.add_parser("bench", help="measure speed and memory against plain PyTorch and other peers")
     )
@@ -235,10 +341,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(bench.run(options))
         if command == "reproduce":
             return reproduce.run(options)
+        if command == "inspect":
+            file = Path(given["file"])
+            print(checkpoint.describe(file / CHECKPOINT if file.is_dir() else file, given["verify"]))
+            return 0
+        resume = given.pop("resume")
         config = given.pop("config")
         chosen = _from_file(config) if config else {}
         chosen.update({name: value for name, value in given.items() if value is not None})
-        return train(TrainOptions(**chosen))
+        return train(TrainOptions(**chosen)) if resume is None else train(*_to_resume(resume, chosen))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
         print(f"exssnet: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """Several processes that train one model: what they exchange, and nothing where there is one process."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,10 +37,9 @@ def start() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def stop() -> None:
-    """Leave the processes that `start` joined."""
-    if size() > 1:
-        dist.destroy_process_group()
+def restarted() -> bool:
+    """Whether torchrun started the processes again because one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def average(tensors: Iterable[Tensor]) -> None:

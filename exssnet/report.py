@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from . import metrics
+from . import distributed, metrics
 from .learner import Learner, Observer
 from .progress import EpochRecord, TaskReport
 from .tasks import Task
@@ -29,11 +29,18 @@ def _line(record: EpochRecord) -> str:
     )
 
 
-class _PlainLines:
-    """One line an epoch, for logs and pipes."""
+class _Silent:
+    """Says nothing."""
 
     def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
         pass
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        pass
+
+
+class _PlainLines(_Silent):
+    """One line an epoch, for logs and pipes."""
 
     def on_epoch(self, record: EpochRecord) -> None:
         print(_line(record), flush=True)
@@ -66,7 +73,10 @@ class _Bars:
 
 @contextmanager
 def observer(tasks: list[Task]) -> Iterator[Observer]:
-    """Progress bars on a terminal, plain lines elsewhere."""
+    """Progress bars on a terminal, plain lines elsewhere; of several processes the first one talks."""
+    if distributed.rank() > 0:
+        yield _Silent()
+        return
     if not sys.stdout.isatty():
         yield _PlainLines()
         return

@@ -32,7 +32,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         return {name: typed(arguments[1], v, f"{where}.{name}") for name, v in value.items()}
     elif kind in (int, float) and type(value) in (int, kind) and not (type(value) is int and abs(value) > LARGEST):
         return kind(value)
-    elif kind in (str, bool) and type(value) is kind:
+    elif kind in (str, bool, dict) and type(value) is kind:
         return value
     raise ValueError(f"{where} must be {_name(kind)}, got {_short(value)}")
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import exssnet
-from exssnet import Learner, Phases, checkpoint, convert, state
+from exssnet import Learner, Phases, checkpoint, container, convert, state
 from exssnet.coding import decode
 
 NOTES = {"classes": [2, 2], "shape": [1, 8, 8], "text": "ü", "nothing": None}
@@ -160,7 +160,7 @@ def test_a_save_that_is_interrupted_leaves_the_old_file_alone(
         return type("Full", (io.BytesIO,), {"write": fail})()  # type: ignore[no-any-return]
 
     if when == "write":
-        monkeypatch.setattr(checkpoint, "open", half, raising=False)
+        monkeypatch.setattr(container, "open", half, raising=False)
     else:
         monkeypatch.setattr(os, when, fail)
     with pytest.raises(type(error)):

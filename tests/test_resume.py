@@ -1,0 +1,335 @@
+"""`exssnet train` killed at any moment and resumed ends as the run that was never killed; signals and refusals.
+
+EXSSNET_KILLS sets how often the run is killed.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import exssnet
+from exssnet import checkpoint, cli, saving
+from exssnet.cli import main
+from exssnet.learner import Learner
+from exssnet.progress import EpochRecord
+
+pytest.importorskip("sklearn", reason="the runs here learn scikit-learn's digits")
+
+KILLS = int(os.environ.get("EXSSNET_KILLS", "4"))
+EPOCHS, WEIGHT_EPOCHS, BATCHES = 4, 4, 6
+RUN = ["train", "--data", "digits", "--tasks", "2", "--epochs", str(EPOCHS), "--weight-epochs", str(WEIGHT_EPOCHS)]
+RUN += ["--batch-size", "128", "--threads", "1", "--patience", "3"]
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def results(out: Path) -> tuple[object, ...]:
+    """All that a run leaves, except times and the folder's name: the model's file whole, and every number."""
+    found = json.loads((out / "result.json").read_text())
+    for task in found["tasks"]:
+        del task["seconds"]
+    epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    numbers = [found[key] for key in ("model", "accuracy", "metrics", "tasks", "mask_bytes")]
+    return numbers, [{**e, "seconds": 0} for e in epochs], (out / "model.safetensors").read_bytes()
+
+
+def process(*arguments: str) -> "subprocess.Popen[str]":
+    # Nothing of the tests' settings: what a user starts, without plots.
+    program = "import sys; sys.modules['matplotlib'] = None; from exssnet.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """The results of a run that nothing disturbs and that writes no checkpoint."""
+    out = tmp_path_factory.mktemp("straight")
+    with process(*RUN, "--every-minutes", "0", "--out", str(out)) as run:
+        said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert not (out / "checkpoint.safetensors").exists()
+    return results(out)
+
+
+def position(path: Path) -> tuple[int, str]:
+    """How many steps the run of a checkpoint has made, and the phase; -1 without any."""
+    if not path.exists():
+        return -1, ""
+    meta = checkpoint.header(path)
+    steps, at = meta.tasks * (EPOCHS + WEIGHT_EPOCHS) * BATCHES, meta.learner["open"]
+    if at is None:
+        return steps, "idle"
+    return steps + (at["phase"] == "weight") * EPOCHS * BATCHES + at["epoch"] * BATCHES + at["batch"], at["phase"]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_the_one_that_is_not(
+    straight: tuple[object, ...], tmp_path: Path
+) -> None:
+    draw, path = random.Random(KILLS), tmp_path / "checkpoint.safetensors"
+    targets = sorted(draw.choices(range(-1, 2 * (EPOCHS + WEIGHT_EPOCHS) * BATCHES), k=KILLS))
+    kills: list[tuple[int, str]] = []
+    for target in [*targets, 1 << 30]:
+        again = (
+            ["train", "--resume", str(tmp_path)] if path.exists() else [*RUN, "--every", "1", "--out", str(tmp_path)]
+        )
+        with process(*again) as run:
+            began, before = time.monotonic(), position(path)[0]
+            while run.poll() is None and (position(path)[0] < max(target, before + 1) or target < 0):
+                time.sleep(0.01)
+                if target < 0 and time.monotonic() - began > draw.uniform(0, 5):
+                    break  # while the process starts, perhaps before there is any checkpoint
+                assert time.monotonic() - began < 200
+            time.sleep(draw.uniform(0, 0.02))
+            run.kill()
+            said, _ = run.communicate()
+        assert run.returncode in (0, -signal.SIGKILL), said
+        if run.returncode != 0:
+            kills.append(position(path))
+    print(f"killed {len(kills)} times, after steps and in phases {kills}")
+    assert results(tmp_path) == straight
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_real_sigterm_saves_and_the_resumed_run_ends_as_the_straight_one(
+    straight: tuple[object, ...], tmp_path: Path
+) -> None:
+    with process(*RUN, "--every-minutes", "0", "--out", str(tmp_path)) as run:
+        assert run.stdout is not None
+        run.stdout.readline()  # the first epoch is over
+        run.terminate()
+        said, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM
+    last = said.splitlines()[-1]
+    assert last.startswith("Stopped by SIGTERM in task 0, ")
+    assert last.endswith(f"go on with: exssnet train --resume {tmp_path}")
+    assert main(["train", "--resume", str(tmp_path)]) == 0
+    assert results(tmp_path) == straight
+
+
+def at_step(task: int, phase: str, do: Callable[[], object]) -> Callable[[object], object]:
+    class Acting:
+        def on_step(self, task_: int, phase_: str, step: int, steps: int, loss: Tensor) -> None:
+            if (task_, phase_, step) == (task, phase, 7):
+                do()
+
+        def on_epoch(self, record: EpochRecord) -> None:
+            pass
+
+    @contextmanager
+    def observer(tasks: object) -> Iterator[Acting]:
+        yield Acting()
+
+    return observer
+
+
+@contextmanager
+def stopping(number: int = signal.SIGINT, task: int = 1, phase: str = "weight") -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "observer", at_step(task, phase, lambda: signal.raise_signal(number)))
+        yield
+
+
+@pytest.mark.parametrize(("task", "phase"), [(0, "mask"), (1, "weight")])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_says_how_to_go_on_and_leaves_the_handlers_as_they_were(
+    straight: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals,
+    status: int, task: int, phase: str,
+) -> None:  # fmt: skip
+    before = signal.getsignal(number)
+    with stopping(number, task, phase):
+        assert main([*RUN, "--out", str(tmp_path)]) == status
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == (
+        f"Stopped by {number.name} in task {task}, {phase} phase, step 7 of 24; "
+        f"go on with: exssnet train --resume {tmp_path}"
+    )
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 0
+    assert f"after {task} of 2 tasks, in the {phase} phase of task {task}." in capsys.readouterr().out
+    assert results(tmp_path) == straight
+
+
+def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "observer", at_step(0, "mask", twice))
+    assert main([*RUN, "--out", str(tmp_path)]) == 130
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_finished_run_says_so_and_writes_its_results_again(
+    straight: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RUN, "--every", "1000", "--out", str(tmp_path)]) == 0
+    (tmp_path / "result.json").unlink()
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "checkpoint.safetensors")]) == 0
+    assert "is finished: 2 of 2 tasks are learned; its results are written again." in capsys.readouterr().out
+    assert results(tmp_path) == straight
+
+
+def test_without_every_a_short_run_leaves_no_checkpoint(tmp_path: Path) -> None:
+    assert main([*RUN, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "writes"),
+    [(["--every", "8"], 12), (["--every-minutes", "0"], 0), (["--every-minutes", "1e-9"], 96)],
+    ids=["steps", "never", "always"],
+)
+def test_checkpoints_are_written_when_they_are_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], writes: int
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(saving.checkpoint, "save_run", lambda *_: written.append(1))
+    assert main([*RUN, "--patience", "9", *arguments, "--out", str(tmp_path)]) == 0
+    assert len(written) == writes + (arguments[0] == "--every")  # the last one says that the run is finished
+
+
+def test_where_no_checkpoint_can_be_written_training_goes_on_and_says_so(
+    straight: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving.checkpoint, "save_run", full)
+    assert main([*RUN, "--every", "30", "--out", str(tmp_path)]) == 0
+    assert results(tmp_path) == straight
+    said = "exssnet: no checkpoint was written, the one before it is whole: [Errno 28] No space left on device"
+    assert capsys.readouterr().err.splitlines()[0] == said
+
+
+# Refusals
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stopped")
+    with stopping():
+        assert main([*RUN, "--out", str(out)]) == 130
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    return said.err.removeprefix("exssnet: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "had"),
+    [("--density", "0.2", "0.1"), ("--seed", "3", "0"), ("--method", "wsn", "exssnet"), ("--epochs", "9", "4")],
+)
+def test_another_option_is_refused_by_name(
+    stopped: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, had: str
+) -> None:
+    path = stopped / "checkpoint.safetensors"
+    assert refused(capsys, "--resume", str(stopped), option, value) == (
+        f"{option} {value} is not what the run in {path} has ({had}): leave it out, a resumed run keeps its options"
+    )
+
+
+def test_the_same_options_and_harmless_ones_may_be_given(
+    stopped: Path, straight: tuple[object, ...], tmp_path: Path
+) -> None:
+    given = [*RUN, "--resume", str(stopped), "--every", "50", "--every-minutes", "3", "--out", str(tmp_path)]
+    assert main(given) == 0
+    assert results(tmp_path) == straight
+    assert checkpoint.header(tmp_path / "checkpoint.safetensors").tasks == 2
+
+
+def test_threads_are_those_of_the_run_unless_they_are_given(stopped: Path, tmp_path: Path) -> None:
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "run", lambda learner, tasks: seen.append(torch.get_num_threads()) or learner.accuracy)
+        torch.set_num_threads(2)
+        for given in ([], ["--threads", "2"]):
+            assert main(["train", "--resume", str(stopped), *given, "--out", str(tmp_path)]) == 0
+    assert seen == [1, 2]
+
+
+def test_a_folder_without_a_checkpoint_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = f"there is no checkpoint {tmp_path / 'checkpoint.safetensors'}: a run writes one every 10 minutes"
+    assert refused(capsys, "--resume", str(tmp_path)).startswith(said)
+    assert refused(capsys, "--resume", "--out", str(tmp_path)).startswith(said)
+
+
+def test_a_finished_model_is_no_run(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = stopped / "model.safetensors"
+    assert refused(capsys, "--resume", str(path)) == (
+        f"{path} is of no run of `exssnet train`: load it with exssnet.checkpoint"
+    )
+
+
+def test_a_new_run_does_not_write_over_one_that_could_go_on(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (stopped / "checkpoint.safetensors").read_bytes()
+    said = refused(capsys, *RUN[1:], "--out", str(stopped))
+    assert said.startswith(
+        f"{stopped} holds a run that stopped after 1 of 2 tasks: go on with `exssnet train --resume "
+    )
+    assert (stopped / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bytearray((stopped / "checkpoint.safetensors").read_bytes())
+    data[-1000] ^= 8
+    (tmp_path / "checkpoint.safetensors").write_bytes(data)
+    said = refused(capsys, "--resume", str(tmp_path))
+    assert said == f"load: {tmp_path / 'checkpoint.safetensors'}: it is damaged: its checksum is wrong"
+
+
+def test_another_torch_is_told(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "versions", lambda: {"exssnet": exssnet.__version__, "torch": "9", "cpu": "abacus"})
+        assert main(["train", "--resume", str(stopped), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        said[0]
+        == f"exssnet: the checkpoint is from torch {torch.__version__}, this is 9: results may differ in rounding"
+    )
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "value", [["--every", "0"], ["--every-minutes", "-1"], ["--every-minutes", "nan"]], ids=" ".join
+)
+def test_wrong_intervals_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: list[str]) -> None:
+    assert "every must be at least 1 and every_minutes at least 0, got " in refused(
+        capsys, *value, "--out", str(tmp_path)
+    )
+
+
+def test_a_stopped_run_is_described(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(stopped), "--verify"]) == 0
+    rows = {line[:12].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["file"].endswith("format exssnet-2, checksum right")
+    assert rows["open task"] == "task 1, weight phase, epoch 2, after 1 of its batches"
+    assert (rows["tasks"], rows["classes"]) == ("1 finished", "5, 5")
+    assert "method exssnet, density 0.1" in rows["options"]
+    assert "optimizer" in rows["sizes"]
+
+
+def test_what_is_no_checkpoint_is_not_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("a text of no meaning" * 9)
+    assert main(["inspect", str(tmp_path / "text")]) == 2
+    assert "is no safetensors file or is damaged" in capsys.readouterr().err
