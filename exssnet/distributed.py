@@ -1,5 +1,6 @@
 """Several processes that train one model: what they exchange, and nothing where there is one process."""
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -35,6 +36,7 @@ def start() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
 
 
 def restarted() -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning import inputs, logits
+from learning import inputs, logits, scripted
 from networks import SmallNet, changes, picture, stream
 from torch.nn import functional as F
 
@@ -218,6 +218,24 @@ def test_pruning_keeps_the_largest_magnitudes() -> None:
     assert int(kept.sum()) == 18
     assert values.detach().abs()[kept].min() >= values.detach().abs()[~kept].max()
     assert len(tasks) == 3
+
+
+def test_retraining_counts_even_if_it_is_worse_than_what_was_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, task = baseline("packnet", 4), stream()[0]
+    scripted(monkeypatch, learned, [(0.99, 0.0), (0.99, 0.0), (0.5, 1.0), (0.6, 1.0)])
+    pruned: dict[str, torch.Tensor] = {}
+    prune = learned.phases.prune
+
+    def watched(keep: dict[str, torch.Tensor]) -> None:
+        prune(keep)
+        values = learned.phases.layers["conv"].free_values
+        assert values is not None
+        pruned["conv"] = values.detach().clone()
+
+    monkeypatch.setattr(learned.phases, "prune", watched)
+    learned.learn(task)
+    kept = learned.phases.bank.mask(0, "conv")
+    assert bool((learned.phases.layers["conv"].weight[kept] != pruned["conv"]).any())
 
 
 def test_one_task_more_than_packnet_was_made_for_is_refused() -> None:

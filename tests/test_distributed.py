@@ -1,7 +1,11 @@
 """Several processes: what they exchange, and that they learn what one process learns."""
 
+import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from learning import learner
 from networks import stream
+from safetensors import safe_open
 from torch import nn
 
 from exssnet import Learner, PhaseOptions, convert, distributed, topk_mask
@@ -140,3 +145,36 @@ def test_shares_of_a_batch_are_the_batch(method: str, tmp_path: Path) -> None:
     for found in together(_one_epoch, tmp_path, method):
         torch.testing.assert_close(found["weights"], alone["weights"])
         torch.testing.assert_close(found["history"], alone["history"])
+
+
+def _torchrun(out: Path, kill: bool) -> Path:
+    """`exssnet train` in two processes; with `kill`, one of them is killed in a weight phase."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+        "-m", "exssnet", "train", "--data", "digits", "--tasks", "2", "--epochs", "2", "--weight-epochs", "3",
+        "--threads", "1", "--every", "3", "--out", str(out),
+    ]  # fmt: skip
+    log = out.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        killed = not kill
+        while process.poll() is None:
+            time.sleep(0.05)
+            if not killed and "task 0, weight phase, epoch 1" in log.read_text():
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                workers = [int(c) for c in children if b"exssnet" in Path(f"/proc/{c}/cmdline").read_bytes()]
+                os.kill(workers[-1], signal.SIGKILL)
+                killed = True
+    assert process.returncode == 0, log.read_text()
+    assert ("Resumed from" in log.read_text()) == kill
+    return out
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
+def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole, broken = (_torchrun(tmp_path / name, name == "broken") for name in ("whole", "broken"))
+    results = [json.loads((out / "result.json").read_text()) for out in (whole, broken)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    with safe_open(whole / "model.safetensors", "pt") as a, safe_open(broken / "model.safetensors", "pt") as b:
+        assert set(a.keys()) == set(b.keys())
+        assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
