@@ -26,7 +26,7 @@ LAYERS = (
     ("torchvision_blocks",),
     ("nn",),
     ("phases",),
-    ("kkt",),
+    ("kkt", "serving"),
     ("learner", "checkpoint", "info"),
     ("report", "bench"),
     ("cli",),

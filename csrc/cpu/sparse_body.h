@@ -327,9 +327,12 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
               }
             }
           } else if (p.in_w.stride == 1) {
-            std::memset(to, 0, from_element * sizeof(T));
-            std::memcpy(to + from_element, line + at + from_element, (end_element - from_element) * sizeof(T));
-            std::memset(to + end_element, 0, (length - end_element) * sizeof(T));
+            // Runs of a few vectors, for which calls of memcpy and memset would take longer than the copies.
+            int64_t j = from_element;
+            for (int64_t k = 0; k < j; ++k) to[k] = T(0);
+            for (; j + lanes <= end_element; j += lanes) Vector<T>::store(Vector<T>::load(line + at + j), to + j);
+            for (; j < end_element; ++j) to[j] = line[at + j];
+            for (; j < length; ++j) to[j] = T(0);
           } else {
             for (int64_t j = 0; j < length; ++j) {
               const int64_t element = across.first * lanes + j, place = p.in_w.pixel(w_phase, element / n);
