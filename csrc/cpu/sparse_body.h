@@ -146,12 +146,15 @@ void add_lanes(const T* sums, int64_t entries, T* total) {
 
 // Whether the indices of a row ascend, and they and the slots of its `count` entries may be followed.
 bool in_range(const int32_t* index, const int32_t* slot, int64_t count, int64_t columns, int64_t slots) {
-  int32_t bad = 0;
-  const int32_t last_column = static_cast<int32_t>(columns - 1), last_slot = static_cast<int32_t>(slots - 1);
-  for (int64_t k = 0; k < count; ++k) bad |= index[k] | (last_column - index[k]) | slot[k] | (last_slot - slot[k]);
-  if (bad >= 0)
-    for (int64_t k = 1; k < count; ++k) bad |= index[k] - index[k - 1] - 1;
-  return bad >= 0;
+  uint32_t bad = 0;  // unsigned: differences of what may be anything
+  const uint32_t last_column = static_cast<uint32_t>(columns - 1), last_slot = static_cast<uint32_t>(slots - 1);
+  for (int64_t k = 0; k < count; ++k) {
+    const uint32_t i = static_cast<uint32_t>(index[k]), s = static_cast<uint32_t>(slot[k]);
+    bad |= i | (last_column - i) | s | (last_slot - s);
+  }
+  if (bad >> 31 == 0)
+    for (int64_t k = 1; k < count; ++k) bad |= static_cast<uint32_t>(index[k] - index[k - 1] - 1);
+  return bad >> 31 == 0;
 }
 
 // offset[k] = place[index[k]] and, unless value is null, value[k] = values[slot[k]].
