@@ -16,6 +16,7 @@ from .nn import (
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
 from .phases import Phases
+from .serving import Served
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "PhaseOptions",
     "Phases",
+    "Served",
     "SupermaskConv1d",
     "SupermaskConv2d",
     "SupermaskLinear",

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ SURE_DENSITY, SURE_WORK = 0.11, 1 << 22
 KERNELS_VERSION = 1  # of what is kept: raise it when products become faster
 
 _crossovers: dict[str, float] = {}
+_measuring = threading.Lock()  # threads that meet a shape together measure it once, and choose alike
 
 
 def sparse_is_faster(
@@ -59,17 +61,18 @@ def sparse_is_faster(
         return kind == "cpu" and density <= SURE_DENSITY
     where = f"{torch.get_num_threads()} threads" if kind == "cpu" else torch.cuda.get_device_name(x.device)
     key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, where, x.dtype)))
-    if key not in _crossovers:
-        _crossovers.update(_read())
-    if key not in _crossovers:
-        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False
-        try:
-            _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype, x.device)
-        except RuntimeError:  # no such layer: the operators tell what is wrong
-            return True
-        _write()
-    return density <= _crossovers[key]
+    with _measuring:
+        if key not in _crossovers:
+            _crossovers.update(_read())
+        if key not in _crossovers:
+            if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+                return False
+            try:
+                _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype, x.device)
+            except RuntimeError:  # no such layer: the operators tell what is wrong
+                return True
+            _write()
+        return density <= _crossovers[key]
 
 
 def traced() -> bool:

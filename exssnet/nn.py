@@ -67,6 +67,7 @@ class SupermaskLayer(nn.Module):
     frozen_values: Tensor | None
     selection: Tensor | None  # made by the converted model for all layers at once; valid for one forward
     k: int
+    _kept: dict[Any, Any] | None = None  # what follows from values that change no more, see exssnet.serving
 
     def _own_weight(self, density: float, products: Products = "auto") -> None:
         """Turn the plain layer's weight into a buffer and start with random scores."""
@@ -138,6 +139,18 @@ class SupermaskLayer(nn.Module):
         free = self.frozen_values.new_empty(0) if self.free_values is None else self.free_values
         return free, self.frozen_values, pattern
 
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), called once where the values change no more."""
+        if self._kept is None:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def _dense_weight(self) -> Tensor:
+        weight: Tensor = self._once(self, lambda: masked_weight(*self._values(), self.weight.shape))
+        return weight
+
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
         """Whether to multiply only what is kept, see `sparse_is_faster`; decided once for a shape of x."""
 
@@ -189,7 +202,7 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
             return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
-        return F.linear(x, masked_weight(*self._values(), self.weight.shape), self.bias)
+        return F.linear(x, self._dense_weight(), self.bias)
 
 
 class _SupermaskConv(SupermaskLayer):
@@ -217,14 +230,8 @@ class _SupermaskConv(SupermaskLayer):
                 x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
             )  # fmt: skip
         return self.dense_product(
-            x,
-            masked_weight(*self._values(), self.weight.shape),
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-        )
+            x, self._dense_weight(), self.bias, self.stride, padding, self.dilation, self.groups
+        )  # fmt: skip
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
@@ -271,14 +278,20 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
         x, padding = self._padded(x)
         if not self._sparse(x, padding):
             return None
+        scale, bias = self._once((self, norm), lambda: self._folded(norm))
+        return sparse_conv2d_folded(
+            x, *self._values(), self.kernel_size, scale, bias, residual, relu, self.stride, padding, self.dilation
+        )  # type: ignore[arg-type]
+
+    def _folded(self, norm: TaskBatchNorm) -> tuple[Tensor, Tensor]:
+        """Scale and bias of the product that the bias and a norm in evaluation amount to."""
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
         scale = (norm.running_var + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        bias = -scale * mean if norm.bias is None else norm.bias - scale * mean
-        return sparse_conv2d_folded(
-            x, *self._values(), self.kernel_size, scale, bias, residual, relu, self.stride, padding, self.dilation
-        )  # type: ignore[arg-type]
+        return scale, -scale * mean if norm.bias is None else norm.bias - scale * mean
 
 
 MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {

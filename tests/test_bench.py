@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exssnet import ops
+from exssnet import Served, ops
 from exssnet.bench import ceilings, command, memory, networks, peers, sweep, timing, training
 from exssnet.bench.budget import GROUPS, group
 from exssnet.bench.networks import NETWORKS, PEERS, Start
@@ -111,6 +111,13 @@ def test_memory_measures_ours_and_the_peer_in_both_phases(tmp_path: Path) -> Non
         assert r["state"] == pytest.approx(2 * 4 * r["trained"], rel=0.01)  # two moments of a float each
 
 
+def test_serving_times_ours_and_each_other_way(tmp_path: Path) -> None:
+    (row,) = bench(tmp_path, "serving")["serving"]["rows"]
+    assert timed(row)
+    assert list(row["baselines"]) == ["rebuilt", "dense kept", "sparse kept"]
+    assert row["shape"] == "resnet18-4, 6 of 3 tasks"
+
+
 def test_without_a_kind_a_selection_of_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     for kind in command.KINDS.values():
@@ -184,6 +191,17 @@ def test_a_network_with_a_wrong_product_is_not_timed(
     assert "weight phase: the gradient of" in capsys.readouterr().err
 
 
+def test_logits_of_another_task_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = Served._answer
+    monkeypatch.setattr(Served, "_answer", lambda self, task, x: answer(self, max(task, 1), x))
+    assert main(["bench", "serving", "--quick"]) == 2
+    assert capsys.readouterr().err == (
+        "exssnet: served: the logits of task 0 differs from the reference: it is not timed\n"
+    )
+
+
 @pytest.mark.parametrize("phase", PEERS)
 def test_a_network_that_drops_a_gradient_or_a_sign_is_refused(phase: str) -> None:
     start = Start(TINY, 0.1)
@@ -210,6 +228,7 @@ def test_refusals_are_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         return capsys.readouterr().err
 
     assert refusal("ops", "--threads", "0") == "exssnet: threads must be at least 1, got 0\n"
+    assert refusal("serving", "--tasks", "65") == "exssnet: tasks must be in [1, 64], a sample for each, got 65\n"
     assert refusal("sweep", "--densities", "0.1") == "exssnet: a line needs two densities, got [0.1]\n"
     with pytest.raises(SystemExit):
         main(["bench", "training", "--cases", "weight/vgg"])

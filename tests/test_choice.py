@@ -1,6 +1,9 @@
 """The choice between sparse and dense products: overridable, measured once, kept, and never a matter of results."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,26 @@ def test_shape_is_measured_once_and_kept_for_other_processes(monkeypatch: pytest
     assert choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
     assert len(calls) == 1
     assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [0.3]
+
+
+@pytest.mark.usefixtures("native", "cache")
+def test_threads_that_meet_a_shape_together_measure_it_once_and_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    together = threading.Barrier(4)
+
+    def crossover(*shape: Any) -> float:
+        time.sleep(0.05)
+        calls.append(0.5 if calls else 0.1)
+        return calls[-1]
+
+    def ask(number: int) -> bool:
+        together.wait(30)
+        return choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+
+    monkeypatch.setattr(choice, "crossover", crossover)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [False] * 4
+    assert calls == [0.1]
 
 
 @pytest.mark.usefixtures("native")

@@ -39,7 +39,7 @@ LAYERS = (
     ("torchvision_blocks",),
     ("nn",),
     ("phases",),
-    ("kkt",),
+    ("kkt", "serving"),
     ("progress",),
     ("state",),
     ("learner", "info"),

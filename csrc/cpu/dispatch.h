@@ -32,6 +32,9 @@ namespace exssnet::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
+#ifdef EXSSNET_ISA_OF_TEST  // tests run every instruction set that the machine has
+Isa isa();
+#else
 inline Isa isa() {
 #if EXSSNET_X86
   static const Isa best = [] {
@@ -47,5 +50,6 @@ inline Isa isa() {
   return Isa::baseline;
 #endif
 }
+#endif
 
 }  // namespace exssnet::cpu

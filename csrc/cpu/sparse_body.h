@@ -146,12 +146,15 @@ void add_lanes(const T* sums, int64_t entries, T* total) {
 
 // Whether the indices of a row ascend, and they and the slots of its `count` entries may be followed.
 bool in_range(const int32_t* index, const int32_t* slot, int64_t count, int64_t columns, int64_t slots) {
-  int32_t bad = 0;
-  const int32_t last_column = static_cast<int32_t>(columns - 1), last_slot = static_cast<int32_t>(slots - 1);
-  for (int64_t k = 0; k < count; ++k) bad |= index[k] | (last_column - index[k]) | slot[k] | (last_slot - slot[k]);
-  if (bad >= 0)
-    for (int64_t k = 1; k < count; ++k) bad |= index[k] - index[k - 1] - 1;
-  return bad >= 0;
+  uint32_t bad = 0;  // unsigned: differences of what may be anything
+  const uint32_t last_column = static_cast<uint32_t>(columns - 1), last_slot = static_cast<uint32_t>(slots - 1);
+  for (int64_t k = 0; k < count; ++k) {
+    const uint32_t i = static_cast<uint32_t>(index[k]), s = static_cast<uint32_t>(slot[k]);
+    bad |= i | (last_column - i) | s | (last_slot - s);
+  }
+  if (bad >> 31 == 0)
+    for (int64_t k = 1; k < count; ++k) bad |= static_cast<uint32_t>(index[k] - index[k - 1] - 1);
+  return bad >> 31 == 0;
 }
 
 // offset[k] = place[index[k]] and, unless value is null, value[k] = values[slot[k]].
@@ -327,9 +330,12 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
               }
             }
           } else if (p.in_w.stride == 1) {
-            std::memset(to, 0, from_element * sizeof(T));
-            std::memcpy(to + from_element, line + at + from_element, (end_element - from_element) * sizeof(T));
-            std::memset(to + end_element, 0, (length - end_element) * sizeof(T));
+            // Runs of a few vectors, for which calls of memcpy and memset would take longer than the copies.
+            int64_t j = from_element;
+            for (int64_t k = 0; k < j; ++k) to[k] = T(0);
+            for (; j + lanes <= end_element; j += lanes) Vector<T>::store(Vector<T>::load(line + at + j), to + j);
+            for (; j < end_element; ++j) to[j] = line[at + j];
+            for (; j < length; ++j) to[j] = T(0);
           } else {
             for (int64_t j = 0; j < length; ++j) {
               const int64_t element = across.first * lanes + j, place = p.in_w.pixel(w_phase, element / n);

@@ -1,0 +1,154 @@
+"""One batch with samples of many tasks, answered by `exssnet.Served` and task by task in other ways.
+
+"rebuilt" multiplies each task's masks into the dense weights in every call, "dense kept" keeps the product for every
+task, "sparse kept" the task's converted network. All run in evaluation mode without gradients; of the memory layouts
+(NCHW, channels_last) the faster one is timed. The samples are spread evenly over the tasks, whose norms have statistics
+of their own. Logits are checked before anything is timed.
+"""
+
+import argparse
+import copy
+import itertools
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exssnet import Phases, Served, convert
+from exssnet.phases import evaluation
+
+from .networks import NETWORKS
+from .timing import Row, alternate, check_equal, check_error, error, tick, timings
+
+Answer = Callable[[], Tensor]
+Layout = torch.memory_format
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, help="default: lenet-300-100, resnet18-20 and resnet18-64"
+    )
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--tasks", type=int, default=16, help="default: 16")
+    parser.add_argument("--batch", type=int, default=64, help="samples in a batch, of all tasks together (default: 64)")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    if not 1 <= options.tasks <= options.batch:
+        raise ValueError(f"tasks must be in [1, {options.batch}], a sample for each, got {options.tasks}")
+    rows: list[Row] = []
+    names = options.networks or (["resnet18-4"] if options.quick else ["lenet-300-100", "resnet18-20", "resnet18-64"])
+    tasks, batch = (3, 6) if options.quick else (options.tasks, options.batch)
+    with suppress(KeyboardInterrupt):  # what has been measured is shown
+        for threads, name, density in itertools.product(options.threads, names, options.densities):
+            rows.append(measure(name, density, tasks, batch, threads, options.quick))
+            tick()
+    print("\n" + timings(rows))
+    return {"rows": [row.as_dict() for row in rows]}
+
+
+def measure(name: str, density: float, tasks: int, batch: int, threads: int, quick: bool) -> Row:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    phases = learned(name, density, tasks)
+    x, ids = torch.randn(batch, *NETWORKS[name].shape), torch.arange(batch) % tasks
+    served = Served(phases)
+    plain = [phases.fold(task).eval() for task in range(tasks)]
+    layouts = [torch.contiguous_format] + ([torch.channels_last] if x.dim() == 4 else [])
+    peers = {
+        "rebuilt": fastest([by_task(rebuilt(phases, plain, layout), x, ids, layout) for layout in layouts]),
+        "dense kept": fastest([by_task([laid(p, layout) for p in plain], x, ids, layout) for layout in layouts]),
+        "sparse kept": by_task([alone(phases, task) for task in range(tasks)], x, ids),
+    }
+    check(served(x, ids), {name: peer() for name, peer in peers.items()}, phases, plain, x, ids)
+    ours, *others = alternate([lambda: served(x, ids), *peers.values()], 0.1 if quick else 5.0)
+    baselines = dict(zip(peers, others, strict=True))
+    return Row("served", f"{name}, {batch} of {tasks} tasks", density, threads, ours, baselines=baselines)
+
+
+def learned(name: str, density: float, tasks: int) -> Phases:
+    """Finished tasks of random masks, whose norms have seen a batch."""
+    network = NETWORKS[name]
+    phases = Phases(convert(network.build(), density, weights="signed_constant"), keep_scores=None)
+    for _ in range(tasks):
+        phases.start_task()
+        with torch.no_grad():
+            phases.model.train()(torch.randn(16, *network.shape))
+        phases.finish_task()
+    return phases
+
+
+def by_task(networks: list[nn.Module], x: Tensor, ids: Tensor, layout: Layout = torch.contiguous_format) -> Answer:
+    """The loop over tasks that a user would write."""
+    rows = [(ids == task).nonzero().squeeze(1) for task in range(len(networks))]
+
+    def answer() -> Tensor:
+        with torch.no_grad():
+            found = [n(x[of_task].contiguous(memory_format=layout)) for n, of_task in zip(networks, rows, strict=True)]
+            logits: Tensor = found[0].new_empty(len(x), *found[0].shape[1:])
+            logits[torch.cat(rows)] = torch.cat(found)
+        return logits
+
+    return answer
+
+
+def fastest(answers: list[Answer]) -> Answer:
+    times = []
+    for answer in answers:
+        answer()
+        begin = time.perf_counter()
+        answer()
+        times.append(time.perf_counter() - begin)
+    return answers[times.index(min(times))]
+
+
+def laid(network: nn.Module, layout: Layout) -> nn.Module:
+    """A copy of a network with its filters in a layout."""
+    copied: nn.Module = copy.deepcopy(network).to(memory_format=layout)  # type: ignore[call-overload]
+    return copied
+
+
+def rebuilt(phases: Phases, plain: list[nn.Module], layout: Layout) -> list[nn.Module]:
+    """The plain networks, whose layers multiply one dense weight with the task's mask in every call."""
+
+    def laid_out(t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=layout) if t.dim() == 4 else t
+
+    weights = {name: laid_out(layer.weight) for name, layer in phases.layers.items()}
+    networks = [copy.deepcopy(network) for network in plain]
+    for task, network in enumerate(networks):
+        for name, weight in weights.items():
+            layer = network.get_submodule(name)
+            layer.weight = None  # type: ignore[assignment]
+            layer.forward = _masked(layer, weight, laid_out(phases.bank.mask(task, name)))  # type: ignore[assignment]
+    return networks
+
+
+def _masked(layer: Any, weight: Tensor, mask: Tensor) -> Callable[[Tensor], Any]:
+    if isinstance(layer, nn.Conv2d):
+        return lambda x: layer._conv_forward(x, weight * mask, layer.bias)
+    return lambda x: nn.functional.linear(x, weight * mask, layer.bias)
+
+
+def alone(phases: Phases, task: int) -> nn.Module:
+    """A copy of the converted network of one task."""
+    with phases.using(task) as model:
+        return copy.deepcopy(model).eval()
+
+
+def check(
+    ours: Tensor, peers: dict[str, Tensor], phases: Phases, plain: list[nn.Module], x: Tensor, ids: Tensor
+) -> None:
+    """Ours is bit for bit what the tasks give alone, and errs no more than the dense networks; peers as well."""
+    truth = torch.empty_like(ours, dtype=torch.float64)
+    for task, network in enumerate(plain):
+        with phases.using(task) as model, evaluation(model):
+            check_equal(f"served: the logits of task {task}", ours[ids == task], model(x[ids == task]))
+        with torch.no_grad():
+            truth[ids == task] = copy.deepcopy(network).double()(x[ids == task].double())
+    budget = error(peers["dense kept"], truth)
+    for name, logits in ({"ours": ours} | peers).items():
+        check_error(f"served: the logits of {name}", error(logits, truth), budget, truth)

@@ -1,0 +1,417 @@
+// Every kernel of csrc/cpu over odd shapes, in heap buffers of exactly their sizes, compared with a naive loop: a
+// program to build under a sanitizer. `driver ISA small` runs the cases with one instruction set, `driver ISA large` those
+// that are work for several threads; `driver ISA read|overflow|race` does one thing that must be reported. Values are
+// small whole numbers, so that sums are exact in any order. ISA is baseline, avx2, avx512 or best; the exit status is 77 on
+// a machine without it.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cpu/batchnorm.h"
+#include "cpu/bits.h"
+#include "cpu/dispatch.h"
+#include "cpu/epilogue.h"
+#include "cpu/knn.h"
+#include "cpu/layout.h"
+#include "cpu/mask_pattern.h"
+#include "cpu/parallel.h"
+#include "cpu/sparse.h"
+#include "cpu/topk.h"
+
+namespace exssnet::cpu {
+Isa chosen = Isa::baseline;
+Isa isa() { return chosen; }
+}  // namespace exssnet::cpu
+
+namespace {
+
+using namespace exssnet::cpu;
+
+std::mt19937 generator(0);
+
+int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "wrong result: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// Memory that ends where its elements end.
+template <class T>
+struct Buffer {
+  int64_t size;
+  std::unique_ptr<T, decltype(&std::free)> memory;
+
+  explicit Buffer(int64_t n) : size(n), memory(static_cast<T*>(std::malloc(n * sizeof(T))), &std::free) {}
+  template <class Make>
+  Buffer(int64_t n, const Make& make) : Buffer(n) {
+    for (int64_t i = 0; i < n; ++i) memory.get()[i] = static_cast<T>(make(i));
+  }
+  T* data() const { return memory.get(); }
+  T& operator[](int64_t i) const { return memory.get()[i]; }
+};
+
+template <class T>
+Buffer<T> whole(int64_t n) {
+  return Buffer<T>(n, [](int64_t) { return below(9) - 4; });
+}
+
+template <class T, class U>
+void expect_equal(const Buffer<T>& got, const std::vector<U>& expected, const std::string& what) {
+  for (int64_t i = 0; i < got.size; ++i)
+    if (static_cast<double>(got[i]) != static_cast<double>(expected[i])) fail(what + ", entry " + std::to_string(i));
+}
+
+// Sparse products
+
+struct Layer {
+  int64_t batch, channels, rows, height, width, taps_h, taps_w, stride, padding, dilation;
+  double density;
+};
+
+const Layer kLayers[] = {
+    {1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1.0},      {3, 5, 7, 6, 5, 3, 3, 1, 1, 1, 0.3},
+    {4, 3, 4, 9, 7, 3, 3, 2, 1, 1, 0.5},      {17, 4, 3, 5, 5, 2, 3, 3, 2, 2, 0.4},
+    {16, 9, 5, 4, 4, 3, 3, 1, 1, 1, 0.2},     {33, 2, 3, 4, 3, 1, 1, 2, 0, 1, 0.6},
+    {7, 33, 65, 1, 1, 1, 1, 1, 0, 1, 0.1},    {64, 33, 9, 1, 1, 1, 1, 1, 0, 1, 0.2},
+    {65, 3, 2, 3, 8, 3, 1, 1, 1, 1, 0.5},     {2, 3, 3, 12, 12, 5, 5, 4, 2, 2, 0.3},
+    {5, 4, 4, 3, 3, 3, 3, 1, 5, 1, 0.5},      {0, 3, 2, 4, 4, 3, 3, 1, 1, 1, 0.5},
+    {6, 3, 4, 5, 5, 3, 3, 1, 0, 1, 0.0},      {1, 2, 3, 31, 2, 7, 1, 1, 3, 1, 0.9},
+};
+const Layer kLargeLayers[] = {
+    {64, 20, 24, 16, 16, 3, 3, 1, 1, 1, 0.2}, {6, 24, 20, 17, 17, 3, 3, 2, 1, 1, 0.3},
+    {64, 300, 200, 1, 1, 1, 1, 1, 0, 1, 0.2}, {32, 80, 80, 8, 8, 3, 3, 1, 1, 1, 0.05},
+};
+
+struct Sparse {
+  Convolution c;
+  std::vector<int32_t> ptr{0}, index, slot;
+  int64_t free_count = 0;
+
+  explicit Sparse(const Layer& l) {
+    const auto window = [&](int64_t in, int64_t taps) {
+      return Window{in, (in + 2 * l.padding - l.dilation * (taps - 1) - 1) / l.stride + 1, taps, l.stride, l.padding,
+                    l.dilation};
+    };
+    c = {l.batch, l.channels, l.rows, window(l.height, l.taps_h), window(l.width, l.taps_w)};
+    for (int64_t row = 0; row < l.rows; ++row) {
+      for (int64_t column = 0; column < columns(); ++column)
+        if (below(1000) < 1000 * l.density) index.push_back(static_cast<int32_t>(column));
+      ptr.push_back(static_cast<int32_t>(index.size()));
+    }
+    for (size_t k = 0; k < index.size(); ++k) slot.push_back(static_cast<int32_t>(k));
+    std::shuffle(slot.begin(), slot.end(), generator);
+    free_count = static_cast<int64_t>(slot.size()) / 3;
+  }
+  int64_t taps() const { return c.h.taps * c.w.taps; }
+  int64_t columns() const { return c.in_channels * taps(); }
+  int64_t in_size() const { return c.in_channels * c.h.in * c.w.in * c.batch; }
+  int64_t out_size() const { return c.out_channels * c.h.out * c.w.out * c.batch; }
+
+  // Calls visit(entry, element of x, element of y) for everything that is multiplied.
+  template <class Visit>
+  void each(const Visit& visit) const {
+    for (int64_t o = 0; o < c.out_channels; ++o)
+      for (int32_t k = ptr[o]; k < ptr[o + 1]; ++k) {
+        const int64_t channel = index[k] / taps(), r = index[k] % taps() / c.w.taps, s = index[k] % c.w.taps;
+        for (int64_t i = 0; i < c.h.out; ++i)
+          for (int64_t j = 0; j < c.w.out; ++j) {
+            const int64_t p = i * c.h.stride + r * c.h.dilation - c.h.padding;
+            const int64_t q = j * c.w.stride + s * c.w.dilation - c.w.padding;
+            if (p < 0 || p >= c.h.in || q < 0 || q >= c.w.in) continue;
+            for (int64_t n = 0; n < c.batch; ++n)
+              visit(k, ((channel * c.h.in + p) * c.w.in + q) * c.batch + n,
+                    ((o * c.h.out + i) * c.w.out + j) * c.batch + n);
+          }
+      }
+  }
+};
+
+template <class T>
+void sparse_products(const Layer& layer) {
+  const Sparse s(layer);
+  const int64_t count = static_cast<int64_t>(s.slot.size()), rows = s.c.out_channels, plane = s.out_size() / rows;
+  const auto x = whole<T>(s.in_size()), grad = whole<T>(s.out_size()), residual = whole<T>(s.out_size());
+  const auto free = whole<T>(s.free_count), frozen = whole<T>(count - s.free_count);
+  const auto scale = whole<T>(rows), bias = whole<T>(rows);
+  const Buffer<int32_t> ptr(rows + 1, [&](int64_t i) { return s.ptr[i]; });
+  const Buffer<int32_t> index(count, [&](int64_t i) { return s.index[i]; }), slot(count, [&](int64_t i) { return s.slot[i]; });
+  const Pattern pattern{ptr.data(), index.data(), slot.data(), rows, s.columns(), count};
+  const Values<T> values{free.data(), frozen.data(), s.free_count, count};
+  const auto value = [&](int32_t k) { return double(s.slot[k] < s.free_count ? free[s.slot[k]] : frozen[s.slot[k] - s.free_count]); };
+  const OwnedPattern owned{{s.ptr.begin(), s.ptr.end()}, s.index, s.slot, s.columns()};
+  const OwnedPattern transposed = transposed_pattern(owned, s.taps());
+
+  std::vector<double> product(s.out_size()), grad_x(s.in_size()), grad_values(s.free_count);
+  s.each([&](int32_t k, int64_t from, int64_t to) {
+    product[to] += value(k) * x[from];
+    grad_x[from] += value(k) * grad[to];
+    if (s.slot[k] < s.free_count) grad_values[s.slot[k]] += double(x[from]) * grad[to];
+  });
+  for (int options = 0; options < 8; options += s.out_size() > 1 << 15 ? 7 : 1) {
+    const Epilogue<T> then{options & 1 ? scale.data() : nullptr, options & 1 ? bias.data() : nullptr,
+                           options & 2 ? residual.data() : nullptr, (options & 4) != 0};
+    std::vector<double> expected(product);
+    for (int64_t i = 0; i < s.out_size(); ++i) {
+      if (options & 1) expected[i] = expected[i] * scale[i / plane] + bias[i / plane];
+      if (options & 2) expected[i] += residual[i];
+      if (options & 4) expected[i] = std::max(expected[i], 0.0);
+    }
+    const Buffer<T> y(s.out_size());
+    if (!sparse_forward(s.c, pattern, values, then, x.data(), y.data())) fail("sparse_forward refused a good pattern");
+    expect_equal(y, expected, "sparse_forward");
+  }
+  const Buffer<T> to_x(s.in_size()), to_values(s.free_count);
+  if (!sparse_input_gradient(s.c, transposed.view(), values, grad.data(), to_x.data())) fail("sparse_input_gradient");
+  if (!sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data()))
+    fail("sparse_value_gradient");
+  expect_equal(to_x, grad_x, "sparse_input_gradient");
+  expect_equal(to_values, grad_values, "sparse_value_gradient");
+
+  if (count < 2) return;
+  const auto refused = [&](const Buffer<int32_t>& of, int64_t at, int32_t wrong) {
+    const int32_t right = std::exchange(of[at], wrong);
+    const Buffer<T> y(s.out_size());
+    const bool followed = sparse_forward(s.c, pattern, values, {}, x.data(), y.data()) ||
+                          sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data());
+    of[at] = right;
+    if (followed && s.out_size() > 0) fail("a bad pattern was followed");
+  };
+  for (const int32_t wrong : {-1, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
+    refused(index, below(count), wrong);
+    refused(slot, below(count), wrong);
+    refused(ptr, below(rows + 1), wrong);
+  }
+  refused(slot, below(count), static_cast<int32_t>(count));
+  refused(index, below(count), static_cast<int32_t>(s.columns()));
+}
+
+// Selection
+
+template <class B>
+void selection(int64_t n, Float dtype, B infinity, int64_t kinds) {
+  const Buffer<B> scores(n, [&](int64_t) {
+    const auto magnitude = kinds ? below(kinds) * (infinity / kinds) : static_cast<int64_t>(generator()) % infinity;
+    return static_cast<B>(magnitude | (below(2) ? std::numeric_limits<B>::min() : 0));
+  });
+  std::vector<int64_t> order(n);
+  for (int64_t i = 0; i < n; ++i) order[i] = i;
+  const auto magnitude = [&](int64_t i) { return scores[i] & std::numeric_limits<B>::max(); };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return magnitude(a) > magnitude(b); });
+  const Buffer<int64_t> hint(2, [](int64_t i) { return i ? 1 << 20 : 0; });
+  for (const int64_t k : {int64_t(0), std::min<int64_t>(1, n), n / 10, n - n / 3, n})
+    for (int how = 0; how < 3; ++how) {
+      const Buffer<uint8_t> mask(n);
+      const Buffer<int64_t> found(2), next(2);
+      const TopkLayer layer{scores.data(), dtype, n, k, how == 2 ? nullptr : mask.data(), how ? hint.data() : nullptr,
+                            found.data(), next.data()};
+      if (topk_masks({layer}).layer != -1) fail("topk_masks found a NaN");
+      if (k > 0 && (found[0] != magnitude(order[k - 1]) || found[1] != order[k - 1])) fail("the selection");
+      std::vector<int> expected(n);
+      for (int64_t i = 0; i < k; ++i) expected[order[i]] = 1;
+      if (how < 2) expect_equal(mask, expected, "topk_masks");
+      hint[0] = next[0], hint[1] = next[1];
+    }
+}
+
+void selections(int64_t n) {
+  for (const int64_t kinds : {0, 1, 3}) {
+    selection<int16_t>(n, Float::float16, 0x7c00, kinds);
+    selection<int16_t>(n, Float::bfloat16, 0x7f80, kinds);
+    selection<int32_t>(n, Float::float32, 0x7f800000, kinds);
+    selection<int64_t>(n, Float::float64, 0x7ff0000000000000, kinds);
+  }
+}
+
+// Bits, masks and what surrounds a dense product
+
+void bits(int64_t n) {
+  const Buffer<bool> mask(n, [](int64_t) { return below(3) == 0; }), back(n);
+  const int64_t bytes = (n + 7) / 8;
+  const Buffer<uint8_t> packed(bytes), free(bytes), used(bytes, [](int64_t) { return below(256); });
+  pack_mask(mask.data(), n, packed.data());
+  unpack_mask(packed.data(), n, back.data());
+  and_not(packed.data(), used.data(), bytes, free.data());
+  for (int64_t i = 0; i < n; ++i) {
+    const bool bit = packed[i / 8] >> i % 8 & 1, kept = free[i / 8] >> i % 8 & 1, taken = used[i / 8] >> i % 8 & 1;
+    if (bit != mask[i] || back[i] != mask[i] || kept != (mask[i] && !taken)) fail("bits");
+  }
+  if (n == 0) return;
+
+  const auto weight = whole<float>(n), grad = whole<float>(n), scores = whole<float>(n);
+  const Buffer<float> kept(n), in_place(n, [&](int64_t i) { return grad[i]; }), to_scores(n);
+  const Mask as_bits{Mask::Form::bits, packed.data()}, as_bytes{Mask::Form::bytes, mask.data()};
+  const Buffer<int64_t> found(2), next(2);
+  topk_masks({{scores.data(), Float::float32, n, n / 2, nullptr, nullptr, found.data(), next.data()}});
+  keep(weight.data(), 4, n, as_bits, as_bytes, kept.data());
+  score_gradient(in_place.data(), weight.data(), Float::float32, scores.data(), Float::float32, n, to_scores.data(), true,
+                 {Mask::Form::selection, scores.data(), 4, found[0], found[1]});
+  int64_t selected = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto magnitude = std::bit_cast<int32_t>(std::abs(scores[i]));
+    const bool in = n / 2 > 0 && (magnitude > found[0] || (magnitude == found[0] && i <= found[1]));
+    selected += in;
+    if (kept[i] != (mask[i] ? weight[i] : 0) || in_place[i] != (in ? grad[i] : 0)) fail("keep");
+    if (to_scores[i] != grad[i] * weight[i] * sign(scores[i])) fail("score_gradient");
+  }
+  if (selected != n / 2) fail("the number selected");
+
+  for (const int64_t rows : {int64_t(1), int64_t(4), n}) {
+    if (n % rows) continue;
+    const int64_t width = n / rows, groups = rows == 4 ? 2 : 1;
+    const OwnedPattern p = mask_pattern(as_bits, rows, width, groups);
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (mask[i] && (p.slot[at] != i || p.index[at++] != i % width + i / width / (rows / groups) * width)) fail("pattern");
+    if (at != static_cast<int64_t>(p.index.size())) fail("the pattern's size");
+  }
+}
+
+// Norms
+
+template <class T>
+void norms(int64_t channels, int64_t size) {
+  const int64_t n = channels * size;
+  const auto x = whole<T>(n), residual = whole<T>(n), grad = whole<T>(n), weight = whole<T>(channels), bias = whole<T>(channels);
+  for (int options = 0; options < 8; ++options) {
+    const bool affine = options & 1, add = options & 2, given = options & 4;
+    const Buffer<T> mean(channels, [](int64_t) { return 1; }), var(channels, [](int64_t) { return 4; }), y(n);
+    const BatchNorm<T> norm{channels, size, affine ? weight.data() : nullptr, affine ? bias.data() : nullptr, 1e-5, add};
+    batch_norm(norm, x.data(), add ? residual.data() : nullptr, given, mean.data(), var.data(), y.data());
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0, squares = 0;
+      for (int64_t i = 0; i < size; ++i) sum += x[c * size + i];
+      const double m = given ? 1 : sum / size;
+      for (int64_t i = 0; i < size; ++i) squares += (x[c * size + i] - m) * (x[c * size + i] - m);
+      const double v = given ? 4 : squares / size;
+      for (int64_t i = c * size; i < (c + 1) * size; ++i) {
+        const double z = (x[i] - m) / std::sqrt(v + 1e-5) * (affine ? weight[c] : 1) + (affine ? bias[c] : 0);
+        const double expected = add ? std::max(0.0, z + residual[i]) : z;
+        if (!(std::abs(y[i] - expected) <= 1e-4 * (1 + std::abs(expected)))) fail("batch_norm");
+      }
+    }
+    const Buffer<T> grad_x(n), grad_residual(n), grad_weight(channels), grad_bias(channels);
+    batch_norm_gradients(norm, grad.data(), x.data(), add ? y.data() : nullptr, mean.data(), var.data(), !given,
+                         grad_x.data(), add ? grad_residual.data() : nullptr, grad_weight.data(), grad_bias.data());
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int64_t i = c * size; i < (c + 1) * size; ++i) sum += add && !(y[i] > 0) ? 0 : double(grad[i]);
+      if (!(std::abs(grad_bias[c] - sum) <= 1e-4 * (1 + std::abs(sum)))) fail("batch_norm_gradients");
+    }
+  }
+}
+
+// Neighbours and layouts
+
+template <class T>
+void neighbours(int64_t queries, int64_t n, int64_t d, int64_t k) {
+  const auto features = whole<T>(n * d), products = whole<T>(queries * n);
+  const Buffer<T> squares(n);
+  const Buffer<int64_t> labels(n, [](int64_t) { return below(3); }), found(queries);
+  row_squares(features.data(), n, d, squares.data());
+  vote(products.data(), queries, squares.data(), labels.data(), n, k, 3, found.data());
+  for (int64_t q = 0; q < queries; ++q) {
+    std::vector<std::pair<double, int64_t>> near;
+    for (int64_t i = 0; i < n; ++i) {
+      double square = 0;
+      for (int64_t j = 0; j < d; ++j) square += double(features[i * d + j]) * features[i * d + j];
+      near.emplace_back(square - 2 * products[q * n + i], i);
+    }
+    std::sort(near.begin(), near.end());
+    int64_t votes[3] = {};
+    for (int64_t i = 0; i < k; ++i) ++votes[labels[near[i].second]];
+    if (found[q] != std::max_element(votes, votes + 3) - votes) fail("vote");
+  }
+}
+
+template <class T>
+void layouts(int64_t n, int64_t c, int64_t h, int64_t w) {
+  const int64_t size = n * c * h * w;
+  const auto x = whole<T>(size);
+  const Buffer<T> to(size), back(size);
+  const Strides orders[] = {{c * h * w, h * w, w, 1}, {h * w * c, 1, w * c, c}, {1, n * h * w, n * w, n}};
+  for (const Strides& s : orders) {
+    batch_innermost(x.data(), s, n, c, h, w, to.data());
+    int64_t at = 0;
+    for (int64_t b = 0; b < c; ++b)
+      for (int64_t i = 0; i < h; ++i)
+        for (int64_t j = 0; j < w; ++j)
+          for (int64_t a = 0; a < n; ++a)
+            if (to[at++] != x[a * s.n + b * s.c + i * s.h + j * s.w]) fail("batch_innermost");
+  }
+  channels_innermost(x.data(), c, h * w, n, back.data());
+  for (int64_t a = 0; a < n; ++a)
+    for (int64_t p = 0; p < h * w; ++p)
+      for (int64_t b = 0; b < c; ++b)
+        if (back[(a * h * w + p) * c + b] != x[(b * h * w + p) * n + a]) fail("channels_innermost");
+}
+
+// A case has a thread of its own, and so scratch memory that no case before it has made larger.
+void in_thread(const std::function<void()>& run) { std::thread(run).join(); }
+
+template <class T>
+void all_of_type(bool large) {
+  for (const Layer& layer : kLargeLayers)
+    if (large) in_thread([&] { sparse_products<T>(layer); });
+  if (large) {
+    in_thread([] { norms<T>(3, 40001), norms<T>(40, 1024), neighbours<T>(70, 901, 3, 9), layouts<T>(33, 5, 24, 23); });
+    return;
+  }
+  for (const Layer& layer : kLayers) in_thread([&] { sparse_products<T>(layer); });
+  for (const int64_t size : {1, 7, 33, 4097}) in_thread([=] { norms<T>(3, size); });
+  for (const int64_t n : {1, 63, 64, 65, 130}) in_thread([=] { neighbours<T>(3, n, n % 11, (n + 1) / 2); });
+  for (const int64_t n : {1, 7, 16, 33}) in_thread([=] { layouts<T>(n, 3, 2, 9), layouts<T>(9, n, 5, 1); });
+}
+
+void plant(const std::string& what) {
+  if (what == "read") {  // of the mask's bytes there is one too few
+    const Buffer<bool> mask(16, [](int64_t) { return true; });
+    const Buffer<uint8_t> packed(3);
+    pack_mask(mask.data(), 17, packed.data());
+  } else if (what == "overflow") {
+    row_squares<float>(nullptr, 1, std::numeric_limits<int64_t>::max(), nullptr);
+  } else if (what == "race") {
+    int64_t sum = 0;
+    exssnet::parallel_for(1 << 16, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) sum += begin;
+    });
+    std::printf("%lld\n", static_cast<long long>(sum));
+  } else {
+    fail("there is no case named " + what);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 3) fail("expected an instruction set and a case");
+  const std::string name = arguments[1], what = arguments[2];
+  Isa best = Isa::baseline;
+#if EXSSNET_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    best = Isa::avx512;
+#endif
+  chosen = name == "best" ? best : name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::baseline;
+  if (chosen > best) return 77;
+  const bool large = what == "large";
+  if (what != "small" && !large) {
+    plant(what);
+    return 0;
+  }
+  all_of_type<float>(large);
+  all_of_type<double>(large);
+  const std::vector<int64_t> sizes = large ? std::vector<int64_t>{300001} : std::vector<int64_t>{0, 1, 4, 7, 8, 9, 65, 1024, 4096, 4097, 17000};
+  for (const int64_t n : sizes) in_thread([=] { bits(n), n > 0 ? selections(n) : void(); });
+  std::printf("all cases are right\n");
+}
