@@ -6,6 +6,7 @@ byte a weight, or uint8 with a bit. Flat indices are an int64 `base` of a tile p
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -106,29 +107,34 @@ def _sum_of_parts(parts, count, n, base, local, inside):
 
 
 @triton.jit
-def _gradients_kernel(
-    parts, count, n, weight, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr
+def _finish_kernel(
+    output_parts, output_count, output_n, bias, channels, inner, output, output_blocks,
+    parts, count, n, weight, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    base = tl.program_id(0).to(tl.int64) * BLOCK
-    local = tl.arange(0, BLOCK)
-    inside = base + local < n
-    gradient = _sum_of_parts(parts, count, n, base, local, inside)
-    threshold, tie = threshold_of(selection)
-    store_gradients(
-        gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
-    )  # fmt: skip
+    """The first output_blocks programs fill the output, the others the gradients; parts of neither are None.
 
-
-@triton.jit
-def _output_kernel(parts, count, n, bias, channels, inner, output, BLOCK: tl.constexpr):
-    """bias[(i // inner) % channels] is added to entry i of the output's storage; bias may be None."""
-    base = tl.program_id(0).to(tl.int64) * BLOCK
-    local = tl.arange(0, BLOCK)
-    inside = base + local < n
-    total = _sum_of_parts(parts, count, n, base, local, inside)
-    if bias is not None:
-        total += tl.load(bias + (base + local) // inner % channels, mask=inside, other=0.0).to(tl.float32)
-    tl.store(output + base + local, total.to(output.dtype.element_ty), mask=inside)
+    bias[(i // inner) % channels] is added to entry i of the output's storage; bias may be None.
+    """
+    block = tl.program_id(0)
+    if block < output_blocks:
+        if output_parts is not None:
+            base = block.to(tl.int64) * BLOCK
+            local = tl.arange(0, BLOCK)
+            inside = base + local < output_n
+            total = _sum_of_parts(output_parts, output_count, output_n, base, local, inside)
+            if bias is not None:
+                total += tl.load(bias + (base + local) // inner % channels, mask=inside, other=0.0).to(tl.float32)
+            tl.store(output + base + local, total.to(output.dtype.element_ty), mask=inside)
+    else:
+        if parts is not None:
+            base = (block - output_blocks).to(tl.int64) * BLOCK
+            local = tl.arange(0, BLOCK)
+            inside = base + local < n
+            gradient = _sum_of_parts(parts, count, n, base, local, inside)
+            threshold, tie = threshold_of(selection)
+            store_gradients(
+                gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+            )  # fmt: skip
 
 
 @triton.jit
@@ -155,21 +161,46 @@ def effective_weight(weight: Tensor, mask: Mask) -> Tensor:
     return output
 
 
-def gradients_from_parts(
-    parts: Tensor, weight: Tensor, mask: Mask, free_mask: Mask | None, grad_scores: Tensor | None,
-    grad_weight: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill the gradients that are not None from that of the effective weight, the sum of parts (P, *weight.shape)."""
-    if weight.numel():
-        free = None if free_mask is None else free_mask.data
-        _gradients_kernel[_grid(weight.numel())](
-            parts, parts.shape[0], weight.numel(), weight.contiguous(), mask.data, mask.selection, free,
-            grad_scores, grad_weight, BLOCK=BLOCK,
+class OutputParts(NamedTuple):
+    """An output (N, O, H, W) to fill from its parts (P, ...), which lie in the order of its storage."""
+
+    parts: Tensor
+    bias: Tensor | None
+    output: Tensor
+
+
+class GradientParts(NamedTuple):
+    """Gradients, of which those that are not None are filled from that of the effective weight.
+
+    parts: (P, *weight.shape), whose sum it is.
+    """
+
+    parts: Tensor
+    weight: Tensor
+    mask: Mask
+    free_mask: Mask | None
+    grad_scores: Tensor | None
+    grad_weight: Tensor | None
+
+
+def finish(of_output: OutputParts | None, of_gradients: GradientParts | None) -> None:
+    """Add the parts of an output and of a layer's gradients, in one launch for both."""
+    if of_gradients is not None and of_gradients.weight.numel() == 0:
+        of_gradients = None
+    first: tuple[Any, ...] = (None, 0, 0, None, 1, 1, None, 0)
+    second: tuple[Any, ...] = (None, 0, 0, None, None, None, None, None, None)
+    blocks = 0
+    if of_output is not None:
+        parts, bias, output = of_output
+        blocks = triton.cdiv(output.numel(), BLOCK)
+        first = parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, blocks
+    if of_gradients is not None:
+        parts, weight, mask, free, grad_scores, grad_weight = of_gradients
+        n = weight.numel()
+        second = (
+            parts, parts.shape[0], n, weight.contiguous(), mask.data, mask.selection,
+            None if free is None else free.data, grad_scores, grad_weight,
         )  # fmt: skip
-
-
-def output_from_parts(parts: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """Fill an output (N, O, H, W) from its parts (P, ...), which lie in the order of the output's storage."""
-    _output_kernel[_grid(output.numel())](
-        parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, BLOCK=BLOCK
-    )
+        blocks += triton.cdiv(n, BLOCK)
+    if blocks:
+        _finish_kernel[(blocks,)](*first, *second, BLOCK=BLOCK)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_mask import Mask, gradients_from_parts, kept_weight, output_from_parts, store_gradients, threshold_of
+from .triton_mask import GradientParts, Mask, OutputParts, kept_weight, store_gradients, threshold_of
 
 PROGRAMS = 256  # as many keep a large GPU busy
 PART = 256  # least length of a part of a sum
@@ -291,14 +291,15 @@ def _pixels(t: Tensor) -> int:
 def product(
     source: Tensor, weight: Tensor, mask: Mask, bias: Tensor | None, geometry: Geometry, result: Tensor,
     transposed: bool,
-) -> None:  # fmt: skip
-    """Fill `result` (N, O, H', W'), dense in memory, with the layer's output for `source` (N, C, H, W).
+) -> OutputParts | None:  # fmt: skip
+    """Fill `result` (N, O, H', W'), dense in memory, with the layer's output for `source` (N, C, H, W), or give its
+    parts to `finish`.
 
     transposed: with the gradient of the input (N, C, H, W) for `source`, the gradient of the output.
     weight, mask: of the layer, (O, C/groups, R, S).
     """
     if result.numel() == 0:
-        return
+        return None
     weight, groups = weight.contiguous(), geometry.groups
     channels, outputs, pixels = source.shape[1] // groups, result.shape[1] // groups, _pixels(result)
     count = _parts(outputs, pixels, channels * geometry.taps, groups)
@@ -314,17 +315,17 @@ def product(
         **geometry.constants(), TRANSPOSED=transposed, BATCH_INNER=_batch_inner(result),
         MIXED=geometry.taps > 1 and channels <= FEW_CHANNELS, PRECISION=_precision(),
     )  # fmt: skip
-    if count > 1:
-        output_from_parts(parts, bias, result)
+    return OutputParts(parts, bias, result) if count > 1 else None
 
 
 def weight_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, free_mask: Mask | None, geometry: Geometry,
     grad_scores: Tensor | None, grad_weight: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill the gradients that are not None, both contiguous, from grad (N, O, H', W') and x (N, C, H, W)."""
+) -> GradientParts | None:  # fmt: skip
+    """Fill the gradients that are not None, both contiguous, from grad (N, O, H', W') and x (N, C, H, W), or give
+    their parts to `finish`."""
     if weight.numel() == 0 or (grad_scores is None and grad_weight is None):
-        return
+        return None
     weight, groups = weight.contiguous(), geometry.groups
     channels, outputs, pixels = x.shape[1] // groups, grad.shape[1] // groups, _pixels(grad)
     count = _parts(outputs, channels * geometry.taps, pixels, groups)
@@ -342,5 +343,4 @@ def weight_gradients(
         channels, outputs, weight.numel(), pixels.bit_length(),
         **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
     )  # fmt: skip
-    if parts is not None:
-        gradients_from_parts(parts, weight, mask, free_mask, grad_scores, grad_weight)
+    return None if parts is None else GradientParts(parts, weight, mask, free_mask, grad_scores, grad_weight)

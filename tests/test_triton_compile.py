@@ -38,6 +38,7 @@ def supermask_linear(dtype: torch.dtype, batch: int = 4096, sparse: bool = False
         "input gradient": lambda: backward(grad, x, weight, scores, row, sparse, [True, False, False]),
         "score gradient": lambda: backward(grad, x, weight, scores, row, sparse, [False, True, False]),
         "both gradients": lambda: backward(grad, x, weight, scores, row, sparse, [False, True, True]),
+        **({"all gradients": lambda: backward(grad, x, weight, scores, row, sparse, [True] * 3)} if batch < 64 else {}),
     }
 
 

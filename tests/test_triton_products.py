@@ -177,6 +177,27 @@ def test_exact_in_parts(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(counts) > 1
 
 
+@pytest.mark.parametrize("family", ["supermask", "masked"])
+@layers(SMALL[:1] + SMALL[-1:])
+def test_backward_is_three_launches_where_both_sums_are_in_parts(
+    layer: Layer, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches, launch = [], triton_guard.GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        launches.append(self.fn.__name__)
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(triton_guard.GridExecutor, "__call__", counted)
+    split(monkeypatch)
+    calls = arguments(problem(layer, torch.bfloat16, integers=True))
+    check_exact("fused", {f"{family}_{layer.kind}": calls[f"{family}_{layer.kind}"]})
+    assert launches == ["product_kernel", "_finish_kernel"]
+    launches.clear()
+    check_exact("fused", {f"{family}_{layer.kind}_backward": calls[f"{family}_{layer.kind}_backward"]})
+    assert launches == ["product_kernel", "gradient_kernel", "_finish_kernel"]
+
+
 @layers(SMALL[:1] + SMALL[-1:])
 @single
 def test_parts_repeat_bit_for_bit_and_err_no_more(
