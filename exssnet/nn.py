@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from .ops import (
     supermask_conv2d,
     supermask_linear,
     topk_mask,
+    topk_masks,
     topk_select,
 )
 
@@ -65,7 +66,7 @@ class SupermaskLayer(nn.Module):
     scores: nn.Parameter | None
     free_values: nn.Parameter | None
     frozen_values: Tensor | None
-    selection: Tensor | None  # made by the converted model for all layers at once; valid for one forward
+    selection: Tensor | None  # row or packed mask, made by the converted model for all layers; valid for one forward
     k: int
 
     def _own_weight(self, density: float, products: Products = "auto") -> None:
@@ -431,9 +432,15 @@ def _select_for_all(model: nn.Module, args: Any) -> None:
     if hint is not None and len(hint) != len(layers):
         hint = None
     scores = [m.scores for m in layers if m.scores is not None]
-    selection, model.selection_hint = topk_select(scores, [m.k for m in layers], hint)
-    for layer, row in zip(layers, selection.unbind(), strict=True):
-        layer.selection = row
+    k = [m.k for m in layers]
+    selections: Sequence[Tensor]
+    if scores[0].device.type == "cpu":
+        rows, model.selection_hint = topk_select(scores, k, hint)
+        selections = rows.unbind()
+    else:  # products of a GPU would read the scores again, and again in the backward pass
+        selections, _, model.selection_hint = topk_masks(scores, k, hint, packed=True)
+    for layer, selection in zip(layers, selections, strict=True):
+        layer.selection = selection
 
 
 def _forget_selection(model: nn.Module, args: Any, output: Any) -> None:

@@ -34,7 +34,9 @@ def select(bits: Tensor, k: int) -> Tensor:
 
 
 def mask_of(scores: Tensor, selection: Tensor) -> Tensor:
-    """The bool mask, in the shape of scores, that a selection stands for."""
+    """The bool mask, in the shape of scores, that a selection stands for: a row of `topk_masks`, or a packed mask."""
+    if selection.dtype == torch.uint8:
+        return unpack_mask(selection, list(scores.shape))
     bits = magnitude_bits(scores)
     index = torch.arange(bits.numel(), device=bits.device)
     kept = (bits > selection[0]) | ((bits == selection[0]) & (index <= selection[1]))
@@ -42,7 +44,7 @@ def mask_of(scores: Tensor, selection: Tensor) -> Tensor:
 
 
 def topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool
+    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     for layer, s in enumerate(scores):
         if bool(s.isnan().any()):
@@ -50,7 +52,7 @@ def topk_masks(
             raise RuntimeError(f"topk_masks: scores[{layer}] holds NaN, first at flat index {first}")
     selection = torch.stack([select(magnitude_bits(s), n) for s, n in zip(scores, k, strict=True)])
     masks = [mask_of(s, row) for s, row in zip(scores, selection, strict=True)] if with_masks else []
-    return masks, selection, selection.clone()
+    return [pack_mask(m) for m in masks] if packed else masks, selection, selection.clone()
 
 
 def pack_mask(mask: Tensor) -> Tensor:

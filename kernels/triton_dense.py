@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .reference import _conv2d_gradients, _linear_gradients, _stored
 from .triton_layers import new_gradient, or_empty, or_reference
-from .triton_mask import GradientParts, Mask, effective_weight, finish, given, selected
+from .triton_mask import GradientParts, Gradients, Mask, effective_weight, finish, given, selected
 
 
 def _supermask_gradients(
@@ -16,14 +16,16 @@ def _supermask_gradients(
 ) -> tuple[Tensor, Tensor]:
     grad_scores, grad_weight = new_gradient(scores, output_mask[1]), new_gradient(weight, output_mask[2])
     if output_mask[1] or output_mask[2]:
-        finish(None, GradientParts(grad_effective.contiguous()[None], weight, mask, None, grad_scores, grad_weight))
+        gradients = Gradients(weight, scores, mask, None, grad_scores, grad_weight)
+        finish(None, GradientParts(grad_effective.contiguous()[None], gradients))
     return or_empty(grad_scores, scores), or_empty(grad_weight, weight)
 
 
 def _masked_gradient(grad_effective: Tensor, weight: Tensor, mask: Mask, free_mask: Tensor | None) -> Tensor:
     grad_weight = weight.new_empty(weight.shape)
     free = None if free_mask is None else given(free_mask)
-    finish(None, GradientParts(grad_effective.contiguous()[None], weight, mask, free, None, grad_weight))
+    gradients = Gradients(weight, None, mask, free, None, grad_weight)
+    finish(None, GradientParts(grad_effective.contiguous()[None], gradients))
     return grad_weight
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .triton_mask import Mask, OutputParts, finish, given, selected
+from .triton_mask import Gradients, Mask, OutputParts, finish, given, selected
 from .triton_product import Geometry, product, weight_gradients
 
 
@@ -86,7 +86,8 @@ def supermask_backward(
     mask = selected(scores, selection)
     grad_x, parts = _input_gradient(grad, x, weight, mask, geometry, batch_inner, output_mask[0])
     grad_scores, grad_weight = new_gradient(scores, output_mask[1]), new_gradient(weight, output_mask[2])
-    finish(parts, weight_gradients(_images(grad), _images(x), weight, mask, None, geometry, grad_scores, grad_weight))
+    gradients = Gradients(weight, scores, mask, None, grad_scores, grad_weight)
+    finish(parts, weight_gradients(_images(grad), _images(x), geometry, gradients))
     return grad_x, or_empty(grad_scores, scores), or_empty(grad_weight, weight)
 
 
@@ -97,6 +98,6 @@ def masked_backward(
     kept = given(mask)
     grad_x, parts = _input_gradient(grad, x, weight, kept, geometry, False, output_mask[0])
     grad_weight = new_gradient(weight, output_mask[1])
-    free = None if free_mask is None else given(free_mask)
-    finish(parts, weight_gradients(_images(grad), _images(x), weight, kept, free, geometry, None, grad_weight))
+    gradients = Gradients(weight, None, kept, None if free_mask is None else given(free_mask), None, grad_weight)
+    finish(parts, weight_gradients(_images(grad), _images(x), geometry, gradients))
     return grad_x, or_empty(grad_weight, weight)

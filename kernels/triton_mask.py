@@ -23,6 +23,9 @@ class Mask:
 
 
 def selected(scores: Tensor, selection: Tensor) -> Mask:
+    """What a selection picks from scores, which a packed mask leaves unread."""
+    if selection.dtype == torch.uint8:
+        return given(selection)
     return Mask(scores.contiguous(), selection.contiguous())
 
 
@@ -76,15 +79,15 @@ def kept_weight(weight, mask, threshold, tie, base, local, inside):
 
 @triton.jit
 def store_gradients(
-    gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+    gradient, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
 ):  # fmt: skip
     """From the gradient G of the effective weight: G W sign(S) (straight-through), and G where mask and free mask keep.
 
-    grad_scores, grad_weight: None where not asked; free_mask: None frees the whole mask.
+    grad_scores, grad_weight: None where not asked, scores with grad_scores; free_mask: None frees the whole mask.
     """
     if grad_scores is not None:
-        scores = tl.load(mask + base + local, mask=inside, other=0.0)
-        sign = (scores > 0).to(tl.float32) - (scores < 0).to(tl.float32)
+        score = tl.load(scores + base + local, mask=inside, other=0.0)
+        sign = (score > 0).to(tl.float32) - (score < 0).to(tl.float32)
         value = tl.load(weight + base + local, mask=inside, other=0.0).to(tl.float32)
         straight_through = gradient * value * sign
         tl.store(grad_scores + base + local, straight_through.to(grad_scores.dtype.element_ty), mask=inside)
@@ -109,7 +112,7 @@ def _sum_of_parts(parts, count, n, base, local, inside):
 @triton.jit
 def _finish_kernel(
     output_parts, output_count, output_n, bias, channels, inner, output, output_blocks,
-    parts, count, n, weight, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr,
+    parts, count, n, weight, scores, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first output_blocks programs fill the output, the others the gradients; parts of neither are None.
 
@@ -133,7 +136,7 @@ def _finish_kernel(
             gradient = _sum_of_parts(parts, count, n, base, local, inside)
             threshold, tie = threshold_of(selection)
             store_gradients(
-                gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+                gradient, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
             )  # fmt: skip
 
 
@@ -169,38 +172,49 @@ class OutputParts(NamedTuple):
     output: Tensor
 
 
-class GradientParts(NamedTuple):
-    """Gradients, of which those that are not None are filled from that of the effective weight.
+class Gradients(NamedTuple):
+    """The gradients that are wanted of a layer, contiguous or None, and what they are made of.
 
-    parts: (P, *weight.shape), whose sum it is.
+    scores: None where their gradient is not wanted; free_mask: None frees the whole mask.
     """
 
-    parts: Tensor
     weight: Tensor
+    scores: Tensor | None
     mask: Mask
     free_mask: Mask | None
-    grad_scores: Tensor | None
-    grad_weight: Tensor | None
+    of_scores: Tensor | None
+    of_weight: Tensor | None
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """As the kernels take them."""
+        scores = self.scores if self.of_scores is not None and self.scores is not None else None
+        return (
+            self.weight.contiguous(), None if scores is None else scores.contiguous(), self.mask.data,
+            self.mask.selection, None if self.free_mask is None else self.free_mask.data, self.of_scores,
+            self.of_weight,
+        )  # fmt: skip
+
+
+class GradientParts(NamedTuple):
+    """Gradients to fill from that of the effective weight, the sum of parts (P, *weight.shape)."""
+
+    parts: Tensor
+    gradients: Gradients
 
 
 def finish(of_output: OutputParts | None, of_gradients: GradientParts | None) -> None:
     """Add the parts of an output and of a layer's gradients, in one launch for both."""
-    if of_gradients is not None and of_gradients.weight.numel() == 0:
-        of_gradients = None
     first: tuple[Any, ...] = (None, 0, 0, None, 1, 1, None, 0)
-    second: tuple[Any, ...] = (None, 0, 0, None, None, None, None, None, None)
+    second: tuple[Any, ...] = (None, 0, 0, *[None] * 7)
     blocks = 0
     if of_output is not None:
         parts, bias, output = of_output
         blocks = triton.cdiv(output.numel(), BLOCK)
         first = parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, blocks
-    if of_gradients is not None:
-        parts, weight, mask, free, grad_scores, grad_weight = of_gradients
-        n = weight.numel()
-        second = (
-            parts, parts.shape[0], n, weight.contiguous(), mask.data, mask.selection,
-            None if free is None else free.data, grad_scores, grad_weight,
-        )  # fmt: skip
+    if of_gradients is not None and of_gradients.gradients.weight.numel():
+        parts, gradients = of_gradients
+        n = gradients.weight.numel()
+        second = parts, parts.shape[0], n, *gradients.arguments()
         blocks += triton.cdiv(n, BLOCK)
     if blocks:
         _finish_kernel[(blocks,)](*first, *second, BLOCK=BLOCK)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_mask import GradientParts, Mask, OutputParts, kept_weight, store_gradients, threshold_of
+from .triton_mask import GradientParts, Gradients, Mask, OutputParts, kept_weight, store_gradients, threshold_of
 
 PROGRAMS = 256  # as many keep a large GPU busy
 PART = 256  # least length of a part of a sum
@@ -220,8 +220,8 @@ def product_kernel(
 )
 @triton.jit(do_not_specialize=["scale"])
 def gradient_kernel(
-    grad, grad_strides, grad_size, x, x_strides, x_size, parts, weight, mask, selection, free_mask, grad_scores,
-    grad_weight, batch, channels, outputs, part_stride, scale,
+    grad, grad_strides, grad_size, x, x_strides, x_size, parts, weight, scores, mask, selection, free_mask,
+    grad_scores, grad_weight, batch, channels, outputs, part_stride, scale,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     BATCH_INNER: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -263,7 +263,7 @@ def gradient_kernel(
     else:
         threshold, tie = threshold_of(selection)
         store_gradients(
-            total, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+            total, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
         )  # fmt: skip
 
 
@@ -318,15 +318,12 @@ def product(
     return OutputParts(parts, bias, result) if count > 1 else None
 
 
-def weight_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, free_mask: Mask | None, geometry: Geometry,
-    grad_scores: Tensor | None, grad_weight: Tensor | None,
-) -> GradientParts | None:  # fmt: skip
-    """Fill the gradients that are not None, both contiguous, from grad (N, O, H', W') and x (N, C, H, W), or give
-    their parts to `finish`."""
-    if weight.numel() == 0 or (grad_scores is None and grad_weight is None):
+def weight_gradients(grad: Tensor, x: Tensor, geometry: Geometry, gradients: Gradients) -> GradientParts | None:
+    """Fill the gradients that are wanted from grad (N, O, H', W') and x (N, C, H, W), or give their parts to
+    `finish`."""
+    weight, groups = gradients.weight, geometry.groups
+    if weight.numel() == 0 or (gradients.of_scores is None and gradients.of_weight is None):
         return None
-    weight, groups = weight.contiguous(), geometry.groups
     channels, outputs, pixels = x.shape[1] // groups, grad.shape[1] // groups, _pixels(grad)
     count = _parts(outputs, channels * geometry.taps, pixels, groups)
     parts = None if count == 1 else weight.new_empty((count, weight.numel()), dtype=torch.float32)
@@ -338,9 +335,8 @@ def weight_gradients(
         return triton.cdiv(outputs, tile["BLOCK_O"]) * blocks * groups, count
 
     gradient_kernel[grid](
-        grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts, weight, mask.data,
-        mask.selection, None if free_mask is None else free_mask.data, grad_scores, grad_weight, grad.shape[0],
-        channels, outputs, weight.numel(), pixels.bit_length(),
+        grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts,
+        *gradients.arguments(), grad.shape[0], channels, outputs, weight.numel(), pixels.bit_length(),
         **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
     )  # fmt: skip
-    return None if parts is None else GradientParts(parts, weight, mask, free_mask, grad_scores, grad_weight)
+    return None if parts is None else GradientParts(parts, gradients)

@@ -38,8 +38,14 @@ def supermask_linear(dtype: torch.dtype, batch: int = 4096, sparse: bool = False
         "input gradient": lambda: backward(grad, x, weight, scores, row, sparse, [True, False, False]),
         "score gradient": lambda: backward(grad, x, weight, scores, row, sparse, [False, True, False]),
         "both gradients": lambda: backward(grad, x, weight, scores, row, sparse, [False, True, True]),
-        **({"all gradients": lambda: backward(grad, x, weight, scores, row, sparse, [True] * 3)} if batch < 64 else {}),
     }
+
+
+def gradients_in_parts(dtype: torch.dtype) -> dict[str, Call]:
+    x, weight, grad = (meta(*n, dtype=dtype) for n in ((512, 64), (1024, 64), (512, 1024)))
+    scores, row = meta(1024, 64, dtype=FLOAT32), meta(2, dtype=torch.int64)
+    backward = triton_linear.supermask_linear_backward
+    return {"gradients": lambda: backward(grad, x, weight, scores, row, False, [True, True, False])}
 
 
 def convolution_of(
@@ -126,6 +132,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Call]]] = {
     "3x3 packed mask": lambda: masked_conv2d(BFLOAT16, packed=True),
     "3x3 bool mask": lambda: masked_conv2d(BFLOAT16, packed=False),
     "dense": lambda: dense(BFLOAT16),
+    "linear gradients in parts": lambda: gradients_in_parts(BFLOAT16),
 }
 CASES = EVERYWHERE | VARIANTS
 SUITE = [(architecture, case) for case in EVERYWHERE for architecture in TARGETS]

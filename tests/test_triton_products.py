@@ -281,6 +281,17 @@ def test_packed_masks_give_the_bits_of_bool_masks(engine: str, layer: Layer, pac
     assert_exact(kernel(engine, pack), kernel(engine, arguments(p)))
 
 
+@layers(FEW + SMALL[-2:])
+@single
+@engines
+def test_packed_mask_as_selection_gives_the_bits_of_the_row(engine: str, layer: Layer, dtype: torch.dtype) -> None:
+    p = problem(layer, dtype)
+    rows = of_supermasks(arguments(p))
+    bits = {name: (*args[: 3 + b], reference.pack_mask(p.mask), *args[4 + b :])
+            for name, args in rows.items() for b in [name.endswith("_backward")]}  # fmt: skip
+    assert_exact(kernel(engine, bits), kernel(engine, rows))
+
+
 @layers(FEW)
 @engines
 def test_no_free_mask_means_the_whole_mask(engine: str, layer: Layer) -> None:
