@@ -74,6 +74,45 @@ def _topk_masks(scores: Tensor, density: float, hint: Tensor | None) -> Case:
     )
 
 
+def adam_topk(quick: bool) -> Cases:
+    """Bytes: reads scores, gradient and both averages, writes all but the gradient and the packed mask."""
+    torch.manual_seed(0)
+    scores, grad = torch.randn(2, 10_000 if quick else 1 << 20)
+    k, options = [ops.density_to_k(scores.numel(), 0.1)], (1e-3, 0.9, 0.999, 1e-8, 0.0, False)
+
+    def start(dtype: torch.dtype = torch.float32) -> Any:
+        own = scores.to(dtype)
+        return [own.clone()], [grad.to(dtype)], [torch.zeros_like(own)], [torch.zeros_like(own)], [torch.zeros(())]
+
+    def torchs(select: Callable[[Tensor], object]) -> Variant:
+        (leaf,), (leaf_grad,), *_ = start()
+        leaf.requires_grad_().grad = leaf_grad
+        optimizer = torch.optim.Adam([leaf], fused=True)
+        return lambda: (optimizer.step(), select(leaf.detach()))
+
+    def check() -> None:
+        ours, plainly, truth = start(), start(), start(torch.float64)
+        masks = ops.adam_topk(*ours, k=k).masks
+        check_equal("the mask", masks[0], reference.topk_masks(ours[0], k, None, True)[0][0])
+        for state in (plainly, truth):
+            reference.adam_topk(*state, [], k, None, *options)
+        check_accurate("the step", ours[0][0], truth[0][0], plainly[0][0])
+
+    state = start()
+    yield Case(
+        shape=f"{scores.numel():,}",
+        ours=lambda: ops.adam_topk(*state, k=k, packed=True),
+        baselines={
+            "Adam, topk_select": torchs(lambda s: ops.topk_select([s], k)),
+            "Adam, sort": torchs(lambda s: plain.sort_mask(s.abs(), 0.1)),
+        },
+        check=check,
+        work=scores.numel() * (7 * scores.element_size() + 1 / 8),
+        unit="GB/s",
+        density=0.1,
+    )
+
+
 def _on_cpu(tensor: Tensor, variant: Variant) -> dict[str, Variant]:
     """NumPy's way, where it can see the tensor."""
     return {"numpy": variant} if tensor.device.type == "cpu" else {}
@@ -400,6 +439,7 @@ def _knn_classify(n: int, m: int, width: int, k: int) -> Case:
 
 CASES: dict[str, Callable[[bool], Cases]] = {
     "topk_masks": topk_masks,
+    "adam_topk": adam_topk,
     "pack_mask": pack_mask,
     "unpack_mask": unpack_mask,
     "free_mask": free_mask,

@@ -15,6 +15,7 @@ from .nn import (
 )
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
+from .optim import ScoreAdam
 from .phases import Phases
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "PhaseOptions",
     "Phases",
+    "ScoreAdam",
     "SupermaskConv1d",
     "SupermaskConv2d",
     "SupermaskLinear",

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -27,9 +27,8 @@ from .ops import (
     supermask_conv2d,
     supermask_linear,
     topk_mask,
-    topk_masks,
-    topk_select,
 )
+from .selecting import forget_selection, select_for_all
 
 __all__ = [
     "SupermaskConv1d",
@@ -406,9 +405,10 @@ def convert(
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fast path would read the weights behind the masks' back
     model._masked = [m for m in model.modules() if isinstance(m, SupermaskLayer)]  # type: ignore[assignment]
+    model._handed = None  # type: ignore[assignment]
     model.register_buffer("selection_hint", None, persistent=False)
-    model.register_forward_pre_hook(_select_for_all)
-    model.register_forward_hook(_forget_selection, always_call=True)
+    model.register_forward_pre_hook(select_for_all)
+    model.register_forward_hook(forget_selection, always_call=True)
     return model
 
 
@@ -421,31 +421,6 @@ def _refuse_tied(model: nn.Module, layers: list[nn.Module]) -> None:
         names = owners[id(layer.weight)]
         if len(names) > 1:
             raise ValueError(f"convert: {' and '.join(names)} are one tensor; exclude tied layers or untie them")
-
-
-def _select_for_all(model: nn.Module, args: Any) -> None:
-    """Before the model's forward: one selection for all layers in the mask phase."""
-    layers = [layer for layer in model._masked if layer._parameters["scores"] is not None]  # type: ignore[union-attr]
-    if not layers:
-        return
-    hint = model._buffers["selection_hint"]
-    if hint is not None and len(hint) != len(layers):
-        hint = None
-    scores = [m.scores for m in layers if m.scores is not None]
-    k = [m.k for m in layers]
-    selections: Sequence[Tensor]
-    if scores[0].device.type == "cpu":
-        rows, model.selection_hint = topk_select(scores, k, hint)
-        selections = rows.unbind()
-    else:  # products of a GPU would read the scores again, and again in the backward pass
-        selections, _, model.selection_hint = topk_masks(scores, k, hint, packed=True)
-    for layer, selection in zip(layers, selections, strict=True):
-        layer.selection = selection
-
-
-def _forget_selection(model: nn.Module, args: Any, output: Any) -> None:
-    for layer in model._masked:  # type: ignore[union-attr]
-        layer.selection = None
 
 
 def unconvert(model: nn.Module) -> None:
@@ -464,12 +439,13 @@ def unconvert(model: nn.Module) -> None:
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))
         for hooks, ours in (
-            (module._forward_pre_hooks, _select_for_all),
-            (module._forward_hooks, _forget_selection),
+            (module._forward_pre_hooks, select_for_all),
+            (module._forward_hooks, forget_selection),
         ):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-        module.__dict__.pop("_masked", None)
+        for name in ("_masked", "_handed"):
+            module.__dict__.pop(name, None)
         module._buffers.pop("selection_hint", None)
         module._non_persistent_buffers_set.discard("selection_hint")

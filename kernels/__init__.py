@@ -10,6 +10,7 @@ if __name__ != "exssnet.kernels":
 REFERENCE = "kernels/reference.py"
 _FILES = {
     "topk_masks": ("csrc/topk.cpp", "csrc/cuda_topk.cpp", "kernels/triton_topk.py"),
+    "adam_topk": (REFERENCE, "csrc/cuda_adam.cpp"),
     "pack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
     "unpack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
     "free_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),

@@ -55,6 +55,28 @@ def topk_masks(
     return [pack_mask(m) for m in masks] if packed else masks, selection, selection.clone()
 
 
+def adam_topk(
+    scores: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], steps: list[Tensor],
+    masks: list[Tensor], k: list[int], hint: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, maximize: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Adam's step, operation by operation that of `torch.optim.Adam(foreach=False)`, then `topk_masks` into masks."""
+    for s, g, m, v, t in zip(scores, grads, exp_avg, exp_avg_sq, steps, strict=True):
+        t += 1
+        step = t.item()
+        g = -g if maximize else g
+        g = g.add(s, alpha=weight_decay) if weight_decay != 0 else g
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        s.addcdiv_(m, denominator, value=-(lr / (1 - beta1**step)))
+    packed = len(masks) > 0 and masks[0].dtype == torch.uint8
+    found, selection, hint = topk_masks(scores, k, hint, len(masks) > 0, packed)
+    for mask, made in zip(masks, found, strict=True):
+        mask.copy_(made)
+    return selection, hint
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Bit j of byte i is flat entry 8 i + j; the last byte is filled with zeros."""
     flat = F.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)

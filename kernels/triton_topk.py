@@ -11,8 +11,9 @@ whose piece theirs is. The table reaches the device in the parameters of kernels
 host never waits, and a CUDA graph keeps the table with the launch. A table of pointers would spare the copy of the
 scores, but give the memory that kernels read no owner that a graph, or the interpreter's guard, could see.
 
-Launches: 2 per digit of at most 11 bits (float32 has 3), 2 for the ties, one for all packed masks or for each other
-one; PyTorch's own are one per digit and four more. Scores are read once for the copy, once a digit, once for the ties and once for the masks.
+Launches: 2 per digit of at most 11 bits (float32 has 3), 2 for the ties, one for all packed masks, or one for each mask
+of bytes; PyTorch's own are one per digit and four more. Scores are read once for the copy, once a digit, once for the
+ties and once for the masks.
 """
 
 from itertools import accumulate, pairwise

@@ -330,7 +330,6 @@ __global__ void __launch_bounds__(kThreads) paint(Workspace space) {
       const int64_t last = min(begin + kStrip<S>, w.layer.n);
       if (begin >= last || w.ties[strip] == 0) continue;
       if (w.layer.packed) {
-#pragma unroll 1
         for (int v = 0; v < kVectors<S>; ++v) {
           const int64_t i = place<S>(strip, v);
           unsigned bits = 0;

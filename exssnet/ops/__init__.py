@@ -2,6 +2,7 @@
 
 from exssnet.kernels import native as _native
 
+from .adam import adam_topk
 from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
 from .norm import batch_norm_act
@@ -23,6 +24,7 @@ _native.load()
 __all__ = [
     "SparsePattern",
     "TopK",
+    "adam_topk",
     "batch_norm_act",
     "density_to_k",
     "free_mask",

@@ -79,7 +79,8 @@ def refuse_derivative(name: str, why: str) -> None:
     op = getattr(torch.ops.exssnet, name).default
 
     def refuse(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        tensors = (t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(f"exssnet::{name} has no derivative: {why}")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

@@ -12,17 +12,18 @@ from .library import define
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def new_masks(scores: Sequence[Tensor], packed: bool) -> list[Tensor]:
+    """Memory for the masks of some scores."""
+    if packed:
+        return [s.new_empty(-(-s.numel() // 8), dtype=torch.uint8) for s in scores]
+    return [torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format) for s in scores]
+
+
 def _fake_topk_masks(
     scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    masks = [
-        s.new_empty(-(-s.numel() // 8), dtype=torch.uint8)
-        if packed
-        else torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format)
-        for s in scores
-    ]
     selection = scores[0].new_empty(len(scores), 2, dtype=torch.int64)
-    return masks if with_masks else [], selection, torch.empty_like(selection)
+    return new_masks(scores, packed) if with_masks else [], selection, torch.empty_like(selection)
 
 
 define(
@@ -61,7 +62,8 @@ class TopK(NamedTuple):
     hint: Tensor
 
 
-def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
+def check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
+    """Refuse what `topk_masks` does not take."""
     if not scores:
         raise ValueError(f"{operator}: expected at least one score tensor, got none")
     if len(scores) != len(k):
@@ -79,9 +81,7 @@ def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint:
         )
 
 
-def topk_masks(
-    scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None, packed: bool = False
-) -> TopK:
+def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None, packed: bool = False) -> TopK:
     """Supermasks of all layers of a model: for each, the k entries of largest magnitude, exactly k.
 
     Of equal magnitudes the smaller flat index is kept, so masks agree bit for bit on every device. Scores of any
@@ -89,20 +89,20 @@ def topk_masks(
     packed: masks of one bit a weight, which the supermask layers take as `selection`.
     Source: Ramanujan et al. 2020 (edge-popup); "Exclusive Supermask Subnetwork Training", arXiv 2210.10209.
     """
-    _check_topk("topk_masks", scores, k, hint)
+    check_topk("topk_masks", scores, k, hint)
     return TopK(*torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, True, packed))
 
 
 def topk_select(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(selection, hint) of `topk_masks` without writing the masks: what the supermask layers take."""
-    _check_topk("topk_select", scores, k, hint)
+    check_topk("topk_select", scores, k, hint)
     _, selection, hint = torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, False)
     return selection, hint
 
 
 def topk_mask(scores: Tensor, k: int) -> Tensor:
     """Bool mask, in the shape of scores, of the k entries of largest magnitude: `topk_masks` for one tensor."""
-    _check_topk("topk_mask", [scores], [k], None)
+    check_topk("topk_mask", [scores], [k], None)
     mask: Tensor = torch.ops.exssnet.topk_masks([scores.detach()], [k], None, True)[0][0]
     return mask
 
