@@ -41,6 +41,7 @@ class Case:
 
 
 Cases = Iterator[Case]
+AdamState = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def topk_masks(quick: bool) -> Cases:
@@ -80,7 +81,7 @@ def adam_topk(quick: bool) -> Cases:
     scores, grad = torch.randn(2, 10_000 if quick else 1 << 20)
     k, options = [ops.density_to_k(scores.numel(), 0.1)], (1e-3, 0.9, 0.999, 1e-8, 0.0, False)
 
-    def start(dtype: torch.dtype = torch.float32) -> Any:
+    def start(dtype: torch.dtype = torch.float32) -> AdamState:
         own = scores.to(dtype)
         return [own.clone()], [grad.to(dtype)], [torch.zeros_like(own)], [torch.zeros_like(own)], [torch.zeros(())]
 
@@ -92,7 +93,7 @@ def adam_topk(quick: bool) -> Cases:
 
     def check() -> None:
         ours, plainly, truth = start(), start(), start(torch.float64)
-        masks = ops.adam_topk(*ours, k=k).masks
+        masks = ops.adam_topk(*ours, k).masks
         check_equal("the mask", masks[0], reference.topk_masks(ours[0], k, None, True)[0][0])
         for state in (plainly, truth):
             reference.adam_topk(*state, [], k, None, *options)
@@ -101,7 +102,7 @@ def adam_topk(quick: bool) -> Cases:
     state = start()
     yield Case(
         shape=f"{scores.numel():,}",
-        ours=lambda: ops.adam_topk(*state, k=k, packed=True),
+        ours=lambda: ops.adam_topk(*state, k, packed=True),
         baselines={
             "Adam, topk_select": torchs(lambda s: ops.topk_select([s], k)),
             "Adam, sort": torchs(lambda s: plain.sort_mask(s.abs(), 0.1)),
