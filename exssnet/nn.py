@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import blocks, layout
-from .choice import PRODUCTS, Products, sparse_is_faster, traced
+from .choice import PRODUCTS, Products, fused_is_faster, sparse_is_faster, traced
 from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
     SparsePattern,
@@ -26,8 +26,11 @@ from .ops import (
     supermask_conv1d,
     supermask_conv2d,
     supermask_linear,
+    supermask_weights,
     topk_mask,
+    topk_masks,
 )
+from .ops.library import product_dtype
 from .selecting import forget_selection, select_for_all
 
 __all__ = [
@@ -66,6 +69,7 @@ class SupermaskLayer(nn.Module):
     free_values: nn.Parameter | None
     frozen_values: Tensor | None
     selection: Tensor | None  # row or packed mask, made by the converted model for all layers; valid for one forward
+    masked: Tensor | None  # the masked weight in the dtype of the products, made likewise where they want it written
     k: int
 
     def _own_weight(self, density: float, products: Products = "auto") -> None:
@@ -81,7 +85,8 @@ class SupermaskLayer(nn.Module):
             self.register_parameter(name, None)
         for name in ("frozen_values", *PATTERN):
             self.register_buffer(name, None, persistent=False)
-        self.selection = None
+        self.selection = self.masked = None
+        self.written = False  # whether this layer's products want the masked weight written
         self.use_scores(self.random_scores())
 
     @property
@@ -145,12 +150,41 @@ class SupermaskLayer(nn.Module):
             geometry = () if padding is None else self._geometry(padding)
             return sparse_is_faster(x, self.weight, self.density, geometry, self.products)
 
+        return self._decided(decide, x, self.products, self.k)
+
+    def _fused(self, x: Tensor, padding: Any = None) -> bool:
+        """Whether tiles of the weight are masked as they are multiplied, see `fused_is_faster`; always so on a CPU."""
+        if x.device.type == "cpu":
+            return True
+        dtype = product_dtype(x)
+
+        def decide() -> bool:
+            geometry = () if padding is None else self._geometry(padding)
+            return fused_is_faster(x, self.weight, dtype, geometry)
+
+        fused = self._decided(decide, x, x.stride(), dtype)
+        if not traced():
+            self.written = not fused  # for the next forward of the model
+        return fused
+
+    def _decided(self, decide: Callable[[], bool], x: Tensor, *more: Any) -> bool:
         if traced():
             return decide()
-        key = x.shape, x.dtype, x.device, torch.get_num_threads(), self.products, self.k
+        key = decide.__qualname__, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
         if key not in self._choices:
             self._choices[key] = decide()
         return self._choices[key]
+
+    def _masked_weight(self, x: Tensor) -> Tensor:
+        """The weight under the mask of the scores, in the dtype of the products of x."""
+        dtype = product_dtype(x)
+        if self.masked is not None and self.masked.dtype == dtype:
+            return self.masked
+        assert self.scores is not None
+        selection = (
+            topk_masks([self.scores], [self.k], packed=True).masks[0] if self.selection is None else self.selection
+        )
+        return supermask_weights([self.weight], [self.scores], [selection], dtype)[0]
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
         return self.stride, padding, self.dilation, self.groups
@@ -186,6 +220,8 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         sparse = self._sparse(x)
         if self.scores is not None:
+            if not self._fused(x):
+                return F.linear(x, self._masked_weight(x), self.bias)
             return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
@@ -208,6 +244,9 @@ class _SupermaskConv(SupermaskLayer):
         x, padding = self._padded(x)
         sparse = self._sparse(x, padding)
         if self.scores is not None:
+            if not self._fused(x, padding):
+                weight = self._masked_weight(x)
+                return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
             return self.supermask_product(
                 x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
                 dilation=self.dilation, groups=self.groups, sparse=sparse, **self._selected(),
@@ -434,7 +473,7 @@ def unconvert(model: nn.Module) -> None:
         for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer.selection, layer.k, layer.products, layer._choices, layer._seen
+        del layer.selection, layer.masked, layer.written, layer.k, layer.products, layer._choices, layer._seen
         layer.weight = nn.Parameter(weight)
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import topk_masks, topk_select
+from .ops import supermask_weights, topk_masks, topk_select
+from .ops.library import product_dtype
 
 
 class Handed(NamedTuple):
@@ -45,11 +46,19 @@ def select_for_all(model: nn.Module, args: Any) -> None:
         return
     for layer, selection in zip(layers, _handed(model, layers) or _selected(model, layers), strict=True):
         layer.selection = selection
+    written = [layer for layer in layers if layer.written]
+    if written:  # in one pass for all of them
+        weights, scores = [layer.weight for layer in written], [layer.scores for layer in written]
+        selections = [layer.selection for layer in written]
+        for layer, masked in zip(
+            written, supermask_weights(weights, scores, selections, product_dtype(weights[0])), strict=True
+        ):
+            layer.masked = masked
 
 
 def forget_selection(model: nn.Module, args: Any, output: Any) -> None:
     for layer in model._masked:  # type: ignore[union-attr]
-        layer.selection = None
+        layer.selection = layer.masked = None
 
 
 def _state(layers: Iterable[Any]) -> list[tuple[int, ...]]:

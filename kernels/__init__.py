@@ -16,6 +16,7 @@ _FILES = {
     "free_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
     "supermask_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
     "supermask_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
+    "supermask_weights": (REFERENCE, "kernels/triton_weights.py"),
     "masked_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
     "masked_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
     "sparse_linear": ("csrc/sparse.cpp",),

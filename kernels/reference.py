@@ -170,6 +170,25 @@ def supermask_linear_backward(
     )
 
 
+def supermask_weights(
+    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None
+) -> list[Tensor]:
+    of_layers = zip(weights, scores, selections, strict=True)
+    return [w.where(mask_of(s, m), 0).to(dtype or w.dtype).contiguous() for w, s, m in of_layers]
+
+
+def supermask_weights_backward(
+    grads: list[Tensor], weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], output_mask: list[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    of_layers = zip(grads, weights, scores, selections, strict=True)
+    found = [
+        _supermask_gradients(g.to(torch.promote_types(g.dtype, w.dtype)), w, s, mask_of(s, m), [False, *output_mask])
+        for g, w, s, m in of_layers
+    ]
+    of_scores, of_weights = ([gradients[i] for gradients in found] if output_mask[i] else [] for i in range(2))
+    return of_scores, [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=False)]
+
+
 def supermask_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,

@@ -140,30 +140,6 @@ def _finish_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def _effective_kernel(weight, mask, selection, n, output, BLOCK: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * BLOCK
-    local = tl.arange(0, BLOCK)
-    inside = base + local < n
-    threshold, tie = threshold_of(selection)
-    value = kept_weight(weight, mask, threshold, tie, base, local, inside)
-    tl.store(output + base + local, value, mask=inside)
-
-
-def _grid(n: int) -> tuple[int]:
-    return (triton.cdiv(n, BLOCK),)
-
-
-def effective_weight(weight: Tensor, mask: Mask) -> Tensor:
-    """The weight where the mask keeps it, else 0; contiguous."""
-    output = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if output.numel():
-        _effective_kernel[_grid(output.numel())](
-            weight.contiguous(), mask.data, mask.selection, output.numel(), output, BLOCK=BLOCK
-        )
-    return output
-
-
 class OutputParts(NamedTuple):
     """An output (N, O, H, W) to fill from its parts (P, ...), which lie in the order of its storage."""
 

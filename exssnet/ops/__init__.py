@@ -18,6 +18,7 @@ from .sparse import (
     sparse_pattern,
 )
 from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
+from .weights import supermask_weights
 
 _native.load()
 
@@ -43,6 +44,7 @@ __all__ = [
     "supermask_conv1d",
     "supermask_conv2d",
     "supermask_linear",
+    "supermask_weights",
     "topk_mask",
     "topk_masks",
     "topk_select",
