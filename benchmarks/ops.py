@@ -9,126 +9,20 @@ the share of the machine's multiply-adds, or of its copy bandwidth.
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from exssnet import ops
 from exssnet.kernels import OPERATORS, reference
 
-from . import peers, plain
+from . import masks, peers, plain
 from .ceilings import machine_peak
-from .timing import Row, Variant, alternate, check_accurate, check_close, check_equal, tick, timings
-
-
-@dataclass
-class Case:
-    """One row. check: raises WrongResult unless `ours` is right; work: bytes or FLOPs of one call, in `unit` of 1e9."""
-
-    shape: str
-    ours: Variant
-    baselines: dict[str, Variant]
-    check: Callable[[], None]
-    work: float
-    unit: str
-    density: float | None = None
-
-
-Cases = Iterator[Case]
-
-
-def topk_masks(quick: bool) -> Cases:
-    for n in (10_000,) if quick else (1 << 20, 1 << 24):
-        for density in (0.1, 0.02):
-            torch.manual_seed(0)
-            scores, hint = torch.randn(n), None
-            for _ in range(5):  # as an optimizer moves them: a bracket is known after a few steps
-                hint = ops.topk_select([scores], [ops.density_to_k(n, density)], hint)[1]
-                scores = scores + 1e-3 * torch.randn(n)
-            yield _topk_masks(scores, density, None)
-            yield _topk_masks(scores, density, hint)
-
-
-def _topk_masks(scores: Tensor, density: float, hint: Tensor | None) -> Case:
-    k = [ops.density_to_k(scores.numel(), density)]
-    return Case(
-        shape=f"{scores.numel():,}" + ("" if hint is None else ", hint"),
-        ours=lambda: ops.topk_masks([scores], k, hint),
-        baselines={
-            "sort": lambda: plain.sort_mask(scores.abs(), density),
-            "topk": lambda: plain.topk_mask(scores.abs(), density),
-            "kthvalue": lambda: plain.kthvalue_mask(scores.abs(), density),
-        },
-        check=lambda: check_equal(
-            "the mask", ops.topk_masks([scores], k, hint).masks[0], reference.topk_masks([scores], k, None, True)[0][0]
-        ),
-        work=scores.numel() * (scores.element_size() + 1),
-        unit="GB/s",
-        density=density,
-    )
-
-
-def _on_cpu(tensor: Tensor, variant: Variant) -> dict[str, Variant]:
-    """NumPy's way, where it can see the tensor."""
-    return {"numpy": variant} if tensor.device.type == "cpu" else {}
-
-
-def _random_mask(quick: bool, density: float) -> Tensor:
-    torch.manual_seed(0)
-    return torch.rand(10_000 if quick else 1 << 24) < density
-
-
-def pack_mask(quick: bool) -> Cases:
-    mask = _random_mask(quick, 0.1)
-    yield Case(
-        shape=f"{mask.numel():,}",
-        ours=lambda: ops.pack_mask(mask),
-        baselines=_on_cpu(mask, lambda: np.packbits(mask.numpy(), bitorder="little")),
-        check=lambda: check_equal("the bytes", ops.pack_mask(mask), reference.pack_mask(mask)),
-        work=mask.numel() * (1 + 1 / 8),
-        unit="GB/s",
-    )
-
-
-def unpack_mask(quick: bool) -> Cases:
-    mask = _random_mask(quick, 0.1)
-    packed, n = reference.pack_mask(mask), mask.numel()
-    yield Case(
-        shape=f"{n:,}",
-        ours=lambda: ops.unpack_mask(packed, [n]),
-        baselines=_on_cpu(packed, lambda: np.unpackbits(packed.numpy(), count=n, bitorder="little").view(np.bool_)),
-        check=lambda: check_equal("the mask", ops.unpack_mask(packed, [n]), mask),
-        work=n * (1 + 1 / 8),
-        unit="GB/s",
-    )
-
-
-def free_mask(quick: bool) -> Cases:
-    mask, used = _random_mask(quick, 0.1), _random_mask(quick, 0.3)
-    packed, packed_used = reference.pack_mask(mask), reference.pack_mask(used)
-    baselines = {"bool masks": lambda: mask & ~used}
-    yield Case(
-        shape=f"{mask.numel():,}",
-        ours=lambda: ops.free_mask(mask, used),
-        baselines=baselines,
-        check=lambda: check_equal("the mask", ops.free_mask(mask, used), mask & ~used),
-        work=3 * mask.numel(),
-        unit="GB/s",
-    )
-    yield Case(
-        shape=f"{mask.numel():,}, packed",
-        ours=lambda: ops.free_mask(packed, packed_used),
-        baselines=baselines,
-        check=lambda: check_equal("the bytes", ops.free_mask(packed, packed_used), packed & ~packed_used),
-        work=3 * packed.numel(),
-        unit="GB/s",
-    )
+from .timing import Case, Cases, Row, Variant, alternate, check_accurate, check_close, check_equal, tick, timings
 
 
 class Layer:
@@ -399,12 +293,14 @@ def _knn_classify(n: int, m: int, width: int, k: int) -> Case:
 
 
 CASES: dict[str, Callable[[bool], Cases]] = {
-    "topk_masks": topk_masks,
-    "pack_mask": pack_mask,
-    "unpack_mask": unpack_mask,
-    "free_mask": free_mask,
+    "topk_masks": masks.topk_masks,
+    "adam_topk": masks.adam_topk,
+    "pack_mask": masks.pack_mask,
+    "unpack_mask": masks.unpack_mask,
+    "free_mask": masks.free_mask,
     "supermask_linear": layers(supermask, linear=True, densities=(0.1, 0.02)),
     "supermask_conv2d": layers(supermask, linear=False, densities=(0.1, 0.02)),
+    "supermask_weights": masks.supermask_weights,
     "masked_linear": layers(masked, linear=True, densities=(0.1,)),
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
     "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),

@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,6 +49,22 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ratios": {name: self.ratio(name) for name in self.baselines}}
+
+
+@dataclass
+class Case:
+    """One row. check: raises WrongResult unless `ours` is right; work: bytes or FLOPs of one call, in `unit` of 1e9."""
+
+    shape: str
+    ours: Variant
+    baselines: dict[str, Variant]
+    check: Callable[[], None]
+    work: float
+    unit: str
+    density: float | None = None
+
+
+Cases = Iterator[Case]
 
 
 def finish() -> None:

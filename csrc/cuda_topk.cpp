@@ -8,9 +8,9 @@ namespace exssnet {
 namespace {
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> topk_masks(const std::vector<Tensor>& scores, const Ints& k,
-                                                           const OptTensor& hint, bool with_masks,
+                                                           const OptTensor& hint, bool with_masks, bool packed,
                                                            const Tensor& nan_flag) {
-  TopkLayers made(scores, k, hint, with_masks);
+  TopkLayers made(scores, k, hint, with_masks, packed);
   const OnDevice device("topk_masks", made.selection);
   check(nan_flag.scalar_type() == ScalarType::Int && nan_flag.numel() == 1 && same_device(nan_flag, made.selection),
         "topk_masks", "an int32 flag on the device of the scores");
@@ -24,7 +24,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> topk_masks(const std::vector<Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY(exssnet_cuda, m) {
-  m.def("topk_masks(Tensor[] scores, int[] k, Tensor? hint, bool with_masks, Tensor(a!) nan_flag) -> "
+  m.def("topk_masks(Tensor[] scores, int[] k, Tensor? hint, bool with_masks, bool packed, Tensor(a!) nan_flag) -> "
         "(Tensor[], Tensor, Tensor)");
 }
 

@@ -14,18 +14,6 @@ struct MaskOf {
   cpu::Mask mask;
 };
 
-inline MaskOf selected(const Tensor& weight, const Tensor& scores, const Tensor& selection, const char* who) {
-  check(same_shape(scores, weight) && selection.numel() == 2 && selection.scalar_type() == ScalarType::Long &&
-            scores.is_cpu() && selection.is_cpu(),
-        who, "scores in the weight's shape and two int64 that select from them");
-  float_type(scores, who);
-  MaskOf m{row_major(scores), {}};
-  const Tensor pair = row_major(selection);
-  const int64_t* p = pair.const_data_ptr<int64_t>();
-  m.mask = {cpu::Mask::Form::selection, m.data.const_data_ptr(), static_cast<int>(scores.element_size()), p[0], p[1]};
-  return m;
-}
-
 inline MaskOf given(const Tensor& weight, const Tensor& mask, const char* who) {
   const bool bytes = mask.scalar_type() == ScalarType::Bool;
   check(mask.is_cpu() && (bytes ? same_shape(mask, weight)
@@ -34,6 +22,20 @@ inline MaskOf given(const Tensor& weight, const Tensor& mask, const char* who) {
   MaskOf m{row_major(mask), {}};
   m.mask.form = bytes ? cpu::Mask::Form::bytes : cpu::Mask::Form::bits;
   m.mask.data = m.data.const_data_ptr();
+  return m;
+}
+
+// What a selection picks from scores: a row of topk_masks, or its packed mask.
+inline MaskOf selected(const Tensor& weight, const Tensor& scores, const Tensor& selection, const char* who) {
+  if (selection.scalar_type() == ScalarType::Byte) return given(weight, selection, who);
+  check(same_shape(scores, weight) && selection.numel() == 2 && selection.scalar_type() == ScalarType::Long &&
+            scores.is_cpu() && selection.is_cpu(),
+        who, "scores in the weight's shape and two int64 that select from them");
+  float_type(scores, who);
+  MaskOf m{row_major(scores), {}};
+  const Tensor pair = row_major(selection);
+  const int64_t* p = pair.const_data_ptr<int64_t>();
+  m.mask = {cpu::Mask::Form::selection, m.data.const_data_ptr(), static_cast<int>(scores.element_size()), p[0], p[1]};
   return m;
 }
 
@@ -59,10 +61,11 @@ inline std::tuple<Tensor, Tensor> supermask_gradients(const Tensor& grad_effecti
               grad.mutable_data_ptr());
     return {none_like(scores), grad};
   }
-  const Tensor w = row_major(weight);
+  check(same_shape(scores, weight) && scores.is_cpu(), who, "scores in the weight's shape");
+  const Tensor w = row_major(weight), s = row_major(scores);
   const bool in_place = !need_weight && scores.scalar_type() == weight.scalar_type();
   Tensor grad_scores = in_place ? grad : like(scores, scores.scalar_type());
-  cpu::score_gradient(grad.mutable_data_ptr(), w.const_data_ptr(), float_type(w, who), mask.mask.data,
+  cpu::score_gradient(grad.mutable_data_ptr(), w.const_data_ptr(), float_type(w, who), s.const_data_ptr(),
                       float_type(scores, who), w.numel(), grad_scores.mutable_data_ptr(), need_weight, mask.mask);
   return {grad_scores, need_weight ? grad : none_like(weight)};
 }

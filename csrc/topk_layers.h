@@ -13,7 +13,8 @@ struct TopkLayers {
   OptTensor old_hint;
   std::vector<cpu::TopkLayer> layers;
 
-  TopkLayers(const std::vector<Tensor>& scores, const Ints& k, const OptTensor& hint, bool with_masks)
+  // packed: the masks are bits, which kernels for CPUs do not write.
+  TopkLayers(const std::vector<Tensor>& scores, const Ints& k, const OptTensor& hint, bool with_masks, bool packed)
       : selection(rows(scores, k)), new_hint(rows(scores, k)) {
     if (hint) {
       check(hint->scalar_type() == ScalarType::Long && same_shape(*hint, selection) && same_device(*hint, selection),
@@ -27,12 +28,14 @@ struct TopkLayers {
       flat.push_back(row_major(s));
       uint8_t* mask = nullptr;
       if (with_masks) {
-        masks.push_back(like(s, ScalarType::Bool));
+        masks.push_back(packed ? torch::stable::new_empty(s, {(s.numel() + 7) / 8}, ScalarType::Byte)
+                               : like(s, ScalarType::Bool));
         mask = static_cast<uint8_t*>(masks.back().mutable_data_ptr());
       }
       layers.push_back({flat.back().const_data_ptr(), float_type(s, "topk_masks"), s.numel(), k[i], mask,
                         old_hint ? old_hint->const_data_ptr<int64_t>() + 2 * i : nullptr,
-                        selection.mutable_data_ptr<int64_t>() + 2 * i, new_hint.mutable_data_ptr<int64_t>() + 2 * i});
+                        selection.mutable_data_ptr<int64_t>() + 2 * i, new_hint.mutable_data_ptr<int64_t>() + 2 * i,
+                        packed});
     }
   }
 

@@ -15,6 +15,7 @@ from .nn import (
 )
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
+from .optim import ScoreAdam
 from .phases import Phases
 from .serving import Served
 
@@ -27,6 +28,7 @@ __all__ = [
     "Method",
     "PhaseOptions",
     "Phases",
+    "ScoreAdam",
     "Served",
     "SupermaskConv1d",
     "SupermaskConv2d",

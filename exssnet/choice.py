@@ -1,4 +1,8 @@
-"""Sparse or dense products: the density up to which a layer's sparse ones are faster, measured once on this machine."""
+"""Which products a layer is made of: measured once on this machine, where two can serve.
+
+Sparse or dense ones: the density up to which a layer's sparse ones are faster. On a GPU, in the mask phase, fused ones
+or PyTorch's own with a masked weight that is written before: the ratio of their times.
+"""
 
 import json
 import os
@@ -13,10 +17,12 @@ import torch
 from torch import Tensor
 
 from .kernels import native
-from .ops import masked_weight, sparse_pattern
+from .ops import masked_weight, pack_mask, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
+Masking = Literal["auto", "fused", "written"]
+MASKING: tuple[Masking, ...] = ("auto", "fused", "written")
 SURE_DENSITY, SURE_WORK = 0.11, 1 << 22
 """Up to this density a layer of at least so many multiply-adds (dense) is not measured on a CPU: sparse products were
 2.5 to 20 times faster on every such shape in docs/cpu-engine.md."""
@@ -52,10 +58,7 @@ def sparse_is_faster(
         x = x.reshape(-1, x.shape[-1])
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * (geometry[3] if geometry else 1) or not x.numel():
         return True  # nothing to measure; the operators tell what is wrong
-    if weight.dim() == 3 and x.dim() == 3:  # an image of height 1
-        stride, padding, dilation, groups = geometry
-        geometry = (1, *stride), (0, *padding), (1, *dilation), groups
-        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+    x, weight, geometry = _as_images(x, weight, geometry)
     work = x.numel() // max(1, x.shape[1]) * weight.numel()
     if traced() or (kind == "cpu" and density <= SURE_DENSITY and work >= SURE_WORK):
         return kind == "cpu" and density <= SURE_DENSITY
@@ -73,6 +76,88 @@ def sparse_is_faster(
                 return True
             _write()
         return density <= _crossovers[key]
+
+
+def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Any]]:
+    """A one-dimensional convolution as one of images of height 1."""
+    if not weight.dim() == x.dim() == 3:
+        return x, weight, geometry
+    stride, padding, dilation, groups = geometry
+    return x.unsqueeze(2), weight.unsqueeze(2), ((1, *stride), (0, *padding), (1, *dilation), groups)
+
+
+def fused_is_faster(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any] = (), masking: Masking = "auto"
+) -> bool:
+    """Whether a layer of the mask phase over x, on a GPU, should mask tiles of its weight while it multiplies them.
+
+    Otherwise the masked weight is written, see `supermask_weights`, and PyTorch's products take it.
+    x, geometry: as in `sparse_is_faster`; dtype: in which x is multiplied.
+    masking: "fused" or "written" decide alone, and so does the environment's EXSSNET_MASKING over "auto". Otherwise the
+        ratio of their times decides, which is measured when a GPU, a shape and a dtype are first met, and kept in the
+        file of `sparse_is_faster`. Where it is not known and cannot be measured, while operators are traced or a CUDA
+        graph is captured, or without Triton's kernels, they are fused.
+    """
+    if masking == "auto":
+        masking = os.environ.get("EXSSNET_MASKING", "auto")  # type: ignore[assignment]
+    if masking not in MASKING:
+        raise ValueError(f"masking must be one of {', '.join(MASKING)}, got {masking!r}")
+    if masking != "auto":
+        return masking == "fused"
+    if traced() or not x.numel() or not native.is_served("supermask_weights", x.device.type):
+        return True
+    if weight.dim() == 2:
+        x = x.reshape(-1, x.shape[-1])
+    x, weight, geometry = _as_images(x, weight, geometry)
+    where, precision = torch.cuda.get_device_name(x.device), torch.get_float32_matmul_precision()
+    key = " ".join(map(str, ("masking", *x.shape, x.stride(), "to", *weight.shape, *geometry, where, dtype, precision)))
+    if key not in _crossovers:
+        _crossovers.update(_read())
+    if key not in _crossovers:
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        try:
+            _crossovers[key] = fused_over_written(x, weight, dtype, geometry)
+        except RuntimeError:  # no such layer: the operators tell what is wrong
+            return True
+        _write()
+    return _crossovers[key] <= 1
+
+
+def fused_over_written(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any]) -> float:
+    """The time of a layer's fused products over that of PyTorch's with a written weight, measured now.
+
+    Output, input gradient and score gradient.
+    """
+    images = torch.randn_like(x, dtype=dtype)
+    filters, scores = torch.randn_like(weight, dtype=dtype), torch.randn_like(weight, dtype=torch.float32)
+    bits = pack_mask(torch.rand_like(scores) < 0.1)
+    kind, steps, ops = "conv2d" if geometry else "linear", list(geometry), torch.ops
+    forward, backward = (getattr(ops.exssnet, f"supermask_{kind}{end}") for end in ("", "_backward"))
+    written, of_written = ops.exssnet.supermask_weights, ops.exssnet.supermask_weights_backward
+
+    def fused() -> None:
+        y = forward(images, filters, scores, bits, None, *steps, False)
+        backward(y, images, filters, scores, bits, *steps, False, [True, True, False])
+
+    def dense() -> None:
+        (made,) = written([filters], [scores], [bits], dtype)
+        if kind == "linear":
+            y = torch.nn.functional.linear(images, made)
+            torch.mm(y, made)
+            grad = torch.mm(y.t(), images)
+        else:
+            stride, padding, dilation, groups = geometry
+            y = ops.aten.convolution(images, made, None, stride, padding, dilation, False, [0, 0], groups)
+            _, grad, _ = ops.aten.convolution_backward(
+                y, images, made, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
+            )
+        of_written([grad], [filters], [scores], [bits], [True, False])
+
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        finish = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+        of_fused, of_dense = _times(finish, fused, dense)
+    return of_fused / of_dense
 
 
 def traced() -> bool:

@@ -15,8 +15,10 @@ from torch.utils.data import Dataset
 
 from . import distributed, state
 from .kernels import nan_flag
+from .kernels.native import is_served
 from .kkt import RULES, Rule, sample_share, transfer
 from .methods import Method, preset
+from .optim import ScoreAdam
 from .phases import Phases, evaluation
 from .progress import EpochRecord, OpenTask, Stopwatch, TaskReport, Training
 from .tasks import Task, loader, stratified_split
@@ -289,6 +291,8 @@ class Learner:
             return None
         if options.optimizer == "sgd":
             return torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
+        if options.optimizer == "adam" and self.phases.phase == "mask" and is_served("adam_topk", self.device.type):
+            return ScoreAdam(groups, self.model, weight_decay=options.weight_decay)
         kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
         # One kernel for all parameters: a step of a small network is a third of it otherwise.
         return kind(groups, weight_decay=options.weight_decay, fused=self.device.type in ("cpu", "cuda"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import blocks, layout
-from .choice import PRODUCTS, Products, sparse_is_faster, traced
+from .choice import PRODUCTS, Products, fused_is_faster, sparse_is_faster, traced
 from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
     SparsePattern,
@@ -26,9 +26,12 @@ from .ops import (
     supermask_conv1d,
     supermask_conv2d,
     supermask_linear,
+    supermask_weights,
     topk_mask,
-    topk_select,
+    topk_masks,
 )
+from .ops.library import product_dtype
+from .selecting import forget_selection, select_for_all
 
 __all__ = [
     "SupermaskConv1d",
@@ -65,7 +68,8 @@ class SupermaskLayer(nn.Module):
     scores: nn.Parameter | None
     free_values: nn.Parameter | None
     frozen_values: Tensor | None
-    selection: Tensor | None  # made by the converted model for all layers at once; valid for one forward
+    selection: Tensor | None  # row or packed mask, made by the converted model for all layers; valid for one forward
+    masked: Tensor | None  # the masked weight in the dtype of the products, made likewise where they want it written
     k: int
     _kept: dict[Any, Any] | None = None  # what follows from values that change no more, see exssnet.serving
 
@@ -82,7 +86,8 @@ class SupermaskLayer(nn.Module):
             self.register_parameter(name, None)
         for name in ("frozen_values", *PATTERN):
             self.register_buffer(name, None, persistent=False)
-        self.selection = None
+        self.selection = self.masked = None
+        self.written = False  # whether this layer's products want the masked weight written
         self.use_scores(self.random_scores())
 
     @property
@@ -158,12 +163,41 @@ class SupermaskLayer(nn.Module):
             geometry = () if padding is None else self._geometry(padding)
             return sparse_is_faster(x, self.weight, self.density, geometry, self.products)
 
+        return self._decided(decide, x, self.products, self.k)
+
+    def _fused(self, x: Tensor, padding: Any = None) -> bool:
+        """Whether tiles of the weight are masked as they are multiplied, see `fused_is_faster`; always so on a CPU."""
+        if x.device.type == "cpu":
+            return True
+        dtype = product_dtype(x)
+
+        def decide() -> bool:
+            geometry = () if padding is None else self._geometry(padding)
+            return fused_is_faster(x, self.weight, dtype, geometry)
+
+        fused = self._decided(decide, x, x.stride(), dtype)
+        if not traced():
+            self.written = not fused  # for the next forward of the model
+        return fused
+
+    def _decided(self, decide: Callable[[], bool], x: Tensor, *more: Any) -> bool:
         if traced():
             return decide()
-        key = x.shape, x.dtype, x.device, torch.get_num_threads(), self.products, self.k
+        key = decide.__qualname__, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
         if key not in self._choices:
             self._choices[key] = decide()
         return self._choices[key]
+
+    def _masked_weight(self, x: Tensor) -> Tensor:
+        """The weight under the mask of the scores, in the dtype of the products of x."""
+        dtype = product_dtype(x)
+        if self.masked is not None and self.masked.dtype == dtype:
+            return self.masked
+        assert self.scores is not None
+        selection = (
+            topk_masks([self.scores], [self.k], packed=True).masks[0] if self.selection is None else self.selection
+        )
+        return supermask_weights([self.weight], [self.scores], [selection], dtype)[0]
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
         return self.stride, padding, self.dilation, self.groups
@@ -199,6 +233,8 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         sparse = self._sparse(x)
         if self.scores is not None:
+            if not self._fused(x):
+                return F.linear(x, self._masked_weight(x), self.bias)
             return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
@@ -221,6 +257,9 @@ class _SupermaskConv(SupermaskLayer):
         x, padding = self._padded(x)
         sparse = self._sparse(x, padding)
         if self.scores is not None:
+            if not self._fused(x, padding):
+                weight = self._masked_weight(x)
+                return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
             return self.supermask_product(
                 x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
                 dilation=self.dilation, groups=self.groups, sparse=sparse, **self._selected(),
@@ -418,9 +457,10 @@ def convert(
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fast path would read the weights behind the masks' back
     model._masked = [m for m in model.modules() if isinstance(m, SupermaskLayer)]  # type: ignore[assignment]
+    model._handed = None  # type: ignore[assignment]
     model.register_buffer("selection_hint", None, persistent=False)
-    model.register_forward_pre_hook(_select_for_all)
-    model.register_forward_hook(_forget_selection, always_call=True)
+    model.register_forward_pre_hook(select_for_all)
+    model.register_forward_hook(forget_selection, always_call=True)
     return model
 
 
@@ -435,25 +475,6 @@ def _refuse_tied(model: nn.Module, layers: list[nn.Module]) -> None:
             raise ValueError(f"convert: {' and '.join(names)} are one tensor; exclude tied layers or untie them")
 
 
-def _select_for_all(model: nn.Module, args: Any) -> None:
-    """Before the model's forward: one selection for all layers in the mask phase."""
-    layers = [layer for layer in model._masked if layer._parameters["scores"] is not None]  # type: ignore[union-attr]
-    if not layers:
-        return
-    hint = model._buffers["selection_hint"]
-    if hint is not None and len(hint) != len(layers):
-        hint = None
-    scores = [m.scores for m in layers if m.scores is not None]
-    selection, model.selection_hint = topk_select(scores, [m.k for m in layers], hint)
-    for layer, row in zip(layers, selection.unbind(), strict=True):
-        layer.selection = row
-
-
-def _forget_selection(model: nn.Module, args: Any, output: Any) -> None:
-    for layer in model._masked:  # type: ignore[union-attr]
-        layer.selection = None
-
-
 def unconvert(model: nn.Module) -> None:
     """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
     backward = {new: old for old, new in (MASKED | swaps()).items()}  # type: ignore[operator]
@@ -465,17 +486,18 @@ def unconvert(model: nn.Module) -> None:
         for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer.selection, layer.k, layer.products, layer._choices, layer._seen
+        del layer.selection, layer.masked, layer.written, layer.k, layer.products, layer._choices, layer._seen
         layer.weight = nn.Parameter(weight)
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))
         for hooks, ours in (
-            (module._forward_pre_hooks, _select_for_all),
-            (module._forward_hooks, _forget_selection),
+            (module._forward_pre_hooks, select_for_all),
+            (module._forward_hooks, forget_selection),
         ):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-        module.__dict__.pop("_masked", None)
+        for name in ("_masked", "_handed"):
+            module.__dict__.pop(name, None)
         module._buffers.pop("selection_hint", None)
         module._non_persistent_buffers_set.discard("selection_hint")

@@ -10,11 +10,13 @@ if __name__ != "exssnet.kernels":
 REFERENCE = "kernels/reference.py"
 _FILES = {
     "topk_masks": ("csrc/topk.cpp", "csrc/cuda_topk.cpp", "kernels/triton_topk.py"),
+    "adam_topk": (REFERENCE, "csrc/cuda_adam.cpp"),
     "pack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
     "unpack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
     "free_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
     "supermask_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
     "supermask_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
+    "supermask_weights": (REFERENCE, "kernels/triton_weights.py"),
     "masked_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
     "masked_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
     "sparse_linear": ("csrc/sparse.cpp",),

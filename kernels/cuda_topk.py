@@ -9,11 +9,11 @@ _library: torch.library.Library | None = None
 
 
 def topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool
+    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """As the reference, but NaN scores do not raise: they count as more than infinity, and the flag tells of them."""
     found: tuple[list[Tensor], Tensor, Tensor] = torch.ops.exssnet_cuda.topk_masks(
-        scores, k, hint, with_masks, flag(scores[0].device)
+        scores, k, hint, with_masks, packed, flag(scores[0].device)
     )
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import KERNELS, REFERENCE, cuda_topk, triton_backend
+from . import KERNELS, REFERENCE, cuda_adam, cuda_topk, triton_backend
 
 BACKENDS = ("reference", "native", "triton")
 missing: str | None = "not loaded yet"
@@ -35,6 +35,7 @@ def load() -> None:
         missing_cuda = _load("_cuda", "reinstall with nvcc at hand (CUDA_HOME) and FORCE_CUDA=1")
     if missing_cuda is None:
         cuda_topk.register()
+        cuda_adam.register()
     triton_backend.load()
     if missing is not None:
         warnings.warn(f"exssnet runs on its reference in plain PyTorch, native kernels: {missing}", stacklevel=2)

@@ -34,7 +34,9 @@ def select(bits: Tensor, k: int) -> Tensor:
 
 
 def mask_of(scores: Tensor, selection: Tensor) -> Tensor:
-    """The bool mask, in the shape of scores, that a selection stands for."""
+    """The bool mask, in the shape of scores, that a selection stands for: a row of `topk_masks`, or a packed mask."""
+    if selection.dtype == torch.uint8:
+        return unpack_mask(selection, list(scores.shape))
     bits = magnitude_bits(scores)
     index = torch.arange(bits.numel(), device=bits.device)
     kept = (bits > selection[0]) | ((bits == selection[0]) & (index <= selection[1]))
@@ -42,7 +44,7 @@ def mask_of(scores: Tensor, selection: Tensor) -> Tensor:
 
 
 def topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool
+    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     for layer, s in enumerate(scores):
         if bool(s.isnan().any()):
@@ -50,7 +52,29 @@ def topk_masks(
             raise RuntimeError(f"topk_masks: scores[{layer}] holds NaN, first at flat index {first}")
     selection = torch.stack([select(magnitude_bits(s), n) for s, n in zip(scores, k, strict=True)])
     masks = [mask_of(s, row) for s, row in zip(scores, selection, strict=True)] if with_masks else []
-    return masks, selection, selection.clone()
+    return [pack_mask(m) for m in masks] if packed else masks, selection, selection.clone()
+
+
+def adam_topk(
+    scores: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], steps: list[Tensor],
+    masks: list[Tensor], k: list[int], hint: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, maximize: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Adam's step, operation by operation that of `torch.optim.Adam(foreach=False)`, then `topk_masks` into masks."""
+    for s, g, m, v, t in zip(scores, grads, exp_avg, exp_avg_sq, steps, strict=True):
+        t += 1
+        step = t.item()
+        g = -g if maximize else g
+        g = g.add(s, alpha=weight_decay) if weight_decay != 0 else g
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        s.addcdiv_(m, denominator, value=-(lr / (1 - beta1**step)))
+    packed = len(masks) > 0 and masks[0].dtype == torch.uint8
+    found, selection, hint = topk_masks(scores, k, hint, len(masks) > 0, packed)
+    for mask, made in zip(masks, found, strict=True):
+        mask.copy_(made)
+    return selection, hint
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -144,6 +168,25 @@ def supermask_linear_backward(
     return _stored(grad_x, sparse and output_mask[0]), *_supermask_gradients(
         effective, weight, scores, mask, output_mask
     )
+
+
+def supermask_weights(
+    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None
+) -> list[Tensor]:
+    of_layers = zip(weights, scores, selections, strict=True)
+    return [w.where(mask_of(s, m), 0).to(dtype or w.dtype).contiguous() for w, s, m in of_layers]
+
+
+def supermask_weights_backward(
+    grads: list[Tensor], weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], output_mask: list[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    of_layers = zip(grads, weights, scores, selections, strict=True)
+    found = [
+        _supermask_gradients(g.to(torch.promote_types(g.dtype, w.dtype)), w, s, mask_of(s, m), [False, *output_mask])
+        for g, w, s, m in of_layers
+    ]
+    of_scores, of_weights = ([gradients[i] for gradients in found] if output_mask[i] else [] for i in range(2))
+    return of_scores, [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=False)]
 
 
 def supermask_conv2d(

@@ -15,6 +15,8 @@ OPERATORS = {
     "free_mask": "triton_bits",
     "supermask_linear": "triton_linear",
     "supermask_linear_backward": "triton_linear",
+    "supermask_weights": "triton_weights",
+    "supermask_weights_backward": "triton_weights",
     "masked_linear": "triton_linear",
     "masked_linear_backward": "triton_linear",
     "supermask_conv2d": "triton_conv",

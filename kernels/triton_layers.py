@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .triton_mask import Mask, given, selected
+from .triton_mask import Gradients, Mask, OutputParts, finish, given, selected
 from .triton_product import Geometry, product, weight_gradients
 
 
@@ -58,18 +58,17 @@ def forward(
 ) -> Tensor:
     result = _new_result(x, (x.shape[0], weight.shape[0], *geometry.output_size(x.shape[2:])), batch_inner)
     bias = None if bias is None else bias.contiguous()
-    product(_images(x), weight, mask, bias, geometry, _images(result), transposed=False)
+    finish(product(_images(x), weight, mask, bias, geometry, _images(result), transposed=False), None)
     return result
 
 
 def _input_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, geometry: Geometry, batch_inner: bool, needed: bool
-) -> Tensor:
+) -> tuple[Tensor, OutputParts | None]:
     if not needed:
-        return x.new_empty(0)
+        return x.new_empty(0), None
     result = _new_result(x, x.shape, batch_inner)
-    product(_images(grad), weight, mask, None, geometry, _images(result), transposed=True)
-    return result
+    return result, product(_images(grad), weight, mask, None, geometry, _images(result), transposed=True)
 
 
 def new_gradient(t: Tensor, needed: bool) -> Tensor | None:
@@ -85,9 +84,10 @@ def supermask_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mask = selected(scores, selection)
-    grad_x = _input_gradient(grad, x, weight, mask, geometry, batch_inner, output_mask[0])
+    grad_x, parts = _input_gradient(grad, x, weight, mask, geometry, batch_inner, output_mask[0])
     grad_scores, grad_weight = new_gradient(scores, output_mask[1]), new_gradient(weight, output_mask[2])
-    weight_gradients(_images(grad), _images(x), weight, mask, None, geometry, grad_scores, grad_weight)
+    gradients = Gradients(weight, scores, mask, None, grad_scores, grad_weight)
+    finish(parts, weight_gradients(_images(grad), _images(x), geometry, gradients))
     return grad_x, or_empty(grad_scores, scores), or_empty(grad_weight, weight)
 
 
@@ -96,8 +96,8 @@ def masked_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kept = given(mask)
-    grad_x = _input_gradient(grad, x, weight, kept, geometry, False, output_mask[0])
+    grad_x, parts = _input_gradient(grad, x, weight, kept, geometry, False, output_mask[0])
     grad_weight = new_gradient(weight, output_mask[1])
-    free = None if free_mask is None else given(free_mask)
-    weight_gradients(_images(grad), _images(x), weight, kept, free, geometry, None, grad_weight)
+    gradients = Gradients(weight, None, kept, None if free_mask is None else given(free_mask), None, grad_weight)
+    finish(parts, weight_gradients(_images(grad), _images(x), geometry, gradients))
     return grad_x, or_empty(grad_weight, weight)

@@ -6,6 +6,7 @@ byte a weight, or uint8 with a bit. Flat indices are an int64 `base` of a tile p
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,9 @@ class Mask:
 
 
 def selected(scores: Tensor, selection: Tensor) -> Mask:
+    """What a selection picks from scores, which a packed mask leaves unread."""
+    if selection.dtype == torch.uint8:
+        return given(selection)
     return Mask(scores.contiguous(), selection.contiguous())
 
 
@@ -75,15 +79,15 @@ def kept_weight(weight, mask, threshold, tie, base, local, inside):
 
 @triton.jit
 def store_gradients(
-    gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+    gradient, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
 ):  # fmt: skip
     """From the gradient G of the effective weight: G W sign(S) (straight-through), and G where mask and free mask keep.
 
-    grad_scores, grad_weight: None where not asked; free_mask: None frees the whole mask.
+    grad_scores, grad_weight: None where not asked, scores with grad_scores; free_mask: None frees the whole mask.
     """
     if grad_scores is not None:
-        scores = tl.load(mask + base + local, mask=inside, other=0.0)
-        sign = (scores > 0).to(tl.float32) - (scores < 0).to(tl.float32)
+        score = tl.load(scores + base + local, mask=inside, other=0.0)
+        sign = (score > 0).to(tl.float32) - (score < 0).to(tl.float32)
         value = tl.load(weight + base + local, mask=inside, other=0.0).to(tl.float32)
         straight_through = gradient * value * sign
         tl.store(grad_scores + base + local, straight_through.to(grad_scores.dtype.element_ty), mask=inside)
@@ -106,70 +110,87 @@ def _sum_of_parts(parts, count, n, base, local, inside):
 
 
 @triton.jit
-def _gradients_kernel(
-    parts, count, n, weight, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr
+def _finish_kernel(
+    output_parts, output_count, output_n, bias, channels, inner, output, output_blocks,
+    parts, count, n, weight, scores, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    base = tl.program_id(0).to(tl.int64) * BLOCK
-    local = tl.arange(0, BLOCK)
-    inside = base + local < n
-    gradient = _sum_of_parts(parts, count, n, base, local, inside)
-    threshold, tie = threshold_of(selection)
-    store_gradients(
-        gradient, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
-    )  # fmt: skip
+    """The first output_blocks programs fill the output, the others the gradients; parts of neither are None.
+
+    bias[(i // inner) % channels] is added to entry i of the output's storage; bias may be None.
+    """
+    block = tl.program_id(0)
+    if block < output_blocks:
+        if output_parts is not None:
+            base = block.to(tl.int64) * BLOCK
+            local = tl.arange(0, BLOCK)
+            inside = base + local < output_n
+            total = _sum_of_parts(output_parts, output_count, output_n, base, local, inside)
+            if bias is not None:
+                total += tl.load(bias + (base + local) // inner % channels, mask=inside, other=0.0).to(tl.float32)
+            tl.store(output + base + local, total.to(output.dtype.element_ty), mask=inside)
+    else:
+        if parts is not None:
+            base = (block - output_blocks).to(tl.int64) * BLOCK
+            local = tl.arange(0, BLOCK)
+            inside = base + local < n
+            gradient = _sum_of_parts(parts, count, n, base, local, inside)
+            threshold, tie = threshold_of(selection)
+            store_gradients(
+                gradient, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
+            )  # fmt: skip
 
 
-@triton.jit
-def _output_kernel(parts, count, n, bias, channels, inner, output, BLOCK: tl.constexpr):
-    """bias[(i // inner) % channels] is added to entry i of the output's storage; bias may be None."""
-    base = tl.program_id(0).to(tl.int64) * BLOCK
-    local = tl.arange(0, BLOCK)
-    inside = base + local < n
-    total = _sum_of_parts(parts, count, n, base, local, inside)
-    if bias is not None:
-        total += tl.load(bias + (base + local) // inner % channels, mask=inside, other=0.0).to(tl.float32)
-    tl.store(output + base + local, total.to(output.dtype.element_ty), mask=inside)
+class OutputParts(NamedTuple):
+    """An output (N, O, H, W) to fill from its parts (P, ...), which lie in the order of its storage."""
+
+    parts: Tensor
+    bias: Tensor | None
+    output: Tensor
 
 
-@triton.jit
-def _effective_kernel(weight, mask, selection, n, output, BLOCK: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * BLOCK
-    local = tl.arange(0, BLOCK)
-    inside = base + local < n
-    threshold, tie = threshold_of(selection)
-    value = kept_weight(weight, mask, threshold, tie, base, local, inside)
-    tl.store(output + base + local, value, mask=inside)
+class Gradients(NamedTuple):
+    """The gradients that are wanted of a layer, contiguous or None, and what they are made of.
 
+    scores: None where their gradient is not wanted; free_mask: None frees the whole mask.
+    """
 
-def _grid(n: int) -> tuple[int]:
-    return (triton.cdiv(n, BLOCK),)
+    weight: Tensor
+    scores: Tensor | None
+    mask: Mask
+    free_mask: Mask | None
+    of_scores: Tensor | None
+    of_weight: Tensor | None
 
-
-def effective_weight(weight: Tensor, mask: Mask) -> Tensor:
-    """The weight where the mask keeps it, else 0; contiguous."""
-    output = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if output.numel():
-        _effective_kernel[_grid(output.numel())](
-            weight.contiguous(), mask.data, mask.selection, output.numel(), output, BLOCK=BLOCK
-        )
-    return output
-
-
-def gradients_from_parts(
-    parts: Tensor, weight: Tensor, mask: Mask, free_mask: Mask | None, grad_scores: Tensor | None,
-    grad_weight: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill the gradients that are not None from that of the effective weight, the sum of parts (P, *weight.shape)."""
-    if weight.numel():
-        free = None if free_mask is None else free_mask.data
-        _gradients_kernel[_grid(weight.numel())](
-            parts, parts.shape[0], weight.numel(), weight.contiguous(), mask.data, mask.selection, free,
-            grad_scores, grad_weight, BLOCK=BLOCK,
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """As the kernels take them."""
+        scores = self.scores if self.of_scores is not None and self.scores is not None else None
+        return (
+            self.weight.contiguous(), None if scores is None else scores.contiguous(), self.mask.data,
+            self.mask.selection, None if self.free_mask is None else self.free_mask.data, self.of_scores,
+            self.of_weight,
         )  # fmt: skip
 
 
-def output_from_parts(parts: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """Fill an output (N, O, H, W) from its parts (P, ...), which lie in the order of the output's storage."""
-    _output_kernel[_grid(output.numel())](
-        parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, BLOCK=BLOCK
-    )
+class GradientParts(NamedTuple):
+    """Gradients to fill from that of the effective weight, the sum of parts (P, *weight.shape)."""
+
+    parts: Tensor
+    gradients: Gradients
+
+
+def finish(of_output: OutputParts | None, of_gradients: GradientParts | None) -> None:
+    """Add the parts of an output and of a layer's gradients, in one launch for both."""
+    first: tuple[Any, ...] = (None, 0, 0, None, 1, 1, None, 0)
+    second: tuple[Any, ...] = (None, 0, 0, *[None] * 7)
+    blocks = 0
+    if of_output is not None:
+        parts, bias, output = of_output
+        blocks = triton.cdiv(output.numel(), BLOCK)
+        first = parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, blocks
+    if of_gradients is not None and of_gradients.gradients.weight.numel():
+        parts, gradients = of_gradients
+        n = gradients.weight.numel()
+        second = parts, parts.shape[0], n, *gradients.arguments()
+        blocks += triton.cdiv(n, BLOCK)
+    if blocks:
+        _finish_kernel[(blocks,)](*first, *second, BLOCK=BLOCK)

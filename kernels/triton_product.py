@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_mask import Mask, gradients_from_parts, kept_weight, output_from_parts, store_gradients, threshold_of
+from .triton_mask import GradientParts, Gradients, Mask, OutputParts, kept_weight, store_gradients, threshold_of
 
 PROGRAMS = 256  # as many keep a large GPU busy
 PART = 256  # least length of a part of a sum
@@ -220,8 +220,8 @@ def product_kernel(
 )
 @triton.jit(do_not_specialize=["scale"])
 def gradient_kernel(
-    grad, grad_strides, grad_size, x, x_strides, x_size, parts, weight, mask, selection, free_mask, grad_scores,
-    grad_weight, batch, channels, outputs, part_stride, scale,
+    grad, grad_strides, grad_size, x, x_strides, x_size, parts, weight, scores, mask, selection, free_mask,
+    grad_scores, grad_weight, batch, channels, outputs, part_stride, scale,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     BATCH_INNER: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -263,7 +263,7 @@ def gradient_kernel(
     else:
         threshold, tie = threshold_of(selection)
         store_gradients(
-            total, base, local, inside, weight, mask, threshold, tie, free_mask, grad_scores, grad_weight
+            total, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
         )  # fmt: skip
 
 
@@ -291,14 +291,15 @@ def _pixels(t: Tensor) -> int:
 def product(
     source: Tensor, weight: Tensor, mask: Mask, bias: Tensor | None, geometry: Geometry, result: Tensor,
     transposed: bool,
-) -> None:  # fmt: skip
-    """Fill `result` (N, O, H', W'), dense in memory, with the layer's output for `source` (N, C, H, W).
+) -> OutputParts | None:  # fmt: skip
+    """Fill `result` (N, O, H', W'), dense in memory, with the layer's output for `source` (N, C, H, W), or give its
+    parts to `finish`.
 
     transposed: with the gradient of the input (N, C, H, W) for `source`, the gradient of the output.
     weight, mask: of the layer, (O, C/groups, R, S).
     """
     if result.numel() == 0:
-        return
+        return None
     weight, groups = weight.contiguous(), geometry.groups
     channels, outputs, pixels = source.shape[1] // groups, result.shape[1] // groups, _pixels(result)
     count = _parts(outputs, pixels, channels * geometry.taps, groups)
@@ -314,18 +315,15 @@ def product(
         **geometry.constants(), TRANSPOSED=transposed, BATCH_INNER=_batch_inner(result),
         MIXED=geometry.taps > 1 and channels <= FEW_CHANNELS, PRECISION=_precision(),
     )  # fmt: skip
-    if count > 1:
-        output_from_parts(parts, bias, result)
+    return OutputParts(parts, bias, result) if count > 1 else None
 
 
-def weight_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, free_mask: Mask | None, geometry: Geometry,
-    grad_scores: Tensor | None, grad_weight: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill the gradients that are not None, both contiguous, from grad (N, O, H', W') and x (N, C, H, W)."""
-    if weight.numel() == 0 or (grad_scores is None and grad_weight is None):
-        return
-    weight, groups = weight.contiguous(), geometry.groups
+def weight_gradients(grad: Tensor, x: Tensor, geometry: Geometry, gradients: Gradients) -> GradientParts | None:
+    """Fill the gradients that are wanted from grad (N, O, H', W') and x (N, C, H, W), or give their parts to
+    `finish`."""
+    weight, groups = gradients.weight, geometry.groups
+    if weight.numel() == 0 or (gradients.of_scores is None and gradients.of_weight is None):
+        return None
     channels, outputs, pixels = x.shape[1] // groups, grad.shape[1] // groups, _pixels(grad)
     count = _parts(outputs, channels * geometry.taps, pixels, groups)
     parts = None if count == 1 else weight.new_empty((count, weight.numel()), dtype=torch.float32)
@@ -337,10 +335,8 @@ def weight_gradients(
         return triton.cdiv(outputs, tile["BLOCK_O"]) * blocks * groups, count
 
     gradient_kernel[grid](
-        grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts, weight, mask.data,
-        mask.selection, None if free_mask is None else free_mask.data, grad_scores, grad_weight, grad.shape[0],
-        channels, outputs, weight.numel(), pixels.bit_length(),
+        grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts,
+        *gradients.arguments(), grad.shape[0], channels, outputs, weight.numel(), pixels.bit_length(),
         **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
     )  # fmt: skip
-    if parts is not None:
-        gradients_from_parts(parts, weight, mask, free_mask, grad_scores, grad_weight)
+    return None if parts is None else GradientParts(parts, gradients)

@@ -11,8 +11,9 @@ whose piece theirs is. The table reaches the device in the parameters of kernels
 host never waits, and a CUDA graph keeps the table with the launch. A table of pointers would spare the copy of the
 scores, but give the memory that kernels read no owner that a graph, or the interpreter's guard, could see.
 
-Launches: 2 per digit of at most 11 bits (float32 has 3), 2 for the ties, one for each mask; PyTorch's own are one per
-digit and four more. Scores are read once for the copy, once a digit, once for the ties and once for the masks.
+Launches: 2 per digit of at most 11 bits (float32 has 3), 2 for the ties, one for all packed masks, or one for each mask
+of bytes; PyTorch's own are one per digit and four more. Scores are read once for the copy, once a digit, once for the
+ties and once for the masks.
 """
 
 from itertools import accumulate, pairwise
@@ -153,6 +154,25 @@ def _select(
 
 
 @triton.jit
+def _write_bits(
+    scores, first_chunk, first, count, row, selection, masks, layers, BITS: tl.constexpr, LAYERS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Packed masks: that of each layer begins where its first chunk does."""
+    layer, start, begin, end = _chunk_of_program(first_chunk, first, count, layers, LAYERS, CHUNK)
+    pair = selection + 2 * tl.load(row + layer)
+    threshold, tie = tl.load(pair), tl.load(pair + 1)
+    masks += tl.program_id(0).to(tl.int64) * (CHUNK // 8) - begin // 8
+    byte, bit = tl.arange(0, BLOCK // 8)[:, None], tl.arange(0, 8)[None, :]
+    for block in range(begin, end, BLOCK):
+        index = block + 8 * byte + bit
+        bits = _magnitudes(scores, start + index, index < end, BITS)
+        kept = (index < end) & ((bits > threshold) | ((bits == threshold) & (index <= tie)))
+        packed = tl.sum(kept.to(tl.int32) << bit, 1, keep_dims=True)
+        tl.store(masks + block // 8 + byte, packed.to(tl.uint8), mask=block + 8 * byte < end)
+
+
+@triton.jit
 def _write_mask(scores, selection, mask, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = _magnitudes(scores, index, index < n, BITS)
@@ -161,8 +181,10 @@ def _write_mask(scores, selection, mask, n, BITS: tl.constexpr, BLOCK: tl.conste
     tl.store(mask + index, kept.to(tl.uint8), mask=index < n)
 
 
-def _select_layers(scores: list[Tensor], form: Format, k: list[int], rows: list[int], selection: Tensor) -> None:
-    """Writes rows of the selection from the bits of flat scores of one format."""
+def _select_layers(
+    scores: list[Tensor], form: Format, k: list[int], rows: list[int], selection: Tensor, packed: bool
+) -> list[Tensor]:
+    """Writes rows of the selection from the bits of flat scores of one format; their packed masks where asked."""
     device, layers = selection.device, len(scores)
     sizes = [s.numel() for s in scores]
     *first_chunks, chunks = accumulate((triton.cdiv(n, CHUNK) for n in sizes), initial=0)
@@ -187,19 +209,28 @@ def _select_layers(scores: list[Tensor], form: Format, k: list[int], rows: list[
         flat, first_chunk, first, count, row, threshold, rank, ties, selection,
         BITS=form.bits, BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
+    if not packed:
+        return []
+    masks = torch.empty(chunks * CHUNK // 8, dtype=torch.uint8, device=device)
+    _write_bits[(chunks,)](flat, first_chunk, first, count, row, selection, masks, layers, **pieces)
+    begins = (chunk * CHUNK // 8 for chunk in first_chunks)
+    return [masks[begin : begin + triton.cdiv(n, 8)] for begin, n in zip(begins, sizes, strict=True)]
 
 
 def topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool
+    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """As the reference, but NaN scores do not raise: they count as more than infinity, and the flag tells of them."""
     selection = torch.empty(len(scores), 2, dtype=torch.int64, device=scores[0].device)
     flat = [s.contiguous().view(-1).view(FORMATS[s.dtype].integer) for s in scores]
+    bits: dict[int, Tensor] = {}
+    packed = packed and with_masks
     for dtype in dict.fromkeys(s.dtype for s in scores):
         rows = [row for row, s in enumerate(scores) if s.dtype == dtype]
-        _select_layers([flat[i] for i in rows], FORMATS[dtype], [k[i] for i in rows], rows, selection)
-    masks = []
-    if with_masks:
+        of_dtype = [flat[i] for i in rows], FORMATS[dtype], [k[i] for i in rows], rows
+        bits |= dict(zip(rows, _select_layers(*of_dtype, selection, packed), strict=False))
+    masks = [bits[row] for row in range(len(bits))]
+    if with_masks and not packed:
         for s, integers, pair in zip(scores, flat, selection, strict=True):
             masks.append(torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format))
             n = s.numel()

@@ -1,5 +1,7 @@
 """The choice between sparse and dense products: overridable, measured once, kept, and never a matter of results."""
 
+import contextlib
+import copy
 import json
 import threading
 import time
@@ -166,6 +168,123 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, 1, "same", groups=2), (2, 4, 9, 7)),
     "conv2d, circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9, 7)),
 }
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU and its kernels, as far as the choice can tell."""
+    monkeypatch.setattr(choice.native, "is_served", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def fused_takes(monkeypatch: pytest.MonkeyPatch, ratio: float) -> list[Any]:
+    """Let every measurement find this ratio of times; returns the list of what was measured."""
+    calls: list[Any] = []
+    monkeypatch.setattr(choice, "fused_over_written", lambda *layer: calls.append(layer) or ratio)
+    return calls
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("ratio", "expected"), [(0.9, True), (1.1, False)])
+def test_faster_of_fused_and_written_is_measured_once_and_kept(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, ratio: float, expected: bool
+) -> None:
+    calls = fused_takes(monkeypatch, ratio)
+    for _ in range(2):
+        assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY) is expected
+        monkeypatch.setattr(choice, "_crossovers", {})  # another process
+    assert len(calls) == 1
+    assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [ratio]
+
+
+@pytest.mark.usefixtures("gpu", "cache")
+def test_gpu_shape_layout_dtype_and_precision_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fused_takes(monkeypatch, 2.0)
+    choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(X[:4], W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(X.to(memory_format=torch.channels_last), W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(X, W, torch.bfloat16, GEOMETRY)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "another GPU")
+    choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    assert len(calls) == 6
+
+
+@pytest.mark.usefixtures("gpu", "cache")
+@pytest.mark.parametrize("case", ["traced", "captured", "no kernel", "no such layer", "empty"])
+def test_what_cannot_be_measured_is_fused(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    calls = fused_takes(monkeypatch, 2.0)
+    x = X[:0] if case == "empty" else X
+    if case == "captured":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    elif case == "no kernel":
+        monkeypatch.setattr(choice.native, "is_served", lambda *_: False)
+    elif case == "no such layer":
+        monkeypatch.setattr(choice, "fused_over_written", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with Calls() if case == "traced" else contextlib.nullcontext():
+        assert choice.fused_is_faster(x, W, torch.float32, GEOMETRY)
+    assert calls == []
+
+
+@pytest.mark.usefixtures("gpu", "cache")
+def test_captured_graph_uses_what_was_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused_takes(monkeypatch, 2.0)
+    assert not choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_masking_is_decided_by_argument_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXSSNET_MASKING", "written")
+    assert not choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY, "fused")
+    monkeypatch.setenv("EXSSNET_MASKING", "quick")
+    with pytest.raises(ValueError, match=r"^masking must be one of auto, fused, written, got 'quick'$"):
+        choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry"),
+    [((64, 20), (10, 20), ()), ((8, 4, 9, 9), (6, 2, 3, 3), ([2, 1], [1, 0], [1, 2], 2))],
+    ids=["linear", "conv2d"],
+)
+def test_measured_ratio_is_positive(x: Any, weight: Any, geometry: Any) -> None:
+    assert choice.fused_over_written(torch.zeros(x), torch.zeros(weight), torch.float32, geometry) > 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fused_and_written_layers_have_the_same_output_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    make, shape = LAYERS[name]
+    layer = convert(nn.Sequential(make()), density=0.4)[0]
+    layer.products = "dense"
+    x = torch.randn(shape)
+    fused, truth = trained(layer, x, torch.float32), trained(copy.deepcopy(layer).double(), x, torch.float64)
+    monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: False)
+    written = trained(layer, x, torch.float32)
+    assert_accurate(written, fused, truth)
+    assert_accurate(fused, written, truth)
+
+
+def test_written_weights_of_all_layers_are_made_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), density=0.5)
+    x = torch.randn(4, 6)
+    expected = model(x)
+    monkeypatch.setattr(SupermaskLayer, "_fused", lambda layer, *_: setattr(layer, "written", True))
+    assert torch.allclose(model(x), expected)  # each by itself: the first forward tells the model that they want it
+    with Calls() as calls:
+        assert torch.allclose(model(x), expected)
+    assert [(name, len(arguments[0])) for name, arguments in calls.made if "weights" in name] == [
+        ("supermask_weights", 2)
+    ]
+    with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
+        assert model(x).dtype == torch.bfloat16
+    assert [len(arguments[0]) for name, arguments in calls.made if "weights" in name] == [2]
+    assert all(layer.masked is None for _, layer in supermask_layers(model))
 
 
 def trained(layer: SupermaskLayer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

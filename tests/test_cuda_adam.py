@@ -51,8 +51,11 @@ class Training:
     def step(
         self, adam: ModuleType, grads: list[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 0, maximize: bool = False, with_masks: bool = True,
+        packed: bool = False,
     ) -> None:  # fmt: skip
         self.masks = [torch.empty(s.shape, dtype=torch.bool) for s in self.scores] if with_masks else []
+        if packed:
+            self.masks = [torch.empty(-(-s.numel() // 8), dtype=torch.uint8) for s in self.scores]
         self.selection, hint = (torch.empty(len(self.scores), 2, dtype=torch.int64) for _ in range(2))
         flag = np.zeros(1, dtype=np.int32)
         lists = [self.scores, grads, self.exp_avg, self.exp_avg_sq, self.steps]
@@ -60,13 +63,14 @@ class Training:
         workspace = torch.empty(adam.workspace_bytes(arrays[0]), dtype=torch.uint8).numpy()
         self.launches = adam.adam_topk(
             *arrays, self.k, [m.numpy() for m in self.masks], None if self.hint is None else self.hint.numpy(),
-            self.selection.numpy(), hint.numpy(), lr, *betas, eps, weight_decay, maximize, flag, workspace, 2,
+            self.selection.numpy(), hint.numpy(), lr, *betas, eps, weight_decay, maximize, flag, workspace, 2, packed,
         )  # fmt: skip
         self.hint, self.nan = hint, bool(flag[0])
         self.missed = int(workspace[:4].view(np.uint32)[0])
 
     def assert_selected(self) -> None:
-        masks, selection, _ = reference.topk_masks(self.scores, self.k, None, True)
+        packed = bool(self.masks) and self.masks[0].dtype == torch.uint8
+        masks, selection, _ = reference.topk_masks(self.scores, self.k, None, True, packed)
         assert torch.equal(self.selection, selection)
         for mask, expected in zip(self.masks, masks, strict=False):
             assert torch.equal(mask.view(torch.uint8), expected.view(torch.uint8))
@@ -183,6 +187,13 @@ def test_selection_without_masks(adam: ModuleType) -> None:
     training = start()
     training.step(adam, drawn_gradients(training.scores), with_masks=False)
     training.assert_selected()
+
+
+def test_packed_masks(adam: ModuleType) -> None:
+    training = start()
+    for _ in range(2):
+        training.step(adam, drawn_gradients(training.scores), packed=True)
+        training.assert_selected()
 
 
 @pytest.mark.parametrize("at", [0, 4999])

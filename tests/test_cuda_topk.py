@@ -48,10 +48,12 @@ def bits(scores: Tensor) -> np.ndarray:
 
 def select(
     topk: ModuleType, scores: list[Tensor], k: list[int], hint: Tensor | None = None, with_masks: bool = True,
-    nan_flag: int = 0, processors: int = 2, hint_in_place: bool = False,
+    nan_flag: int = 0, processors: int = 2, hint_in_place: bool = False, packed: bool = False,
 ) -> Result:  # fmt: skip
     arrays, kinds = [bits(s) for s in scores], [FLOATS.index(s.dtype) for s in scores]
     masks = [torch.empty(s.shape, dtype=torch.bool) for s in scores] if with_masks else []
+    if packed:
+        masks = [torch.empty(-(-s.numel() // 8), dtype=torch.uint8) for s in scores]
     selection, new_hint = (torch.empty(len(scores), 2, dtype=torch.int64) for _ in range(2))
     if hint_in_place:
         new_hint = hint
@@ -59,7 +61,7 @@ def select(
     workspace = torch.empty(topk.workspace_bytes(arrays, kinds), dtype=torch.uint8).numpy()
     launches = topk.topk_masks(
         arrays, kinds, k, [m.numpy() for m in masks], None if hint is None else hint.contiguous().numpy(),
-        selection.numpy(), new_hint.numpy(), flag, workspace, processors,
+        selection.numpy(), new_hint.numpy(), flag, workspace, processors, packed,
     )  # fmt: skip
     missed = int(workspace[:4].view(np.uint32)[0])
     return Result(masks, selection, new_hint, bool(flag[0]), launches, missed)
@@ -86,6 +88,18 @@ def test_bitwise_the_reference(topk: ModuleType, pattern: str, dtype: torch.dtyp
 def test_selection_without_masks_is_the_references(topk: ModuleType, pattern: str, dtype: torch.dtype) -> None:
     scores, k = drawn(pattern, dtype, sizes=HINTED)
     assert_reference(scores, k, select(topk, scores, k, with_masks=False))
+
+
+@pytest.mark.parametrize("pattern", ["normal", "many-ties", "two-values", "integers"] if PLAIN else ["many-ties"])
+@orders
+@dtypes()
+def test_packed_masks_are_the_references(topk: ModuleType, pattern: str, dtype: torch.dtype, order: str) -> None:
+    scores, k = drawn(pattern, dtype)
+    result = select(topk, scores, k, packed=True)
+    masks, selection, _ = reference.topk_masks(scores, k, None, True, packed=True)
+    assert torch.equal(result.selection, selection)
+    for mask, expected in zip(result.masks, masks, strict=True):
+        assert torch.equal(mask, expected)
 
 
 @pytest.mark.parametrize("n", [7, 64, 1000] if PLAIN else [7, 64])

@@ -82,8 +82,8 @@ SENTENCES: dict[str, Callable[[], object]] = {
         IMAGES, KERNELS, KERNELS, 1, selection=ROW
     ),
     "supermask_linear: k must be in [0, 20], got 21": lambda: supermask(X, W, W, 21),
-    "supermask_linear: selection must be one int64 row (threshold bits, tie index) of topk_select on cpu, got "
-    "torch.int64 of (1, 2) on cpu": lambda: supermask(X, W, W, selection=ROW[None]),
+    "supermask_linear: selection must be one int64 row (threshold bits, tie index) of topk_select, or a packed mask of "
+    "3 bytes, on cpu, got torch.int64 of (1, 2) on cpu": lambda: supermask(X, W, W, selection=ROW[None]),
     "supermask_linear: x is torch.float32 but weight is torch.float64": lambda: supermask(X, W.double(), W, 1),
     "masked_linear: x is torch.float64 but bias is torch.float32": lambda: masked(
         X.double(), W.double(), M, bias=W[:, 0]

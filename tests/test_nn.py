@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import exssnet.nn as exnn
+import exssnet.selecting as selecting_module
 from exssnet import Phases, SupermaskConv1d, SupermaskConv2d, SupermaskLinear, TaskBatchNorm2d, convert, freeze_weights
 from exssnet.nn import TaskBatchNorm1d, allocate_density, signed_constant_
 from exssnet.ops import topk_mask
@@ -136,7 +137,7 @@ def test_a_single_layer_can_be_converted() -> None:
 def test_layers_of_a_model_are_selected_in_one_call_and_one_by_one_alike() -> None:
     model = small_net()
     x = images()
-    with mock.patch.object(exnn, "topk_select", wraps=exnn.topk_select) as selecting:
+    with mock.patch.object(selecting_module, "topk_select", wraps=selecting_module.topk_select) as selecting:
         whole = model(x)
         assert selecting.call_count == 1
     by_hand = model.head(model.grouped(model.pool(model.norm(model.conv(x)).relu())).relu().flatten(1))

@@ -81,10 +81,10 @@ class TestSupermask(ProductTests):
     @layers(FEW)
     def test_selection_given_is_k_given(self, layer: Layer) -> None:
         p = problem(layer, integers=True)
-
-        selection = ops.topk_select([p.scores], [p.k])[0][0]
-        got = run(lambda t: supermask(p, t, selection=selection), self.family.leaves(p), p.grad)
-        assert_exact(got, self.family.kernel(p))
+        row = ops.topk_select([p.scores], [p.k])[0][0]
+        for selection in (row, ops.pack_mask(p.mask)):
+            got = run(lambda t, s=selection: supermask(p, t, selection=s), self.family.leaves(p), p.grad)
+            assert_exact(got, self.family.kernel(p))
 
     @layers(FEW)
     def test_weights_outside_the_mask_are_not_read(self, layer: Layer) -> None:

@@ -145,6 +145,16 @@ def test_mask_computed_from_the_selection_is_the_mask(pattern: str, dtype: torch
         assert torch.equal(reference.mask_of(s, row), mask)
 
 
+@patterns
+@dtypes()
+def test_packed_masks_are_the_bits_of_the_masks(pattern: str, dtype: torch.dtype, device: str) -> None:
+    scores, k = drawn(pattern, dtype, device)
+    result, plain = ops.topk_masks(scores, k, packed=True), ops.topk_masks(scores, k)
+    assert torch.equal(result.selection, plain.selection)
+    for packed, mask in zip(result.masks, plain.masks, strict=True):
+        assert torch.equal(packed, reference.pack_mask(mask))
+
+
 HINTED = (65, 1000, 33 * 65, 100_003)
 
 
@@ -277,12 +287,12 @@ def test_density_to_k_truncates_what_is_dropped(n: int, density: float, k: int) 
     assert ops.density_to_k(n, density) == k
 
 
-@pytest.mark.parametrize("with_masks", [True, False], ids=["masks", "no-masks"])
+@pytest.mark.parametrize("masks", [(True, False), (True, True), (False, False)], ids=["masks", "packed", "no-masks"])
 @pytest.mark.parametrize("with_hint", [True, False], ids=["hint", "no-hint"])
-def test_opcheck(with_masks: bool, with_hint: bool) -> None:
+def test_opcheck(masks: tuple[bool, bool], with_hint: bool) -> None:
     scores = [torch.randn(4, 5, 3).movedim(0, 2), torch.randn(7, dtype=torch.float64), torch.randn(0)]
     hint = torch.zeros(3, 2, dtype=torch.int64) if with_hint else None
-    torch.library.opcheck(torch.ops.exssnet.topk_masks.default, (scores, [10, 7, 0], hint, with_masks))
+    torch.library.opcheck(torch.ops.exssnet.topk_masks.default, (scores, [10, 7, 0], hint, *masks))
 
 
 def test_compiles_in_one_graph_with_the_same_masks() -> None:

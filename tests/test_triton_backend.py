@@ -28,6 +28,9 @@ CALLS: dict[str, Callable[[], object]] = {
         for name, dtype in DTYPES.items()
         if name != "float16"  # as bfloat16, but for the constant of infinity
     },
+    "packed topk_masks": lambda: triton_topk.topk_masks(
+        [meta(512, 512, dtype=torch.float32)] * 2, [20_000] * 2, None, True, True
+    ),
     "topk_masks of one layer": lambda: triton_topk.topk_masks([meta(33, 65, dtype=torch.float32)], [20], None, True),
     "pack_mask": lambda: triton_bits.pack_mask(meta(512, 512, dtype=torch.bool)),
     "unpack_mask": lambda: triton_bits.unpack_mask(meta(32_768, dtype=torch.uint8), [512, 512]),

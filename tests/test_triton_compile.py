@@ -16,7 +16,7 @@ import triton_compile
 from torch import Tensor
 from triton_compile import SHARED, TARGETS, Compiled, compiled
 
-from exssnet.kernels import triton_conv, triton_dense, triton_linear, triton_product
+from exssnet.kernels import triton_conv, triton_linear, triton_product, triton_weights
 
 if triton_compile.interpreting:
     pytest.skip("this process interprets Triton", allow_module_level=True)
@@ -39,6 +39,13 @@ def supermask_linear(dtype: torch.dtype, batch: int = 4096, sparse: bool = False
         "score gradient": lambda: backward(grad, x, weight, scores, row, sparse, [False, True, False]),
         "both gradients": lambda: backward(grad, x, weight, scores, row, sparse, [False, True, True]),
     }
+
+
+def gradients_in_parts(dtype: torch.dtype) -> dict[str, Call]:
+    x, weight, grad = (meta(*n, dtype=dtype) for n in ((512, 64), (1024, 64), (512, 1024)))
+    scores, row = meta(1024, 64, dtype=FLOAT32), meta(2, dtype=torch.int64)
+    backward = triton_linear.supermask_linear_backward
+    return {"gradients": lambda: backward(grad, x, weight, scores, row, False, [True, True, False])}
 
 
 def convolution_of(
@@ -84,11 +91,16 @@ def masked_linear(dtype: torch.dtype, packed: bool) -> dict[str, Call]:
     }
 
 
-def dense(dtype: torch.dtype) -> dict[str, Call]:
-    x, weight, grad = meta(64, 1024, dtype=dtype), meta(2048, 1024, dtype=dtype), meta(64, 2048, dtype=dtype)
-    scores, row = meta(2048, 1024, dtype=FLOAT32), meta(2, dtype=torch.int64)
-    backward = triton_dense.supermask_linear_backward
-    return {"all": lambda: backward(grad, x, weight, scores, row, False, [True] * 3)}
+def weights(dtype: torch.dtype, layers: int) -> dict[str, Call]:
+    shapes = [(64, 64 + i, 3, 3) for i in range(layers)]
+    all_weights, scores = ([meta(*shape, dtype=FLOAT32) for shape in shapes] for _ in range(2))
+    bits = [meta(-(-w.numel() // 8), dtype=torch.uint8) for w in all_weights]
+    grads = [meta(*shape, dtype=dtype) for shape in shapes]
+    backward = triton_weights.supermask_weights_backward
+    return {
+        "weights": lambda: triton_weights.supermask_weights(all_weights, scores, bits, dtype),
+        "gradients": lambda: backward(grads, all_weights, scores, bits, [True, True]),
+    }
 
 
 def tf32(layer: Callable[[torch.dtype], dict[str, Call]]) -> dict[str, Call]:
@@ -124,7 +136,8 @@ VARIANTS: dict[str, Callable[[], dict[str, Call]]] = {
     "3x3 depthwise": lambda: supermask_conv2d(BFLOAT16, channels=128, groups=128),
     "3x3 packed mask": lambda: masked_conv2d(BFLOAT16, packed=True),
     "3x3 bool mask": lambda: masked_conv2d(BFLOAT16, packed=False),
-    "dense": lambda: dense(BFLOAT16),
+    "weights of all layers": lambda: weights(BFLOAT16, 64),
+    "linear gradients in parts": lambda: gradients_in_parts(BFLOAT16),
 }
 CASES = EVERYWHERE | VARIANTS
 SUITE = [(architecture, case) for case in EVERYWHERE for architecture in TARGETS]

@@ -1,7 +1,6 @@
 """supermask_linear, supermask_conv2d, masked_linear, masked_conv2d in Triton, interpreted under the guard.
 
-Truth is the reference in float64. `fused` masks tiles of the weight; `dense` writes the masked weight for PyTorch's
-products.
+Truth is the reference in float64.
 """
 
 import itertools
@@ -19,17 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from products import Problem, geometry, output_masks, problem
 from torch import Tensor
 
-from exssnet.kernels import reference, triton_conv, triton_dense, triton_layers, triton_linear, triton_product
+from exssnet.kernels import reference, triton_conv, triton_layers, triton_linear, triton_product
 
-KERNELS = {
-    "fused": {**vars(triton_linear), **vars(triton_conv)},
-    "dense": vars(triton_dense),
-}
+KERNELS = {**vars(triton_linear), **vars(triton_conv)}
 HALF, FLOAT32 = (
     max(len(tiles[of]) for tiles in (triton_product.PRODUCT_TILES, triton_product.GRADIENT_TILES))
     for of in ("half", "float32")
 )
-engines = pytest.mark.parametrize("engine", KERNELS)
 single = dtypes("float32", "bfloat16", "float16")
 Arguments = dict[str, tuple[Any, ...]]
 SMALL = (
@@ -73,10 +68,10 @@ def results(name: str, found: Any) -> dict[str, Tensor]:
     return {f"{name} {i}": t for i, t in enumerate(found if isinstance(found, tuple) else (found,))}
 
 
-def kernel(engine: str, calls: Arguments) -> dict[str, Tensor]:
+def kernel(calls: Arguments) -> dict[str, Tensor]:
     found = {}
     for name, args in calls.items():
-        found |= results(name, KERNELS[engine][name](*args))
+        found |= results(name, KERNELS[name](*args))
     return found
 
 
@@ -103,8 +98,8 @@ def order(t: Tensor) -> tuple[bool, bool]:
     return t.is_contiguous(), t.movedim(0, -1).is_contiguous()
 
 
-def check_exact(engine: str, calls: Arguments) -> None:
-    got, like = kernel(engine, calls), plain(calls)
+def check_exact(calls: Arguments) -> None:
+    got, like = kernel(calls), plain(calls)
     assert_exact(got, representable(truth(calls), like))
     for name, t in got.items():
         assert order(t) == order(like[name]), name
@@ -113,28 +108,27 @@ def check_exact(engine: str, calls: Arguments) -> None:
 
 @layers(LINEAR + CONV2D)
 def test_integers_give_exact_results(layer: Layer) -> None:
-    check_exact("fused", of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
+    check_exact(of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
 
 
 @layers(FEW)
 @single
-@engines
-def test_exact_in_dtype(engine: str, layer: Layer, dtype: torch.dtype) -> None:
-    check_exact(engine, arguments(problem(layer, dtype, integers=True)))
+def test_exact_in_dtype(layer: Layer, dtype: torch.dtype) -> None:
+    check_exact(arguments(problem(layer, dtype, integers=True)))
 
 
 @pytest.mark.parametrize("index", range(HALF))
 @layers(SMALL)
 def test_exact_in_every_configuration_of_half_types(index: int, layer: Layer) -> None:
     with triton_guard.configuration(index):
-        check_exact("fused", of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
+        check_exact(of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
 
 
 @pytest.mark.parametrize("index", range(FLOAT32))
 @layers(SMALL)
 def test_exact_in_every_configuration_of_float32(index: int, layer: Layer) -> None:
     with triton_guard.configuration(index):
-        check_exact("fused", of_supermasks(arguments(problem(layer, integers=True))))
+        check_exact(of_supermasks(arguments(problem(layer, integers=True))))
 
 
 def test_float32_is_tf32_only_where_pytorch_allows_it() -> None:
@@ -154,10 +148,9 @@ def test_float32_is_tf32_only_where_pytorch_allows_it() -> None:
 
 @layers(SMALL)
 @single
-@engines
-def test_errs_at_most_twice_as_much_as_plain_pytorch(engine: str, layer: Layer, dtype: torch.dtype) -> None:
+def test_errs_at_most_twice_as_much_as_plain_pytorch(layer: Layer, dtype: torch.dtype) -> None:
     calls = arguments(problem(layer, dtype))
-    assert_accurate(kernel(engine, calls), plain(calls), truth(calls))
+    assert_accurate(kernel(calls), plain(calls), truth(calls))
 
 
 def split(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -173,8 +166,29 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @layers(SMALL)
 def test_exact_in_parts(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = split(monkeypatch)
-    check_exact("fused", arguments(problem(layer, torch.bfloat16, integers=True)))
+    check_exact(arguments(problem(layer, torch.bfloat16, integers=True)))
     assert min(counts) > 1
+
+
+@pytest.mark.parametrize("family", ["supermask", "masked"])
+@layers(SMALL[:1] + SMALL[-1:])
+def test_backward_is_three_launches_where_both_sums_are_in_parts(
+    layer: Layer, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches, launch = [], triton_guard.GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        launches.append(self.fn.__name__)
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(triton_guard.GridExecutor, "__call__", counted)
+    split(monkeypatch)
+    calls = arguments(problem(layer, torch.bfloat16, integers=True))
+    check_exact({f"{family}_{layer.kind}": calls[f"{family}_{layer.kind}"]})
+    assert launches == ["product_kernel", "_finish_kernel"]
+    launches.clear()
+    check_exact({f"{family}_{layer.kind}_backward": calls[f"{family}_{layer.kind}_backward"]})
+    assert launches == ["product_kernel", "gradient_kernel", "_finish_kernel"]
 
 
 @layers(SMALL[:1] + SMALL[-1:])
@@ -184,48 +198,44 @@ def test_parts_repeat_bit_for_bit_and_err_no_more(
 ) -> None:
     split(monkeypatch)
     calls = of_supermasks(arguments(problem(layer, dtype)))
-    found = kernel("fused", calls)
-    assert_exact(kernel("fused", calls), found)
+    found = kernel(calls)
+    assert_exact(kernel(calls), found)
     assert_accurate(found, plain(calls), truth(calls))
 
 
 @layers(FEW[:1] + SMALL[-2:])
-@engines
-def test_batch_innermost_in_and_out(engine: str, layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_innermost_in_and_out(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(layer, torch.bfloat16, integers=True)
     for stored in (unchanged, lambda name, t: reference.batch_last(t) if name in ("x", "grad") else t):
-        check_exact(engine, of_supermasks(arguments(p, sparse=True, change=stored)))
+        check_exact(of_supermasks(arguments(p, sparse=True, change=stored)))
     split(monkeypatch)
-    check_exact(engine, of_supermasks(arguments(p, sparse=True)))
+    check_exact(of_supermasks(arguments(p, sparse=True)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @layers(FEW[:1] + SMALL[-2:])
-@engines
-def test_exact_with_strides(engine: str, layer: Layer, layout: str) -> None:
+def test_exact_with_strides(layer: Layer, layout: str) -> None:
     p = problem(layer, torch.bfloat16, integers=True)
-    check_exact(engine, arguments(p, change=lambda _, t: LAYOUTS[layout](t)))
+    check_exact(arguments(p, change=lambda _, t: LAYOUTS[layout](t)))
 
 
 @layers(FEW)
-@engines
-def test_exact_with_the_expanded_gradient_of_a_sum(engine: str, layer: Layer) -> None:
+def test_exact_with_the_expanded_gradient_of_a_sum(layer: Layer) -> None:
     p = problem(layer, integers=True)
     p.grad = torch.ones(()).expand(p.grad.shape)
-    check_exact(engine, arguments(p))
+    check_exact(arguments(p))
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.differing_executors])
 @given(any_convolution())
 def test_exact_in_any_geometry(layer: Layer) -> None:
     torch.manual_seed(0)
-    check_exact("fused", of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
+    check_exact(of_supermasks(arguments(problem(layer, torch.bfloat16, integers=True))))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @single
-@engines
-def test_selection_is_that_of_the_reference(engine: str, pattern: str, dtype: torch.dtype) -> None:
+def test_selection_is_that_of_the_reference(pattern: str, dtype: torch.dtype) -> None:
     """With x the identity, the output is the effective weight, transposed."""
     scores = scores_of(pattern, 13 * 11, dtype).reshape(13, 11)
     weight = torch.randint(1, 9, (13, 11)).bfloat16()
@@ -233,9 +243,9 @@ def test_selection_is_that_of_the_reference(engine: str, pattern: str, dtype: to
     for k in (0, 1, 60, 142, 143):
         row = reference.select(reference.magnitude_bits(scores), k)
         kept = weight.where(reference.mask_of(scores, row), 0)
-        assert torch.equal(KERNELS[engine]["supermask_linear"](eye, weight, scores, row, None, False), kept.t()), k
+        assert torch.equal(KERNELS["supermask_linear"](eye, weight, scores, row, None, False), kept.t()), k
         arguments = (eye.new_ones(11, 13), eye, weight, scores, row, False, [True] * 3)
-        grad_x, grad_scores, grad_weight = KERNELS[engine]["supermask_linear_backward"](*arguments)
+        grad_x, grad_scores, grad_weight = KERNELS["supermask_linear_backward"](*arguments)
         assert torch.equal(grad_x, kept.sum(0).expand(11, 11)), k
         assert torch.equal(grad_scores, (weight * scores.sign()).to(dtype)), k
         assert torch.equal(grad_weight, (kept != 0).bfloat16()), k
@@ -244,68 +254,69 @@ def test_selection_is_that_of_the_reference(engine: str, pattern: str, dtype: to
 @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.float16, torch.bfloat16])
 @layers(SMALL[-2:])
 @single
-@engines
-def test_scores_keep_a_dtype_of_their_own(
-    engine: str, layer: Layer, dtype: torch.dtype, scores_dtype: torch.dtype
-) -> None:
-    check_exact(engine, arguments(problem(layer, dtype, integers=True, scores_dtype=scores_dtype)))
+def test_scores_keep_a_dtype_of_their_own(layer: Layer, dtype: torch.dtype, scores_dtype: torch.dtype) -> None:
+    check_exact(arguments(problem(layer, dtype, integers=True, scores_dtype=scores_dtype)))
 
 
 @pytest.mark.parametrize("packed", [("mask",), ("free",), ("mask", "free")], ids=",".join)
 @layers(FEW + SMALL[-2:])
-@engines
-def test_packed_masks_give_the_bits_of_bool_masks(engine: str, layer: Layer, packed: tuple[str, ...]) -> None:
+def test_packed_masks_give_the_bits_of_bool_masks(layer: Layer, packed: tuple[str, ...]) -> None:
     p = problem(layer)
     pack = arguments(p, change=lambda name, t: reference.pack_mask(t) if name in packed else t)
-    assert_exact(kernel(engine, pack), kernel(engine, arguments(p)))
+    assert_exact(kernel(pack), kernel(arguments(p)))
+
+
+@layers(FEW + SMALL[-2:])
+@single
+def test_packed_mask_as_selection_gives_the_bits_of_the_row(layer: Layer, dtype: torch.dtype) -> None:
+    p = problem(layer, dtype)
+    rows = of_supermasks(arguments(p))
+    bits = {name: (*args[: 3 + b], reference.pack_mask(p.mask), *args[4 + b :])
+            for name, args in rows.items() for b in [name.endswith("_backward")]}  # fmt: skip
+    assert_exact(kernel(bits), kernel(rows))
 
 
 @layers(FEW)
-@engines
-def test_no_free_mask_means_the_whole_mask(engine: str, layer: Layer) -> None:
+def test_no_free_mask_means_the_whole_mask(layer: Layer) -> None:
     name = f"masked_{layer.kind}_backward"
     grad, x, weight, mask, _, *rest = arguments(problem(layer, integers=True))[name]
-    check_exact(engine, {name: (grad, x, weight, mask, None, *rest)})
+    check_exact({name: (grad, x, weight, mask, None, *rest)})
 
 
 @layers(FEW)
-@engines
-def test_backward_computes_only_what_is_asked(engine: str, layer: Layer) -> None:
+def test_backward_computes_only_what_is_asked(layer: Layer) -> None:
     for name, (*args, everything) in arguments(problem(layer, integers=True)).items():
         if name.endswith("_backward"):
             for asked in output_masks(len(everything)):
-                check_exact(engine, {name: (*args, list(asked))})
+                check_exact({name: (*args, list(asked))})
 
 
 @layers(FEW)
-@engines
-def test_weights_outside_the_mask_are_not_read(engine: str, layer: Layer) -> None:
+def test_weights_outside_the_mask_are_not_read(layer: Layer) -> None:
     p = problem(layer)
     holes = arguments(p, change=lambda name, t: t.where(p.mask, torch.nan) if name == "weight" else t)
-    full = kernel(engine, arguments(p))
-    for name, t in kernel(engine, holes).items():
+    full = kernel(arguments(p))
+    for name, t in kernel(holes).items():
         if name != f"supermask_{layer.kind}_backward 1":  # the score gradient, which is G W sign(S) everywhere
             assert torch.equal(t, full[name]), name
 
 
 @layers(FEW)
-@engines
-def test_infinite_gradients_do_not_leave_the_free_mask(engine: str, layer: Layer) -> None:
+def test_infinite_gradients_do_not_leave_the_free_mask(layer: Layer) -> None:
     p = problem(layer)
     p.grad.fill_(torch.inf)
     name = f"masked_{layer.kind}_backward"
-    _, grad_weight = KERNELS[engine][name](*arguments(p)[name])
+    _, grad_weight = KERNELS[name](*arguments(p)[name])
     assert torch.equal(grad_weight[~p.free], torch.zeros(int((~p.free).sum())))
 
 
 @layers(FEW)
-@engines
-def test_float64_is_the_reference(engine: str, layer: Layer) -> None:
+def test_float64_is_the_reference(layer: Layer) -> None:
     for dtype, other in itertools.product([torch.float64, torch.float32], [torch.float64]):
         calls = arguments(problem(layer, dtype, scores_dtype=other))
         if dtype == torch.float32:
             calls = {name: args for name, args in calls.items() if name.startswith("supermask")}
-        assert_exact(kernel(engine, calls), plain(calls))
+        assert_exact(kernel(calls), plain(calls))
 
 
 @layers(SMALL[:1] + SMALL[-1:])
@@ -323,7 +334,7 @@ def test_images_farther_apart_than_32_bits_count(layer: Layer, tmp_path: Path) -
 
     p = problem(replace(layer, x=(3, *layer.x[1:])), torch.bfloat16, integers=True)
     calls = of_supermasks(arguments(p))
-    got = kernel("fused", of_supermasks(arguments(p, change=far)))
+    got = kernel(of_supermasks(arguments(p, change=far)))
     assert_exact(got, representable(truth(calls), got))
 
 

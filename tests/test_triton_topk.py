@@ -90,6 +90,16 @@ def test_without_masks_only_the_selection_is_made() -> None:
     assert hint.data_ptr() != selection.data_ptr()
 
 
+@patterns
+@pytest.mark.usefixtures("small_blocks")
+def test_packed_masks_are_the_bits_of_the_references(pattern: str) -> None:
+    pairs = [drawn(pattern, dtype, 0, 7, 64, 65, 1000) for dtype in (torch.float32, torch.bfloat16)]
+    scores, k = ([x for both in zip(*of_each, strict=True) for x in both] for of_each in zip(*pairs, strict=True))
+    masks, _, _ = triton_topk.topk_masks(scores, k, None, True, packed=True)
+    for packed, expected in zip(masks, reference.topk_masks(scores, k, None, True, packed=True)[0], strict=True):
+        assert torch.equal(packed, expected)
+
+
 CPU = torch.device("cpu")
 
 

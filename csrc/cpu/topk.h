@@ -16,6 +16,7 @@ struct TopkLayer {
   const int64_t* hint; // what an earlier call wrote to new_hint, or anything: it changes speed only; or null
   int64_t* selection;  // 2: bits of the k-th largest magnitude, index of the last kept entry that has them
   int64_t* new_hint;   // 2
+  bool packed = false; // the mask is bits, as of pack_mask, in memory aligned to 4 bytes: on a GPU alone
 };
 
 struct Place {

@@ -26,6 +26,7 @@ struct Shared {
   int64_t sums[kLayerWarps];
   int64_t position, rank;
   int64_t threshold, tie;
+  unsigned tail;  // bits of a packed mask that are no whole word
   unsigned bins[kBins];
 };
 
@@ -201,6 +202,16 @@ __device__ void finish(Work& w, int64_t threshold, int64_t tie, double crowd, in
   layer.new_hint[0] = low, layer.new_hint[1] = high;
 }
 
+// Sets the mask of a candidate, which is 0 where it is bits. The last ones, of no whole word, are left in shared.tail.
+__device__ void mark(const TopkLayer& layer, int64_t i, bool kept, Shared& shared) {
+  if (!layer.packed) {
+    layer.mask[i] = kept;
+  } else if (kept) {
+    unsigned* const word = i < layer.n / 32 * 32 ? reinterpret_cast<unsigned*>(layer.mask) + i / 32 : &shared.tail;
+    atomicOr(word, 1u << i % 32);
+  }
+}
+
 // After a pass: picks the k-th among the candidates and sets their mask bytes, or sets another bracket.
 template <class S>
 __global__ void __launch_bounds__(kLayerThreads) settle(Workspace space, const unsigned* needed) {
@@ -233,17 +244,21 @@ __global__ void __launch_bounds__(kLayerThreads) settle(Workspace space, const u
     const auto* candidates = static_cast<const Candidate<S>*>(w.candidates);
     const auto offset = [=](int64_t i) { return magnitude_of(candidates[i]) - lo; };
     const auto from_end = [=](int64_t i) { return n - 1 - index_of(candidates[i]); };  // smaller indices come first
+    if (threadIdx.x == 0) shared.tail = 0;
     const Interval last = pick(inside, hi - lo, rank, shared, offset);
     Interval at{0, n - 1, 1};
     if (last.count > 1)
       at = pick(inside, n - 1, rank, shared, [=](int64_t i) { return offset(i) == last.low ? from_end(i) : -1; });
     for (int64_t i = threadIdx.x; i < inside; i += kLayerThreads) {
       const bool equal = last.holds(offset(i));
-      if (layer.mask) layer.mask[index_of(candidates[i])] = offset(i) > last.high || (equal && from_end(i) >= at.low);
+      if (layer.mask)
+        mark(layer, index_of(candidates[i]), offset(i) > last.high || (equal && from_end(i) >= at.low), shared);
       if (equal && at.holds(from_end(i))) shared.threshold = offset(i) + lo, shared.tie = index_of(candidates[i]);
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
+    if (layer.mask && layer.packed)
+      for (int64_t i = n / 32 * 32; i < n; i += 8) layer.mask[i / 8] |= static_cast<uint8_t>(shared.tail >> i % 32);
     const double t = static_cast<double>(shared.threshold);
     const double crowd_above = static_cast<double>(layer.k - above) / (static_cast<double>(hi) - t + 1);
     const double crowd_below = static_cast<double>(inside - (layer.k - above) + 1) / (t - static_cast<double>(lo) + 1);
@@ -301,7 +316,7 @@ __global__ void __launch_bounds__(kLayerThreads) narrow(Workspace space) {
   if (threadIdx.x == 0) aim(w, bracket, k - rank);
 }
 
-// Decides about the entries equal to the threshold, whose mask bytes are 2.
+// Decides about the entries equal to the threshold, whose mask bytes are 2; of bits it reads the scores again.
 template <class S>
 __global__ void __launch_bounds__(kThreads) paint(Workspace space) {
   if (*space.tied == 0) return;
@@ -314,6 +329,18 @@ __global__ void __launch_bounds__(kThreads) paint(Workspace space) {
       const int64_t strip = tile * kWarps + warp(), begin = strip * kStrip<S>;
       const int64_t last = min(begin + kStrip<S>, w.layer.n);
       if (begin >= last || w.ties[strip] == 0) continue;
+      if (w.layer.packed) {
+        for (int v = 0; v < kVectors<S>; ++v) {
+          const int64_t i = place<S>(strip, v);
+          unsigned bits = 0;
+          for (int j = 0; j < kWidth<S> && i + j < last; ++j) {
+            const int64_t m = magnitude<S>(w.layer, i + j);
+            bits |= static_cast<unsigned>(m > w.hi || (m == w.hi && i + j <= tie)) << j;
+          }
+          store_bits<S>(mask, i, last, bits);
+        }
+        continue;
+      }
       for (int64_t i = begin + lane(); i < last; i += 32)
         if (mask[i] == 2) mask[i] = i <= tie;
     }

@@ -2,9 +2,11 @@
 //
 // One fixed sequence of launches, all decisions on the device: it may be captured in a graph. Scores are read once
 // where the bracket (the hint's, or that of a sample of n^(2/3) scores) holds the k-th magnitude and not too many
-// others, which is nearly always so: n entries of b bytes cost n (b + 1) bytes then, without a mask n b. Otherwise they
+// others, which is nearly always so: n entries of b bytes cost n (b + 1) bytes then, with a packed mask n (b + 1/8),
+// without a mask n b. Otherwise they
 // are read once more for each narrowing that was needed, at most ceil(bits of a magnitude / 11), and once more for the
-// mask. Where so many entries equal the threshold that they were only counted, the mask's bytes are passed over again.
+// mask. Where so many entries equal the threshold that they were only counted, the mask's bytes, or for a packed mask
+// the scores around these entries, are passed over again.
 // Launches: begin for every 40 layers, scan, settle, (histogram, narrow) for each of the 2, 3 or 6 possible narrowings
 // of 16, 32 or 64 bits, scan, settle, paint: 12 for up to 40 layers of float32, of which begin, scan and settle have
 // work to do in the usual case. Each dtype among the layers has its own sequence.

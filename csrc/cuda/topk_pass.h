@@ -135,6 +135,14 @@ struct Stored {
   }
 };
 
+// Writes the bits of the warp's vectors at i to a packed mask, whose spare bits are zero.
+template <class S>
+__device__ void store_bits(uint8_t* mask, int64_t i, int64_t n, unsigned bits) {
+  for (int width = kWidth<S>; width < 8; width *= 2)
+    bits |= __shfl_down_sync(kAll, bits, width / kWidth<S>) << width;
+  if (i % 8 == 0 && i < n) mask[i / 8] = static_cast<uint8_t>(bits);
+}
+
 // Puts the entries of a strip that are inside the bracket among the candidates: entry j of the lane's vector v, where
 // bit v * kWidth + j of `inside` is set. They are few, so they are read again rather than kept at hand.
 template <class S>
@@ -158,7 +166,7 @@ __device__ void collect(Work& w, int64_t strip, unsigned inside) {
 
 // Counts what is above the bracket of each layer and what is inside, writes the mask as if nothing inside were kept,
 // and collects the candidates inside. In a bracket of one value there may be any number of them: they are only counted,
-// strip by strip, and their bytes of the mask are 2. A strip is a warp's own work.
+// strip by strip, and their bytes of the mask are 2, their bits 0. A strip is a warp's own work.
 template <class S, class Source>
 __device__ void scan_layers(const Workspace& space, const Source& read) {
   using B = Wide<S>;
@@ -171,6 +179,7 @@ __device__ void scan_layers(const Workspace& space, const Source& read) {
     const B lo = static_cast<B>(w.lo), hi = static_cast<B>(w.hi), infinity = static_cast<B>(space.infinity);
     const U range = static_cast<U>(hi) - static_cast<U>(lo);
     uint8_t* const mask = w.layer.mask;
+    const bool packed = mask && w.layer.packed;
     unsigned above = 0, equal = 0;
     bool nan = false;
     for (; tile < end; ++tile) {
@@ -184,6 +193,7 @@ __device__ void scan_layers(const Workspace& space, const Source& read) {
 #pragma unroll
       for (int v = 0; v < kVectors<S>; ++v) {
         Bytes bytes = 0;
+        unsigned bits = 0;
 #pragma unroll
         for (int j = 0; j < kWidth<S>; ++j) {
           const B b = magnitudes[v][j];
@@ -192,9 +202,11 @@ __device__ void scan_layers(const Workspace& space, const Source& read) {
           nan |= b > infinity;
           inside |= static_cast<unsigned>(is_inside) << (v * kWidth<S> + j);
           bytes |= static_cast<Bytes>(static_cast<Bytes>(is_inside && range == 0 ? 2 : is_above) << (8 * j));
+          bits |= static_cast<unsigned>(is_above) << j;
         }
         const int64_t i = place<S>(strip, v);
-        if (mask && whole) *reinterpret_cast<Bytes*>(mask + i) = bytes;
+        if (packed) store_bits<S>(mask, i, n, bits);
+        else if (mask && whole) *reinterpret_cast<Bytes*>(mask + i) = bytes;
         else if (mask)
 #pragma unroll 1
           for (int j = 0; j < kWidth<S> && i + j < n; ++j) mask[i + j] = static_cast<uint8_t>(bytes >> (8 * j));

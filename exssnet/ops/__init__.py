@@ -2,6 +2,7 @@
 
 from exssnet.kernels import native as _native
 
+from .adam import adam_topk
 from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
 from .norm import batch_norm_act
@@ -17,12 +18,14 @@ from .sparse import (
     sparse_pattern,
 )
 from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
+from .weights import supermask_weights
 
 _native.load()
 
 __all__ = [
     "SparsePattern",
     "TopK",
+    "adam_topk",
     "batch_norm_act",
     "density_to_k",
     "free_mask",
@@ -41,6 +44,7 @@ __all__ = [
     "supermask_conv1d",
     "supermask_conv2d",
     "supermask_linear",
+    "supermask_weights",
     "topk_mask",
     "topk_masks",
     "topk_select",

@@ -67,10 +67,15 @@ def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[.
     return call
 
 
+def register_gradient(name: str, call: Callable[..., Any]) -> None:
+    """Let operator `name`, where gradients are recorded, be a call that applies a Function."""
+    _library.impl(name, call, "Autograd")
+
+
 def bind_gradient(name: str, boundary: type[torch.autograd.Function]) -> None:
     """Give operator `name` the gradient of a Function; its backward operator has none."""
     boundary.__name__ = boundary.__qualname__ = name
-    _library.impl(name, boundary.apply, "Autograd")
+    register_gradient(name, boundary.apply)
     refuse_derivative(f"{name}_backward", "second-order gradients are not supported")
 
 
@@ -79,7 +84,8 @@ def refuse_derivative(name: str, why: str) -> None:
     op = getattr(torch.ops.exssnet, name).default
 
     def refuse(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        tensors = (t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(f"exssnet::{name} has no derivative: {why}")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -87,13 +93,23 @@ def refuse_derivative(name: str, why: str) -> None:
     _library.impl(name, refuse, "Autograd")
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The arguments in autocast's dtype where autocast is on for the device of x, else unchanged."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype, where it is on for the device of x and takes x."""
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if not on or not x.is_floating_point() or x.dtype == torch.float64:
+    return torch.get_autocast_dtype(kind) if on and x.is_floating_point() and x.dtype != torch.float64 else None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the operators multiply x."""
+    return _autocast_dtype(x) or x.dtype
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The arguments in autocast's dtype where autocast is on for the device of x, else unchanged."""
+    dtype = _autocast_dtype(x)
+    if dtype is None:
         return x, *others
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 

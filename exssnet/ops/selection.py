@@ -12,16 +12,23 @@ from .library import define
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def new_masks(scores: Sequence[Tensor], packed: bool) -> list[Tensor]:
+    """Memory for the masks of some scores."""
+    if packed:
+        return [s.new_empty(-(-s.numel() // 8), dtype=torch.uint8) for s in scores]
+    return [torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format) for s in scores]
+
+
 def _fake_topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool
+    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    masks = [torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format) for s in scores]
     selection = scores[0].new_empty(len(scores), 2, dtype=torch.int64)
-    return masks if with_masks else [], selection, torch.empty_like(selection)
+    return new_masks(scores, packed) if with_masks else [], selection, torch.empty_like(selection)
 
 
 define(
-    "topk_masks(Tensor[] scores, int[] k, Tensor? hint, bool with_masks) -> (Tensor[], Tensor, Tensor)",
+    "topk_masks(Tensor[] scores, int[] k, Tensor? hint, bool with_masks, bool packed=False) "
+    "-> (Tensor[], Tensor, Tensor)",
     _fake_topk_masks,
 )
 define("pack_mask(Tensor mask) -> Tensor", lambda mask: mask.new_empty(-(-mask.numel() // 8), dtype=torch.uint8))
@@ -44,7 +51,7 @@ def density_to_k(n: int, density: float) -> int:
 class TopK(NamedTuple):
     """What `topk_masks` returns.
 
-    masks: one bool tensor per layer, in the shape of its scores.
+    masks: one bool tensor per layer, in the shape of its scores; or packed, as `pack_mask` gives it.
     selection: (layers, 2) int64, (threshold bits, tie index): entry i of a layer is kept when the bits of its
         magnitude exceed the threshold, or equal it and i <= tie index. A mask can be computed from it inline.
     hint: pass it to the next call on slightly changed scores; it changes speed, never results.
@@ -55,7 +62,8 @@ class TopK(NamedTuple):
     hint: Tensor
 
 
-def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
+def check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
+    """Refuse what `topk_masks` does not take."""
     if not scores:
         raise ValueError(f"{operator}: expected at least one score tensor, got none")
     if len(scores) != len(k):
@@ -73,27 +81,28 @@ def _check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint:
         )
 
 
-def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None) -> TopK:
+def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None, packed: bool = False) -> TopK:
     """Supermasks of all layers of a model: for each, the k entries of largest magnitude, exactly k.
 
     Of equal magnitudes the smaller flat index is kept, so masks agree bit for bit on every device. Scores of any
     shape, layout and of dtype float32, bfloat16, float16 or float64; k in [0, n]. NaN scores raise RuntimeError.
+    packed: masks of one bit a weight, which the supermask layers take as `selection`.
     Source: Ramanujan et al. 2020 (edge-popup); "Exclusive Supermask Subnetwork Training", arXiv 2210.10209.
     """
-    _check_topk("topk_masks", scores, k, hint)
-    return TopK(*torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, True))
+    check_topk("topk_masks", scores, k, hint)
+    return TopK(*torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, True, packed))
 
 
 def topk_select(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(selection, hint) of `topk_masks` without writing the masks: what the supermask layers take."""
-    _check_topk("topk_select", scores, k, hint)
+    check_topk("topk_select", scores, k, hint)
     _, selection, hint = torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, False)
     return selection, hint
 
 
 def topk_mask(scores: Tensor, k: int) -> Tensor:
     """Bool mask, in the shape of scores, of the k entries of largest magnitude: `topk_masks` for one tensor."""
-    _check_topk("topk_mask", [scores], [k], None)
+    check_topk("topk_mask", [scores], [k], None)
     mask: Tensor = torch.ops.exssnet.topk_masks([scores.detach()], [k], None, True)[0][0]
     return mask
 

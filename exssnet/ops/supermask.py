@@ -74,10 +74,13 @@ def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, sel
         if not 0 <= k <= scores.numel():
             raise ValueError(f"{operator}: k must be in [0, {scores.numel()}], got {k}")
         return topk_select([scores], [k])[0][0]
-    if not (selection.shape == (2,) and selection.dtype == torch.int64 and selection.device == weight.device):
+    of_row = selection.shape == (2,) and selection.dtype == torch.int64
+    of_bits = selection.shape == (-(-weight.numel() // 8),) and selection.dtype == torch.uint8
+    if not ((of_row or of_bits) and selection.device == weight.device):
         raise ValueError(
-            f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select on "
-            f"{weight.device}, got {selection.dtype} of {tuple(selection.shape)} on {selection.device}"
+            f"{operator}: selection must be one int64 row (threshold bits, tie index) of topk_select, or a packed mask "
+            f"of {-(-weight.numel() // 8)} bytes, on {weight.device}, got {selection.dtype} of "
+            f"{tuple(selection.shape)} on {selection.device}"
         )
     return selection
 
@@ -92,8 +95,9 @@ def supermask_linear(
     the effective weight, dS = G * W * sign(S) everywhere, and, where the weight requires a gradient, dW = G * M.
 
     x: (..., I); weight: (O, I), of x's dtype; scores: (O, I), float32, bfloat16, float16 or float64; bias: (O,).
-    k: weights to keep, in [0, O * I]; or `selection`: the layer's row of `topk_select`, for a selection that was
-        made for all layers of a model at once. Exactly one of the two.
+    k: weights to keep, in [0, O * I]; or `selection`: the layer's row of `topk_select`, or its packed mask of
+        `topk_masks`, for a selection that was made for all layers of a model at once. Exactly one of the two. From a
+        row the mask is computed inline, which reads the scores; a packed mask is 1 bit a weight.
     sparse: multiply only what the mask keeps, at a cost that falls with k / (O I), in the output and in the input's
         gradient; both are then stored with the batch innermost. The score gradient is dense in any case.
     Returns (..., O). Raises ValueError on wrong shapes, RuntimeError on NaN scores. No second derivative.

@@ -1,0 +1,167 @@
+"""The rows of the operators that make masks and what is masked: selection, bits, Adam on the scores, masked weights."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exssnet import ops
+from exssnet.kernels import reference
+
+from . import plain
+from .timing import Case, Cases, Variant, check_accurate, check_equal
+
+AdamState = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def topk_masks(quick: bool) -> Cases:
+    for n in (10_000,) if quick else (1 << 20, 1 << 24):
+        for density in (0.1, 0.02):
+            torch.manual_seed(0)
+            scores, hint = torch.randn(n), None
+            for _ in range(5):  # as an optimizer moves them: a bracket is known after a few steps
+                hint = ops.topk_select([scores], [ops.density_to_k(n, density)], hint)[1]
+                scores = scores + 1e-3 * torch.randn(n)
+            yield _topk_masks(scores, density, None)
+            yield _topk_masks(scores, density, hint)
+
+
+def _topk_masks(scores: Tensor, density: float, hint: Tensor | None) -> Case:
+    k = [ops.density_to_k(scores.numel(), density)]
+    return Case(
+        shape=f"{scores.numel():,}" + ("" if hint is None else ", hint"),
+        ours=lambda: ops.topk_masks([scores], k, hint),
+        baselines={
+            "sort": lambda: plain.sort_mask(scores.abs(), density),
+            "topk": lambda: plain.topk_mask(scores.abs(), density),
+            "kthvalue": lambda: plain.kthvalue_mask(scores.abs(), density),
+        },
+        check=lambda: check_equal(
+            "the mask", ops.topk_masks([scores], k, hint).masks[0], reference.topk_masks([scores], k, None, True)[0][0]
+        ),
+        work=scores.numel() * (scores.element_size() + 1),
+        unit="GB/s",
+        density=density,
+    )
+
+
+def adam_topk(quick: bool) -> Cases:
+    """Bytes: reads scores, gradient and both averages, writes all but the gradient and the packed mask."""
+    torch.manual_seed(0)
+    scores, grad = torch.randn(2, 10_000 if quick else 1 << 20)
+    k, options = [ops.density_to_k(scores.numel(), 0.1)], (1e-3, 0.9, 0.999, 1e-8, 0.0, False)
+
+    def start(dtype: torch.dtype = torch.float32) -> AdamState:
+        own = scores.to(dtype)
+        return [own.clone()], [grad.to(dtype)], [torch.zeros_like(own)], [torch.zeros_like(own)], [torch.zeros(())]
+
+    def torchs(select: Callable[[Tensor], object]) -> Variant:
+        (leaf,), (leaf_grad,), *_ = start()
+        leaf.requires_grad_().grad = leaf_grad
+        optimizer = torch.optim.Adam([leaf], fused=True)
+        return lambda: (optimizer.step(), select(leaf.detach()))
+
+    def check() -> None:
+        ours, plainly, truth = start(), start(), start(torch.float64)
+        masks = ops.adam_topk(*ours, k).masks
+        check_equal("the mask", masks[0], reference.topk_masks(ours[0], k, None, True)[0][0])
+        for state in (plainly, truth):
+            reference.adam_topk(*state, [], k, None, *options)
+        check_accurate("the step", ours[0][0], truth[0][0], plainly[0][0])
+
+    state = start()
+    yield Case(
+        shape=f"{scores.numel():,}",
+        ours=lambda: ops.adam_topk(*state, k, packed=True),
+        baselines={
+            "Adam, topk_select": torchs(lambda s: ops.topk_select([s], k)),
+            "Adam, sort": torchs(lambda s: plain.sort_mask(s.abs(), 0.1)),
+        },
+        check=check,
+        work=scores.numel() * (7 * scores.element_size() + 1 / 8),
+        unit="GB/s",
+        density=0.1,
+    )
+
+
+def supermask_weights(quick: bool) -> Cases:
+    """The convolutions of a ResNet-18 of width 20, packed masks. Bytes: reads weights and masks, writes the weights."""
+    torch.manual_seed(0)
+    widths = (4,) if quick else (20, 20, 20, 20, 40, 40, 40, 40, 80, 80, 80, 80, 160, 160, 160, 160)
+    weights = [torch.randn(width, width, 3, 3) for width in widths]
+    scores = [torch.randn_like(w) for w in weights]
+    masks = ops.topk_masks(scores, [ops.density_to_k(s.numel(), 0.1) for s in scores], packed=True).masks
+    factors = [reference.unpack_mask(m, list(w.shape)).to(w.dtype) for m, w in zip(masks, weights, strict=True)]
+
+    def check() -> None:
+        for got, w, f in zip(ops.supermask_weights(weights, scores, masks), weights, factors, strict=True):
+            check_equal("a weight", got, w * f)
+
+    n = sum(w.numel() for w in weights)
+    yield Case(
+        shape=f"{n:,} in {len(weights)} layers",
+        ours=lambda: ops.supermask_weights(weights, scores, masks),
+        baselines={"cached masks": lambda: [w * f for w, f in zip(weights, factors, strict=True)]},
+        check=check,
+        work=n * (8 + 1 / 8),
+        unit="GB/s",
+        density=0.1,
+    )
+
+
+def _on_cpu(tensor: Tensor, variant: Variant) -> dict[str, Variant]:
+    """NumPy's way, where it can see the tensor."""
+    return {"numpy": variant} if tensor.device.type == "cpu" else {}
+
+
+def _random_mask(quick: bool, density: float) -> Tensor:
+    torch.manual_seed(0)
+    return torch.rand(10_000 if quick else 1 << 24) < density
+
+
+def pack_mask(quick: bool) -> Cases:
+    mask = _random_mask(quick, 0.1)
+    yield Case(
+        shape=f"{mask.numel():,}",
+        ours=lambda: ops.pack_mask(mask),
+        baselines=_on_cpu(mask, lambda: np.packbits(mask.numpy(), bitorder="little")),
+        check=lambda: check_equal("the bytes", ops.pack_mask(mask), reference.pack_mask(mask)),
+        work=mask.numel() * (1 + 1 / 8),
+        unit="GB/s",
+    )
+
+
+def unpack_mask(quick: bool) -> Cases:
+    mask = _random_mask(quick, 0.1)
+    packed, n = reference.pack_mask(mask), mask.numel()
+    yield Case(
+        shape=f"{n:,}",
+        ours=lambda: ops.unpack_mask(packed, [n]),
+        baselines=_on_cpu(packed, lambda: np.unpackbits(packed.numpy(), count=n, bitorder="little").view(np.bool_)),
+        check=lambda: check_equal("the mask", ops.unpack_mask(packed, [n]), mask),
+        work=n * (1 + 1 / 8),
+        unit="GB/s",
+    )
+
+
+def free_mask(quick: bool) -> Cases:
+    mask, used = _random_mask(quick, 0.1), _random_mask(quick, 0.3)
+    packed, packed_used = reference.pack_mask(mask), reference.pack_mask(used)
+    baselines = {"bool masks": lambda: mask & ~used}
+    yield Case(
+        shape=f"{mask.numel():,}",
+        ours=lambda: ops.free_mask(mask, used),
+        baselines=baselines,
+        check=lambda: check_equal("the mask", ops.free_mask(mask, used), mask & ~used),
+        work=3 * mask.numel(),
+        unit="GB/s",
+    )
+    yield Case(
+        shape=f"{mask.numel():,}, packed",
+        ours=lambda: ops.free_mask(packed, packed_used),
+        baselines=baselines,
+        check=lambda: check_equal("the bytes", ops.free_mask(packed, packed_used), packed & ~packed_used),
+        work=3 * packed.numel(),
+        unit="GB/s",
+    )

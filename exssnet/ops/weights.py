@@ -1,0 +1,88 @@
+"""The masked weights of all layers of a model at once, trained through their scores, for PyTorch's own products."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import define, refuse_derivative, register_gradient
+
+
+def _fresh(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in tensors]
+
+
+define(
+    "supermask_weights(Tensor[] weights, Tensor[] scores, Tensor[] selections, ScalarType? dtype) -> Tensor[]",
+    lambda weights, scores, selections, dtype: _fresh(weights, dtype),
+)
+define(
+    "supermask_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] scores, Tensor[] selections, "
+    "bool[] output_mask) -> (Tensor[], Tensor[])",
+    lambda grads, weights, scores, selections, output_mask: (
+        _fresh(scores) if output_mask[0] else [],
+        _fresh(weights) if output_mask[1] else [],
+    ),
+)
+refuse_derivative("supermask_weights_backward", "second-order gradients are not supported")
+
+
+class _Boundary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype | None, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.count = count
+        ctx.save_for_backward(*tensors)
+        lists = [list(tensors[i : i + count]) for i in range(0, 3 * count, count)]
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(torch.ops.exssnet.supermask_weights(*lists, dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        count = ctx.count
+        lists = [list(ctx.saved_tensors[i : i + count]) for i in range(0, 3 * count, count)]
+        of_weights, of_scores = (any(ctx.needs_input_grad[2 + i : 2 + i + count]) for i in (0, count))
+        with torch._C._AutoDispatchBelowAutograd():
+            found = torch.ops.exssnet.supermask_weights_backward(list(grads), *lists, [of_scores, of_weights])
+        scores, weights = (gradients or [None] * count for gradients in found)
+        return None, None, *weights, *scores, *[None] * count
+
+
+def _differentiable(
+    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None
+) -> list[Tensor]:
+    return list(_Boundary.apply(dtype, len(weights), *weights, *scores, *selections))
+
+
+register_gradient("supermask_weights", _differentiable)
+
+
+def supermask_weights(
+    weights: Sequence[Tensor], scores: Sequence[Tensor], selections: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Of each layer ``weight * mask``, contiguous and of `dtype` (None: the weight's), in one pass for all layers.
+
+    Gradients are those of `supermask_linear`, and are made for all layers at once as well, when those of all masked
+    weights are there: memory holds these until then.
+
+    weights, scores: of each layer, of one shape; float32, bfloat16, float16 or float64.
+    selections: of each layer its packed mask of `topk_masks`, or its row of `topk_select`.
+    ValueError where the lists or shapes do not match. No second derivative.
+    """
+    if not len(weights) == len(scores) == len(selections):
+        raise ValueError(
+            "supermask_weights: expected scores and a selection per weight, got "
+            f"{len(weights)} weights, {len(scores)} scores and {len(selections)} selections"
+        )
+    for w, s, m in zip(weights, scores, selections, strict=True):
+        of_row = m.dtype == torch.int64 and m.shape == (2,)
+        of_bits = m.dtype == torch.uint8 and m.shape == (-(-w.numel() // 8),)
+        if w.shape != s.shape or not (of_row or of_bits) or not w.device == s.device == m.device:
+            raise ValueError(
+                "supermask_weights: scores and selection must fit the weight, "
+                f"{tuple(w.shape)} on {w.device}, got {tuple(s.shape)} on {s.device} and {m.dtype} of "
+                f"{tuple(m.shape)} on {m.device}"
+            )
+    found: list[Tensor] = torch.ops.exssnet.supermask_weights(list(weights), list(scores), list(selections), dtype)
+    return found

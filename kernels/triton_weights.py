@@ -1,0 +1,128 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""The masked weights of all layers in one launch, and their gradients in another; definitions in kernels/reference.py.
+
+A launch has the tensors of up to LAYERS layers as its parameters: no table of pointers lies in memory, and a CUDA graph
+keeps them with the launch. A program works on CHUNK weights of the layer that its number falls into. Layers of other
+dtypes are launches of their own.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .triton_mask import kept_weight, store_gradients
+
+BLOCK = 1024  # weights that a program holds at a time
+CHUNK = 8 * BLOCK
+LAYERS = 64  # whose pointers fit into the 4 KB of a launch's parameters
+
+
+@triton.jit
+def _chunk_of_program(sizes, CHUNK: tl.constexpr):
+    """(layer, where the program's chunk begins and ends in it)"""
+    program = tl.program_id(0)
+    layer, size, first, before = 0, sizes[0], 0, 0
+    for i in tl.static_range(1, len(sizes)):
+        first += tl.cdiv(sizes[i - 1], CHUNK)
+        reached = program >= first
+        layer, size, before = (
+            tl.where(reached, i, layer),
+            tl.where(reached, sizes[i], size),
+            tl.where(reached, first, before),
+        )
+    begin = (program - before).to(tl.int64) * CHUNK
+    return layer, begin, tl.minimum(begin + CHUNK, size)
+
+
+@triton.jit
+def _of_layer(pointers, layer):
+    pointer = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        pointer = tl.where(layer == i, pointers[i], pointer)
+    return pointer
+
+
+@triton.jit
+def _weights_kernel(weights, masks, outputs, sizes, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    layer, begin, end = _chunk_of_program(sizes, CHUNK)
+    weight, mask, output = _of_layer(weights, layer), _of_layer(masks, layer), _of_layer(outputs, layer)
+    local = tl.arange(0, BLOCK)
+    for block in range(tl.cdiv(end - begin, BLOCK)):
+        base = begin + block * BLOCK
+        inside = base + local < end
+        value = kept_weight(weight, mask, 0, 0, base, local, inside)
+        tl.store(output + base + local, value.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradients_kernel(
+    grads, weights, scores, masks, grad_scores, grad_weights, sizes, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """grad_scores, grad_weights: None where not asked."""
+    layer, begin, end = _chunk_of_program(sizes, CHUNK)
+    grad, weight, score, mask = (
+        _of_layer(grads, layer), _of_layer(weights, layer), _of_layer(scores, layer), _of_layer(masks, layer)
+    )  # fmt: skip
+    of_scores = None if grad_scores is None else _of_layer(grad_scores, layer)
+    of_weights = None if grad_weights is None else _of_layer(grad_weights, layer)
+    local = tl.arange(0, BLOCK)
+    for block in range(tl.cdiv(end - begin, BLOCK)):
+        base = begin + block * BLOCK
+        inside = base + local < end
+        gradient = tl.load(grad + base + local, mask=inside, other=0.0).to(tl.float32)
+        store_gradients(gradient, base, local, inside, weight, score, mask, 0, 0, None, of_scores, of_weights)
+
+
+def _served(weights: Sequence[Tensor], scores: Sequence[Tensor], selections: Sequence[Tensor]) -> bool:
+    """Packed masks, and nothing of float64: the reference takes the rest."""
+    return all(s.dtype == torch.uint8 for s in selections) and all(
+        t.dtype != torch.float64 and t.numel() < 1 << 31 for t in (*weights, *scores)
+    )
+
+
+def _groups(*tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[int, ...], dict[str, int]]]:
+    """(layers of one launch, their sizes, its blocks): those of the same dtypes that are not empty."""
+    dtypes = [tuple(t.dtype for t in of_layer) for of_layer in zip(*tensors, strict=True)]
+    sizes = [t.numel() for t in tensors[0]]
+    for same in dict.fromkeys(dtypes):
+        layers = [i for i, dtype in enumerate(dtypes) if dtype == same and sizes[i]]
+        for start in range(0, len(layers), LAYERS):
+            some = layers[start : start + LAYERS]
+            yield some, tuple(sizes[i] for i in some), {"BLOCK": BLOCK, "CHUNK": CHUNK}
+
+
+def _of(tensors: Sequence[Tensor], layers: list[int]) -> tuple[Tensor, ...]:
+    return tuple(tensors[i].contiguous() for i in layers)
+
+
+def supermask_weights(
+    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None
+) -> list[Tensor]:
+    if not _served(weights, scores, selections) or dtype == torch.float64:
+        return reference.supermask_weights(weights, scores, selections, dtype)
+    outputs = [torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format) for w in weights]
+    for layers, sizes, blocks in _groups(weights, outputs):
+        grid = (sum(triton.cdiv(n, CHUNK) for n in sizes),)
+        _weights_kernel[grid](_of(weights, layers), _of(selections, layers), _of(outputs, layers), sizes, **blocks)
+    return outputs
+
+
+def supermask_weights_backward(
+    grads: list[Tensor], weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], output_mask: list[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    if not _served([*grads, *weights], scores, selections):
+        return reference.supermask_weights_backward(grads, weights, scores, selections, output_mask)
+    of_scores, of_weights = (
+        [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors] if needed else []
+        for tensors, needed in zip((scores, weights), output_mask, strict=True)
+    )
+    for layers, sizes, blocks in _groups(grads, weights, scores) if any(output_mask) else ():
+        grid = (sum(triton.cdiv(n, CHUNK) for n in sizes),)
+        inputs = (_of(tensors, layers) for tensors in (grads, weights, scores, selections))
+        outputs = (_of(made, layers) if made else None for made in (of_scores, of_weights))
+        _gradients_kernel[grid](*inputs, *outputs, sizes, **blocks)
+    return of_scores, of_weights

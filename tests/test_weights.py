@@ -1,0 +1,193 @@
+"""supermask_weights: the masked weights of all layers at once, and their gradients, in plain PyTorch and in Triton."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton_guard
+from accuracy import assert_exact, representable
+from cases import DTYPES, dtypes
+from products import opcheck_warning
+from torch import Tensor
+
+from exssnet import ops
+from exssnet.kernels import reference, triton_weights
+
+SHAPES = ((33, 65), (7,), (0, 3), (5, 4, 3, 3), (2000,))
+Layers = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def layers(dtype: torch.dtype, scores_dtype: torch.dtype = torch.float32, device: str = "cpu") -> Layers:
+    """(weights, scores, packed masks, gradients) of small integers, whose products are exact."""
+
+    def draw(of: torch.dtype) -> list[Tensor]:
+        return [torch.randint(-3, 4, shape).to(device, of) for shape in SHAPES]
+
+    weights, scores, grads = draw(dtype), draw(scores_dtype), draw(dtype)
+    masks = [reference.pack_mask(torch.rand(shape) < 0.4).to(device) for shape in SHAPES]
+    return weights, scores, masks, grads
+
+
+def results(function: Any, backward: Any, of: Layers, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    weights, scores, masks, grads = of
+    found = {f"weight {i}": t for i, t in enumerate(function(weights, scores, masks, dtype))}
+    grads = [g.to(dtype or g.dtype) for g in grads]
+    for name, gradients in zip(("score", "weight"), backward(grads, weights, scores, masks, [True, True]), strict=True):
+        found |= {f"gradient of {name} {i}": t for i, t in enumerate(gradients)}
+    return found
+
+
+def by_triton(of: Layers, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return results(triton_weights.supermask_weights, triton_weights.supermask_weights_backward, of, dtype)
+
+
+def by_reference(of: Layers, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return results(reference.supermask_weights, reference.supermask_weights_backward, of, dtype)
+
+
+def leaves(of: Layers) -> tuple[list[Tensor], list[Tensor]]:
+    weights, scores, *_ = of
+    return [w.clone().requires_grad_() for w in weights], [s.clone().requires_grad_() for s in scores]
+
+
+@dtypes()
+@pytest.mark.parametrize("scores_dtype", DTYPES.values(), ids=DTYPES)
+def test_gradients_are_those_of_supermask_linear(dtype: torch.dtype, scores_dtype: torch.dtype, device: str) -> None:
+    of = layers(dtype, scores_dtype, device)
+    weights, scores = leaves(of)
+    found = ops.supermask_weights(weights, scores, of[2])
+    torch.autograd.backward(found, of[3])
+    for w, s, m, g, masked in zip(weights, scores, *of[2:], found, strict=True):
+        mask = reference.unpack_mask(m, list(w.shape))
+        assert torch.equal(masked, w.where(mask, 0))
+        assert torch.equal(s.grad, (g * w * s.sign()).to(scores_dtype))
+        assert torch.equal(w.grad, g.where(mask, 0))
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["packed", "row"])
+def test_written_weight_makes_the_layer_that_the_operator_is(row: bool) -> None:
+    x, weight = torch.randint(-2, 3, (6, 5)).float(), torch.randint(-2, 3, (4, 5)).float()
+    both = [torch.randn(4, 5).requires_grad_() for _ in range(2)]
+    with torch.no_grad():
+        both[1].copy_(both[0])
+    masks, rows, _ = ops.topk_masks(both[:1], [7], packed=True)
+    (written,) = ops.supermask_weights([weight], both[:1], rows.unbind() if row else masks)
+    y = torch.nn.functional.linear(x, written)
+    expected = ops.supermask_linear(x, weight, both[1], 7)
+    assert torch.equal(y, expected)
+    for output in (y, expected):
+        output.square().sum().backward()
+    assert torch.equal(both[0].grad, both[1].grad)
+
+
+@pytest.mark.parametrize("alone", ["weights", "scores"])
+def test_only_what_is_required_has_a_gradient(alone: str) -> None:
+    of = layers(torch.float32)
+    with_gradient = dict(zip(("weights", "scores"), leaves(of), strict=True))
+    without = {"weights": of[0], "scores": of[1]}
+    arguments = without | {alone: with_gradient[alone]}
+    torch.autograd.backward(ops.supermask_weights(*arguments.values(), of[2]), of[3])
+    assert all(t.grad is not None for t in arguments[alone])
+
+
+def test_dtype_is_that_of_the_products() -> None:
+    of = layers(torch.float32)
+    weights, scores = leaves(of)
+    found = ops.supermask_weights(weights, scores, of[2], torch.bfloat16)
+    assert {t.dtype for t in found} == {torch.bfloat16}
+    torch.autograd.backward(found, [g.bfloat16() for g in of[3]])
+    assert {t.grad.dtype for t in (*weights, *scores)} == {torch.float32}
+    assert torch.equal(scores[0].grad, of[3][0] * of[0][0] * of[1][0].sign())
+
+
+@opcheck_warning
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype | None) -> None:
+    of = layers(torch.float32)
+    torch.library.opcheck(torch.ops.exssnet.supermask_weights.default, (*leaves(of), of[2], dtype))
+    for output_mask in ([True, True], [True, False], [False, False]):
+        arguments = of[3], *of[:3], output_mask
+        torch.library.opcheck(torch.ops.exssnet.supermask_weights_backward.default, arguments)
+
+
+def test_compiles_in_one_graph_with_the_same_gradients() -> None:
+    torch._dynamo.reset()
+    of = layers(torch.float32)
+    found = []
+    for call in (ops.supermask_weights, torch.compile(ops.supermask_weights, fullgraph=True, backend="aot_eager")):
+        weights, scores = leaves(of)
+        torch.autograd.backward(call(weights, scores, of[2]), of[3])
+        found.append([t.grad for t in (*weights, *scores)])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w, s, m: (w, s[:2], m), "expected scores and a selection per weight, got 5 weights, 2 scores and 5"),
+        (lambda w, s, m: (w, s[::-1], m), r"must fit the weight, \(33, 65\) on cpu, got \(2000,\) on cpu and torch.ui"),
+        (lambda w, s, m: (w, s, m[::-1]), r"must fit the weight, .* and torch.uint8 of \(250,\) on cpu$"),
+    ],
+)
+def test_lists_that_do_not_match_are_refused(change: Callable[..., Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^supermask_weights: .*{sentence}"):
+        ops.supermask_weights(*change(*layers(torch.float32)[:3]))
+
+
+class TestInterpreted:
+    """The Triton kernels."""
+
+    @dtypes("float32", "bfloat16", "float16")
+    @pytest.mark.parametrize("dtype_of_products", [None, torch.bfloat16], ids=str)
+    def test_exact(self, dtype: torch.dtype, dtype_of_products: torch.dtype | None) -> None:
+        of = layers(dtype)
+        got, like = by_triton(of, dtype_of_products), by_reference(of, dtype_of_products)
+        exact = by_reference(tuple([t.double() if t.is_floating_point() else t for t in x] for x in of))
+        assert_exact(got, representable(exact, like))
+
+    def test_layers_of_other_dtypes_are_other_launches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        launches, launch = [], triton_guard.GridExecutor.__call__
+
+        def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+            launches.append(self.fn.__name__)
+            launch(self, *args, **kwargs)
+
+        monkeypatch.setattr(triton_guard.GridExecutor, "__call__", counted)
+        single, half = layers(torch.float32), layers(torch.bfloat16)
+        assert_exact(by_triton(single), by_reference(single))
+        assert launches == ["_weights_kernel", "_gradients_kernel"]
+        both = tuple([t for pair in zip(a, b, strict=True) for t in pair] for a, b in zip(single, half, strict=True))
+        assert_exact(by_triton(both), by_reference(both))
+        assert launches[2:] == ["_weights_kernel"] * 2 + ["_gradients_kernel"] * 2
+
+    def test_more_layers_than_a_launch_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(triton_weights, "LAYERS", 2)
+        monkeypatch.setattr(triton_weights, "CHUNK", 2 * triton_weights.BLOCK)
+        of = layers(torch.float32)
+        assert_exact(by_triton(of), by_reference(of))
+
+    def test_no_layer_at_all_is_no_launch(self) -> None:
+        of = tuple([t[:0] for t in x[1:2]] for x in layers(torch.float32))
+        assert_exact(by_triton(of), by_reference(of))
+
+    @pytest.mark.parametrize("asked", [(True, False), (False, True), (False, False)])
+    def test_backward_makes_only_what_is_asked(self, asked: tuple[bool, bool]) -> None:
+        *of, grads = layers(torch.float32)
+        got = triton_weights.supermask_weights_backward(grads, *of, list(asked))
+        for found, expected in zip(got, reference.supermask_weights_backward(grads, *of, list(asked)), strict=True):
+            assert len(found) == len(expected)
+            assert all(map(torch.equal, found, expected))
+
+    def test_rows_and_float64_are_the_references(self) -> None:
+        weights, scores, _, grads = layers(torch.float32)
+        rows = [reference.select(reference.magnitude_bits(s), s.numel() // 2) for s in scores]
+        for of in ((weights, scores, rows, grads), layers(torch.float64)):
+            assert_exact(by_triton(of), by_reference(of))
+
+
+if not triton_guard.interpreting:
+    del TestInterpreted
+
+    def test_triton_kernels_in_the_interpreter() -> None:
+        triton_guard.run(__file__, "-k", "TestInterpreted")
