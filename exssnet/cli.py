@@ -234,7 +234,7 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
         resume = kept
     if resume is None and distributed.rank() == 0:
         _make_room(kept)
-    elif threads is None:
+    if resume is not None and threads is None:
         threads = checkpoint.header(resume).notes.get("threads")
     if threads is not None:
         if not isinstance(threads, int) or threads < 1:

@@ -442,5 +442,5 @@ class Learner:
                 right += int((logits.argmax(1) == y).sum())
                 loss += F.cross_entropy(logits, y, reduction="sum").item()
                 seen += len(y)
-        right, loss, seen = distributed.total((right, loss, seen), self.device)
-        return (right / seen, loss / seen) if seen else (math.nan, math.nan)
+        rights, losses, items = distributed.total((right, loss, seen), self.device)
+        return (rights / items, losses / items) if items else (math.nan, math.nan)

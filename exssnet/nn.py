@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import blocks, layout
+from .beginning import allocate_density, signed_constant_
 from .choice import PRODUCTS, Products, fused_is_faster, sparse_is_faster, traced
 from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
@@ -163,7 +164,7 @@ class SupermaskLayer(nn.Module):
             geometry = () if padding is None else self._geometry(padding)
             return sparse_is_faster(x, self.weight, self.density, geometry, self.products)
 
-        return self._decided(decide, x, self.products, self.k)
+        return self._decided("sparse", decide, x, self.products, self.k)
 
     def _fused(self, x: Tensor, padding: Any = None) -> bool:
         """Whether tiles of the weight are masked as they are multiplied, see `fused_is_faster`; always so on a CPU."""
@@ -175,15 +176,15 @@ class SupermaskLayer(nn.Module):
             geometry = () if padding is None else self._geometry(padding)
             return fused_is_faster(x, self.weight, dtype, geometry)
 
-        fused = self._decided(decide, x, x.stride(), dtype)
+        fused = self._decided("fused", decide, x, x.stride(), dtype)
         if not traced():
             self.written = not fused  # for the next forward of the model
         return fused
 
-    def _decided(self, decide: Callable[[], bool], x: Tensor, *more: Any) -> bool:
+    def _decided(self, what: str, decide: Callable[[], bool], x: Tensor, *more: Any) -> bool:
         if traced():
             return decide()
-        key = decide.__qualname__, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
+        key = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
         if key not in self._choices:
             self._choices[key] = decide()
         return self._choices[key]
@@ -359,47 +360,6 @@ def _swapped(module: nn.Module) -> type[nn.Module]:
 def supermask_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLayer]]:
     """(name, layer) of every supermask layer of a model, in the order of `named_modules`."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, SupermaskLayer))
-
-
-def allocate_density(
-    shapes: Iterable[torch.Size], density: float, allocation: Literal["uniform", "er"] = "uniform"
-) -> list[float]:
-    """Density of each layer such that the whole keeps `density` of all weights.
-
-    "uniform": the same everywhere. "er" (Erdős-Rényi, Mocanu et al. 2018; Evci et al. 2020): proportional to
-    (O + I) / (O I R S), capped at 1; what a capped layer cannot take goes to the others.
-    """
-    shapes = list(shapes)
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density}")
-    if allocation == "uniform":
-        return [density] * len(shapes)
-    if allocation != "er":
-        raise ValueError(f'allocation must be "uniform" or "er", got {allocation!r}')
-    sizes = [math.prod(s) for s in shapes]
-    shares = [(s[0] + s[1]) / n for s, n in zip(shapes, sizes, strict=True)]
-    full: set[int] = set()
-    while True:
-        room = density * sum(sizes) - sum(sizes[i] for i in full)
-        scale = room / max(1e-30, sum(shares[i] * sizes[i] for i in range(len(sizes)) if i not in full))
-        over = {i for i in range(len(sizes)) if i not in full and shares[i] * scale > 1}
-        if not over:
-            return [1.0 if i in full else shares[i] * scale for i in range(len(sizes))]
-        full |= over
-
-
-def signed_constant_(weight: Tensor, density: float, init_scale: Literal["official", "density"] = "official") -> None:
-    """Replace a weight (O, I, ...) in place by its signs times one constant, with the ReLU gain sqrt(2).
-
-    "official": gain / sqrt(fan_in), whatever the density. "density": gain / sqrt(density fan_in), which keeps the
-    activations' scale in networks without batch norm. Source: Ramanujan et al. 2020, section 4 ("signed constant").
-    """
-    if init_scale not in ("official", "density"):
-        raise ValueError(f'init_scale must be "official" or "density", got {init_scale!r}')
-    fan_in = max(1, weight[0].numel() if weight.shape[0] else 0)
-    constant = math.sqrt(2 / (fan_in * (density if init_scale == "density" else 1)))
-    with torch.no_grad():
-        weight.copy_(torch.where(weight < 0, -constant, constant))
 
 
 def convert(

@@ -127,16 +127,19 @@ def _task(phases: Phases, pieces: Pieces, task: int) -> tuple[dict[str, Tensor],
 
 @dataclass
 class Choice:
-    """Whether a layer takes sparse products for inputs of one kind: made once, so that rounding stays the same."""
+    """Whether a layer takes sparse, or fused, products for inputs of one kind: made once, so that rounding stays."""
 
     layer: str
+    what: str
     shape: list[int]
     dtype: str
     device: str
     threads: int
-    products: str
+    products: str  # what the choice of sparse products depends on
     k: int
-    sparse: bool
+    stride: list[int]  # what that of fused products depends on
+    product_dtype: str
+    chosen: bool
 
 
 @dataclass
@@ -199,7 +202,8 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
     ]:
         raise ValueError("the state's reports or rows of accuracies are out of order")
     for c in found.choices:
-        if c.layer not in phases.layers or c.dtype not in NUMBERS or not re.fullmatch(r"cpu|cuda(:\d\d?)?", c.device):
+        fits = c.layer in phases.layers and {c.dtype, c.product_dtype} <= NUMBERS.keys()
+        if not fits or c.what not in ("sparse", "fused") or not re.fullmatch(r"cpu|cuda(:\d\d?)?", c.device):
             raise ValueError(
                 f"the state holds a choice of kernels for {c.layer}, {c.dtype} on {c.device}, which are not known"
             )
@@ -222,20 +226,36 @@ def fingerprint(task: Task) -> str:
 
 
 def choices(phases: Phases) -> list[Choice]:
-    """The choices between sparse and dense products that were made so far."""
-    return [
-        Choice(name, list(x), str(dtype).removeprefix("torch."), str(device), threads, products, k, sparse)
-        for name, layer in phases.layers.items()
-        for (x, dtype, device, threads, products, k), sparse in layer._choices.items()
-    ]
+    """The choices between products that were made so far."""
+    found = []
+    for name, layer in phases.layers.items():
+        for (what, shape, dtype, device, threads, *more), chosen in layer._choices.items():
+            products, k, stride, product_dtype = (*more, (), dtype) if what == "sparse" else ("", 0, *more)
+            dtypes = [str(d).removeprefix("torch.") for d in (dtype, product_dtype)]
+            found.append(
+                Choice(
+                    name,
+                    what,
+                    list(shape),
+                    dtypes[0],
+                    str(device),
+                    threads,
+                    products,
+                    k,
+                    list(stride),
+                    dtypes[1],
+                    chosen,
+                )
+            )
+    return found
 
 
 def put_choices(phases: Phases, made: Sequence[Choice]) -> None:
     for c in made:
         layer: SupermaskLayer = phases.layers[c.layer]
-        layer._choices[torch.Size(c.shape), NUMBERS[c.dtype], torch.device(c.device), c.threads, c.products, c.k] = (
-            c.sparse
-        )
+        more = (c.products, c.k) if c.what == "sparse" else (tuple(c.stride), NUMBERS[c.product_dtype])
+        key = c.what, torch.Size(c.shape), NUMBERS[c.dtype], torch.device(c.device), c.threads, *more
+        layer._choices[key] = c.chosen
 
 
 # The open task

@@ -22,6 +22,7 @@ LAYERS = (
     ("ops",),
     ("choice",),
     (
+        "beginning",
         "coding",
         "distributed",
         "freezing",

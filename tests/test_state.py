@@ -139,7 +139,7 @@ def test_choices_of_kernels_are_taken_over_and_not_made_again() -> None:
     assert all(known.values())
     flipped = copied(states[-1])
     for choice in flipped[1]["choices"]:
-        choice["sparse"] = not choice["sparse"]
+        choice["chosen"] = not choice["chosen"]
     again = made(seed=1)
     again.restore(*flipped, noisy_stream())
     for name, layer in again.phases.layers.items():
