@@ -194,7 +194,7 @@ class TextCNN(nn.Module):
         tokens, mask = _tokens(x)
         length = tokens.shape[2]  # a window of 4 has one place more
         maps = [relu(conv(tokens))[..., :length] for conv, relu in zip(self.convs, self.relus, strict=True)]
-        return torch.cat([(y * mask).amax(2) for y in maps], dim=1)  # nothing is below 0, so no padding wins
+        return torch.cat([(y * mask).max(2).values for y in maps], dim=1)  # nothing is below 0, so no padding wins
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.penultimate(x))

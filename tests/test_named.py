@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -417,7 +418,8 @@ def test_the_stream_is_that_of_split_by_class(cifar):
     assert all(map(same, ours, split_by_class(*load("cifar10", cifar), 5, validation=0.25, seed=3)))
 
 
-def test_a_named_stream_of_texts_is_learned_by_the_text_cnn(tmp_path):
+def test_a_named_stream_of_texts_is_learned_by_the_text_cnn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # plots would take most of the time
     vectors = tmp_path / "v.txt"
     vectors.write_text("good 1 0 0\nbad 0 1 0\nfilm 0 0 1\n")
     for name, texts in (("cola", ("good film", "bad film")), ("sst2", ("bad", "film film good"))):
