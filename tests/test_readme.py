@@ -18,3 +18,13 @@ def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_commands_set_up_a_bare_machine() -> None:
     commands = [line for line in README.splitlines() if line.startswith("python3 -m venv .venv &&")]
     assert [c.rsplit("/", 1)[1] for c in commands] == ["exssnet train", "python -m pytest"]
+
+
+def test_every_test_that_a_promise_names_exists() -> None:
+    tests = Path(__file__).parent
+    named = set(re.findall(r"`(test_\w+)`", (tests.parent / "docs/promises.md").read_text()))
+    defined = {
+        name for file in tests.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert len(named) > 10
+    assert named - defined == set()

@@ -79,6 +79,20 @@ def test_a_run_goes_on_bit_for_bit_from_a_step_of_every_kind(method: str, optimi
         assert changes(expected, found) in ([], [".selection_hint"])
 
 
+def test_a_state_that_was_on_the_cpu_goes_on_bit_for_bit_on(device: str) -> None:
+    def there(seed: int) -> Learner:
+        learned = made(seed=seed)
+        learned.model.to(device)
+        return Learner(learned.model, mask=learned.mask, weight=learned.weight, kkt="best", batch_size=25)
+
+    states, expected = recorded(there(0), noisy_stream())
+    for state in (states[7], states[-2]):
+        again, tasks = there(1), noisy_stream()
+        again.restore({n: t.cpu() for n, t in state[0].items()}, state[1], tasks)
+        again.run(tasks)
+        assert changes(expected, outcome(again)) in ([], [".selection_hint"])
+
+
 def test_a_phase_that_waits_for_a_better_epoch_goes_on_waiting() -> None:
     states, expected = recorded(made(patience=1), noisy_stream())
     for state in states[::3]:
