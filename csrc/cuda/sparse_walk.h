@@ -186,6 +186,16 @@ __device__ void stage(const Plan& plan, const Tile& tile, int begin, int end, co
   }
 }
 
+// The entries [begin, end) of a row; none where the pointers may not be followed.
+struct Range {
+  int begin, end;
+
+  __device__ Range(const Pattern& pattern, int64_t row) {
+    const auto entries = static_cast<int>(pattern.entries);
+    begin = min(max(pattern.ptr[row], 0), entries), end = min(max(pattern.ptr[row + 1], begin), entries);
+  }
+};
+
 // Deals the kRows * kSparseWarps rows of a group to the warps, long ones with short ones. All threads.
 template <int kRows>
 __device__ void deal(const Plan& plan, const Pattern& pattern, int64_t group, int* order) {
@@ -194,8 +204,11 @@ __device__ void deal(const Plan& plan, const Pattern& pattern, int64_t group, in
   if (threadIdx.x < 32) {
     const int64_t row = group * kRows * kSparseWarps + threadIdx.x;
     const bool is_row = threadIdx.x < kRows * kSparseWarps && row < plan.rows;
-    const int length = is_row ? pattern.ptr[row + 1] - pattern.ptr[row] : -1;
-    int rank = 0;
+    int length = -1, rank = 0;
+    if (is_row) {
+      const Range entries(pattern, row);
+      length = entries.end - entries.begin;
+    }
     for (int other = 0; other < 32; ++other) {
       const int theirs = __shfl_sync(kAllLanes, length, other);
       rank += theirs > length || (theirs == length && other < static_cast<int>(threadIdx.x));
@@ -227,8 +240,8 @@ struct Cursors {
     const int r = static_cast<int>(threadIdx.x % 32);
     const int row = r < kRows ? row_of<kRows>(plan, group, order, r) : plan.rows;
     if (row == plan.rows) return;
-    const auto entries = static_cast<int>(pattern.entries);
-    next = min(max(pattern.ptr[row], 0), entries), end = min(max(pattern.ptr[row + 1], next), entries);
+    const Range entries(pattern, row);
+    next = entries.begin, end = entries.end;
     const int64_t column = int64_t{begin} * (plan.by_columns ? 1 : plan.taps);
     for (int last = end; column > 0 && next < last;) {
       const int middle = next + (last - next) / 2;
