@@ -170,8 +170,8 @@ struct Split {
   int ranges, units;
 };
 
-// The inner products of grad (rows, H', W', N) and the sources of the free entries, summed over the tiles of each split:
-// sums (splits, free_count). Blocks: groups of rows, of all ranges of units, of all splits.
+// The inner products of grad (rows, H', W', N) and the sources of the free entries, summed over the tiles of each
+// split: sums (splits, free_count). Blocks: groups of rows, of all ranges of units, of all splits.
 template <class T, int kRows, int kVectors, bool kStaged>
 __global__ void __launch_bounds__(kSparseThreads, 2)
     sample(const __grid_constant__ Plan plan, const __grid_constant__ Pattern pattern,
@@ -333,7 +333,8 @@ Split split_of(const Plan& plan, int rows) {
   split.tiles = groups_of(tiles, std::min(tiles, wanted));
   split.splits = groups_of(tiles, split.tiles);
   const int64_t chunks = groups_of(plan.units, plan.chunk), ranges = groups_of(wanted, split.splits);
-  split.units = static_cast<int>(std::min<int64_t>(groups_of(chunks, std::min(chunks, ranges)) * plan.chunk, plan.units));
+  const int64_t units = groups_of(chunks, std::min(chunks, ranges)) * plan.chunk;
+  split.units = static_cast<int>(std::min<int64_t>(units, plan.units));
   split.ranges = static_cast<int>(groups_of(plan.units, split.units));
   return split;
 }

@@ -1,4 +1,4 @@
-// How the sparse products of sparse.cu go through images: tiles of results, patches of sources, and the entries of rows.
+// How the sparse products of sparse.cu go through images: tiles of results, patches of sources, entries of rows.
 #pragma once
 
 #include <algorithm>
@@ -37,8 +37,8 @@ constexpr int kWindow = 32;  // entries of a row that a warp has at hand
 template <class T>
 constexpr int kPatchBytes = (47 << 10) - kSparseWarps * kMostRows<T> * kWindow * int(sizeof(Entry<Sum<T>>));
 
-// Height or width of a product, forward or transposed. Results go by phases: result `a + phases * i` of phase a reads, at
-// tap t, source step * i + shift(a, t), if the tap is live in this phase. Forward, there is one phase.
+// Height or width of a product, forward or transposed. Results go by phases: result `a + phases * i` of phase a reads,
+// at tap t, source step * i + shift(a, t), if the tap is live in this phase. Forward, there is one phase.
 struct Axis {
   int in, out;  // pixels of the source and of the result
   int taps, step, phases;
@@ -251,8 +251,8 @@ struct Cursors {
   }
 };
 
-// The next entries of row r. what(slot, entry.what) tells whether an entry is wanted. Offsets are in vectors of the patch,
-// or, where x is not staged, channels.
+// The next entries of row r. what(slot, entry.what) tells whether an entry is wanted. Offsets are in vectors of the
+// patch, or, where x is not staged, channels.
 template <bool kStaged, int kRows, class E, class What>
 __device__ void fill(const Plan& plan, const Pattern& pattern, const Tile& tile, Cursors<kRows>& cursors, int r,
                      E* window, const What& what) {
