@@ -1,130 +1,44 @@
 // sparse_linear, sparse_conv2d and their backward operators: PyTorch meets csrc/cpu/sparse.
-#include <array>
-#include <tuple>
-
-#include "product.h"
+#include "sparse_operators.h"
 
 namespace exssnet {
 namespace {
 
-using cpu::Convolution;
-using cpu::Pattern;
+struct Cpu {
+  static ScalarType dtype(const Tensor& x) { return compute_dtype(x); }
 
-// The pattern and the values of a layer as its operators take them; the kernels check what they follow.
-struct Weights {
-  const char* who;
-  ScalarType dtype;
-  Tensor free, frozen, row_ptr, col, slot, row_ptr_t, col_t, slot_t;
+  static void check_place(const char*, const Tensor&, const Weights::Tensors&) {}
 
-  Weights(const char* who, const Tensor& x, const std::array<const Tensor*, 8>& t)
-      : who(who), dtype(compute_dtype(x)), free(floats(*t[0])), frozen(floats(*t[1])), row_ptr(indices(*t[2])),
-        col(indices(*t[3])), slot(indices(*t[4])), row_ptr_t(indices(*t[5])), col_t(indices(*t[6])),
-        slot_t(indices(*t[7])) {
-    float_type(x, who);
-    check(row_ptr.numel() > 0 && row_ptr_t.numel() > 0 && col.numel() == slot.numel() &&
-              col_t.numel() == slot_t.numel() && free.numel() + frozen.numel() < kMost,
-          who, "a pattern with row pointers and a slot for every entry");
+  static Tensor output(const SparseWeight& w, const cpu::Convolution& c, const Tensor& x, const Following& then) {
+    return sparse_output(w, c, x, then);
   }
 
-  int64_t rows() const { return row_ptr.numel() - 1; }
-  int64_t channels() const { return row_ptr_t.numel() - 1; }
-
-  SparseWeight of(const Convolution& c) const {
-    const int64_t taps = c.h.taps * c.w.taps;
-    return {who, dtype, view(row_ptr, col, slot, channels() * taps), view(row_ptr_t, col_t, slot_t, rows() * taps), free,
-            frozen};
+  static Tensor input_gradient(const SparseWeight& w, const cpu::Convolution& c, const Tensor& x, const Tensor& grad) {
+    return sparse_input_gradient(w, c, x, grad);
   }
 
- private:
-  Tensor floats(const Tensor& t) const { return row_major(to_dtype(t, dtype)); }
-
-  Tensor indices(const Tensor& t) const {
-    check(t.scalar_type() == ScalarType::Int && t.dim() == 1, who, "a pattern of flat int32 tensors");
-    return row_major(t);
-  }
-
-  static Pattern view(const Tensor& ptr, const Tensor& index, const Tensor& slots, int64_t columns) {
-    return {ptr.const_data_ptr<int32_t>(), index.const_data_ptr<int32_t>(), slots.const_data_ptr<int32_t>(),
-            ptr.numel() - 1, columns, index.numel()};
+  static Tensor value_gradient(const SparseWeight& w, const cpu::Convolution& c, const Tensor& x, const Tensor& grad) {
+    Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
+    if (grad_values.numel() > 0)
+      with_compute_type(w.dtype, [&]<class T>(T*) {
+        const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
+        const Tensor lines = batch_innermost<T>(to_dtype(grad, w.dtype));
+        w.followed(cpu::sparse_value_gradient<T>(c, w.pattern, w.free.numel(), w.values<T>().count,
+                                                 from.const_data_ptr<T>(), lines.const_data_ptr<T>(),
+                                                 grad_values.mutable_data_ptr<T>()));
+      });
+    return to_dtype(grad_values, x.scalar_type());
   }
 };
-
-Tensor value_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
-  Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
-  if (grad_values.numel() > 0)
-    with_compute_type(w.dtype, [&]<class T>(T*) {
-      const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype)), lines = batch_innermost<T>(to_dtype(grad, w.dtype));
-      w.followed(cpu::sparse_value_gradient<T>(c, w.pattern, w.free.numel(), w.values<T>().count,
-                                               from.const_data_ptr<T>(), lines.const_data_ptr<T>(),
-                                               grad_values.mutable_data_ptr<T>()));
-    });
-  return to_dtype(grad_values, x.scalar_type());
-}
-
-std::tuple<Tensor, Tensor> gradients(const SparseWeight& w, const Convolution& c, const Tensor& grad, const Tensor& x,
-                                     const Flags& output_mask) {
-  check(shape_of(grad) == output_shape(c, x) && output_mask.size() == 2, w.who, "the output's gradient and two flags");
-  return {output_mask[0] ? sparse_input_gradient(w, c, x, grad) : none_like(x),
-          output_mask[1] ? value_gradient(w, c, x, grad) : none_like(x)};
-}
-
-Tensor sparse_linear(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values, const Tensor& row_ptr,
-                     const Tensor& col, const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
-                     const Tensor& slot_t, const OptTensor& bias) {
-  const Weights w("sparse_linear", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
-  const Convolution c = linear(w.who, x, w.channels(), w.rows());
-  return sparse_output(w.of(c), c, x, {{}, bias, {}});
-}
-
-std::tuple<Tensor, Tensor> sparse_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
-                                                  const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
-                                                  const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
-                                                  const Tensor& slot_t, const Flags& output_mask) {
-  const Weights w("sparse_linear_backward", x,
-                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
-  const Convolution c = linear(w.who, x, w.channels(), w.rows());
-  return gradients(w.of(c), c, grad, x, output_mask);
-}
-
-Tensor sparse_conv2d(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values, const Tensor& row_ptr,
-                     const Tensor& col, const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
-                     const Tensor& slot_t, const OptTensor& bias, const Ints& kernel_size, const Ints& stride,
-                     const Ints& padding, const Ints& dilation) {
-  const Weights w("sparse_conv2d", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
-  const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
-  return sparse_output(w.of(c), c, x, {{}, bias, {}});
-}
-
-Tensor sparse_conv2d_folded(const Tensor& x, const Tensor& free_values, const Tensor& frozen_values,
-                            const Tensor& row_ptr, const Tensor& col, const Tensor& slot, const Tensor& row_ptr_t,
-                            const Tensor& col_t, const Tensor& slot_t, const Tensor& scale, const Tensor& bias,
-                            const OptTensor& residual, bool relu, const Ints& kernel_size, const Ints& stride,
-                            const Ints& padding, const Ints& dilation) {
-  const Weights w("sparse_conv2d_folded", x,
-                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
-  const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
-  return sparse_output(w.of(c), c, x, {scale, bias, residual, relu});
-}
-
-std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& free_values,
-                                                  const Tensor& frozen_values, const Tensor& row_ptr, const Tensor& col,
-                                                  const Tensor& slot, const Tensor& row_ptr_t, const Tensor& col_t,
-                                                  const Tensor& slot_t, const Ints& kernel_size, const Ints& stride,
-                                                  const Ints& padding, const Ints& dilation, const Flags& output_mask) {
-  const Weights w("sparse_conv2d_backward", x,
-                  {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
-  const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
-  return gradients(w.of(c), c, grad, x, output_mask);
-}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(exssnet, CPU, m) {
-  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
-  m.impl("sparse_linear_backward", TORCH_BOX(&sparse_linear_backward));
-  m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
-  m.impl("sparse_conv2d_folded", TORCH_BOX(&sparse_conv2d_folded));
-  m.impl("sparse_conv2d_backward", TORCH_BOX(&sparse_conv2d_backward));
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear<Cpu>));
+  m.impl("sparse_linear_backward", TORCH_BOX(&sparse_linear_backward<Cpu>));
+  m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d<Cpu>));
+  m.impl("sparse_conv2d_folded", TORCH_BOX(&sparse_conv2d_folded<Cpu>));
+  m.impl("sparse_conv2d_backward", TORCH_BOX(&sparse_conv2d_backward<Cpu>));
 }
 
 }  // namespace exssnet

@@ -145,6 +145,11 @@ class TestPattern:
 class TestSparse(ProductTests):
     family = Sparse()
 
+    @dtypes()
+    @layers(FEW)
+    def test_exact_on_device(self, layer: Layer, dtype: torch.dtype, device: str) -> None:
+        self.family.check_exact(problem(layer, dtype, integers=True, device=device))
+
     @pytest.mark.parametrize("free_share", [0, 1], ids=["no-free-values", "no-frozen-values"])
     @dtypes("float32", "bfloat16")
     @layers(FEW)

@@ -1,0 +1,429 @@
+#include "cuda/sparse.h"
+
+#include <utility>
+
+#include "cuda/sparse_walk.h"
+
+namespace exssnet::cuda {
+
+namespace {
+
+constexpr int kSampledRows = 2;    // of a warp, in the gradient of the values
+constexpr int kGroup = 8;          // dot products that a warp reduces together
+constexpr int64_t kBlocks = 512;   // that a gradient of the values is split into, if it can be
+
+// Values of the entries, in the walk: those that may not be followed are not wanted.
+template <class T>
+struct ValueOf {
+  const T *free, *frozen;
+  int64_t free_count, count;
+
+  __device__ bool operator()(int slot, Sum<T>& value) const {
+    if (slot < 0 || slot >= count) return false;
+    value = static_cast<Sum<T>>(slot < free_count ? free[slot] : frozen[slot - free_count]);
+    return true;
+  }
+};
+
+// The slots of the free entries.
+struct FreeSlot {
+  int64_t free_count;
+
+  __device__ bool operator()(int slot, int& kept) const {
+    kept = slot;
+    return 0 <= slot && slot < free_count;
+  }
+};
+
+// What becomes of the sums of a row: see SparseEpilogue.
+template <class T>
+struct Finish {
+  const T *scale, *bias, *residual;
+  bool relu;
+};
+
+// Adds to `total` this lane's elements of the sources of the entries [first, last) of a window, times their values. The
+// sums of a part start at zero, which keeps rounding errors small.
+template <class T, int kVectors, bool kStaged>
+__device__ void add_part(const Entry<Sum<T>>* window, int first, int last, const uint4* patch,
+                         const T* x, int64_t plane, const int (&at)[kVectors],
+                         Sum<T> (&total)[kVectors][kLanes<T>]) {
+  Sum<T> sum[kVectors][kLanes<T>] = {};
+  constexpr int at_once = kStaged ? 1 : 4;  // loads from far away overlap
+#pragma unroll at_once
+  for (int k = first; k < last; ++k) {
+    const Entry<Sum<T>> entry = window[k];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      Sum<T> elements[kLanes<T>];
+      if constexpr (kStaged) spread<T>(patch[entry.offset + at[v]], elements);
+      else spread<T>(*reinterpret_cast<const uint4*>(x + entry.offset * plane), elements);
+#pragma unroll
+      for (int j = 0; j < kLanes<T>; ++j) sum[v][j] += entry.what * elements[j];
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+    for (int j = 0; j < kLanes<T>; ++j) total[v][j] += sum[v][j];
+}
+
+// Writes a vector of a row of the result.
+template <class T>
+__device__ void finish(const Plan& plan, const Finish<T>& then, int row, const Place& place, bool aligned,
+                       const Sum<T> (&total)[kLanes<T>], T* y) {
+  const int64_t at = int64_t{row} * plan.h.out * plan.w.out * plan.batch + place.in_result;
+  const int64_t left = min(plan.batch - place.image, int64_t{kLanes<T>});
+  const Sum<T> scale = then.scale ? static_cast<Sum<T>>(then.scale[row]) : Sum<T>(1);
+  const Sum<T> bias = then.bias ? static_cast<Sum<T>>(then.bias[row]) : Sum<T>(0);
+  Sum<T> residual[kLanes<T>] = {};
+  if (then.residual) spread<T>(load(then.residual + at, left, in_vectors(then.residual, plan.batch)), residual);
+  T stored[kLanes<T>];
+#pragma unroll
+  for (int j = 0; j < kLanes<T>; ++j) {
+    const Sum<T> v = (then.scale ? total[j] * scale + bias : total[j] + bias) + residual[j];
+    stored[j] = static_cast<T>(then.relu && v < 0 ? Sum<T>(0) : v);
+  }
+  if (aligned) {
+    uint4 vector;
+    memcpy(&vector, stored, 16);
+    *reinterpret_cast<uint4*>(y + at) = vector;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kLanes<T>; ++j)
+      if (j < left) y[at + j] = stored[j];
+  }
+}
+
+// y (rows, H', W', N) is the product of the pattern's rows with x (channels, H, W, N). Blocks: groups of rows of all
+// tiles. Without kStaged, x is one pixel, in aligned vectors, and read where it lies.
+template <class T, int kRows, int kVectors, bool kStaged>
+__global__ void __launch_bounds__(kSparseThreads, 2)
+    multiply(const __grid_constant__ Plan plan, const __grid_constant__ Pattern pattern,
+             const __grid_constant__ ValueOf<T> values, const __grid_constant__ Finish<T> then,
+             const T* __restrict__ x, T* __restrict__ y) {
+  using E = Entry<Sum<T>>;
+  EXSSNET_DYNAMIC_SHARED(uint4, memory);
+  __shared__ int order[32];
+  __shared__ Tile tile;
+  E* const windows = reinterpret_cast<E*>(memory) + threadIdx.x / 32 * kRows * kWindow;
+  uint4* const patch = memory + kSparseWarps * kRows * kWindow * sizeof(E) / 16;
+  const int64_t groups = groups_of(plan.rows, kRows * kSparseWarps);
+  enter<T>(plan, blockIdx.x / groups, tile);
+  const int64_t group = blockIdx.x % groups;
+  deal<kRows>(plan, pattern, group, order);
+  Cursors<kRows> cursors(plan, pattern, group, order, 0);
+  Sum<T> total[kRows][kVectors][kLanes<T>] = {};
+  int at[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) at[v] = place<T>(plan, tile, v).in_patch;
+  const int64_t plane = plan.batch;
+  const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});  // of idle lanes anything
+  for (int begin = 0; begin < plan.units; begin += min(plan.chunk, plan.units - begin)) {
+    const int end = begin + min(plan.chunk, plan.units - begin);
+    if constexpr (kStaged) {
+      __syncthreads();
+      stage(plan, tile, begin, end, x, patch);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      for_each_part<kStaged>(plan, pattern, tile, begin, end, cursors, r, windows + r * kWindow, values,
+                             [&](int first, int last) {
+                               add_part<T, kVectors, kStaged>(windows + r * kWindow, first, last, patch, x + lane_at,
+                                                              plane, at, total[r]);
+                             });
+  }
+  const bool aligned = in_vectors(y, plan.batch);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const Place here = place<T>(plan, tile, v);
+    if (here.in_result < 0) continue;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (const int row = row_of<kRows>(plan, group, order, r); row < plan.rows)
+        finish(plan, then, row, here, aligned, total[r][v], y);
+  }
+}
+
+// The sums over the lanes of kGroup numbers each; lane i gets that of number i / 4.
+template <class S>
+__device__ S sum_each(S (&x)[kGroup]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  static_assert(kGroup == 8);
+#pragma unroll
+  for (int count = 4, step = 16; count > 0; count /= 2, step /= 2) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const S sent = upper ? x[i] : x[i + count], kept = upper ? x[i + count] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, sent, step);
+    }
+  }
+  x[0] += __shfl_xor_sync(kAllLanes, x[0], 2);
+  return x[0] + __shfl_xor_sync(kAllLanes, x[0], 1);
+}
+
+// How the sums over pixels and images are shared among blocks: a block has `tiles` tiles and `units` units.
+struct Split {
+  int64_t splits, tiles, all_tiles;
+  int ranges, units;
+};
+
+// The inner products of grad (rows, H', W', N) and the sources of the free entries, summed over the tiles of each
+// split: sums (splits, free_count). Blocks: groups of rows, of all ranges of units, of all splits.
+template <class T, int kRows, int kVectors, bool kStaged>
+__global__ void __launch_bounds__(kSparseThreads, 2)
+    sample(const __grid_constant__ Plan plan, const __grid_constant__ Pattern pattern,
+           const __grid_constant__ Split split, const __grid_constant__ FreeSlot slots, const T* __restrict__ x,
+           const T* __restrict__ grad, Sum<T>* __restrict__ sums) {
+  using E = Entry<int>;
+  EXSSNET_DYNAMIC_SHARED(uint4, memory);
+  __shared__ int order[32];
+  __shared__ Tile tile;
+  E* const windows = reinterpret_cast<E*>(memory) + threadIdx.x / 32 * kRows * kWindow;
+  uint4* const patch = memory + kSparseWarps * kRows * kWindow * sizeof(E) / 16;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t groups = groups_of(plan.rows, kRows * kSparseWarps);
+  int64_t index = blockIdx.x;
+  const int64_t group = index % groups;
+  deal<kRows>(plan, pattern, group, order);
+  index /= groups;
+  const int from_unit = static_cast<int>(index % split.ranges) * split.units;
+  const int to_unit = from_unit + min(split.units, plan.units - from_unit);
+  index /= split.ranges;
+  sums += index * slots.free_count;
+  const int64_t first_tile = index * split.tiles, last_tile = min(first_tile + split.tiles, split.all_tiles);
+  const bool aligned = in_vectors(grad, plan.batch);
+  for (int64_t t = first_tile; t < last_tile; ++t) {
+    enter<T>(plan, t, tile);
+    Cursors<kRows> cursors(plan, pattern, group, order, from_unit);
+    uint4 g[kRows][kVectors];
+    int at[kVectors];
+    bool works[kVectors];  // or has nothing in the result: then what it would read is another lane's
+    const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const Place here = place<T>(plan, tile, v);
+      at[v] = here.in_patch, works[v] = here.in_result >= 0;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = row_of<kRows>(plan, group, order, r);
+        g[r][v] = make_uint4(0, 0, 0, 0);
+        if (works[v] && row < plan.rows)
+          g[r][v] = load(grad + row * plan.h.out * plan.w.out * plan.batch + here.in_result, plan.batch - here.image,
+                         aligned);
+      }
+    }
+    for (int begin = from_unit; begin < to_unit; begin += min(plan.chunk, to_unit - begin)) {
+      const int end = begin + min(plan.chunk, to_unit - begin);
+      if constexpr (kStaged) {
+        __syncthreads();
+        stage(plan, tile, begin, end, x, patch);
+        __syncthreads();
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const E* const window = windows + r * kWindow;
+        for_each_part<kStaged>(
+            plan, pattern, tile, begin, end, cursors, r, windows + r * kWindow, slots, [&](int first, int last) {
+              for (; first < last; first += kGroup) {
+                Sum<T> dots[kGroup];
+#pragma unroll
+                for (int e = 0; e < kGroup; ++e) {
+                  const int offset = window[min(first + e, last - 1)].offset;
+                  Sum<T> dot = 0;
+#pragma unroll
+                  for (int v = 0; v < kVectors; ++v) {
+                    if (!works[v]) continue;
+                    Sum<T> elements[kLanes<T>], gradients[kLanes<T>];
+                    spread<T>(g[r][v], gradients);
+                    if constexpr (kStaged) spread<T>(patch[offset + at[v]], elements);
+                    else spread<T>(*reinterpret_cast<const uint4*>(x + lane_at + offset * plan.batch), elements);
+#pragma unroll
+                    for (int j = 0; j < kLanes<T>; ++j) dot += gradients[j] * elements[j];
+                  }
+                  dots[e] = dot;
+                }
+                const Sum<T> sum = sum_each(dots);
+                const int e = first + lane / 4;
+                if (lane % 4 != 0 || e >= last) continue;
+                Sum<T>& to = sums[window[e].what];
+                to = t == first_tile ? sum : to + sum;
+              }
+            });
+      }
+    }
+  }
+}
+
+// grad_values (count,) from the sums of the splits (splits, count).
+template <class T>
+__global__ void __launch_bounds__(kSparseThreads)
+    add_splits(const Sum<T>* __restrict__ sums, int64_t splits, int64_t count, T* __restrict__ grad_values) {
+  for (int64_t i = int64_t{blockIdx.x} * kSparseThreads + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * kSparseThreads) {
+    Sum<T> sum = 0;
+    for (int64_t s = 0; s < splits; ++s) sum += sums[s * count + i];
+    grad_values[i] = static_cast<T>(sum);
+  }
+}
+
+// ---- on the host
+
+// Calls body(T*) for the type of a dtype.
+template <class Body>
+auto with_cuda_type(Float dtype, const Body& body) {
+  switch (dtype) {
+    case Float::float16: return body(static_cast<__half*>(nullptr));
+    case Float::bfloat16: return body(static_cast<__nv_bfloat16*>(nullptr));
+    case Float::float32: return body(static_cast<float*>(nullptr));
+    default: return body(static_cast<double*>(nullptr));
+  }
+}
+
+template <class What>
+size_t shared_bytes(const Plan& plan, int rows, bool staged) {
+  return kSparseWarps * kWindow * sizeof(Entry<What>) * rows + (staged ? size_t{16} * plan.plane() * plan.chunk : 0);
+}
+
+// Whether x is better read from the caches than staged: one pixel, a batch that would not fill a staged tile.
+template <class T>
+bool is_direct(const Convolution& c, const Plan& plan, const T* x) {
+  return is_one_pixel(c) && in_vectors(x, plan.batch) && plan.batch / kLanes<T> <= 32 * kHeld<T>;
+}
+
+bool fits_a_grid(int64_t blocks) { return blocks <= std::numeric_limits<int>::max(); }
+
+template <class T, int kRows, int kVectors, bool kStaged>
+cudaError_t launch_multiply(const Plan& plan, const Pattern& pattern, const ValueOf<T>& values, const Finish<T>& then,
+                            const T* x, T* y, cudaStream_t stream) {
+  const int64_t blocks = plan.tiles() * groups_of(plan.rows, kRows * kSparseWarps);
+  if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
+  const auto kernel = multiply<T, kRows, kVectors, kStaged>;
+  const size_t shared = shared_bytes<Sum<T>>(plan, kRows, kStaged);
+  return EXSSNET_LAUNCH(kernel, static_cast<unsigned>(blocks), kSparseThreads, shared, stream, plan, pattern, values,
+                        then, x, y);
+}
+
+template <class T>
+cudaError_t product(const Convolution& c, const Pattern& pattern, bool transposed, const SparseValues& values,
+                    const SparseEpilogue& then, const T* x, T* y, int processors, cudaStream_t stream) {
+  Plan plan = plan_of(c, pattern, transposed);
+  if (plan.rows == 0 || plan.batch == 0 || plan.h.out == 0 || plan.w.out == 0) return cudaSuccess;
+  const auto at = [](const void* p) { return static_cast<const T*>(p); };
+  const ValueOf<T> of{at(values.free), at(values.frozen), values.free_count, values.count};
+  const Finish<T> finish{at(then.scale), at(then.bias), at(then.residual), then.relu};
+  if (is_direct(c, plan, x)) {
+    lay_out<T>(plan, 32);
+    plan.units = 1;
+    return launch_multiply<T, 1, 1, false>(plan, pattern, of, finish, x, y, stream);
+  }
+  lay_out<T>(plan, 32 * kHeld<T>);
+  const int64_t work = plan.tiles() * groups_of(plan.rows, kSparseWarps);  // as many blocks as there could be
+  if (work >= int64_t{2} * kMostRows<T> * processors)
+    return launch_multiply<T, kMostRows<T>, kHeld<T>, true>(plan, pattern, of, finish, x, y, stream);
+  return launch_multiply<T, 1, kHeld<T>, true>(plan, pattern, of, finish, x, y, stream);
+}
+
+Split split_of(const Plan& plan, int rows) {
+  const int64_t groups = groups_of(plan.rows, rows), tiles = plan.tiles(), wanted = groups_of(kBlocks, groups);
+  Split split{};
+  split.all_tiles = tiles;
+  split.tiles = groups_of(tiles, std::min(tiles, wanted));
+  split.splits = groups_of(tiles, split.tiles);
+  const int64_t chunks = groups_of(plan.units, plan.chunk), ranges = groups_of(wanted, split.splits);
+  const int64_t units = groups_of(chunks, std::min(chunks, ranges)) * plan.chunk;
+  split.units = static_cast<int>(std::min<int64_t>(units, plan.units));
+  split.ranges = static_cast<int>(groups_of(plan.units, split.units));
+  return split;
+}
+
+// The plan of a gradient of the values, and how it is split.
+template <class T>
+std::pair<Plan, Split> sampling(const Convolution& c, const Pattern& pattern, bool direct) {
+  Plan plan = plan_of(c, pattern, false);
+  lay_out<T>(plan, direct ? 32 : 32 * kHeld<T>);
+  if (direct) plan.units = plan.chunk = 1;
+  return {plan, split_of(plan, (direct ? 1 : kSampledRows) * kSparseWarps)};
+}
+
+// Whether sums are made in parts, and not where the gradient is to be.
+template <class T>
+bool has_parts(const Split& split) {
+  return split.splits > 1 || !std::is_same_v<T, Sum<T>>;
+}
+
+bool is_empty(const Convolution& c, const Pattern& pattern, int64_t free_count) {
+  return free_count == 0 || pattern.entries == 0 || c.batch == 0;
+}
+
+template <class T, int kRows, int kVectors, bool kStaged>
+cudaError_t launch_sample(const Plan& plan, const Split& split, const Pattern& pattern, int64_t free_count, const T* x,
+                          const T* grad, Sum<T>* sums, cudaStream_t stream) {
+  const int64_t blocks = split.splits * split.ranges * groups_of(plan.rows, kRows * kSparseWarps);
+  if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
+  const auto kernel = sample<T, kRows, kVectors, kStaged>;
+  const size_t shared = shared_bytes<int>(plan, kRows, kStaged);
+  return EXSSNET_LAUNCH(kernel, static_cast<unsigned>(blocks), kSparseThreads, shared, stream, plan, pattern, split,
+                        FreeSlot{free_count}, x, grad, sums);
+}
+
+template <class T>
+cudaError_t value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, const T* x, const T* grad,
+                           T* grad_values, Sum<T>* parts, cudaStream_t stream) {
+  const bool direct = is_direct(c, plan_of(c, pattern, false), x);
+  const auto [plan, split] = sampling<T>(c, pattern, direct);
+  if constexpr (std::is_same_v<T, Sum<T>>)
+    if (!has_parts<T>(split)) parts = grad_values;
+  const cudaError_t error =
+      direct ? launch_sample<T, 1, 1, false>(plan, split, pattern, free_count, x, grad, parts, stream)
+             : launch_sample<T, kSampledRows, kHeld<T>, true>(plan, split, pattern, free_count, x, grad, parts, stream);
+  if (error != cudaSuccess || !has_parts<T>(split)) return error;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(groups_of(free_count, kSparseThreads), 1 << 12));
+  return EXSSNET_LAUNCH(add_splits<T>, blocks, kSparseThreads, 0, stream, parts, split.splits, free_count, grad_values);
+}
+
+}  // namespace
+
+cudaError_t sparse_forward(const Convolution& c, const Pattern& pattern, const SparseValues& values,
+                           const SparseEpilogue& epilogue, Float dtype, const void* x, void* y, int processors,
+                           cudaStream_t stream) {
+  return with_cuda_type(dtype, [&]<class T>(T*) {
+    return product(c, pattern, false, values, epilogue, static_cast<const T*>(x), static_cast<T*>(y), processors,
+                   stream);
+  });
+}
+
+cudaError_t sparse_input_gradient(const Convolution& c, const Pattern& transposed, const SparseValues& values,
+                                  Float dtype, const void* grad, void* grad_x, int processors, cudaStream_t stream) {
+  return with_cuda_type(dtype, [&]<class T>(T*) {
+    return product(c, transposed, true, values, {}, static_cast<const T*>(grad), static_cast<T*>(grad_x), processors,
+                   stream);
+  });
+}
+
+size_t sparse_workspace_bytes(const Convolution& c, const Pattern& pattern, int64_t free_count, Float dtype) {
+  if (is_empty(c, pattern, free_count)) return 0;
+  return with_cuda_type(dtype, [&]<class T>(T*) {
+    size_t most = 0;
+    for (const bool direct : {false, true}) {
+      if (direct && !is_one_pixel(c)) continue;
+      const Split split = sampling<T>(c, pattern, direct).second;
+      if (has_parts<T>(split)) most = std::max(most, sizeof(Sum<T>) * static_cast<size_t>(split.splits * free_count));
+    }
+    return most;
+  });
+}
+
+cudaError_t sparse_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, Float dtype,
+                                  const void* x, const void* grad, void* grad_values, void* workspace,
+                                  cudaStream_t stream) {
+  return with_cuda_type(dtype, [&]<class T>(T*) {
+    if (is_empty(c, pattern, free_count)) return cudaMemsetAsync(grad_values, 0, sizeof(T) * free_count, stream);
+    return value_gradient(c, pattern, free_count, static_cast<const T*>(x), static_cast<const T*>(grad),
+                          static_cast<T*>(grad_values), static_cast<Sum<T>*>(workspace), stream);
+  });
+}
+
+}  // namespace exssnet::cuda
