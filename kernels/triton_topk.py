@@ -212,7 +212,7 @@ def _select_layers(
     if not packed:
         return []
     masks = torch.empty(chunks * CHUNK // 8, dtype=torch.uint8, device=device)
-    _write_bits[(chunks,)](flat, first_chunk, first, count, row, selection, masks, layers, **pieces)
+    _write_bits[(chunks,)](flat, first_chunk, first, count, row, selection, masks, layers, **pieces, num_warps=8)
     begins = (chunk * CHUNK // 8 for chunk in first_chunks)
     return [masks[begin : begin + triton.cdiv(n, 8)] for begin, n in zip(begins, sizes, strict=True)]
 
