@@ -60,6 +60,12 @@ def frozen_step(mask: Tensor) -> None:
     assert torch.equal(weight[mask], before[mask])
 
 
+def banked(mask: Tensor) -> None:
+    bank = MaskBank({"layer": MASK.shape})
+    bank.add({"layer": mask})
+    assert torch.equal(bank.mask(0, "layer") if mask.dtype == torch.bool else bank.packed(0, "layer"), mask)
+
+
 def served() -> Served:
     phases = Phases(convert(nn.Sequential(nn.Linear(6, 4)), 0.5))
     for _ in range(2):
@@ -127,7 +133,7 @@ CALLS: dict[str, Call] = {
         a("classes", 4),
     ),
     "convert": lambda a: convert(nn.Sequential(nn.Linear(6, 4)), a("density", 0.5))(a("x", whole(2, 6))),
-    "MaskBank": lambda a: MaskBank({"layer": MASK.shape}).add({"layer": a("mask", MASK)}),
+    "MaskBank": lambda a: banked(a("mask", MASK)),
     "freeze_weights": lambda a: frozen_step(a("mask", MASK)),
     "Served": lambda a: served()(a("x", whole(3, 6)), a("task_ids", torch.tensor([1, 0, 1]))),
     "average_accuracy": lambda a: metrics.average_accuracy(a("accuracy", torch.rand(3, 3))),
