@@ -58,10 +58,15 @@ class MaskBank:
             )
         packed, use, unions = {}, {}, {}
         for name, mask in masks.items():
-            bits = pack_mask(mask) if mask.dtype == torch.bool else mask
             n = self.shapes[name].numel()
-            if bits.shape != (-(-n // 8),):
-                raise ValueError(f"MaskBank: layer {name} has {n} weights, got a mask of {mask.numel()} entries")
+            expected = {torch.bool: tuple(self.shapes[name]), torch.uint8: (-(-n // 8),)}
+            if expected.get(mask.dtype) != mask.shape:
+                raise ValueError(
+                    f"MaskBank: layer {name} has {n} weights, got a mask of {mask.numel()} entries: expected bool of "
+                    f"{expected[torch.bool]} or packed uint8 of {expected[torch.uint8]}, got {mask.dtype} of "
+                    f"{tuple(mask.shape)}"
+                )
+            bits = pack_mask(mask) if mask.dtype == torch.bool else mask
             used = self.used_mask(name)
             union = bits if used is None else bits | used.to(bits.device)
             free = bits if used is None else free_mask(bits, used.to(bits.device))

@@ -74,7 +74,7 @@ class Served:
         """
         ids = torch.as_tensor(task_ids)
         whole = ids.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) or not ids.numel()
-        if not whole or x.dim() == 0 or ids.shape != x.shape[:1]:
+        if not whole or ids.is_meta or x.dim() == 0 or ids.shape != x.shape[:1]:
             raise ValueError(
                 f"Served: expected a whole task number for each sample, got task_ids {ids.dtype} of shape "
                 f"{tuple(ids.shape)} and x of shape {tuple(x.shape)}"

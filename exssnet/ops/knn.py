@@ -33,8 +33,10 @@ def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, clas
     if not features.is_floating_point():
         raise ValueError(f"knn_classify: features must be floating point, got {features.dtype}")
     same_kind("knn_classify", features, queries=queries)
+    if labels.device != features.device:
+        raise ValueError(f"knn_classify: features are on {features.device} but labels on {labels.device}")
     low, high = (int(v) for v in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(f"knn_classify: labels must be in [0, {classes}), got {low} to {high}")
-    predicted: Tensor = torch.ops.exssnet.knn_classify(features.detach(), labels, queries.detach(), k, classes)
+    predicted: Tensor = torch.ops.exssnet.knn_classify(features.detach(), labels, queries.detach(), k, high + 1)
     return predicted

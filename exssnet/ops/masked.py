@@ -106,7 +106,7 @@ def masked_conv1d(
     if weight.dim() != 3:
         raise ValueError(f"masked_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")
     x, steps, pads, gaps = conv1d_as_2d("masked_conv1d", x, stride, padding, dilation)
-    mask = mask.unsqueeze(2) if mask.dtype == torch.bool else mask
-    if free_mask is not None and free_mask.dtype == torch.bool:
+    mask = mask.unsqueeze(2) if mask.dtype == torch.bool and mask.dim() == 3 else mask
+    if free_mask is not None and free_mask.dtype == torch.bool and free_mask.dim() == 3:
         free_mask = free_mask.unsqueeze(2)
     return masked_conv2d(x, weight.unsqueeze(2), mask, free_mask, bias, steps, pads, gaps, groups).squeeze(2)

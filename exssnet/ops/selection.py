@@ -43,6 +43,8 @@ define(
 
 def density_to_k(n: int, density: float) -> int:
     """Number of weights that a density keeps: ``n - int((1 - density) * n)``, the official rule (int truncates)."""
+    if n < 0:
+        raise ValueError(f"density_to_k: n must be at least 0, got {n}")
     if not 0 <= density <= 1:
         raise ValueError(f"density must be in [0, 1], got {density}")
     return n - int((1 - density) * n)
@@ -118,6 +120,8 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Bool mask of the given shape from the bytes of `pack_mask`."""
     n = math.prod(shape)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"unpack_mask: sizes must be at least 0, got {tuple(shape)}")
     if not (packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() == -(-n // 8)):
         raise ValueError(
             f"unpack_mask: {n} entries are {-(-n // 8)} bytes of uint8, got {packed.dtype} of {tuple(packed.shape)}"

@@ -92,6 +92,8 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
             f"sparse_pattern: mask and free_mask must be bool of one shape with at least 2 dimensions, got "
             f"{mask.dtype} of {tuple(mask.shape)} and {free.dtype} of {tuple(free.shape)}"
         )
+    if mask.device != free.device:
+        raise ValueError(f"sparse_pattern: mask is on {mask.device} but free_mask on {free.device}")
     outside = int((free & ~mask).sum())
     if outside != 0:
         raise ValueError(f"sparse_pattern: free_mask has {outside} entries outside the mask")
@@ -121,7 +123,13 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
 
 
 def masked_weight(free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
-    """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values."""
+    """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values.
+
+    ValueError for another number of values, or a shape that is not the pattern's.
+    """
+    _check_values("masked_weight", pattern, free_values, frozen_values, shape[2:])
+    same_kind("masked_weight", free_values, frozen_values=frozen_values)
+    _check_shape("masked_weight", pattern, shape)
     if free_values.numel() and frozen_values.numel():
         values = torch.cat([free_values, frozen_values]).index_select(0, pattern.slot)
     else:
@@ -132,10 +140,24 @@ def masked_weight(free_values: Tensor, frozen_values: Tensor, pattern: SparsePat
 
 
 def kept_weights(pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
-    """Flat indices, ascending, of the weights that a pattern keeps of a weight of the given shape."""
+    """Flat indices, ascending, of the weights that a pattern keeps of a weight of the given shape.
+
+    ValueError for a shape that is not the pattern's, with any number of groups.
+    """
+    _check_shape("kept_weights", pattern, shape)
     rows = torch.arange(shape[0], device=pattern.col.device).repeat_interleave(pattern.row_ptr.diff())
     width = math.prod(shape[1:])
     return rows * width + pattern.col % max(1, width)
+
+
+def _check_shape(operator: str, pattern: SparsePattern, shape: Sequence[int]) -> None:
+    count, channels = pattern.row_ptr.numel() - 1, pattern.row_ptr_t.numel() - 1
+    whole_groups = len(shape) > 1 and (channels % shape[1] == 0 if shape[1] > 0 else shape[1] == channels)
+    if not whole_groups or shape[0] != count or math.prod(shape[2:]) != pattern.taps:
+        raise ValueError(
+            f"{operator}: the pattern is of {count} rows, {channels} channels and {pattern.taps} taps, got the shape "
+            f"{tuple(shape)}"
+        )
 
 
 def _check_values(

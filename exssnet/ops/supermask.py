@@ -148,7 +148,7 @@ def supermask_conv1d(
     return supermask_conv2d(
         x,
         weight.unsqueeze(2),
-        scores.unsqueeze(2),
+        scores.unsqueeze(2) if scores.dim() == 3 else scores,
         k,
         bias,
         steps,

@@ -4,6 +4,7 @@ import gzip
 import importlib
 import importlib.util
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -93,7 +94,10 @@ def _idx(path: Path) -> npt.NDArray[Any]:
     """The array in an idx file, gzipped or not: 0, 0, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
     data = path.read_bytes()
     if path.suffix == ".gz":
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is no gzip file, or is damaged: {error}") from None
     start = 4 + 4 * int.from_bytes(data[3:4], "big")
     shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), dtype=">i4")
     if data[:3] != b"\0\0\x08" or len(data) != start + prod(shape.tolist()):
@@ -177,11 +181,18 @@ def _tinyimagenet(root: Path) -> Arrays:
 def _npz(path: Path) -> Arrays:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    with np.load(path) as archive:
-        keys = ("x_train", "y_train", "x_test", "y_test")
-        if missing := [key for key in keys if key not in archive.files]:
-            raise ValueError(f"{path} must hold {', '.join(keys)}; missing: {', '.join(missing)}")
-        return [archive[key] for key in keys]
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            missing = [key for key in keys if key not in archive.files]
+            arrays = [] if missing else [archive[key] for key in keys]
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
+        raise ValueError(
+            f"{path} is no .npz file of plain arrays, or is damaged: {' '.join(str(error).split())}"
+        ) from None
+    if missing:
+        raise ValueError(f"{path} must hold {', '.join(keys)}; missing: {', '.join(missing)}")
+    return arrays
 
 
 _READERS: dict[str, Callable[[Path], Arrays]] = {
@@ -203,14 +214,24 @@ def names() -> tuple[str, ...]:
 
 def _images(array: npt.NDArray[Any]) -> Tensor:
     """uint8 or float32 images (N, C, H, W), from (N, H, W), (N, H, W, 1 or 3) or (N, C, H, W); or features (N, I)."""
-    x = torch.tensor(array)
-    if x.dtype != torch.uint8:
-        if not x.is_floating_point():
-            raise ValueError(f"images must be uint8 or floating point, got {x.dtype}")
-        x = x.float()
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(f"images must be uint8 or floating point, got {array.dtype}")
+    if not 2 <= array.ndim <= 4 or array.size == 0:
+        raise ValueError(f"images must have 2 to 4 dimensions, none of them 0, got {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"images must be finite, got NaN or infinity in {array.dtype} of shape {array.shape}")
+    x = torch.tensor(array if array.dtype == np.uint8 else array.astype(np.float32))
     if x.dim() == 3:
         return x.unsqueeze(1)
     return x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 and x.shape[3] in (1, 3) else x
+
+
+def _labels(array: npt.ArrayLike) -> Tensor:
+    labels = np.asarray(array)
+    whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
+    if not whole or not (np.abs(labels.astype(np.float64)) < 2.0**53).all():
+        raise ValueError(f"labels must be whole numbers below 2^53, got {labels.dtype} of shape {labels.shape}")
+    return torch.tensor(labels.astype(np.int64))
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,5 +278,4 @@ def load(name: str | Path, root: str | Path | None = None) -> tuple[Labelled, La
     train, test = (x if isinstance(x, ImageFiles) else _images(x) for x in (x_train, x_test))
     evenly = torch.arange(0, len(train), -(-len(train) // 1000))
     moments = _moments(train[evenly] if isinstance(train, ImageFiles) else train)
-    labels = (torch.tensor(y, dtype=torch.int64) for y in (y_train, y_test))
-    return Labelled(train, next(labels), *moments), Labelled(test, next(labels), *moments)
+    return Labelled(train, _labels(y_train), *moments), Labelled(test, _labels(y_test), *moments)
