@@ -77,6 +77,7 @@ class SupermaskLayer(nn.Module):
         self.products = products
         self._choices: dict[tuple[Any, ...], bool] = {}
         self._seen: SparsePattern | None = None
+        self._kept: tuple[SparsePattern, Tensor] | None = None
         self.k = density_to_k(self.weight.numel(), density)
         weight = self._parameters.pop("weight")
         assert weight is not None
@@ -143,6 +144,15 @@ class SupermaskLayer(nn.Module):
         free = self.frozen_values.new_empty(0) if self.free_values is None else self.free_values
         return free, self.frozen_values, pattern
 
+    def _dense_weight(self) -> Tensor:
+        """The masked weight that the values make; where they belong is computed once for a pattern."""
+        pattern, kept = self._pattern(), None
+        if not torch.compiler.is_compiling():
+            if self._kept is None or self._kept[0] is not pattern:
+                self._kept = pattern, kept_weights(pattern, self.weight.shape)
+            kept = self._kept[1]
+        return masked_weight(*self._values(), self.weight.shape, kept)
+
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
         """Whether to multiply only what is kept, see `sparse_is_faster`; decided once for a shape of x."""
 
@@ -193,7 +203,7 @@ class SupermaskLayer(nn.Module):
         return {"k": self.k} if self.selection is None else {"selection": self.selection}
 
     def _clear(self) -> None:
-        self._seen = None
+        self._seen = self._kept = None
         for name in ("scores", "free_values", "frozen_values", *PATTERN):
             setattr(self, name, None)
 
@@ -225,7 +235,7 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
             return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
-        return F.linear(x, masked_weight(*self._values(), self.weight.shape), self.bias)
+        return F.linear(x, self._dense_weight(), self.bias)
 
 
 class _SupermaskConv(SupermaskLayer):
@@ -255,15 +265,8 @@ class _SupermaskConv(SupermaskLayer):
             return self.sparse_product(
                 x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
             )  # fmt: skip
-        return self.dense_product(
-            x,
-            masked_weight(*self._values(), self.weight.shape),
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-        )
+        weight = self._dense_weight()
+        return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
@@ -473,7 +476,8 @@ def unconvert(model: nn.Module) -> None:
         for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer.selection, layer.masked, layer.written, layer.k, layer.products, layer._choices, layer._seen
+        for name in ("selection", "masked", "written", "k", "products", "_choices", "_seen", "_kept"):
+            delattr(layer, name)
         layer.weight = nn.Parameter(weight)
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))

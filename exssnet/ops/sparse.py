@@ -120,15 +120,22 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
     return SparsePattern(*(t.to(torch.int32) for t in tensors), taps)  # type: ignore[call-arg, arg-type]
 
 
-def masked_weight(free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
-    """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values."""
+def masked_weight(
+    free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int], kept: Tensor | None = None
+) -> Tensor:
+    """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values.
+
+    kept: `kept_weights` of the pattern, where they are at hand.
+    """
     values = torch.cat([free_values, frozen_values]).index_select(0, pattern.slot)
-    return values.new_zeros(math.prod(shape)).index_put((kept_weights(pattern, shape),), values).view(tuple(shape))
+    where = kept_weights(pattern, shape) if kept is None else kept
+    return values.new_zeros(math.prod(shape)).index_put((where,), values).view(tuple(shape))
 
 
 def kept_weights(pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
     """Flat indices, ascending, of the weights that a pattern keeps of a weight of the given shape."""
-    rows = torch.arange(shape[0], device=pattern.col.device).repeat_interleave(pattern.row_ptr.diff())
+    rows = torch.arange(shape[0], device=pattern.col.device)
+    rows = rows.repeat_interleave(pattern.row_ptr.diff(), output_size=pattern.col.numel())
     width = math.prod(shape[1:])
     return rows * width + pattern.col % max(1, width)
 
