@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,19 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--device cuda needs a GPU, and torch {torch.__version__} finds none")
     if options.device == "cuda" and options.kind == "memory":
         raise ValueError("memory is measured on the CPU alone, got --device cuda")
-    with torch.device(options.device):
+    with torch.device(options.device), cudnn_as_precise_as_products():
         return _run(options)
+
+
+@contextmanager
+def cudnn_as_precise_as_products() -> Iterator[None]:
+    """Let cuDNN's float32 convolutions use tf32 where matrix products, and so ours, may, and nowhere else."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -79,6 +79,7 @@ class SupermaskLayer(nn.Module):
         self.products = products
         self._choices: dict[tuple[Any, ...], bool] = {}
         self._seen: SparsePattern | None = None
+        self._where: tuple[SparsePattern, Tensor] | None = None
         self.k = density_to_k(self.weight.numel(), density)
         weight = self._parameters.pop("weight")
         assert weight is not None
@@ -154,7 +155,17 @@ class SupermaskLayer(nn.Module):
         return self._kept[key]
 
     def _dense_weight(self) -> Tensor:
-        weight: Tensor = self._once(self, lambda: masked_weight(*self._values(), self.weight.shape))
+        """The masked weight that the values make; where they belong is computed once for a pattern."""
+
+        def make() -> Tensor:
+            pattern, where = self._pattern(), None
+            if not torch.compiler.is_compiling() and pattern.slot.numel() < self.weight.numel():
+                if self._where is None or self._where[0] is not pattern:
+                    self._where = pattern, kept_weights(pattern, self.weight.shape)
+                where = self._where[1]
+            return masked_weight(*self._values(), self.weight.shape, where)
+
+        weight: Tensor = self._once(self, make)
         return weight
 
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
@@ -207,7 +218,7 @@ class SupermaskLayer(nn.Module):
         return {"k": self.k} if self.selection is None else {"selection": self.selection}
 
     def _clear(self) -> None:
-        self._seen = None
+        self._seen = self._where = None
         for name in ("scores", "free_values", "frozen_values", *PATTERN):
             setattr(self, name, None)
 
@@ -269,9 +280,8 @@ class _SupermaskConv(SupermaskLayer):
             return self.sparse_product(
                 x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
             )  # fmt: skip
-        return self.dense_product(
-            x, self._dense_weight(), self.bias, self.stride, padding, self.dilation, self.groups
-        )  # fmt: skip
+        weight = self._dense_weight()
+        return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
@@ -446,7 +456,8 @@ def unconvert(model: nn.Module) -> None:
         for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer.selection, layer.masked, layer.written, layer.k, layer.products, layer._choices, layer._seen
+        for name in ("selection", "masked", "written", "k", "products", "_choices", "_seen", "_where"):
+            delattr(layer, name)
         layer.weight = nn.Parameter(weight)
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))

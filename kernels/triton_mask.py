@@ -35,6 +35,15 @@ def given(mask: Tensor) -> Mask:
 
 
 @triton.jit
+def of_layer(pointers, layer):
+    """Of the tensors of many layers, a tuple, that of one."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        pointer = tl.where(layer == i, pointers[i], pointer)
+    return pointer
+
+
+@triton.jit
 def _magnitude_bits(scores):
     if scores.dtype == tl.float32:
         bits = scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .nan_flag import flag
+from .triton_mask import of_layer
 
 
 class Format(NamedTuple):
@@ -158,18 +159,18 @@ def _write_bits(
     scores, first_chunk, first, count, row, selection, masks, layers, BITS: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Packed masks: that of each layer begins where its first chunk does."""
+    """Packed masks, which are a tuple."""
     layer, start, begin, end = _chunk_of_program(first_chunk, first, count, layers, LAYERS, CHUNK)
     pair = selection + 2 * tl.load(row + layer)
     threshold, tie = tl.load(pair), tl.load(pair + 1)
-    masks += tl.program_id(0).to(tl.int64) * (CHUNK // 8) - begin // 8
+    mask = of_layer(masks, layer)
     byte, bit = tl.arange(0, BLOCK // 8)[:, None], tl.arange(0, 8)[None, :]
     for block in range(begin, end, BLOCK):
         index = block + 8 * byte + bit
         bits = _magnitudes(scores, start + index, index < end, BITS)
         kept = (index < end) & ((bits > threshold) | ((bits == threshold) & (index <= tie)))
         packed = tl.sum(kept.to(tl.int32) << bit, 1, keep_dims=True)
-        tl.store(masks + block // 8 + byte, packed.to(tl.uint8), mask=block + 8 * byte < end)
+        tl.store(mask + block // 8 + byte, packed.to(tl.uint8), mask=block + 8 * byte < end)
 
 
 @triton.jit
@@ -211,10 +212,9 @@ def _select_layers(
     )  # fmt: skip
     if not packed:
         return []
-    masks = torch.empty(chunks * CHUNK // 8, dtype=torch.uint8, device=device)
-    _write_bits[(chunks,)](flat, first_chunk, first, count, row, selection, masks, layers, **pieces, num_warps=8)
-    begins = (chunk * CHUNK // 8 for chunk in first_chunks)
-    return [masks[begin : begin + triton.cdiv(n, 8)] for begin, n in zip(begins, sizes, strict=True)]
+    masks = [torch.empty(triton.cdiv(n, 8), dtype=torch.uint8, device=device) for n in sizes]
+    _write_bits[(chunks,)](flat, first_chunk, first, count, row, selection, tuple(masks), layers, **pieces, num_warps=8)
+    return masks
 
 
 def topk_masks(

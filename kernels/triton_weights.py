@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .triton_mask import kept_weight, store_gradients
+from .triton_mask import kept_weight, of_layer, store_gradients
 
 BLOCK = 1024  # weights that a program holds at a time
 CHUNK = 8 * BLOCK
@@ -39,17 +39,9 @@ def _chunk_of_program(sizes, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _of_layer(pointers, layer):
-    pointer = pointers[0]
-    for i in tl.static_range(1, len(pointers)):
-        pointer = tl.where(layer == i, pointers[i], pointer)
-    return pointer
-
-
-@triton.jit
 def _weights_kernel(weights, masks, outputs, sizes, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     layer, begin, end = _chunk_of_program(sizes, CHUNK)
-    weight, mask, output = _of_layer(weights, layer), _of_layer(masks, layer), _of_layer(outputs, layer)
+    weight, mask, output = of_layer(weights, layer), of_layer(masks, layer), of_layer(outputs, layer)
     local = tl.arange(0, BLOCK)
     for block in range(tl.cdiv(end - begin, BLOCK)):
         base = begin + block * BLOCK
@@ -65,10 +57,10 @@ def _gradients_kernel(
     """grad_scores, grad_weights: None where not asked."""
     layer, begin, end = _chunk_of_program(sizes, CHUNK)
     grad, weight, score, mask = (
-        _of_layer(grads, layer), _of_layer(weights, layer), _of_layer(scores, layer), _of_layer(masks, layer)
+        of_layer(grads, layer), of_layer(weights, layer), of_layer(scores, layer), of_layer(masks, layer)
     )  # fmt: skip
-    of_scores = None if grad_scores is None else _of_layer(grad_scores, layer)
-    of_weights = None if grad_weights is None else _of_layer(grad_weights, layer)
+    of_scores = None if grad_scores is None else of_layer(grad_scores, layer)
+    of_weights = None if grad_weights is None else of_layer(grad_weights, layer)
     local = tl.arange(0, BLOCK)
     for block in range(tl.cdiv(end - begin, BLOCK)):
         base = begin + block * BLOCK

@@ -68,6 +68,18 @@ def test_a_gpu_that_is_not_there_is_told_in_one_sentence(capsys: pytest.CaptureF
     assert capsys.readouterr().err == f"exssnet: --device cuda needs a GPU, and torch {torch.__version__} finds none\n"
 
 
+@pytest.mark.parametrize(("precision", "allowed"), [("highest", False), ("high", True)])
+def test_cudnn_is_as_precise_as_the_products(precision: str, allowed: bool) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with command.cudnn_as_precise_as_products():
+            assert torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["ops", "training", "sweep"])
 def test_a_gpu_is_measured_as_well(tmp_path: Path, kind: str) -> None:

@@ -6,7 +6,17 @@ from .adam import adam_topk
 from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
 from .norm import batch_norm_act
-from .selection import TopK, density_to_k, free_mask, pack_mask, topk_mask, topk_masks, topk_select, unpack_mask
+from .selection import (
+    TopK,
+    density_to_k,
+    free_mask,
+    nan_scores_seen,
+    pack_mask,
+    topk_mask,
+    topk_masks,
+    topk_select,
+    unpack_mask,
+)
 from .sparse import (
     SparsePattern,
     kept_weights,
@@ -35,6 +45,7 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "masked_weight",
+    "nan_scores_seen",
     "pack_mask",
     "sparse_conv1d",
     "sparse_conv2d",

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from exssnet.kernels import nan_flag
+
 from .library import define
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -107,6 +109,16 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     check_topk("topk_mask", [scores], [k], None)
     mask: Tensor = torch.ops.exssnet.topk_masks([scores.detach()], [k], None, True)[0][0]
     return mask
+
+
+def nan_scores_seen(device: torch.device | str) -> bool:
+    """Whether a selection on a GPU has met NaN scores since this was last asked; waits for the GPU.
+
+    There selections do not raise, which would make every step wait: NaN counts as more than infinity, and raises a flag
+    on the device. Ask where the host waits anyway, say for the loss of an epoch. On a CPU, where they raise, False.
+    """
+    seen: bool = nan_flag.seen(torch.device(device))
+    return seen
 
 
 def pack_mask(mask: Tensor) -> Tensor:

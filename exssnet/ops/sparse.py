@@ -122,9 +122,12 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
     return SparsePattern(*(t.to(torch.int32) for t in tensors), taps)  # type: ignore[call-arg, arg-type]
 
 
-def masked_weight(free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
+def masked_weight(
+    free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int], kept: Tensor | None = None
+) -> Tensor:
     """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values.
 
+    kept: `kept_weights` of the pattern, where they are at hand.
     ValueError for another number of values, or a shape that is not the pattern's.
     """
     _check_values("masked_weight", pattern, free_values, frozen_values, shape[2:])
@@ -136,7 +139,8 @@ def masked_weight(free_values: Tensor, frozen_values: Tensor, pattern: SparsePat
         values = free_values if free_values.numel() else frozen_values  # in walking order already
     if values.numel() == math.prod(shape):
         return values.view(tuple(shape))
-    return values.new_zeros(math.prod(shape)).index_put((kept_weights(pattern, shape),), values).view(tuple(shape))
+    where = kept_weights(pattern, shape) if kept is None else kept
+    return values.new_zeros(math.prod(shape)).index_put((where,), values).view(tuple(shape))
 
 
 def kept_weights(pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
@@ -145,7 +149,8 @@ def kept_weights(pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
     ValueError for a shape that is not the pattern's, with any number of groups.
     """
     _check_shape("kept_weights", pattern, shape)
-    rows = torch.arange(shape[0], device=pattern.col.device).repeat_interleave(pattern.row_ptr.diff())
+    rows = torch.arange(shape[0], device=pattern.col.device)
+    rows = rows.repeat_interleave(pattern.row_ptr.diff(), output_size=pattern.col.numel())
     width = math.prod(shape[1:])
     return rows * width + pattern.col % max(1, width)
 
