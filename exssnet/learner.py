@@ -104,6 +104,8 @@ class Learner:
         After `restore`, the open task is learned on from where it was: ValueError for another one.
         """
         self._check(task)
+        if self.phases.phase == "idle":
+            self._open = None  # also where a restored one was abandoned
         if self._open is not None and self._open.task is not task:
             raise ValueError(
                 f"{task.name} cannot be learned while {self._open.task.name} is open: learn that one first"

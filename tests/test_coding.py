@@ -1,6 +1,7 @@
 """Coded masks: they come back bit for bit, take little more than their entropy, and anything else is refused."""
 
 import math
+import tracemalloc
 import zlib
 
 import pytest
@@ -81,5 +82,11 @@ def test_a_stream_that_unpacks_to_far_more_is_refused_without_unpacking_it() -> 
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = packer.compress(bytes(1 << 26)) + packer.flush()
     data = bytearray([GAPS, *(100).to_bytes(8, "little"), *bomb])
-    with pytest.raises(ValueError, match="a mask of 3000 weights that keeps 100 is damaged"):
-        decode(torch.frombuffer(data, dtype=torch.uint8), 3000)
+    coded = torch.tensor(list(data), dtype=torch.uint8)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="a mask of 3000 weights that keeps 100 is damaged"):
+            decode(coded, 3000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -45,8 +45,8 @@ def made(method: str = "exssnet", optimizer: str = "adam", patience: int | None 
     """A learner whose model is made from `seed`; a state brings what differs."""
     torch.manual_seed(seed)
     mask = PhaseOptions(2, 0.03, optimizer, weight_decay=0.01, patience=patience)  # type: ignore[arg-type]
-    model = convert(Dropping(), 0.3)
-    return Learner(model, method, mask=mask, weight=replace(mask, epochs=3), kkt="best", batch_size=25)
+    weight = replace(mask, epochs=3 if patience is None else 5)
+    return Learner(convert(Dropping(), 0.3), method, mask=mask, weight=weight, kkt="best", batch_size=25)
 
 
 def copied(state: State) -> State:
@@ -93,10 +93,13 @@ def test_a_state_that_was_on_the_cpu_goes_on_bit_for_bit_on(device: str) -> None
         assert changes(expected, outcome(again)) in ([], [".selection_hint"])
 
 
-def test_a_phase_that_waits_for_a_better_epoch_goes_on_waiting() -> None:
-    states, expected = recorded(made(patience=1), noisy_stream())
-    for state in states[::3]:
-        assert changes(expected, continued(state, patience=1)) in ([], [".selection_hint"])
+def test_a_phase_that_waits_for_a_better_epoch_goes_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Learner, "_score", lambda *_: (0.5, 1.0))  # no epoch is better than the first
+    states, expected = recorded(made(patience=2), noisy_stream())
+    waiting = [state for state in states if state[1]["open"]["waited"]]
+    assert waiting
+    for state in waiting[::2]:
+        assert changes(expected, continued(state, patience=2)) in ([], [".selection_hint"])
 
 
 def test_a_state_of_the_end_of_an_epoch_goes_on_from_the_next() -> None:
@@ -119,6 +122,17 @@ def test_a_state_between_tasks_goes_on_with_the_next() -> None:
     straight._restored = True
     straight.run(noisy_stream())
     assert changes(outcome(straight), continued(state)) in ([], [".selection_hint"])
+
+
+def test_a_joint_phase_that_is_abandoned_after_a_restore_leaves_the_weights_before_it() -> None:
+    states, _ = recorded(made("wsn"), noisy_stream())
+    again, one = made("wsn", seed=1), made("wsn")
+    again.restore(*states[-1], noisy_stream())
+    again.phases.abandon_task()
+    torch.manual_seed(11)
+    one.run(noisy_stream()[:1])
+    for name, layer in one.phases.layers.items():
+        assert torch.equal(again.phases.layers[name].weight, layer.weight)
 
 
 def test_reports_come_back() -> None:
