@@ -176,7 +176,8 @@ def test_without_the_native_part_the_wheel_is_pure(pure: zipfile.ZipFile) -> Non
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(pure: zipfile.ZipFile) -> None:
     inside = {name for name in pure.namelist() if ".dist-info/" not in name}
-    expected = {f"exssnet/{p.relative_to(ROOT / 'exssnet')}" for p in (ROOT / "exssnet").rglob("*.py")}
+    files = (p for kind in ("*.py", "*.yaml") for p in (ROOT / "exssnet").rglob(kind))
+    expected = {f"exssnet/{p.relative_to(ROOT / 'exssnet')}" for p in files}
     expected |= {f"exssnet/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     expected |= {f"exssnet/bench/{p.name}" for p in (ROOT / "benchmarks").glob("*.py") if p.name[:5] != "test_"}
     assert {"exssnet/py.typed", "exssnet/tasks/streams.py", "exssnet/ops/sparse.py"} <= inside
