@@ -1,11 +1,13 @@
 """csrc/cuda/sparse on the emulator: exactly, or as nearly as plain PyTorch, the dense layer of a pattern."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
 import pytest
+import test_cuda_budgets
 import torch
 from accuracy import Results, assert_accurate, assert_exact, representable, run
 from cases import FEW, LAYERS, TAILS, Layer, any_convolution, dtypes, layers
@@ -174,6 +176,19 @@ def test_exact_in_any_order_of_threads(sparse: Kernels, layer: Layer, order: str
     check_exact(sparse, problem(layer, integers=True))
 
 
+@layers(
+    (
+        Layer("conv2d-one-image", (1, 40, 67, 66), (256, 40, 2, 2)),
+        Layer("linear-many-rows", (512, 2), (2048, 2)),
+    )
+)
+def test_gradient_of_the_values_is_exact_where_blocks_have_several_tiles_and_chunks(
+    sparse: Kernels, layer: Layer
+) -> None:
+    p = problem(layer, integers=True, density=0.05)
+    assert torch.equal(sparse.value_gradient(p), truth(p)["grad_free_values"].float())
+
+
 @pytest.mark.parametrize("density", [0, 0.02, 1])
 @layers(SOME + WIDE[:3])
 def test_exact_at_density(sparse: Kernels, layer: Layer, density: float) -> None:
@@ -321,6 +336,12 @@ def test_entries_that_may_not_be_followed_are_left_out(sparse: Kernels, layer: L
         kept = p.mask.nonzero()[entry]
         weight = p.weight.where(p.mask, 0).index_put(tuple(kept[:, None]), torch.zeros(1))
         assert torch.equal(got["output"], dense(layer, p.x, weight, p.bias))
+
+
+@pytest.mark.skipif(not PLAIN, reason="it is about nvcc, not about the emulator")
+def test_nvcc_loads_whole_vectors() -> None:
+    """Where it does not see their alignment, it loads them byte by byte."""
+    assert re.findall(r"\bld\S*\.[us]8\b", test_cuda_budgets.compiled(harness.ROOT / "csrc/cuda/sparse.cu")) == []
 
 
 @harness.other_modes

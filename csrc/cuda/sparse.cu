@@ -49,7 +49,7 @@ __device__ void add_part(const Entry<Sum<T>>* window, int first, int last, const
                          const T* x, int64_t plane, const int (&at)[kVectors],
                          Sum<T> (&total)[kVectors][kLanes<T>]) {
   Sum<T> sum[kVectors][kLanes<T>] = {};
-  constexpr int at_once = kStaged ? 1 : 4;  // loads from far away overlap
+  constexpr int at_once = kStaged ? 1 : 8;  // loads from far away overlap
 #pragma unroll at_once
   for (int k = first; k < last; ++k) {
     const Entry<Sum<T>> entry = window[k];
@@ -193,24 +193,27 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
   const int to_unit = from_unit + min(split.units, plan.units - from_unit);
   index /= split.ranges;
   sums += index * slots.free_count;
-  const int64_t first_tile = index * split.tiles, last_tile = min(first_tile + split.tiles, split.all_tiles);
+  const int64_t first_tile = index * split.tiles;
+  const auto tiles = static_cast<int>(min(split.tiles, split.all_tiles - first_tile));
   const bool aligned = in_vectors(grad, plan.batch);
-  for (int64_t t = first_tile; t < last_tile; ++t) {
-    enter<T>(plan, t, tile);
+  for (int t = 0; t < tiles; ++t) {
+    enter<T>(plan, first_tile + t, tile);
     Cursors<kRows> cursors(plan, pattern, group, order, from_unit);
     uint4 g[kRows][kVectors];
     int at[kVectors];
-    bool works[kVectors];  // or has nothing in the result: then what it would read is another lane's
+    unsigned idle = 0;  // bits: vectors that are not in the result; what they would read is another lane's
     const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const Place here = place<T>(plan, tile, v);
-      at[v] = here.in_patch, works[v] = here.in_result >= 0;
+      at[v] = here.in_patch;
+      const bool works = here.in_result >= 0;
+      idle |= static_cast<unsigned>(!works) << v;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = row_of<kRows>(plan, group, order, r);
         g[r][v] = make_uint4(0, 0, 0, 0);
-        if (works[v] && row < plan.rows)
+        if (works && row < plan.rows)
           g[r][v] = load(grad + row * plan.h.out * plan.w.out * plan.batch + here.in_result, plan.batch - here.image,
                          aligned);
       }
@@ -235,7 +238,7 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
                   Sum<T> dot = 0;
 #pragma unroll
                   for (int v = 0; v < kVectors; ++v) {
-                    if (!works[v]) continue;
+                    if (idle >> v & 1) continue;
                     Sum<T> elements[kLanes<T>], gradients[kLanes<T>];
                     spread<T>(g[r][v], gradients);
                     if constexpr (kStaged) spread<T>(patch[offset + at[v]], elements);
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
                 const int e = first + lane / 4;
                 if (lane % 4 != 0 || e >= last) continue;
                 Sum<T>& to = sums[window[e].what];
-                to = t == first_tile ? sum : to + sum;
+                to = t == 0 ? sum : to + sum;
               }
             });
       }

@@ -47,11 +47,8 @@ struct Axis {
   __device__ int moved(int a, int t) const { return offset + a + slope * t; }
   __device__ bool live(int a, int t) const { return phases == 1 || moved(a, t) % phases == 0; }
   __device__ int shift(int a, int t) const { return phases == 1 ? moved(a, t) : moved(a, t) / phases; }
-  // The smallest shift that a live tap can have.
-  __device__ int first(int a) const {
-    const int least = moved(a, slope < 0 ? taps - 1 : 0);
-    return (least - (least % phases + phases) % phases) / phases;
-  }
+  // No shift of a live tap is smaller: those are exact quotients, so that either way of rounding will do.
+  __device__ int first(int a) const { return shift(a, slope < 0 ? taps - 1 : 0); }
   int64_t reach() const { return ((slope < 0 ? -slope : slope) * (taps - int64_t{1}) + phases - 1) / phases; }
   int64_t positions() const { return groups_of(out, phases); }  // of the first phase, the longest
 };
@@ -116,7 +113,7 @@ __device__ uint4 load(const T* from, int64_t left, bool aligned) {
 }
 
 template <class T>
-__device__ void spread(const uint4& vector, Sum<T> (&elements)[kLanes<T>]) {
+__device__ void spread(uint4 vector, Sum<T> (&elements)[kLanes<T>]) {
   T stored[kLanes<T>];
   memcpy(stored, &vector, 16);
   for (int j = 0; j < kLanes<T>; ++j) elements[j] = static_cast<Sum<T>>(stored[j]);
