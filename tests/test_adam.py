@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -102,6 +103,17 @@ def test_autograd_learns_that_the_scores_have_changed() -> None:
     assert training.scores[0]._version > before
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_kernel_need_not_tell_autograd() -> None:
+    training = Training(starts())
+    versions = [[t._version for t in (s, m)] for s, m in zip(training.scores, training.exp_avg, strict=True)]
+    rows = torch.zeros(len(SHAPES), 2, dtype=torch.int64)
+    with mock.patch.object(torch.ops.exssnet, "adam_topk", return_value=(rows, rows)):
+        training.step(gradients()[0])
+    for before, s, m in zip(versions, training.scores, training.exp_avg, strict=True):
+        assert s._version > before[0]
+        assert m._version > before[1]
 
 
 def test_score_that_becomes_nan_is_refused() -> None:
