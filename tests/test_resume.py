@@ -169,7 +169,9 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(cli, "observer", at_step(0, "mask", twice))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     assert main([*RUN, "--out", str(tmp_path)]) == 130
+    signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
