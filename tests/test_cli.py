@@ -434,10 +434,10 @@ def test_a_file_in_the_place_of_the_folder_is_refused(capsys: pytest.CaptureFixt
 def test_training_that_diverges_is_told_in_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     x, y = np.random.default_rng(0).random((40, 8, 8), np.float32), np.arange(40) % 4
     np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    rates = "--mask-lr", "1e30", "--weight-lr", "1e30"
+    rates = "--mask-lr", "1e38", "--weight-lr", "1e38", "--method", "wsn"
     said = refused(capsys, "--data", str(tmp_path / "data.npz"), "--tasks", "2", *rates, "--out", str(tmp_path / "out"))
     assert said.startswith("task 0: the ")
-    assert "lower the learning rates, mask 0.01 and weight 0.01" in said
+    assert "lower the learning rates, mask 1e+38 and weight 1e+38" in said
 
 
 # Information
