@@ -29,9 +29,16 @@ def meta(*shape: int, dtype: torch.dtype = BFLOAT16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def supermask_linear(dtype: torch.dtype, batch: int = 4096, sparse: bool = False) -> dict[str, Call]:
+def selection_of(weight: Tensor, packed: bool) -> Tensor:
+    """A packed mask, as converted models have it, or a row."""
+    return meta(-(-weight.numel() // 8), dtype=torch.uint8) if packed else meta(2, dtype=torch.int64)
+
+
+def supermask_linear(
+    dtype: torch.dtype, batch: int = 4096, sparse: bool = False, packed: bool = False
+) -> dict[str, Call]:
     x, weight, grad = meta(batch, 1024, dtype=dtype), meta(2048, 1024, dtype=dtype), meta(batch, 2048, dtype=dtype)
-    scores, row, bias = meta(2048, 1024, dtype=FLOAT32), meta(2, dtype=torch.int64), meta(2048, dtype=dtype)
+    scores, row, bias = meta(2048, 1024, dtype=FLOAT32), selection_of(weight, packed), meta(2048, dtype=dtype)
     backward = triton_linear.supermask_linear_backward
     return {
         "output": lambda: triton_linear.supermask_linear(x, weight, scores, row, bias, sparse),
@@ -60,9 +67,9 @@ def convolution_of(
     return x, meta(128, channels // groups, 3, 3, dtype=dtype), grad, [[stride] * 2, [1, 1], [1, 1], groups]
 
 
-def supermask_conv2d(dtype: torch.dtype, sparse: bool = False, **options: Any) -> dict[str, Call]:
+def supermask_conv2d(dtype: torch.dtype, sparse: bool = False, packed: bool = False, **options: Any) -> dict[str, Call]:
     x, weight, grad, geometry = convolution_of(dtype, sparse=sparse, **options)
-    scores, row, bias = meta(*weight.shape, dtype=FLOAT32), meta(2, dtype=torch.int64), meta(128, dtype=dtype)
+    scores, row, bias = meta(*weight.shape, dtype=FLOAT32), selection_of(weight, packed), meta(128, dtype=dtype)
     backward = triton_conv.supermask_conv2d_backward
     return {
         "output": lambda: triton_conv.supermask_conv2d(x, weight, scores, row, bias, *geometry, sparse),
@@ -138,6 +145,9 @@ VARIANTS: dict[str, Callable[[], dict[str, Call]]] = {
     "3x3 bool mask": lambda: masked_conv2d(BFLOAT16, packed=False),
     "weights of all layers": lambda: weights(BFLOAT16, 64),
     "linear gradients in parts": lambda: gradients_in_parts(BFLOAT16),
+    "linear packed selection": lambda: supermask_linear(BFLOAT16, packed=True),
+    "3x3 packed selection": lambda: supermask_conv2d(BFLOAT16, packed=True),
+    "3x3 packed selection float32": lambda: supermask_conv2d(FLOAT32, packed=True),
 }
 CASES = EVERYWHERE | VARIANTS
 SUITE = [(architecture, case) for case in EVERYWHERE for architecture in TARGETS]
