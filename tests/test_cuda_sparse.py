@@ -178,7 +178,7 @@ def test_exact_in_any_order_of_threads(sparse: Kernels, layer: Layer, order: str
 
 @layers(
     (
-        Layer("conv2d-one-image", (1, 40, 67, 66), (256, 40, 2, 2)),
+        Layer("conv2d-one-image", (1, 40, 56, 78), (256, 40, 2, 2)),
         Layer("linear-many-rows", (512, 2), (2048, 2)),
     )
 )
@@ -341,7 +341,10 @@ def test_entries_that_may_not_be_followed_are_left_out(sparse: Kernels, layer: L
 @pytest.mark.skipif(not PLAIN, reason="it is about nvcc, not about the emulator")
 def test_nvcc_loads_whole_vectors() -> None:
     """Where it does not see their alignment, it loads them byte by byte."""
-    assert re.findall(r"\bld\S*\.[us]8\b", test_cuda_budgets.compiled(harness.ROOT / "csrc/cuda/sparse.cu")) == []
+    assert (
+        re.findall(r"\bld\.(?!param)\S*\.[us]8\b", test_cuda_budgets.compiled(harness.ROOT / "csrc/cuda/sparse.cu"))
+        == []
+    )
 
 
 @harness.other_modes
