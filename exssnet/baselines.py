@@ -35,6 +35,11 @@ class Sequential(Learner):
 
     _exclusive = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept of all tasks: weights, and each task's head and norms; masks only where they differ."""
+        return self.phases.nbytes - (0 if self._exclusive else self.phases.bank.nbytes)
+
 
 class EWC(Sequential):
     """Fine-tunes with a quadratic penalty on weights that matter to earlier tasks (elastic weight consolidation).
@@ -128,7 +133,7 @@ class Replay(Sequential):
 
     memory: training items kept of each class. Every step takes the mean of the loss of the new batch and of a batch of
     as many items of one earlier task, drawn anew, which goes through that task's head and norms; these go on learning.
-    `nbytes` is what the stored items take. Source: Chaudhry et al., "On tiny episodic memories", arXiv 1902.10486.
+    Source: Chaudhry et al., "On tiny episodic memories", arXiv 1902.10486.
     """
 
     def __init__(self, model: nn.Module, weight: PhaseOptions, *, memory: int = 20, **options: Any) -> None:
@@ -142,7 +147,8 @@ class Replay(Sequential):
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes + y.nbytes for x, y, _ in self._kept)
+        """Bytes that are kept of all tasks, stored items included."""
+        return super().nbytes + sum(x.nbytes + y.nbytes for x, y, _ in self._kept)
 
     def learn(self, task: Task) -> TaskReport:
         report = super().learn(task)
@@ -219,7 +225,13 @@ class Individual(Sequential):
     def __init__(self, model: nn.Module, weight: PhaseOptions, **options: Any) -> None:
         self._plain = copy.deepcopy(model)
         self._options = options
+        self._bytes = 0
         super().__init__(model, weight, **options)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all networks."""
+        return self._bytes
 
     def run(self, tasks: Sequence[Task]) -> Tensor:
         """Learn each task with a fresh network; a row of the matrix repeats what was reached before."""
@@ -228,6 +240,7 @@ class Individual(Sequential):
             own = Sequential(copy.deepcopy(self._plain), self.weight, **self._options)
             reached.append(own.run([task])[0, 0].item())
             self.reports += own.reports
+            self._bytes += own.nbytes
             self._rows.append(list(reached))
         return self.accuracy
 

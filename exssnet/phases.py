@@ -219,6 +219,12 @@ class Phases:
         found = (p for layer in self.layers.values() for p in (layer.scores, layer.free_values))
         return [p for p in found if p is not None]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept of all finished tasks: weights, packed masks, states, and scores where they are kept."""
+        tables = [*self.states, *self.scores, {name: layer.weight for name, layer in self.layers.items()}]
+        return self.bank.nbytes + sum(t.nbytes for table in tables for t in table.values())
+
     def statistics(self) -> list[Tensor]:
         """The running statistics of the model's norms, and whatever other floating point state has no gradient."""
         return [t for n, t in self.model.named_buffers() if n in self.initial and t.is_floating_point()]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import metrics
-from .baselines import BASELINES, Replay
+from .baselines import BASELINES, Sequential
 from .comparison import write_report
 from .learner import Learner, PhaseOptions
 from .models import MODELS
@@ -90,9 +90,10 @@ def learner_of(job: Job, tasks: list[Task]) -> Learner:
         return made_of(model, PhaseOptions(2 * epochs, rates.weight), **more.get(run.method, {}), **common)
     assert run.density is not None
     convert(model, run.density, weights="signed_constant", init_scale=run.init_scale)  # type: ignore[arg-type]
+    kkt = run.method.endswith(KKT)
     return Learner(
         model, run.base, mask=PhaseOptions(epochs, rates.mask), weight=PhaseOptions(epochs, rates.weight),
-        kkt="best" if run.method.endswith(KKT) else None, **common,
+        kkt="best" if kkt else None, keep_scores=torch.float32 if kkt else None, **common,
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def perform(job: Job) -> dict[str, Any]:
         "forgetting": metrics.forgetting(accuracy),
         "backward transfer": metrics.backward_transfer(accuracy),
         "learning accuracy": metrics.learning_accuracy(accuracy),
-        "kept bytes": _kept_bytes(learner),
+        "kept bytes": learner.nbytes if isinstance(learner, Sequential) else learner.phases.nbytes,
         "tasks": [_of_task(learner, report) for report in learner.reports],
     }
     if job.run.method.endswith(KKT) and len(tasks) > 1:
@@ -145,16 +146,6 @@ def _of_task(learner: Learner, report: Any) -> dict[str, Any]:
             use = learner.phases.bank.total(report.task, layers)
             found[part] = {"weights": use.weights, "kept": use.kept, "free": use.free, "used": use.used}
     return found
-
-
-def _kept_bytes(learner: Learner) -> int:
-    """What must be kept of all tasks at the end: shared weights, masks, states of tasks, stored items."""
-    phases = learner.phases
-    total = sum(layer.weight.nbytes for layer in phases.layers.values())
-    if not isinstance(learner, tuple(BASELINES.values())) or learner.method.exclusive:
-        total += phases.bank.nbytes
-    total += sum(t.nbytes for state in phases.states for t in state.values())
-    return total + (learner.nbytes if isinstance(learner, Replay) else 0)
 
 
 def _without_task(learner: Learner, tasks: list[Task]) -> dict[str, Any]:

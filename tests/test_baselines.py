@@ -38,6 +38,13 @@ def test_runs_repeat_bit_for_bit_of(name: str) -> None:
     assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
 
 
+def test_individual_networks_keep_as_many_as_there_are_tasks() -> None:
+    learned, one = baseline("individual", 1), baseline("sequential", 1)
+    learned.run(stream())
+    one.run(stream()[:1])
+    assert learned.nbytes == 3 * one.nbytes > 3 * 4 * sum(w.weight.numel() for w in one.phases.layers.values())
+
+
 @pytest.mark.parametrize("name", ["individual", "packnet", "multitask"])
 def test_nothing_is_forgotten_by(name: str) -> None:
     assert forgetting(baseline(name).run(stream())) == 0
@@ -139,7 +146,8 @@ def test_replay_keeps_so_many_items_of_each_class_and_counts_their_bytes() -> No
     items, labels, classes = learned._kept[0]
     assert labels.bincount().tolist() == [3, 3]
     assert classes == 2
-    assert learned.nbytes == items.nbytes + labels.nbytes == 6 * 64 * 4 + 6 * 8
+    assert items.nbytes + labels.nbytes == 6 * 64 * 4 + 6 * 8
+    assert learned.nbytes - Sequential.nbytes.fget(learned) == items.nbytes + labels.nbytes  # type: ignore[attr-defined]
 
 
 def test_replay_trains_the_heads_and_norms_of_earlier_tasks() -> None:
