@@ -35,13 +35,23 @@ def start() -> None:
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(dist.get_node_local_rank())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        from torch.distributed.rendezvous import rendezvous
+
+        store, number, processes = next(rendezvous("env://"))
+        # The store outlives a restart: what the processes of before wrote there is out of the way under a prefix.
+        store = dist.PrefixStore(f"restart {_restarts()}", store)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=processes)
         atexit.register(dist.destroy_process_group)
 
 
 def restarted() -> bool:
     """Whether torchrun started the processes again because one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def average(tensors: Iterable[Tensor]) -> None:
