@@ -158,13 +158,17 @@ def _torchrun(out: Path, kill: bool) -> Path:
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         killed = not kill
-        while process.poll() is None:
+        until = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
             if not killed and "task 0, weight phase, epoch 1" in log.read_text():
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 workers = [int(c) for c in children if b"exssnet" in Path(f"/proc/{c}/cmdline").read_bytes()]
                 os.kill(workers[-1], signal.SIGKILL)
                 killed = True
+    if process.returncode is None:
+        process.terminate()
+        process.wait()
     assert process.returncode == 0, log.read_text()
     assert ("Resumed from" in log.read_text()) == kill
     return out
