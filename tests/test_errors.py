@@ -220,15 +220,22 @@ def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
         WILD[what]()
 
 
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `load` says of the libraries is put back afterwards."""
+    monkeypatch.setattr(native_library, "missing", None)
+    monkeypatch.setattr(native_library, "missing_cuda", native_library.missing_cuda)
+
+
 def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXSSNET_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"^EXSSNET_BACKEND must be one of reference, native, triton, got fast$"):
         native_library.load()
 
 
+@pytest.mark.usefixtures("unloaded")
 def test_missing_library_is_told_by_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("EXSSNET_BACKEND", raising=False)
-    monkeypatch.setattr(native_library, "missing", None)
     monkeypatch.setattr(native_library, "__file__", str(tmp_path / "native.py"))
     with pytest.warns(UserWarning, match=r"reference in plain PyTorch.*reinstall with a C\+\+20 compiler") as told:
         native_library.load()
@@ -236,9 +243,9 @@ def test_missing_library_is_told_by_one_warning(monkeypatch: pytest.MonkeyPatch,
     assert native_library.missing is not None
 
 
+@pytest.mark.usefixtures("unloaded")
 def test_library_that_does_not_load_is_told_by_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("EXSSNET_BACKEND", raising=False)
-    monkeypatch.setattr(native_library, "missing", None)
     monkeypatch.setattr(native_library, "__file__", str(tmp_path / "native.py"))
     (tmp_path / "_native.so").write_bytes(b"not a library")
     with pytest.warns(UserWarning, match="_native.so does not load in torch") as told:
@@ -246,8 +253,8 @@ def test_library_that_does_not_load_is_told_by_one_warning(monkeypatch: pytest.M
     assert len(told) == 1
 
 
+@pytest.mark.usefixtures("unloaded")
 def test_backend_asked_for_is_silent_about_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_library, "missing", None)
     monkeypatch.setenv("EXSSNET_BACKEND", "reference")
     native_library.load()
     assert native_library.missing == "EXSSNET_BACKEND=reference"
