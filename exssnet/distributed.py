@@ -35,11 +35,12 @@ def start() -> None:
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(dist.get_node_local_rank())
+        from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         store, number, processes = next(rendezvous("env://"))
         # The store outlives a restart: what the processes of before wrote there is out of the way under a prefix.
-        store = dist.PrefixStore(f"restart {_restarts()}", store)
+        store = PrefixStore(f"restart {_restarts()}", store)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=processes)
         atexit.register(dist.destroy_process_group)
