@@ -216,12 +216,14 @@ def check_layers(k: Mapping[str, int], phases: Phases) -> None:
 
 
 def fingerprint(task: Task) -> str:
-    """A hash of a task's name, labels and choice of items, not of what the items look like."""
+    """A hash of a task's name, labels and choice of items, of texts and their encoder; not of what images look like."""
     found = hashlib.sha256(repr((task.name, task.classes, task.labels)).encode())
     for part in (task.train, task.validation, task.test):
         for tensor in () if part is None else (part.index, part.labels):
             found.update(f"{len(tensor)} ".encode())
             found.update(tensor.numpy().tobytes())
+        items = getattr(getattr(part, "dataset", None), "images", None)
+        found.update(getattr(items, "identity", "").encode())
     return found.hexdigest()
 
 

@@ -15,7 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from exssnet.tasks import Labelled, Relabelled, TextFeatures, Texts, encoder, loader, read_texts, text_features
+from exssnet.state import fingerprint
+from exssnet.tasks import (
+    Labelled,
+    Relabelled,
+    TextFeatures,
+    Texts,
+    encoder,
+    in_one_task,
+    loader,
+    read_texts,
+    text_features,
+)
 from exssnet.tasks.datasets import package
 from exssnet.tasks.features import OFFLINE, Transformer, WordVectors
 from exssnet.tasks.text import class_ids
@@ -460,3 +471,19 @@ def test_features_stay_on_the_disk(tmp_path):
     found[torch.arange(4)]
     assert found.features.numel() * 2 == 52_428_800
     assert resident() - before < 30_000_000
+
+
+def test_a_task_of_texts_is_another_one_with_another_encoder_or_other_texts(tmp_path):
+    def mark(texts, encode, most=64):
+        labels = torch.arange(4) % 2
+        train, test = (Labelled(text_features(texts, encode, most, tmp_path), labels) for _ in range(2))
+        return fingerprint(in_one_task("texts", train, test, 0.5, 0))
+
+    first = mark(TEXTS, Lengths())
+    assert mark(TEXTS, Lengths()) == first
+    others = [
+        mark(TEXTS, Lengths("another")),
+        mark([*TEXTS[:3], ("other words",)], Lengths()),
+        mark(TEXTS, Lengths(), 2),
+    ]
+    assert len({first, *others}) == 4

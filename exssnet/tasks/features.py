@@ -186,10 +186,11 @@ class TextFeatures:
 
     L is the length of the longest text; the last feature is 1 for a token and 0 for padding, where all others are 0.
     features: (all tokens, E) float16, memory-mapped; text i has rows offsets[i] to offsets[i + 1]; offsets (N + 1,).
+    identity: a hash of the encoder, the texts and how many tokens count.
     """
 
-    def __init__(self, features: Tensor, offsets: Tensor) -> None:
-        self.features, self.offsets = features, offsets
+    def __init__(self, features: Tensor, offsets: Tensor, identity: str = "") -> None:
+        self.features, self.offsets, self.identity = features, offsets, identity
         longest = int(offsets.diff().max()) if len(self) else 0
         self.shape = torch.Size((len(self), max(1, longest), features.shape[1] + 1))
 
@@ -233,7 +234,7 @@ def _read(path: Path, key: str) -> TextFeatures:
         crc = f"{_crc(file, 8 + int.from_bytes(file.read(8), 'little')):08x}"
         if found.metadata() != {"key": key, "crc32": crc}:
             raise ValueError(f"its metadata are {found.metadata()}, it should have key {key}, crc32 {crc}")
-        return TextFeatures(found.get_tensor("features"), found.get_tensor("offsets"))
+        return TextFeatures(found.get_tensor("features"), found.get_tensor("offsets"), key)
 
 
 def _write(
