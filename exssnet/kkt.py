@@ -86,6 +86,8 @@ def transfer(
     """
     if rule not in RULES:
         raise ValueError(f"kkt must be one of {', '.join(RULES)}, got {rule!r}")
+    if classes < 1:
+        raise ValueError(f"KKT needs at least 1 class, got {classes}")
     tasks = len(phases.bank)
     if len(phases.scores) != tasks:
         raise RuntimeError(f"KKT needs the scores of {tasks} finished tasks, but keep_scores=None dropped them")
