@@ -64,18 +64,24 @@ def sparse_is_faster(
         return kind == "cpu" and density <= SURE_DENSITY
     where = f"{torch.get_num_threads()} threads" if kind == "cpu" else torch.cuda.get_device_name(x.device)
     key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, where, x.dtype)))
+    try:
+        crossed = _measured(key, kind == "cuda", lambda: crossover(x.shape, weight.shape, geometry, x.dtype, x.device))
+    except RuntimeError:  # no such layer: the operators tell what is wrong
+        return True
+    return crossed is not None and density <= crossed
+
+
+def _measured(key: str, on_gpu: bool, measure: Callable[[], float]) -> float | None:
+    """What was measured for a key, in this run or an earlier one, or else now; None while a CUDA graph is captured."""
     with _measuring:
         if key not in _crossovers:
             _crossovers.update(_read())
         if key not in _crossovers:
-            if kind == "cuda" and torch.cuda.is_current_stream_capturing():
-                return False
-            try:
-                _crossovers[key] = crossover(x.shape, weight.shape, geometry, x.dtype, x.device)
-            except RuntimeError:  # no such layer: the operators tell what is wrong
-                return True
+            if on_gpu and torch.cuda.is_current_stream_capturing():
+                return None
+            _crossovers[key] = measure()
             _write()
-        return density <= _crossovers[key]
+        return _crossovers[key]
 
 
 def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Any]]:
@@ -111,17 +117,11 @@ def fused_is_faster(
     x, weight, geometry = _as_images(x, weight, geometry)
     where, precision = torch.cuda.get_device_name(x.device), torch.get_float32_matmul_precision()
     key = " ".join(map(str, ("masking", *x.shape, x.stride(), "to", *weight.shape, *geometry, where, dtype, precision)))
-    if key not in _crossovers:
-        _crossovers.update(_read())
-    if key not in _crossovers:
-        if torch.cuda.is_current_stream_capturing():
-            return True
-        try:
-            _crossovers[key] = fused_over_written(x, weight, dtype, geometry)
-        except RuntimeError:  # no such layer: the operators tell what is wrong
-            return True
-        _write()
-    return _crossovers[key] <= 1
+    try:
+        ratio = _measured(key, True, lambda: fused_over_written(x, weight, dtype, geometry))
+    except RuntimeError:  # no such layer: the operators tell what is wrong
+        return True
+    return ratio is None or ratio <= 1
 
 
 def fused_over_written(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any]) -> float:
