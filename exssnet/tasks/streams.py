@@ -185,15 +185,23 @@ def _changed(
     """One task per change of the images, all tasks with all classes and with the same images in memory."""
     if not changes:
         raise ValueError("a stream must have at least 1 task, got none")
+    for data in (train, test):
+        _images(data)
 
     def through(data: Relabelled, change: Transform) -> Relabelled:
         first = _images(data).transform
         return data.with_source(transform=change if first is None else lambda x: change(first(x)))
 
+    (task,) = _stream(train, test, [_classes(train.labels)], validation, seed)
     return [
-        replace(task, name=f"task {t}")
+        replace(
+            task,
+            name=f"task {t}",
+            train=through(task.train, change),
+            validation=None if task.validation is None else through(task.validation, change),
+            test=through(task.test, change),
+        )
         for t, change in enumerate(changes)
-        for task in _stream(through(train, change), through(test, change), [_classes(train.labels)], validation, seed)
     ]
 
 
