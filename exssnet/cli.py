@@ -3,13 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 
 from . import checkpoint, distributed, reproduce
 from .bench import command as bench
@@ -24,6 +22,7 @@ from .nn import convert
 from .report import Report, observer
 from .saving import Saver, Stopped
 from .tasks import Task, load, names, permuted_pixels, rotated, split_by_class, stream, streams
+from .typed import fitting, from_yaml
 
 
 def _option(default: Any, help_: str, **more: Any) -> Any:
@@ -107,17 +106,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=kind, default=None, choices=f.metadata.get("choices"), help=text)
 
 
-def _from_file(path: str) -> dict[str, Any]:
-    """The options in a YAML file."""
-    try:
-        read = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(read, dict):
-        raise ValueError(f"{path}: expected options as `name: value` lines, got {type(read).__name__}")
-    return _checked(path, read)
-
-
 def _checked(path: str | Path, read: dict[Any, Any]) -> dict[str, Any]:
     """Options by name; ValueError, naming the file they are from, for an unknown key or a value of the wrong kind."""
     known = {f.name: f for f in fields(TrainOptions)}
@@ -127,13 +115,10 @@ def _checked(path: str | Path, read: dict[Any, Any]) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"{path}: unknown option {key!r}; known are {', '.join(known)}")
         f = known[name]
-        kind = _kind(f)
-        if kind is float and not isinstance(value, bool):
-            with suppress(TypeError, ValueError):
-                value = float(value)  # YAML reads 1e-2 as a string
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not fits and not (value is None and f.default is None):
-            raise ValueError(f"{path}: {key} must be {kind.__name__}, got {value!r}")
+        try:
+            value = fitting(f.type, value)
+        except ValueError:
+            raise ValueError(f"{path}: {key} must be {_kind(f).__name__}, got {value!r}") from None
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ValueError(f"{path}: {key} must be one of {', '.join(choices)}, got {value!r}")
@@ -347,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         resume = given.pop("resume")
         config = given.pop("config")
-        chosen = _from_file(config) if config else {}
+        chosen = _checked(config, from_yaml(Path(config).read_text(), config)) if config else {}
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen)) if resume is None else train(*_to_resume(resume, chosen))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:

@@ -1,9 +1,11 @@
-"""JSON read as annotated Python values: the right types everywhere, or one sentence that names the place."""
+"""JSON and YAML read as annotated Python values: the right types everywhere, or one sentence that names the place."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 LARGEST = 1 << 62
 
@@ -46,6 +48,35 @@ def alike(old: Any, new: Any, where: str) -> Any:
             return new
         raise ValueError(f"{where} must be like {_short(old)}, got {_short(new)}")
     return typed(int if type(old) is type(new) is int else float, new, where)
+
+
+def from_yaml(text: str, where: str) -> dict[Any, Any]:
+    """The `name: value` lines of a YAML text; ValueError for any other."""
+    try:
+        read = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{where}: expected options as `name: value` lines, got {type(read).__name__}")
+    return read
+
+
+def fitting(kind: Any, value: Any) -> Any:
+    """`value`, which came from YAML, as a `kind`: a plain type, an optional one, a list as a tuple; else ValueError.
+
+    YAML reads 1e-2 as a string: numbers may be strings where a float is wanted.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        (other,) = (a for a in arguments if a is not type(None))
+        return None if value is None else fitting(other, value)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(fitting(arguments[0], v) for v in value)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, origin or kind) and origin is not tuple and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{value!r} is no {_name(kind)}")
 
 
 def _name(kind: Any) -> str:

@@ -7,10 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..baselines import BASELINES
 from ..methods import METHODS
+from ..typed import fitting, from_yaml
 
 KKT = "+kkt"
 
@@ -151,13 +150,7 @@ def read(name: str) -> Recipe:
         text = files(__name__).joinpath(f"{name}.yaml").read_text()
     else:
         raise ValueError(f"recipe {name} is none of {', '.join(names())} and no .yaml file")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected `key: value` lines, got {type(values).__name__}")
-    return recipe(values, name)
+    return recipe(from_yaml(text, name), name)
 
 
 def recipe(values: dict[str, Any], where: str) -> Recipe:
@@ -175,7 +168,7 @@ def as_json(made: Recipe) -> dict[str, Any]:
 
 
 def _fill(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass with these values; numbers may be given as strings (YAML reads 1e-2 as one)."""
+    """A dataclass with these values."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected `key: value` lines, got {type(values).__name__}")
     known = {f.name: f for f in fields(kind)}
@@ -183,19 +176,13 @@ def _fill(kind: Any, values: Any, where: str) -> Any:
         raise ValueError(f"{where}: unknown key {', '.join(map(str, unknown))}; known are {', '.join(known)}")
     made = {}
     for name, value in values.items():
-        wanted = str(known[name].type).removeprefix("<class '").removesuffix("'>")
+        kind_of = known[name].type
+        if isinstance(value, str) and kind_of == tuple[str, ...]:
+            value = [value]
         try:
-            if wanted.startswith("tuple[float"):
-                value = tuple(map(float, value))
-            elif wanted.startswith("tuple[int"):
-                value = tuple(map(int, value))
-            elif wanted.startswith("tuple[str"):
-                value = (value,) if isinstance(value, str) else tuple(map(str, value))
-            elif wanted.startswith("float") and value is not None:
-                value = float(value)
-            elif wanted == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError
-        except (TypeError, ValueError):
+            value = fitting(kind_of, value)
+        except ValueError:
+            wanted = str(kind_of).removeprefix("<class '").removesuffix("'>")
             raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}") from None
         made[name] = value
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
