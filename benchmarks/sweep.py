@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from exssnet.plotting import pyplot
+
 from .networks import NETWORKS, PEERS, Start
 from .timing import Timing, alternate, milliseconds, percent, table, tick
 
@@ -93,12 +95,10 @@ def show(
 
 
 def plot(network: str, runs: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
+    plt = pyplot()
+    from matplotlib import ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for number, run in enumerate(runs):
         threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
         color, d = f"C{number}", torch.tensor(run["densities"], dtype=torch.float64)
@@ -125,4 +125,4 @@ def plot(network: str, runs: list[dict[str, Any]], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)

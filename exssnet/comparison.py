@@ -6,15 +6,16 @@ import statistics
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .metrics import epochs_to_reach
-from .recipes import KKT
+from .plotting import pyplot
+from .recipes import KKT, recipe
 
 Runs = list[dict[str, Any]]
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
-"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last, a little too large, serves for more."""
 BASE = "supsup"
 """The method that others are compared with."""
 
@@ -29,37 +30,46 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
     mean, std = mean_std(differences)
     if len(differences) < 2:
         return mean, math.nan
-    t = _T95[len(differences) - 2] if len(differences) - 2 < len(_T95) else 1.96
-    return mean, t * std / math.sqrt(len(differences))
+    return mean, _T95[min(len(differences) - 1, len(_T95)) - 1] * std / math.sqrt(len(differences))
 
 
-def _group(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["method"], run["init_scale"], run["density"]
+class Group(NamedTuple):
+    """What all seeds of a run have in common."""
+
+    method: str
+    init_scale: str
+    density: float | None
+
+    @property
+    def plain(self) -> "Group":
+        """The same without KKT."""
+        return self._replace(method=self.method.removesuffix(KKT))
 
 
-def groups_of(report: dict[str, Any]) -> dict[tuple[Any, ...], Runs]:
-    """Runs of all seeds by (method, init_scale, density), in the order of the recipe; diverged runs are left out."""
-    found: dict[tuple[Any, ...], Runs] = {}
+Groups = dict[Group, Runs]
+
+
+def groups_of(report: dict[str, Any]) -> Groups:
+    """The runs of each group, in the order of the recipe; diverged runs are left out."""
+    found: Groups = {}
     for run in report["runs"]:
         if "diverged" not in run:
-            found.setdefault(_group(run), []).append(run)
+            found.setdefault(Group(run["method"], run["init_scale"], run["density"]), []).append(run)
     return found
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
     """Write report.json, report.md and, where matplotlib is installed, the plots it shows."""
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    plots = _plots(report, out)
-    (out / "report.md").write_text(
-        "\n\n".join([*_text(report), *(f"![{name}]({file})" for name, file in plots)]) + "\n"
-    )
+    plots = [f"![{title}]({file})" for title, file in _plots(groups_of(report), out)]
+    (out / "report.md").write_text("\n\n".join([*_text(report), *plots]) + "\n")
 
 
 def _text(report: dict[str, Any]) -> list[str]:
     made, groups = report["recipe"], groups_of(report)
     scaled = f", scaled to {made['scale']:g}: a smoke test" if made["scale"] < 1 else ""
     machine = report["machine"]
-    epochs = max(1, round(made["epochs"] * made["scale"]))
+    epochs = recipe(made, "the report").scaled_epochs
     parts = [
         f"# {made['title']}{scaled}",
         f"{made['model']}, {epochs} + {epochs} epochs (methods with one phase: {2 * epochs}), batch "
@@ -105,12 +115,11 @@ def _percent(values: Sequence[float]) -> str:
     return f"{mean:.2f} ± {std:.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
-def _name(group: tuple[Any, ...]) -> list[str]:
-    method, scale, density = group
-    return [method, "" if density is None else f"{density:g}", scale]
+def _name(group: Group) -> list[str]:
+    return [group.method, "" if group.density is None else f"{group.density:g}", group.init_scale]
 
 
-def _row(group: tuple[Any, ...], runs: Runs) -> list[str]:
+def _row(group: Group, runs: Runs) -> list[str]:
     def every(key: str) -> list[float]:
         return [run[key] for run in runs]
 
@@ -123,41 +132,45 @@ def _row(group: tuple[Any, ...], runs: Runs) -> list[str]:
     ]  # fmt: skip
 
 
-def paired(groups: dict[tuple[Any, ...], Runs], group: tuple[Any, ...], base: str) -> tuple[list[float], list[float]]:
+def paired(groups: Groups, group: Group, base: str) -> tuple[list[float], list[float]]:
     """Average accuracies in % of a group and of `base` at the same density, by seeds that both have."""
-    ours = {run["seed"]: run for run in groups.get(group, [])}
-    theirs = {run["seed"]: run for run in groups.get((base, *group[1:]), [])}
-    seeds = sorted(ours.keys() & theirs.keys())
-    return tuple([100 * part[seed]["average accuracy"] for seed in seeds] for part in (ours, theirs))  # type: ignore[return-value]
+    pairs = _pairs(groups, group, base)
+    ours, theirs = ([100 * pair[i]["average accuracy"] for pair in pairs] for i in (0, 1))
+    return ours, theirs
 
 
-def _differences(groups: dict[tuple[Any, ...], Runs]) -> str:
+def _pairs(groups: Groups, group: Group, base: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    theirs = {run["seed"]: run for run in groups.get(Group(base, *group[1:]), [])}
+    ours = sorted(groups.get(group, []), key=lambda run: run["seed"])
+    return [(run, theirs[run["seed"]]) for run in ours if run["seed"] in theirs]
+
+
+def _points(mean: float, half: float) -> str:
+    return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def _differences(groups: Groups) -> str:
     rows = []
-    wanted = [g for g in groups if g[0] != BASE and g[2] is not None]
-    for (method, scale), members in groupby(sorted(wanted, key=lambda g: (g[0], g[1])), key=lambda g: (g[0], g[1])):
+    wanted = sorted((g for g in groups if g.method != BASE and g.density is not None), key=lambda g: g[:2])
+    for (method, scale), members in groupby(wanted, key=lambda g: g[:2]):
         means = []
         for group in members:
             ours, theirs = paired(groups, group, BASE)
             if ours:
                 mean, half = paired_difference(ours, theirs)
                 means.append(mean)
-                rows.append(
-                    [method, f"{group[2]:g}", scale, f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")]
-                )
+                rows.append([method, f"{group.density:g}", scale, _points(mean, half)])
         if len(means) > 1:
             rows.append([method, "mean of all densities", scale, f"{statistics.mean(means):+.2f}"])
     return _table(["method", "density", "weights", "points"], rows)
 
 
-def _transfer(groups: dict[tuple[Any, ...], Runs]) -> str:
+def _transfer(groups: Groups) -> str:
     rows = []
-    for group, runs in groups.items():
-        plain = {run["seed"]: run for run in groups.get((group[0].removesuffix(KKT), *group[1:]), [])}
-        pairs = [(run, plain[run["seed"]]) for run in runs if run["seed"] in plain]
-        if not group[0].endswith(KKT) or not pairs:
+    for group in groups:
+        pairs = _pairs(groups, group, group.plain.method)
+        if group == group.plain or not pairs:
             continue
-        ours, theirs = zip(*[(100 * a["average accuracy"], 100 * b["average accuracy"]) for a, b in pairs], strict=True)
-        mean, half = paired_difference(ours, theirs)
         counts = [
             (epochs_to_reach(fast["curve"], target), epochs_to_reach(slow["curve"], target), len(slow["curve"]))
             for a, b in pairs
@@ -168,7 +181,7 @@ def _transfer(groups: dict[tuple[Any, ...], Runs]) -> str:
         fast_mean = statistics.mean(all_ if fast is None else fast for fast, _, all_ in counts) if counts else 0
         slow_mean = statistics.mean(slow or 0 for _, slow, _ in counts) if counts else 0
         rows.append([
-            *_name(group), f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}"),
+            *_name(group), _points(*paired_difference(*paired(groups, group, group.plain.method))),
             f"{sum(fast is not None for fast, *_ in counts)} of {len(counts)}",
             f"{fast_mean:.1f} against {slow_mean:.1f}",
         ])  # fmt: skip
@@ -177,11 +190,11 @@ def _transfer(groups: dict[tuple[Any, ...], Runs]) -> str:
     return _table(head, rows)
 
 
-def _capacity(groups: dict[tuple[Any, ...], Runs]) -> str:
+def _capacity(groups: Groups) -> str:
     rows = []
     for group, runs in groups.items():
         tasks = [t for t in runs[0]["tasks"] if "body" in t]
-        if not tasks or group[2] is None:
+        if not tasks or group.density is None:
             continue
         for part in ("body", "head"):
             first, last = tasks[0][part], tasks[-1][part]
@@ -196,7 +209,7 @@ def _capacity(groups: dict[tuple[Any, ...], Runs]) -> str:
     return _table(head, rows)
 
 
-def _inferred(groups: dict[tuple[Any, ...], Runs]) -> str:
+def _inferred(groups: Groups) -> str:
     rows = [
         [
             *_name(group), rule, _percent([run["without task id"][rule]["task_accuracy"] for run in runs]),
@@ -210,95 +223,125 @@ def _inferred(groups: dict[tuple[Any, ...], Runs]) -> str:
     return _table(["method", "density", "weights", "rule, samples", "task accuracy", "accuracy", "with task id"], rows)
 
 
-def _plots(report: dict[str, Any], out: Path) -> list[tuple[str, str]]:
-    """(title, file) of each plot that was drawn."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+# Plots: each draws one figure, or none where there is nothing to show
 
-    groups, drawn = groups_of(report), []
 
-    def save(figure: Any, title: str, file: str) -> None:
-        figure.savefig(out / file, dpi=120)
-        plt.close(figure)
-        drawn.append((title, file))
+def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
+    """(title, file) of each plot that was drawn; none without matplotlib."""
+    plt = pyplot()
+    drawn = []
+    for title, file, draw in PLOTS if plt is not None and groups else ():
+        figure = draw(plt, groups)
+        if figure is not None:
+            figure.savefig(out / file, dpi=120)
+            plt.close(figure)
+            drawn.append((title, file))
+    return drawn
 
-    def accuracies(group: tuple[Any, ...]) -> tuple[float, float]:
-        return mean_std([100 * run["average accuracy"] for run in groups[group]])
 
-    def label(group: tuple[Any, ...]) -> str:
-        return " ".join(filter(None, [group[0], "" if group[2] is None else f"{group[2]:g}", _scale(group)]))
+def _accuracy(runs: Runs) -> tuple[float, float]:
+    return mean_std([100 * run["average accuracy"] for run in runs])
 
-    several = len({g[1] for g in groups if g[1]}) > 1
 
-    def _scale(group: tuple[Any, ...]) -> str:
-        return group[1] if several else ""
+def _scale(groups: Groups, group: Group) -> str:
+    """The scale of a group's weights, where there are several."""
+    return group.init_scale if len({g.init_scale for g in groups if g.init_scale}) > 1 else ""
 
-    order = sorted(groups, key=lambda g: accuracies(g)[0])
+
+def _label(groups: Groups, group: Group) -> str:
+    density = "" if group.density is None else f"{group.density:g}"
+    return " ".join(filter(None, [group.method, density, _scale(groups, group)]))
+
+
+def _by_method(plt: Any, groups: Groups) -> Any:
+    order = sorted(groups, key=lambda g: _accuracy(groups[g])[0])
+    means, stds = zip(*(_accuracy(groups[g]) for g in order), strict=True)
     figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(order)), layout="constrained")
-    axes.barh(range(len(order)), [accuracies(g)[0] for g in order], xerr=[accuracies(g)[1] for g in order], capsize=3,
-              color=["C0" if g[2] is None else "C1" for g in order])  # fmt: skip
-    axes.set_xlim(max(0, min(accuracies(g)[0] - accuracies(g)[1] for g in order) - 5))
-    axes.set(yticks=range(len(order)), yticklabels=[label(g) for g in order], xlabel="average accuracy, %",
+    axes.barh(
+        range(len(order)), means, xerr=stds, capsize=3, color=["C0" if g.density is None else "C1" for g in order]
+    )
+    axes.set_xlim(max(0, min(m - s for m, s in zip(means, stds, strict=True)) - 5))
+    axes.set(yticks=range(len(order)), yticklabels=[_label(groups, g) for g in order], xlabel="average accuracy, %",
              title="Average accuracy by method, standard deviation over seeds (blue: dense)")  # fmt: skip
-    save(figure, "Accuracy by method", "methods.png")
+    return figure
 
-    lines: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
-    for group in groups:
-        if group[2] is not None:
-            lines.setdefault(group[:2], []).append(group)
-    if any(len(members) > 1 for members in lines.values()):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        for members in lines.values():
-            members.sort(key=lambda g: g[2])
-            values = [accuracies(g) for g in members]
-            axes.errorbar([100 * g[2] for g in members], [m for m, _ in values], [s for _, s in values], capsize=3,
-                          marker="o", label=" ".join(filter(None, [members[0][0], _scale(members[0])])))  # fmt: skip
-        axes.set(xlabel="density, %", ylabel="average accuracy, %", title="Accuracy against density")
-        axes.legend(fontsize="small")
-        save(figure, "Accuracy against density", "density.png")
 
-    if masked := [g for g in groups if g[2] is not None and "body" in groups[g][0]["tasks"][0]]:
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        for group in masked:
-            tasks = groups[group][0]["tasks"]
-            axes.plot([100 * t["body"]["used"] / t["body"]["weights"] for t in tasks], marker=".", label=label(group))
-        axes.set(xlabel="task", ylabel="weights used so far, head apart, %", title="Capacity used by task, seed 0")
-        axes.legend(fontsize="x-small", ncols=2)
-        save(figure, "Capacity used", "capacity.png")
+def _by_density(plt: Any, groups: Groups) -> Any:
+    lines: dict[tuple[str, str], list[Group]] = {}
+    for group in sorted((g for g in groups if g.density is not None), key=lambda g: g.density or 0):
+        lines.setdefault(group[:2], []).append(group)
+    if all(len(members) < 2 for members in lines.values()):
+        return None
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for members in lines.values():
+        means, stds = zip(*(_accuracy(groups[g]) for g in members), strict=True)
+        axes.errorbar([100 * (g.density or 0) for g in members], means, stds, capsize=3, marker="o",
+                      label=" ".join(filter(None, [members[0].method, _scale(groups, members[0])])))  # fmt: skip
+    axes.set(xlabel="density, %", ylabel="average accuracy, %", title="Accuracy against density")
+    axes.legend(fontsize="small")
+    return figure
 
-    best = max((g for g in groups), key=lambda g: (g[0] == "exssnet", accuracies(g)[0]))
-    matrix = groups[best][0]["accuracy"]
+
+def _capacity_used(plt: Any, groups: Groups) -> Any:
+    masked = [g for g in groups if g.density is not None and "body" in groups[g][0]["tasks"][0]]
+    if not masked:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for group in masked:
+        used = [100 * t["body"]["used"] / t["body"]["weights"] for t in groups[group][0]["tasks"]]
+        axes.plot(used, marker=".", label=_label(groups, group))
+    axes.set(xlabel="task", ylabel="weights used so far, head apart, %", title="Capacity used by task, seed 0")
+    axes.legend(fontsize="x-small", ncols=2)
+    return figure
+
+
+def _matrix(plt: Any, groups: Groups) -> Any:
+    """Of ExSSNeT, or else of the best method."""
+    best = max(groups, key=lambda g: (g.method == "exssnet", _accuracy(groups[g])[0]))
+    rows = groups[best][0]["accuracy"]
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    shown = [[100 * a for a in row] + [math.nan] * (len(matrix) - len(row)) for row in matrix]
-    image = axes.imshow(shown, cmap="viridis", vmax=100)
-    axes.set(xlabel="test data of task", ylabel="after learning task", title=f"Accuracy (%), {label(best)}, seed 0")
+    image = axes.imshow(
+        [[100 * a for a in row] + [math.nan] * (len(rows) - len(row)) for row in rows], cmap="viridis", vmax=100
+    )
+    axes.set(xlabel="test data of task", ylabel="after learning task",
+             title=f"Accuracy (%), {_label(groups, best)}, seed 0")  # fmt: skip
     figure.colorbar(image)
-    save(figure, "Accuracy matrix", "matrix.png")
+    return figure
 
-    pairs = [g for g in groups if g[0].endswith(KKT) and (g[0].removesuffix(KKT), *g[1:]) in groups]
-    if pairs:
-        figure, all_axes = plt.subplots(
-            1, len(pairs), figsize=(1 + 4 * len(pairs), 4), layout="constrained", squeeze=False
-        )
-        for axes, group in zip(all_axes[0], pairs, strict=True):
-            for g, style in ((group, "-"), ((group[0].removesuffix(KKT), *group[1:]), "--")):
-                curves = [[100 * a for a in t["curve"]] for run in groups[g] for t in run["tasks"][1:] if t["curve"]]
-                length = min(map(len, curves), default=0)
-                axes.plot(range(1, length + 1), [statistics.mean(c[i] for c in curves) for i in range(length)], style,
-                          marker=".", label=g[0])  # fmt: skip
-            axes.set(xlabel="epoch, over both phases", ylabel="accuracy on held-out data, %", title=label(group))
-            axes.legend(fontsize="small")
-        save(figure, "Learning curves with and without KKT, mean over all tasks but the first", "kkt.png")
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.28 * len(groups)), layout="constrained", sharey=True)
+def _curves(plt: Any, groups: Groups) -> Any:
+    pairs = [g for g in groups if g != g.plain and g.plain in groups]
+    if not pairs:
+        return None
+    size = 1 + 4 * len(pairs), 4
+    figure, all_axes = plt.subplots(1, len(pairs), figsize=size, layout="constrained", squeeze=False)
+    for axes, group in zip(all_axes[0], pairs, strict=True):
+        for g, style in ((group, "-"), (group.plain, "--")):
+            curves = [t["curve"] for run in groups[g] for t in run["tasks"][1:] if t["curve"]]
+            means = [100 * statistics.mean(epoch) for epoch in zip(*curves, strict=False)]
+            axes.plot(range(1, len(means) + 1), means, style, marker=".", label=g.method)
+        axes.set(xlabel="epoch, over both phases", ylabel="accuracy on held-out data, %", title=_label(groups, group))
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _cost(plt: Any, groups: Groups) -> Any:
+    size = 10, 1 + 0.28 * len(groups)
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     names = list(groups)[::-1]
     left.barh(range(len(names)), [statistics.median(r["seconds"] for r in groups[g]) for g in names])
     right.barh(range(len(names)), [max(r["memory"] for r in groups[g]) / 1e6 for g in names])
-    left.set(yticks=range(len(names)), yticklabels=[label(g) for g in names], xlabel="seconds a run, one thread")
+    left.set(yticks=range(len(names)), yticklabels=[_label(groups, g) for g in names],
+             xlabel="seconds a run, one thread")  # fmt: skip
     right.set(xlabel="peak memory of the run, MB")
-    save(figure, "Time and memory", "cost.png")
-    return drawn
+    return figure
+
+
+PLOTS = (
+    ("Accuracy by method", "methods.png", _by_method),
+    ("Accuracy against density", "density.png", _by_density),
+    ("Capacity used", "capacity.png", _capacity_used),
+    ("Accuracy matrix", "matrix.png", _matrix),
+    ("Learning curves with and without KKT, mean over all tasks but the first", "kkt.png", _curves),
+    ("Time and memory", "cost.png", _cost),
+)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import distributed, metrics
 from .learner import Learner, Observer
+from .plotting import pyplot
 from .progress import EpochRecord, TaskReport
 from .tasks import Task
 
@@ -190,14 +191,10 @@ class Report:
         console.print(f"Results, plots and the model are in {self.out}")
 
     def _plot(self, learner: Learner) -> None:
-        try:
-            import matplotlib
-        except ModuleNotFoundError:
+        plt = pyplot()
+        if plt is None:
             print("No plots: matplotlib is not installed (pip install 'exssnet[plots]').")
             return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         accuracy = 100 * learner.accuracy
         tasks = len(accuracy)
         figure, axes = plt.subplots(figsize=(1.2 + 0.7 * max(5, tasks), 1 + 0.6 * max(5, tasks)), layout="constrained")

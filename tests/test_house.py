@@ -31,6 +31,7 @@ LAYERS = (
         "methods",
         "metrics",
         "models",
+        "plotting",
         "resident",
         "tasks",
         "typed",
