@@ -193,14 +193,14 @@ def _make_room(path: Path) -> None:
 def _resume(learner: Learner, path: Path, tasks: Sequence[Any]) -> None:
     """Put the learner where the checkpoint was taken, and say what is different from there."""
     checkpoint.load_run(learner, path, tasks)
+    if distributed.rank() > 0:
+        return
     then, now = checkpoint.header(path).versions, checkpoint.versions()
     for name in ("exssnet", "torch", "cpu"):
         if then.get(name) != now[name]:
             told = f"the checkpoint is from {name} {then.get(name)}, this is {now[name]}"
             print(f"exssnet: {told}: results may differ in rounding", file=sys.stderr)
     done = len(learner.reports)
-    if distributed.rank() > 0:
-        return
     if done == len(tasks):
         print(f"The run of {path} is finished: {done} of {done} tasks are learned; its results are written again.")
     else:

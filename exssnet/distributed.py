@@ -25,9 +25,10 @@ def part() -> tuple[int, int]:
     return rank(), size()
 
 
-def share(items: int) -> int:
-    """How many of the items of a batch are this process'."""
-    return len(range(rank(), items, size()))
+def share(number: int, batch_size: int, items: int) -> tuple[int, int]:
+    """How many of all items are in batch number `number`, and how many of these are this process'."""
+    batch = min(batch_size, items - number * batch_size)
+    return batch, len(range(rank(), batch, size()))
 
 
 def start() -> None:
@@ -98,7 +99,7 @@ def gathered(value: Any) -> list[Any]:
     return said
 
 
-def sharded_topk_mask(shard: Tensor, k: int, group: dist.ProcessGroup | None = None) -> Tensor:
+def sharded_topk_mask(shard: Tensor, k: int) -> Tensor:
     """The part of `topk_mask` of a tensor that lies in shards on several processes: bool, of the shard's shape.
 
     The whole is the shards' elements in the order of the ranks, as `fully_shard` (FSDP2) cuts a parameter along its
@@ -111,7 +112,7 @@ def sharded_topk_mask(shard: Tensor, k: int, group: dist.ProcessGroup | None = N
         raise ValueError(f"sharded_topk_mask: shard must be float32, got {shard.dtype}")
     magnitude = shard.detach().contiguous().view(-1).abs().view(torch.int32).long()  # order of magnitudes
     counts = torch.tensor([magnitude.numel(), int(shard.isnan().sum())], device=shard.device)
-    dist.all_reduce(counts, group=group)
+    dist.all_reduce(counts)
     n, nans = counts.tolist()
     if not 0 <= k <= n:
         raise ValueError(f"sharded_topk_mask: k must be in [0, {n}], got {k}")
@@ -124,16 +125,16 @@ def sharded_topk_mask(shard: Tensor, k: int, group: dist.ProcessGroup | None = N
     for shift, bits in ((20, 11), (9, 11), (0, 9)):
         digit = (magnitude[candidates] >> shift) & ((1 << bits) - 1)
         histogram = digit.bincount(minlength=1 << bits)
-        dist.all_reduce(histogram, group=group)
+        dist.all_reduce(histogram)
         larger = histogram.flip(0).cumsum(0).flip(0)  # elements of this digit or a larger one
         chosen = int((larger >= left).nonzero()[-1])
         left -= int(larger[chosen] - histogram[chosen])
         wanted |= chosen << shift
         candidates = magnitude >> shift == wanted >> shift
     equal = magnitude == wanted
-    before = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=shard.device)
-    before[dist.get_rank(group)] = equal.sum()
-    dist.all_reduce(before, group=group)
-    mine = left - int(before[: dist.get_rank(group)].sum())
+    before = torch.zeros(size(), dtype=torch.int64, device=shard.device)
+    before[rank()] = equal.sum()
+    dist.all_reduce(before)
+    mine = left - int(before[: rank()].sum())
     kept = (magnitude > wanted) | (equal & (equal.cumsum(0) <= mine))
     return kept.view(shard.shape)

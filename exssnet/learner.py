@@ -378,8 +378,8 @@ class Learner:
             self.model.train()
             for x, y in training.data:
                 y = y.to(self.device)
-                batch = min(self.batch_size, len(task.train) - training.batch * self.batch_size)
-                own, processes = distributed.share(batch), distributed.size()
+                batch, own = distributed.share(training.batch, self.batch_size, len(task.train))
+                processes = distributed.size()
                 loss, logits = self._loss(x, y, task.classes)
                 if processes > 1:
                     loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
@@ -435,10 +435,10 @@ class Learner:
 
     def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
-        right, loss, seen = 0, 0.0, 0
+        right, loss, seen, size = 0, 0.0, 0, 4 * self.batch_size
         with evaluation(self.model):
-            for number, (x, y) in enumerate(loader(data, 4 * self.batch_size, share=distributed.part())):
-                own = distributed.share(min(4 * self.batch_size, len(data) - number * 4 * self.batch_size))  # type: ignore[arg-type]
+            for number, (x, y) in enumerate(loader(data, size, share=distributed.part())):
+                _, own = distributed.share(number, size, len(data))  # type: ignore[arg-type]
                 y = y.to(self.device)[:own]
                 logits = self._logits(x, classes)[:own]
                 right += int((logits.argmax(1) == y).sum())

@@ -233,22 +233,9 @@ def choices(phases: Phases) -> list[Choice]:
     for name, layer in phases.layers.items():
         for (what, shape, dtype, device, threads, *more), chosen in layer._choices.items():
             products, k, stride, product_dtype = (*more, (), dtype) if what == "sparse" else ("", 0, *more)
-            dtypes = [str(d).removeprefix("torch.") for d in (dtype, product_dtype)]
-            found.append(
-                Choice(
-                    name,
-                    what,
-                    list(shape),
-                    dtypes[0],
-                    str(device),
-                    threads,
-                    products,
-                    k,
-                    list(stride),
-                    dtypes[1],
-                    chosen,
-                )
-            )
+            own, products_own = (str(d).removeprefix("torch.") for d in (dtype, product_dtype))
+            place = str(device), threads, products, k, list(stride)
+            found.append(Choice(name, what, list(shape), own, *place, products_own, chosen))
     return found
 
 

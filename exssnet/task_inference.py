@@ -65,8 +65,9 @@ class TaskInference:
             parameters[name].copy_(torch.stack([s.detach() for s in states]).mean(0))
         for name, module in self._weights.items():
             weight = self.phases.layers[name].weight
-            times = sum((bank.mask(t, name).to(weight.device).to(weight.dtype) for t in tasks[1:]),
-                        bank.mask(tasks[0], name).to(weight.device).to(weight.dtype))  # fmt: skip
+            times = torch.zeros_like(weight)
+            for task in tasks:
+                times += bank.mask(task, name).to(weight.device)
             module.weight = nn.Parameter(weight * times * share)
         try:
             with torch.enable_grad():
