@@ -147,21 +147,17 @@ def unpack_mask(quick: bool) -> Cases:
 
 def free_mask(quick: bool) -> Cases:
     mask, used = _random_mask(quick, 0.1), _random_mask(quick, 0.3)
-    packed, packed_used = reference.pack_mask(mask), reference.pack_mask(used)
-    baselines = {"bool masks": lambda: mask & ~used}
-    yield Case(
-        shape=f"{mask.numel():,}",
+    shape, baselines = f"{mask.numel():,}", {"bool masks": lambda: mask & ~used}
+    yield _free_mask(shape, mask, used, baselines)
+    yield _free_mask(f"{shape}, packed", reference.pack_mask(mask), reference.pack_mask(used), baselines)
+
+
+def _free_mask(shape: str, mask: Tensor, used: Tensor, baselines: dict[str, Variant]) -> Case:
+    return Case(
+        shape=shape,
         ours=lambda: ops.free_mask(mask, used),
         baselines=baselines,
         check=lambda: check_equal("the mask", ops.free_mask(mask, used), mask & ~used),
         work=3 * mask.numel(),
-        unit="GB/s",
-    )
-    yield Case(
-        shape=f"{mask.numel():,}, packed",
-        ours=lambda: ops.free_mask(packed, packed_used),
-        baselines=baselines,
-        check=lambda: check_equal("the bytes", ops.free_mask(packed, packed_used), packed & ~packed_used),
-        work=3 * packed.numel(),
         unit="GB/s",
     )

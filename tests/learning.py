@@ -1,6 +1,7 @@
 """Small learners that the tests of the pipeline share, an observer that remembers, and what a run leaves."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,13 @@ def watched(learner: Learner) -> Watching:
     watching = Watching()
     learner.observer, watching.learner = watching, learner
     return watching
+
+
+def acting(task: int, phase: str, step: int, do: Callable[[], object]) -> Callable[[object], object]:
+    """The command line's `observer`, which does something after one step."""
+    watching = Watching()
+    watching.at_step = lambda *now: do() if now == (task, phase, step) else None
+    return lambda tasks: nullcontext(watching)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, learner: Learner, results: Sequence[tuple[float, float]]) -> None:

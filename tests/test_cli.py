@@ -5,8 +5,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from threading import Thread
@@ -14,6 +14,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from learning import acting
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -254,19 +255,10 @@ def test_without_matplotlib_a_run_ends_well_and_says_what_is_missing(
 
 
 def interrupting(task: int, phase: str, error: BaseException) -> Callable[[object], object]:
-    class Stop:
-        def on_step(self, task_: int, phase_: str, step: int, steps: int, loss: Tensor) -> None:
-            if (task_, phase_, step) == (task, phase, 2):
-                raise error
+    def stop() -> None:
+        raise error
 
-        def on_epoch(self, record: EpochRecord) -> None:
-            pass
-
-    @contextmanager
-    def observer(tasks: object) -> Iterator[Stop]:
-        yield Stop()
-
-    return observer
+    return acting(task, phase, 2, stop)
 
 
 @pytest.mark.parametrize("phase", ["mask", "weight"])

@@ -10,19 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from learning import acting
 
 import exssnet
 from exssnet import checkpoint, cli, saving
 from exssnet.cli import main
 from exssnet.learner import Learner
-from exssnet.progress import EpochRecord
 
 pytest.importorskip("sklearn", reason="the runs here learn scikit-learn's digits")
 
@@ -120,26 +119,10 @@ def test_a_real_sigterm_saves_and_the_resumed_run_ends_as_the_straight_one(
     assert results(tmp_path) == straight
 
 
-def at_step(task: int, phase: str, do: Callable[[], object]) -> Callable[[object], object]:
-    class Acting:
-        def on_step(self, task_: int, phase_: str, step: int, steps: int, loss: Tensor) -> None:
-            if (task_, phase_, step) == (task, phase, 7):
-                do()
-
-        def on_epoch(self, record: EpochRecord) -> None:
-            pass
-
-    @contextmanager
-    def observer(tasks: object) -> Iterator[Acting]:
-        yield Acting()
-
-    return observer
-
-
 @contextmanager
 def stopping(number: int = signal.SIGINT, task: int = 1, phase: str = "weight") -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "observer", at_step(task, phase, lambda: signal.raise_signal(number)))
+        patch.setattr(cli, "observer", acting(task, phase, 7, lambda: signal.raise_signal(number)))
         yield
 
 
@@ -168,7 +151,7 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "observer", at_step(0, "mask", twice))
+    monkeypatch.setattr(cli, "observer", acting(0, "mask", 7, twice))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     assert main([*RUN, "--out", str(tmp_path)]) == 130
     signal.signal(signal.SIGINT, before)

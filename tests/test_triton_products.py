@@ -175,13 +175,7 @@ def test_exact_in_parts(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backward_is_three_launches_where_both_sums_are_in_parts(
     layer: Layer, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches, launch = [], triton_guard.GridExecutor.__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-        launches.append(self.fn.__name__)
-        launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(triton_guard.GridExecutor, "__call__", counted)
+    launches = triton_guard.launched(monkeypatch)
     split(monkeypatch)
     calls = arguments(problem(layer, torch.bfloat16, integers=True))
     check_exact({f"{family}_{layer.kind}": calls[f"{family}_{layer.kind}"]})

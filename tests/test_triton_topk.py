@@ -147,13 +147,7 @@ def test_host_neither_waits_nor_copies_to_the_device() -> None:
 def test_launches_depend_on_the_digits_and_not_on_the_layers(
     layers: int, dtype: str, digits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches, launch = [], triton_guard.GridExecutor.__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-        launches.append(self.fn.__name__)
-        launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(triton_guard.GridExecutor, "__call__", counted)
+    launches = triton_guard.launched(monkeypatch)
     triton_topk.topk_masks([scores_of("normal", 9, DTYPES[dtype])] * layers, [3] * layers, None, False)
     assert launches == ["_count_digit", "_choose_digit"] * digits + ["_count_ties", "_select"]
 

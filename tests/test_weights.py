@@ -147,13 +147,7 @@ class TestInterpreted:
         assert_exact(got, representable(exact, like))
 
     def test_layers_of_other_dtypes_are_other_launches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        launches, launch = [], triton_guard.GridExecutor.__call__
-
-        def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-            launches.append(self.fn.__name__)
-            launch(self, *args, **kwargs)
-
-        monkeypatch.setattr(triton_guard.GridExecutor, "__call__", counted)
+        launches = triton_guard.launched(monkeypatch)
         single, half = layers(torch.float32), layers(torch.bfloat16)
         assert_exact(by_triton(single), by_reference(single))
         assert launches == ["_weights_kernel", "_gradients_kernel"]

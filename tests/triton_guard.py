@@ -318,6 +318,18 @@ class GridExecutor(interpreter.GridExecutor):
             super().__call__(*args, **kwargs)
 
 
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched from now on, in order."""
+    names, launch = [], GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    return names
+
+
 _patched: set[int] = set()
 _patch_language = interpreter._patch_lang
 
