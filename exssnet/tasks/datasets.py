@@ -59,9 +59,8 @@ class ImageFiles:
 
 def package(module: str, package: str) -> Any:
     """A module of an optional dependency; ModuleNotFoundError says what to install."""
-    if (
-        module == "transformers"
-    ):  # it takes any module `kernels` for the package of that name: a checkout of ours has one
+    if module == "transformers":
+        # It takes any module `kernels` for the package of that name: a checkout of ours has one.
         kernels = importlib.util.find_spec("kernels")
         if kernels is not None and (Path(str(kernels.origin)).parents[1] / "exssnet").is_dir():
             sys.modules["kernels"] = None  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from torch import Tensor
 from .data import Labelled, Relabelled
 from .datasets import load, package
 from .features import Encoder, encoder, text_features
-from .streams import Augmentation, Task, in_one_task, permuted_pixels, rotated, split_by_class
+from .streams import Augmentation, Task, in_one_task, in_order, permuted_pixels, rotated, split_by_class
 from .text import FORMATS, Column, Texts, class_ids, read_texts, rows
 
 Order = Sequence[int] | int | None
@@ -47,14 +47,10 @@ class Options:
 
 def _permutation(order: Order, known: Sequence[int]) -> list[int]:
     """Ids in the order wanted: some or all of those known, or all shuffled by a seed."""
-    if order is None:
-        return list(known)
-    if isinstance(order, int):
-        shuffled = torch.randperm(len(known), generator=torch.Generator().manual_seed(order))
-        return [known[i] for i in shuffled.tolist()]
-    if not order or not set(order) <= set(known) or len(set(order)) != len(order):
-        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {list(order)}")
-    return list(order)
+    found = in_order(order, known)
+    if isinstance(order, Sequence) and (not found or not set(found) <= set(known) or len(set(found)) != len(found)):
+        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {found}")
+    return found
 
 
 def _limited(labels: Tensor, per_class: int | None, seed: int) -> Tensor:

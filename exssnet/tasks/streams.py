@@ -59,6 +59,14 @@ def _classes(labels: Tensor) -> list[int]:
     return sorted(set(labels.tolist()))
 
 
+def in_order(order: Sequence[int] | int | None, known: Sequence[int]) -> list[int]:
+    """Ids in the order that is given; or all those known, shuffled by a seed, or for None as they are."""
+    if isinstance(order, int):
+        shuffled = torch.randperm(len(known), generator=torch.Generator().manual_seed(order))
+        return [known[i] for i in shuffled.tolist()]
+    return list(known if order is None else order)
+
+
 def stratified_split(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices (rest, taken), ascending: of each class of n items, round(share * n) random ones are taken."""
     taken = torch.zeros(len(labels), dtype=torch.bool)
@@ -152,12 +160,8 @@ def split_by_class(
     """
     train, test = Relabelled.of(train), Relabelled.of(test)
     known = _classes(train.labels)
-    if order is None:
-        order = known
-    elif isinstance(order, int):
-        shuffled = torch.randperm(len(known), generator=torch.Generator().manual_seed(order))
-        order = [known[i] for i in shuffled.tolist()]
-    elif not set(order) <= set(known) or len(set(order)) != len(order):
+    order = in_order(order, known)
+    if not set(order) <= set(known) or len(set(order)) != len(order):
         raise ValueError(f"order must hold different ids of the {len(known)} known classes, got {list(order)}")
     if isinstance(tasks, int):
         if tasks < 1 or len(order) % tasks or not order:
