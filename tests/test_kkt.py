@@ -138,6 +138,11 @@ def test_dropped_scores_are_told() -> None:
         transfer(phases, *sample(), 2)
 
 
+def test_a_task_without_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="KKT needs at least 1 class, got 0"):
+        transfer(sources(CLEAR), *sample(), 0)
+
+
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="kkt must be one of best, always, all, got 'worst'"):
         transfer(sources(CLEAR), *sample(), 2, "worst")  # type: ignore[arg-type]
