@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import exssnet
-from exssnet.choice import cpu_model
 from exssnet.kernels import native
+from exssnet.kernels.measured import cpu_model
 
 Variant = Callable[[], Any]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import container, state
-from .choice import cpu_model
 from .coding import decode, encode
 from .container import CHECKSUM, Container
+from .kernels.measured import cpu_model
 from .learner import Learner
 from .phases import Phases
 from .tasks import Task

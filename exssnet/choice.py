@@ -4,19 +4,15 @@ Sparse or dense ones: the density up to which a layer's sparse ones are faster. 
 or PyTorch's own with a masked weight that is written before: the ratio of their times.
 """
 
-import json
 import os
-import platform
-import threading
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .kernels import native
+from .kernels.measured import measured, times
 from .ops import masked_weight, pack_mask, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
@@ -26,10 +22,6 @@ MASKING: tuple[Masking, ...] = ("auto", "fused", "written")
 SURE_DENSITY, SURE_WORK = 0.11, 1 << 22
 """Up to this density a layer of at least so many multiply-adds (dense) is not measured on a CPU: sparse products were
 2.5 to 20 times faster on every such shape in docs/cpu-engine.md."""
-KERNELS_VERSION = 1  # of what is kept: raise it when products become faster
-
-_crossovers: dict[str, float] = {}
-_measuring = threading.Lock()  # threads that meet a shape together measure it once, and choose alike
 
 
 def sparse_is_faster(
@@ -65,23 +57,10 @@ def sparse_is_faster(
     where = f"{torch.get_num_threads()} threads" if kind == "cpu" else torch.cuda.get_device_name(x.device)
     key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, where, x.dtype)))
     try:
-        crossed = _measured(key, kind == "cuda", lambda: crossover(x.shape, weight.shape, geometry, x.dtype, x.device))
+        crossed = measured(key, kind == "cuda", lambda: crossover(x.shape, weight.shape, geometry, x.dtype, x.device))
     except RuntimeError:  # no such layer: the operators tell what is wrong
         return True
     return crossed is not None and density <= crossed
-
-
-def _measured(key: str, on_gpu: bool, measure: Callable[[], float]) -> float | None:
-    """What was measured for a key, in this run or an earlier one, or else now; None while a CUDA graph is captured."""
-    with _measuring:
-        if key not in _crossovers:
-            _crossovers.update(_read())
-        if key not in _crossovers:
-            if on_gpu and torch.cuda.is_current_stream_capturing():
-                return None
-            _crossovers[key] = measure()
-            _write()
-        return _crossovers[key]
 
 
 def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Any]]:
@@ -118,7 +97,7 @@ def fused_is_faster(
     where, precision = torch.cuda.get_device_name(x.device), torch.get_float32_matmul_precision()
     key = " ".join(map(str, ("masking", *x.shape, x.stride(), "to", *weight.shape, *geometry, where, dtype, precision)))
     try:
-        ratio = _measured(key, True, lambda: fused_over_written(x, weight, dtype, geometry))
+        ratio = measured(key, True, lambda: fused_over_written(x, weight, dtype, geometry))
     except RuntimeError:  # no such layer: the operators tell what is wrong
         return True
     return ratio is None or ratio <= 1
@@ -156,7 +135,7 @@ def fused_over_written(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: 
 
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         finish = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
-        of_fused, of_dense = _times(finish, fused, dense)
+        of_fused, of_dense = times(finish, fused, dense)
     return of_fused / of_dense
 
 
@@ -215,64 +194,6 @@ def crossover(
     low, high = 0.05, 0.25
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        whole, at_low, at_high = _times(finish, dense, sparse(low), sparse(high))
+        whole, at_low, at_high = times(finish, dense, sparse(low), sparse(high))
     slope = max((at_high - at_low) / (high - low), 1e-12)
     return min(1.0, max(0.0, low + (whole - at_low) / slope))
-
-
-def _times(finish: Callable[[], None], *ways: Callable[[], None]) -> list[float]:
-    """Seconds of each until `finish` returns: the least of several rounds, for a hundredth of a second at least."""
-    best = [float("inf")] * len(ways)
-    for way in ways:
-        way()
-        finish()
-    began, rounds = time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - began < 0.01:
-        for i, way in enumerate(ways):
-            start = time.perf_counter()
-            way()
-            finish()
-            best[i] = min(best[i], time.perf_counter() - start)
-        rounds += 1
-    return best
-
-
-def _file() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "exssnet" / "crossovers.json"
-
-
-def cpu_model() -> str:
-    """The CPU's name, as the operating system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _machine() -> str:
-    versions = f"kernels {KERNELS_VERSION}, torch {torch.__version__}"
-    return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {versions}"
-
-
-def _read() -> dict[str, float]:
-    """What earlier processes measured on this machine; a file that cannot be read holds nothing."""
-    try:
-        found = json.loads(_file().read_text())[_machine()]
-        return {str(k): float(v) for k, v in found.items()}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write() -> None:
-    """Keep what was measured, beside that of other machines; where nothing can be written, it is measured again."""
-    try:
-        file = _file()
-        everything = json.loads(file.read_text()) if file.exists() else {}
-        everything[_machine()] = _read() | _crossovers
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(everything, indent=1))
-        os.replace(part, file)
-    except (OSError, RuntimeError, ValueError, TypeError):
-        pass

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exssnet import Phases, choice, convert
+from exssnet.kernels import measured
 from exssnet.nn import SupermaskConv2d, SupermaskLayer, supermask_layers
 
 X, W = torch.zeros(8, 4, 9, 9), torch.zeros(6, 4, 3, 3)
@@ -28,7 +29,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, of which nothing is in memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("EXSSNET_PRODUCTS")
-    monkeypatch.setattr(choice, "_crossovers", {})
+    monkeypatch.setattr(measured, "_known", {})
     return tmp_path / "exssnet" / "crossovers.json"
 
 
@@ -51,7 +52,7 @@ def test_shape_is_measured_once_and_kept_for_other_processes(monkeypatch: pytest
     calls = measured_as(monkeypatch, 0.3)
     for _ in range(2):
         choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
-    monkeypatch.setattr(choice, "_crossovers", {})  # another process
+    monkeypatch.setattr(measured, "_known", {})  # another process
     assert choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
     assert len(calls) == 1
     assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [0.3]
@@ -193,7 +194,7 @@ def test_faster_of_fused_and_written_is_measured_once_and_kept(
     calls = fused_takes(monkeypatch, ratio)
     for _ in range(2):
         assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY) is expected
-        monkeypatch.setattr(choice, "_crossovers", {})  # another process
+        monkeypatch.setattr(measured, "_known", {})  # another process
     assert len(calls) == 1
     assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [ratio]
 
