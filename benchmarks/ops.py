@@ -145,6 +145,31 @@ def masked(layer: Layer, density: float) -> Cases:
     )
 
 
+def at_kept(layer: Layer, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What `cached_mask` gives, with the weight's gradient where the mask keeps it."""
+    output, grad_x, grad_weight = cached_mask(layer, mask, dtype)()
+    return output, grad_x, grad_weight[mask]
+
+
+def packed(layer: Layer, density: float) -> Cases:
+    """On a CPU the reference; on a GPU the tensor cores' alternative to `sparse`."""
+    operator = ops.packed_linear if layer.is_linear else ops.packed_conv2d
+    mask = layer.mask(density)
+    pattern, none = ops.packed_pattern(mask), layer.weight[:0].flatten()
+    ours = step(
+        lambda x, values: operator(x, values, none, pattern, **layer.geometry), layer.grad, layer.x, layer.weight[mask]
+    )
+    yield Case(
+        shape=layer.name,
+        ours=ours,
+        baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
+        check=accurate(ours, lambda dtype: partial(at_kept, layer, mask, dtype)),
+        work=layer.flops(layer.weight.numel()),
+        unit="GFLOP/s",
+        density=density,
+    )
+
+
 def sparse(layer: Layer, density: float) -> Cases:
     mask = layer.mask(density)
     pattern, none = ops.sparse_pattern(mask), torch.empty(0)
@@ -155,11 +180,7 @@ def sparse(layer: Layer, density: float) -> Cases:
             return ops.sparse_linear(x, values, none, pattern)
         return ops.sparse_conv2d(x, values, none, pattern, 3, **layer.geometry)
 
-    @cache
-    def plainly(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        output, grad_x, grad_weight = cached_mask(layer, mask, dtype)()
-        return output, grad_x, grad_weight[mask]
-
+    plainly = cache(partial(at_kept, layer, mask))
     # Inside a network, activations and gradients come with the batch innermost from the layers around.
     x, grad = reference.batch_last(layer.x), reference.batch_last(layer.grad)
     ours = step(product, grad, x, layer.weight[mask])
@@ -303,6 +324,8 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "supermask_weights": masks.supermask_weights,
     "masked_linear": layers(masked, linear=True, densities=(0.1,)),
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
+    "packed_linear": layers(packed, linear=True, densities=(0.1,)),
+    "packed_conv2d": layers(packed, linear=False, densities=(0.1,)),
     "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d": layers(sparse, linear=False, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d_folded": layers(folded, linear=False, densities=(0.1, 0.02)),

@@ -15,10 +15,14 @@ from .beginning import allocate_density, signed_constant_
 from .choice import PRODUCTS, Products, fused_is_faster, sparse_is_faster, traced
 from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
 from .ops import (
+    PackedPattern,
     SparsePattern,
     density_to_k,
     kept_weights,
     masked_weight,
+    packed_conv1d,
+    packed_conv2d,
+    packed_linear,
     sparse_conv1d,
     sparse_conv2d,
     sparse_conv2d_folded,
@@ -32,6 +36,7 @@ from .ops import (
     topk_masks,
 )
 from .ops.library import product_dtype
+from .ops.packed import as_packed
 from .selecting import forget_selection, select_for_all
 
 __all__ = [
@@ -79,7 +84,7 @@ class SupermaskLayer(nn.Module):
         self.products = products
         self._choices: dict[tuple[Any, ...], bool] = {}
         self._seen: SparsePattern | None = None
-        self._where: tuple[SparsePattern, Tensor] | None = None
+        self._made: dict[str, tuple[SparsePattern, Any]] = {}
         self.k = density_to_k(self.weight.numel(), density)
         weight = self._parameters.pop("weight")
         assert weight is not None
@@ -158,15 +163,26 @@ class SupermaskLayer(nn.Module):
         """The masked weight that the values make; where they belong is computed once for a pattern."""
 
         def make() -> Tensor:
-            pattern, where = self._pattern(), None
-            if not torch.compiler.is_compiling() and pattern.slot.numel() < self.weight.numel():
-                if self._where is None or self._where[0] is not pattern:
-                    self._where = pattern, kept_weights(pattern, self.weight.shape)
-                where = self._where[1]
+            where = None
+            if not torch.compiler.is_compiling() and self._pattern().slot.numel() < self.weight.numel():
+                where = self._of_pattern("where", lambda pattern: kept_weights(pattern, self.weight.shape))
             return masked_weight(*self._values(), self.weight.shape, where)
 
         weight: Tensor = self._once(self, make)
         return weight
+
+    def _packed_values(self) -> tuple[Tensor, Tensor, PackedPattern]:
+        free, frozen, _ = self._values()
+        return free, frozen, self._of_pattern("packed", lambda p: as_packed(p, self.weight.shape, free.numel()))
+
+    def _of_pattern(self, what: str, make: Callable[[SparsePattern], Any]) -> Any:
+        """What follows from the pattern alone, made once for a pattern."""
+        pattern = self._pattern()
+        if torch.compiler.is_compiling():
+            return make(pattern)
+        if what not in self._made or self._made[what][0] is not pattern:
+            self._made[what] = pattern, make(pattern)
+        return self._made[what][1]
 
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
         """Whether to multiply only what is kept, see `sparse_is_faster`; decided once for a shape of x."""
@@ -178,16 +194,17 @@ class SupermaskLayer(nn.Module):
         return self._decided("sparse", decide, x, self.products, self.k)
 
     def _fused(self, x: Tensor, padding: Any = None) -> bool:
-        """Whether tiles of the weight are masked as they are multiplied, see `fused_is_faster`; always so on a CPU."""
-        if x.device.type == "cpu":
-            return True
+        """Whether a dense weight is masked as it is multiplied, see `fused_is_faster`; on a CPU by scores alone."""
+        values = self.scores is None
+        if x.device.type == "cpu" or self._kept is not None:  # values that change no more are written once
+            return not values
         dtype = product_dtype(x)
 
         def decide() -> bool:
             geometry = () if padding is None else self._geometry(padding)
-            return fused_is_faster(x, self.weight, dtype, geometry)
+            return fused_is_faster(x, self.weight, dtype, geometry, values)
 
-        fused = self._decided("fused", decide, x, x.stride(), dtype)
+        fused = self._decided("fused", decide, x, x.stride(), dtype, values)
         if not traced():
             self.written = not fused  # for the next forward of the model
         return fused
@@ -218,7 +235,7 @@ class SupermaskLayer(nn.Module):
         return {"k": self.k} if self.selection is None else {"selection": self.selection}
 
     def _clear(self) -> None:
-        self._seen = self._where = None
+        self._seen, self._made = None, {}
         for name in ("scores", "free_values", "frozen_values", *PATTERN):
             setattr(self, name, None)
 
@@ -250,6 +267,8 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
             return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
+        if self._fused(x):
+            return packed_linear(x, *self._packed_values(), self.bias)
         return F.linear(x, self._dense_weight(), self.bias)
 
 
@@ -258,6 +277,7 @@ class _SupermaskConv(SupermaskLayer):
 
     supermask_product: Callable[..., Tensor]
     sparse_product: Callable[..., Tensor]
+    packed_product: Callable[..., Tensor]
     dense_product: Callable[..., Tensor]
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], *geometry: Any,
@@ -280,8 +300,10 @@ class _SupermaskConv(SupermaskLayer):
             return self.sparse_product(
                 x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
             )  # fmt: skip
-        weight = self._dense_weight()
-        return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        geometry = self.bias, self.stride, padding, self.dilation, self.groups
+        if self._fused(x, padding):
+            return self.packed_product(x, *self._packed_values(), *geometry)
+        return self.dense_product(x, self._dense_weight(), *geometry)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
@@ -300,6 +322,7 @@ class SupermaskConv1d(_SupermaskConv, nn.Conv1d):
 
     supermask_product = staticmethod(supermask_conv1d)
     sparse_product = staticmethod(sparse_conv1d)
+    packed_product = staticmethod(packed_conv1d)
     dense_product = staticmethod(F.conv1d)
 
 
@@ -312,6 +335,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
 
     supermask_product = staticmethod(supermask_conv2d)
     sparse_product = staticmethod(sparse_conv2d)
+    packed_product = staticmethod(packed_conv2d)
     dense_product = staticmethod(F.conv2d)
 
     def normalised(self, x: Tensor, norm: TaskBatchNorm, residual: Tensor | None, relu: bool) -> Tensor | None:
@@ -456,7 +480,7 @@ def unconvert(model: nn.Module) -> None:
         for name in ("weight", "frozen_values", *PATTERN):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        for name in ("selection", "masked", "written", "k", "products", "_choices", "_seen", "_where"):
+        for name in ("selection", "masked", "written", "k", "products", "_choices", "_seen", "_made"):
             delattr(layer, name)
         layer.weight = nn.Parameter(weight)
     for module in model.modules():

@@ -19,6 +19,8 @@ _FILES = {
     "supermask_weights": (REFERENCE, "kernels/triton_weights.py"),
     "masked_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
     "masked_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
+    "packed_linear": (REFERENCE, "kernels/triton_linear.py"),
+    "packed_conv2d": (REFERENCE, "kernels/triton_conv.py"),
     "sparse_linear": ("csrc/sparse.cpp", "csrc/cuda_sparse.cpp"),
     "sparse_conv2d": ("csrc/sparse.cpp", "csrc/cuda_sparse.cpp"),
     "sparse_conv2d_folded": ("csrc/sparse.cpp", "csrc/cuda_sparse.cpp"),

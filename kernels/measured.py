@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-KERNELS_VERSION = 1  # of what is kept: raise it when products become faster
+MASKING = ("auto", "fused", "written")
+KERNELS_VERSION = 2  # of what is kept: raise it when products become faster
 
 _known: dict[str, float] = {}
 _measuring = threading.Lock()  # threads that meet a shape together measure it once, and choose alike
@@ -29,7 +30,17 @@ def measured(key: str, on_gpu: bool, measure: Callable[[], float]) -> float | No
         return _known[key]
 
 
-def times(finish: Callable[[], None], *ways: Callable[[], None]) -> list[float]:
+def asked_masking(masking: str = "auto") -> str:
+    """Whether masks are "fused" with products, "written" before, or the faster: as given or, over "auto", as the
+    environment's EXSSNET_MASKING says."""
+    if masking == "auto":
+        masking = os.environ.get("EXSSNET_MASKING", "auto")
+    if masking not in MASKING:
+        raise ValueError(f"masking must be one of {', '.join(MASKING)}, got {masking!r}")
+    return masking
+
+
+def times(finish: Callable[[], None], *ways: Callable[[], object]) -> list[float]:
     """Seconds of each until `finish` returns: the least of several rounds, for a hundredth of a second at least."""
     best = [float("inf")] * len(ways)
     for way in ways:

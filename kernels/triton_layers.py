@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .measured import asked_masking, measured, times
 from .triton_mask import Gradients, Mask, OutputParts, finish, given, selected
-from .triton_product import Geometry, product, weight_gradients
+from .triton_product import Geometry, Weight, product, weight_gradients
 
 
-def served(x: Tensor, weight: Tensor, scores: Tensor | None = None, padding: Sequence[int] = ()) -> bool:
-    """Whether the kernels take a layer; the reference takes float64, and sizes at which their int32 indices end.
+def served(x: Tensor, shape: Sequence[int], scores: Tensor | None = None, padding: Sequence[int] = ()) -> bool:
+    """Whether the kernels take a layer with a weight of that shape; the reference takes float64, and sizes at which
+    their int32 indices end.
 
     These count all pixels (the largest padded image has fewer than 2^30 with all its batch) and the weights of a tile
     of outputs (fewer than 2^22 of each); elements they count in int64.
@@ -23,7 +25,7 @@ def served(x: Tensor, weight: Tensor, scores: Tensor | None = None, padding: Seq
     if x.dtype == torch.float64 or (scores is not None and scores.dtype == torch.float64):
         return False
     pixels = x.shape[0] * math.prod(size + 2 * pad for size, pad in zip(x.shape[2:], padding, strict=True))
-    return pixels < 1 << 30 and math.prod(weight.shape[1:]) < 1 << 22
+    return pixels < 1 << 30 and math.prod(shape[1:]) < 1 << 22
 
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
@@ -37,10 +39,47 @@ def or_reference(kernel: Kernel) -> Kernel:
     @functools.wraps(kernel)
     def call(*args: Any) -> Any:
         given = dict(zip(names, args, strict=True))
-        takes = served(given["x"], given["weight"], given.get("scores"), given.get("padding", ()))
+        shape = given["shape"] if "shape" in given else given["weight"].shape
+        takes = served(given["x"], shape, given.get("scores"), given.get("padding", ()))
         return (kernel if takes else otherwise)(*args)
 
     return cast(Kernel, call)
+
+
+def or_written(kernel: Kernel) -> Kernel:
+    """As `or_reference`, and for served layers on a GPU the faster of the kernel and PyTorch's product, which takes a
+    masked weight that is written before; measured when a GPU, a shape, strides and a dtype are first met."""
+    names = list(inspect.signature(kernel).parameters)
+    fused = or_reference(kernel)
+
+    def written(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        for name in ("mask", "free_mask"):
+            if given[name] is not None and given[name].dtype == torch.uint8:
+                given[name] = torch.ops.exssnet.unpack_mask(given[name], list(given["weight"].shape))
+        return getattr(reference, kernel.__name__)(*given.values())
+
+    @functools.wraps(kernel)
+    def call(*args: Any) -> Any:
+        x, asked = args[names.index("x")], asked_masking()
+        if asked == "auto" and _can_be_timed(x):
+            what = [(a.dtype, *a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args]
+            of_gpu = torch.cuda.get_device_name(x.device), torch.get_float32_matmul_precision()
+            key = " ".join(map(str, (kernel.__name__, *what, *of_gpu)))
+            ratio = measured(key, True, lambda: _ratio(*(lambda way=way: way(*args) for way in (fused, written))))
+            asked = "written" if ratio is not None and ratio > 1 else "fused"
+        return (written if asked == "written" else fused)(*args)
+
+    return cast(Kernel, call)
+
+
+def _can_be_timed(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.numel() > 0
+
+
+def _ratio(*ways: Callable[[], object]) -> float:
+    first, second = times(torch.cuda.synchronize, *ways)
+    return first / second
 
 
 def _images(t: Tensor) -> Tensor:
@@ -54,16 +93,17 @@ def _new_result(x: Tensor, shape: Sequence[int], batch_inner: bool) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Tensor, mask: Mask, bias: Tensor | None, geometry: Geometry, batch_inner: bool = False
-) -> Tensor:
-    result = _new_result(x, (x.shape[0], weight.shape[0], *geometry.output_size(x.shape[2:])), batch_inner)
+    x: Tensor, weight: Weight, outputs: int, mask: Mask, bias: Tensor | None, geometry: Geometry,
+    batch_inner: bool = False,
+) -> Tensor:  # fmt: skip
+    result = _new_result(x, (x.shape[0], outputs, *geometry.output_size(x.shape[2:])), batch_inner)
     bias = None if bias is None else bias.contiguous()
     finish(product(_images(x), weight, mask, bias, geometry, _images(result), transposed=False), None)
     return result
 
 
 def _input_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, geometry: Geometry, batch_inner: bool, needed: bool
+    grad: Tensor, x: Tensor, weight: Weight, mask: Mask, geometry: Geometry, batch_inner: bool, needed: bool
 ) -> tuple[Tensor, OutputParts | None]:
     if not needed:
         return x.new_empty(0), None
@@ -98,6 +138,18 @@ def masked_backward(
     kept = given(mask)
     grad_x, parts = _input_gradient(grad, x, weight, kept, geometry, False, output_mask[0])
     grad_weight = new_gradient(weight, output_mask[1])
-    gradients = Gradients(weight, None, kept, None if free_mask is None else given(free_mask), None, grad_weight)
+    gradients = Gradients(None, None, kept, None if free_mask is None else given(free_mask), None, grad_weight)
     finish(parts, weight_gradients(_images(grad), _images(x), geometry, gradients))
     return grad_x, or_empty(grad_weight, weight)
+
+
+def packed_backward(
+    grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, geometry: Geometry,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mask = given(pattern)
+    grad_x, parts = _input_gradient(grad, x, (free_values, frozen_values), mask, geometry, False, output_mask[0])
+    grad_values = new_gradient(free_values, output_mask[1])
+    gradients = Gradients(None, None, mask, None, None, grad_values)
+    finish(parts, weight_gradients(_images(grad), _images(x), geometry, gradients))
+    return grad_x, or_empty(grad_values, free_values)

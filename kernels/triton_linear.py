@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .triton_layers import forward, masked_backward, or_reference, supermask_backward
+from .triton_layers import forward, masked_backward, or_reference, or_written, packed_backward, supermask_backward
 from .triton_mask import given, selected
 from .triton_product import LINEAR
 
@@ -11,7 +11,7 @@ from .triton_product import LINEAR
 def supermask_linear(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
 ) -> Tensor:
-    return forward(x, weight, selected(scores, selection), bias, LINEAR, sparse)
+    return forward(x, weight, weight.shape[0], selected(scores, selection), bias, LINEAR, sparse)
 
 
 @or_reference
@@ -21,13 +21,28 @@ def supermask_linear_backward(
     return supermask_backward(grad, x, weight, scores, selection, LINEAR, sparse, output_mask)
 
 
-@or_reference
+@or_written
 def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    return forward(x, weight, given(mask), bias, LINEAR)
+    return forward(x, weight, weight.shape[0], given(mask), bias, LINEAR)
 
 
-@or_reference
+@or_written
 def masked_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     return masked_backward(grad, x, weight, mask, free_mask, LINEAR, output_mask)
+
+
+@or_reference
+def packed_linear(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int]
+) -> Tensor:
+    return forward(x, (free_values, frozen_values), shape[0], given(pattern), bias, LINEAR)
+
+
+@or_reference
+def packed_linear_backward(
+    grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return packed_backward(grad, x, free_values, frozen_values, pattern, LINEAR, output_mask)

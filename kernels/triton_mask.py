@@ -2,7 +2,8 @@
 """Masks inside Triton kernels, and what the gradient of a masked weight becomes.
 
 A mask is a tensor over the flat weight, told by its dtype: scores with the selection that picks from them, int8 with a
-byte a weight, or uint8 with a bit. Flat indices are an int64 `base` of a tile plus an int32 `local` index in it.
+byte a weight, uint8 with a bit, or int64, the packed pattern of a weight that is given as its free and frozen values.
+Flat indices are an int64 `base` of a tile plus an int32 `local` index in it.
 """
 
 from dataclasses import dataclass
@@ -64,6 +65,22 @@ def threshold_of(selection):
 
 
 @triton.jit
+def _entry(pattern, base, local, inside, FREE: tl.constexpr):
+    """(whether a packed pattern keeps the weights base + local, how many of those before them), or FREE, of the free
+    ones."""
+    place = (base % 32).to(tl.int32) + local
+    word = tl.load(pattern + (base // 32 + place // 32) * 2 + (1 if FREE else 0), mask=inside, other=0)
+    bits, bit = word.to(tl.uint32), (place % 32).to(tl.uint32)
+    below = bits & ((tl.full([], 1, tl.uint32) << bit) - 1)
+    below -= below >> 1 & 0x55555555  # of each pair of bits, how many are set; then of four, of eight, of all
+    below = (below & 0x33333333) + (below >> 2 & 0x33333333)
+    below = below + (below >> 4) & 0x0F0F0F0F
+    below += below >> 8
+    count = (below + (below >> 16) & 0x3F).to(tl.int32)
+    return (bits >> bit & 1) != 0, (word >> 32).to(tl.int32) + count
+
+
+@triton.jit
 def is_kept(mask, threshold, tie, base, local, inside):
     """Whether a mask keeps the weights base + local; of those not inside nothing is promised."""
     if mask.dtype.element_ty.is_floating():
@@ -82,15 +99,24 @@ def is_kept(mask, threshold, tie, base, local, inside):
 @triton.jit
 def kept_weight(weight, mask, threshold, tie, base, local, inside):
     """The weights base + local where the mask keeps them, else 0."""
-    value = tl.load(weight + base + local, mask=inside, other=0.0)
-    return tl.where(is_kept(mask, threshold, tie, base, local, inside), value, 0.0)
+    if mask.dtype.element_ty == tl.int64:
+        free_values, frozen_values = weight
+        kept, place = _entry(mask, base, local, inside, False)
+        free, free_place = _entry(mask, base, local, inside, True)
+        value = tl.load(free_values + free_place, mask=inside & free, other=0.0)
+        value += tl.load(frozen_values + (place - free_place), mask=inside & kept & (free == 0), other=0.0)
+    else:
+        value = tl.load(weight + base + local, mask=inside, other=0.0)
+        value = tl.where(is_kept(mask, threshold, tie, base, local, inside), value, 0.0)
+    return value
 
 
 @triton.jit
 def store_gradients(
     gradient, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
 ):  # fmt: skip
-    """From the gradient G of the effective weight: G W sign(S) (straight-through), and G where mask and free mask keep.
+    """From the gradient G of the effective weight: G W sign(S) (straight-through), and G where mask and free mask keep,
+    which of a packed pattern are the free values, stored one after the other.
 
     grad_scores, grad_weight: None where not asked, scores with grad_scores; free_mask: None frees the whole mask.
     """
@@ -100,7 +126,10 @@ def store_gradients(
         value = tl.load(weight + base + local, mask=inside, other=0.0).to(tl.float32)
         straight_through = gradient * value * sign
         tl.store(grad_scores + base + local, straight_through.to(grad_scores.dtype.element_ty), mask=inside)
-    if grad_weight is not None:
+    if grad_weight is not None and mask.dtype.element_ty == tl.int64:
+        free, place = _entry(mask, base, local, inside, True)
+        tl.store(grad_weight + place, gradient.to(grad_weight.dtype.element_ty), mask=inside & free)
+    elif grad_weight is not None:
         kept = is_kept(mask, threshold, tie, base, local, inside)
         if free_mask is not None:
             kept &= is_kept(free_mask, 0, 0, base, local, inside)
@@ -160,10 +189,10 @@ class OutputParts(NamedTuple):
 class Gradients(NamedTuple):
     """The gradients that are wanted of a layer, contiguous or None, and what they are made of.
 
-    scores: None where their gradient is not wanted; free_mask: None frees the whole mask.
+    weight, scores: None where the gradient of scores is not wanted; free_mask: None frees the whole mask.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     scores: Tensor | None
     mask: Mask
     free_mask: Mask | None
@@ -172,16 +201,16 @@ class Gradients(NamedTuple):
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         """As the kernels take them."""
-        scores = self.scores if self.of_scores is not None and self.scores is not None else None
+        weight, scores = (None if self.of_scores is None else t for t in (self.weight, self.scores))
         return (
-            self.weight.contiguous(), None if scores is None else scores.contiguous(), self.mask.data,
-            self.mask.selection, None if self.free_mask is None else self.free_mask.data, self.of_scores,
-            self.of_weight,
+            None if weight is None else weight.contiguous(), None if scores is None else scores.contiguous(),
+            self.mask.data, self.mask.selection, None if self.free_mask is None else self.free_mask.data,
+            self.of_scores, self.of_weight,
         )  # fmt: skip
 
 
 class GradientParts(NamedTuple):
-    """Gradients to fill from that of the effective weight, the sum of parts (P, *weight.shape)."""
+    """Gradients to fill from that of the effective weight, the sum of parts (P, weights)."""
 
     parts: Tensor
     gradients: Gradients
@@ -196,9 +225,9 @@ def finish(of_output: OutputParts | None, of_gradients: GradientParts | None) ->
         parts, bias, output = of_output
         blocks = triton.cdiv(output.numel(), BLOCK)
         first = parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, blocks
-    if of_gradients is not None and of_gradients.gradients.weight.numel():
+    if of_gradients is not None:
         parts, gradients = of_gradients
-        n = gradients.weight.numel()
+        n = parts.shape[1]
         second = parts, parts.shape[0], n, *gradients.arguments()
         blocks += triton.cdiv(n, BLOCK)
     if blocks:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .triton_mask import GradientParts, Gradients, Mask, OutputParts, kept_weight, store_gradients, threshold_of
 
+Weight = Tensor | tuple[Tensor, ...]  # dense, or its free and frozen values
+
 PROGRAMS = 256  # as many keep a large GPU busy
 PART = 256  # least length of a part of a sum
 MOST_PARTS = 64
@@ -136,24 +138,33 @@ GRADIENT_TILES: dict[str, list[Tile]] = {
     "float32": [(128, 64, 16, 8), (64, 128, 16, 8), (64, 64, 16, 4), (32, 64, 32, 8), (64, 16, 32, 4), (32, 32, 16, 4)],
 }
 """Of float32 less fits into the registers: at full precision each number is two, and each product three."""
+LARGE_FOR_VALUES = {(128, 64, 32, 4), (64, 16, 64, 4), (64, 64, 32, 8)}
+"""Tiles that leave too few registers to make a weight from its values."""
 
 
-def _tuning(blocks: Sequence[str], tiles: dict[str, list[Tile]], key: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the autotuner: the tiles, and which of them a dtype has."""
+def _tuning(operand: str, blocks: Sequence[str], tiles: dict[str, list[Tile]], key: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the autotuner: the tiles, and which of them the dtype of an operand has."""
 
     def config(tile: Tile) -> triton.Config:
         return triton.Config(dict(zip(blocks, tile, strict=False)), num_warps=tile[3], num_stages=3)
 
-    def of_dtype(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-        many = len(tiles["half"])
-        return configs[many:] if arguments["weight"].dtype == torch.float32 else configs[:many]
+    configs = {kind: {tile: config(tile) for tile in of_kind} for kind, of_kind in tiles.items()}
 
-    configs = [config(tile) for tile in tiles["half"] + tiles["float32"]]
-    return {"configs": configs, "key": list(key), "prune_configs_by": {"early_config_prune": of_dtype}}
+    def prune(_: list[triton.Config], arguments: dict[str, Any], **__: Any) -> list[triton.Config]:
+        too_large = LARGE_FOR_VALUES if isinstance(arguments["weight"], tuple) else ()
+        of_kind = configs["float32" if arguments[operand].dtype == torch.float32 else "half"]
+        chosen = [config for tile, config in of_kind.items() if tile not in too_large]
+        for config in chosen:  # without a limit, ptxas keeps some registers in memory to have a few less
+            config.maxnreg = None if torch.version.hip else 255
+        return chosen
+
+    everything = [config for of_kind in configs.values() for config in of_kind.values()]
+    return {"configs": everything, "key": list(key), "prune_configs_by": {"early_config_prune": prune}}
 
 
 @triton.autotune(
     **_tuning(
+        "source",
         ("BLOCK_O", "BLOCK_P", "BLOCK_K"),
         PRODUCT_TILES,
         ("scale", "outputs", "channels", "KERNEL", "STRIDE", "TRANSPOSED", "BATCH_INNER", "PRECISION"),
@@ -213,6 +224,7 @@ def product_kernel(
 
 @triton.autotune(
     **_tuning(
+        "x",
         ("BLOCK_O", "BLOCK_K", "BLOCK_P"),
         GRADIENT_TILES,
         ("scale", "outputs", "channels", "KERNEL", "STRIDE", "BATCH_INNER", "PRECISION"),
@@ -289,18 +301,19 @@ def _pixels(t: Tensor) -> int:
 
 
 def product(
-    source: Tensor, weight: Tensor, mask: Mask, bias: Tensor | None, geometry: Geometry, result: Tensor,
+    source: Tensor, weight: Weight, mask: Mask, bias: Tensor | None, geometry: Geometry, result: Tensor,
     transposed: bool,
 ) -> OutputParts | None:  # fmt: skip
     """Fill `result` (N, O, H', W'), dense in memory, with the layer's output for `source` (N, C, H, W), or give its
     parts to `finish`.
 
     transposed: with the gradient of the input (N, C, H, W) for `source`, the gradient of the output.
-    weight, mask: of the layer, (O, C/groups, R, S).
+    weight, mask: of the layer, (O, C/groups, R, S), or the values and the packed pattern that stand for it.
     """
     if result.numel() == 0:
         return None
-    weight, groups = weight.contiguous(), geometry.groups
+    weight = weight.contiguous() if isinstance(weight, Tensor) else tuple(values.contiguous() for values in weight)
+    groups = geometry.groups
     channels, outputs, pixels = source.shape[1] // groups, result.shape[1] // groups, _pixels(result)
     count = _parts(outputs, pixels, channels * geometry.taps, groups)
     parts = result if count == 1 else result.new_empty((count, result.numel()), dtype=torch.float32)
@@ -321,12 +334,13 @@ def product(
 def weight_gradients(grad: Tensor, x: Tensor, geometry: Geometry, gradients: Gradients) -> GradientParts | None:
     """Fill the gradients that are wanted from grad (N, O, H', W') and x (N, C, H, W), or give their parts to
     `finish`."""
-    weight, groups = gradients.weight, geometry.groups
-    if weight.numel() == 0 or (gradients.of_scores is None and gradients.of_weight is None):
-        return None
+    groups = geometry.groups
     channels, outputs, pixels = x.shape[1] // groups, grad.shape[1] // groups, _pixels(grad)
+    n = grad.shape[1] * channels * geometry.taps
+    if n == 0 or (gradients.of_scores is None and gradients.of_weight is None):
+        return None
     count = _parts(outputs, channels * geometry.taps, pixels, groups)
-    parts = None if count == 1 else weight.new_empty((count, weight.numel()), dtype=torch.float32)
+    parts = None if count == 1 else x.new_empty((count, n), dtype=torch.float32)
     mixed = geometry.taps > 1 and channels <= FEW_CHANNELS
 
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
@@ -336,7 +350,7 @@ def weight_gradients(grad: Tensor, x: Tensor, geometry: Geometry, gradients: Gra
 
     gradient_kernel[grid](
         grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts,
-        *gradients.arguments(), grad.shape[0], channels, outputs, weight.numel(), pixels.bit_length(),
+        *gradients.arguments(), grad.shape[0], channels, outputs, n, pixels.bit_length(),
         **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
     )  # fmt: skip
     return None if parts is None else GradientParts(parts, gradients)

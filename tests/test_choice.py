@@ -171,6 +171,14 @@ LAYERS = {
 }
 
 
+def in_phase(name: str, phase: str) -> SupermaskLayer:
+    layer = convert(nn.Sequential(LAYERS[name][0]()), density=0.4)[0]
+    if phase == "weight":
+        mask = layer.mask()
+        layer.use_values(mask, mask & (torch.rand(mask.shape) < 0.5))
+    return layer
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU and its kernels, as far as the choice can tell."""
@@ -186,37 +194,45 @@ def fused_takes(monkeypatch: pytest.MonkeyPatch, ratio: float) -> list[Any]:
     return calls
 
 
+of_phases = pytest.mark.parametrize("values", [False, True], ids=["scores", "values"])
+
+
+@of_phases
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("ratio", "expected"), [(0.9, True), (1.1, False)])
 def test_faster_of_fused_and_written_is_measured_once_and_kept(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, ratio: float, expected: bool
+    monkeypatch: pytest.MonkeyPatch, cache: Path, ratio: float, expected: bool, values: bool
 ) -> None:
     calls = fused_takes(monkeypatch, ratio)
     for _ in range(2):
-        assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY) is expected
+        assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY, values) is expected
         monkeypatch.setattr(measured, "_known", {})  # another process
     assert len(calls) == 1
     assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [ratio]
 
 
 @pytest.mark.usefixtures("gpu", "cache")
-def test_gpu_shape_layout_dtype_and_precision_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phase_gpu_shape_layout_dtype_and_precision_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fused_takes(monkeypatch, 2.0)
     choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
     choice.fused_is_faster(X[:4], W, torch.float32, GEOMETRY)
     choice.fused_is_faster(X.to(memory_format=torch.channels_last), W, torch.float32, GEOMETRY)
     choice.fused_is_faster(X, W, torch.bfloat16, GEOMETRY)
+    choice.fused_is_faster(X, W, torch.float32, GEOMETRY, values=True)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "another GPU")
     choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
-    assert len(calls) == 6
+    assert len(calls) == 7
 
 
+@of_phases
 @pytest.mark.usefixtures("gpu", "cache")
 @pytest.mark.parametrize("case", ["traced", "captured", "no kernel", "no such layer", "empty"])
-def test_what_cannot_be_measured_is_fused(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    calls = fused_takes(monkeypatch, 2.0)
+def test_what_cannot_be_measured_is_fused_of_scores_and_written_of_values(
+    monkeypatch: pytest.MonkeyPatch, case: str, values: bool
+) -> None:
+    calls = fused_takes(monkeypatch, 0.5 if values else 2.0)
     x = X[:0] if case == "empty" else X
     if case == "captured":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -225,7 +241,7 @@ def test_what_cannot_be_measured_is_fused(monkeypatch: pytest.MonkeyPatch, case:
     elif case == "no such layer":
         monkeypatch.setattr(choice, "fused_over_written", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with Calls() if case == "traced" else contextlib.nullcontext():
-        assert choice.fused_is_faster(x, W, torch.float32, GEOMETRY)
+        assert choice.fused_is_faster(x, W, torch.float32, GEOMETRY, values) is not values
     assert calls == []
 
 
@@ -241,7 +257,7 @@ def test_captured_graph_uses_what_was_measured_before(monkeypatch: pytest.Monkey
 def test_masking_is_decided_by_argument_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXSSNET_MASKING", "written")
     assert not choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
-    assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY, "fused")
+    assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY, masking="fused")
     monkeypatch.setenv("EXSSNET_MASKING", "quick")
     with pytest.raises(ValueError, match=r"^masking must be one of auto, fused, written, got 'quick'$"):
         choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
@@ -253,18 +269,30 @@ def test_masking_is_decided_by_argument_then_environment(monkeypatch: pytest.Mon
     ids=["linear", "conv2d"],
 )
 def test_measured_ratio_is_positive(x: Any, weight: Any, geometry: Any) -> None:
-    assert choice.fused_over_written(torch.zeros(x), torch.zeros(weight), torch.float32, geometry) > 0
+    for values in (False, True):
+        assert choice.fused_over_written(torch.zeros(x), torch.zeros(weight), torch.float32, geometry, values) > 0
 
 
+def test_crossover_is_that_with_the_faster_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.0, 5.0, 4.0, 2.0])  # sparse at 5 and 25 %, written, fused
+    monkeypatch.setattr(choice.native, "is_served", lambda *_: True)
+    monkeypatch.setattr(choice, "times", lambda finish, *ways: [way() or next(seconds) for way in ways])
+    crossed = choice.crossover(X.shape, W.shape, GEOMETRY, torch.float32, torch.device("cpu"))
+    assert crossed == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("phase", ["mask", "weight"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_fused_and_written_layers_have_the_same_output_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, name: str, phase: str
 ) -> None:
-    make, shape = LAYERS[name]
-    layer = convert(nn.Sequential(make()), density=0.4)[0]
+    layer = in_phase(name, phase)
     layer.products = "dense"
-    x = torch.randn(shape)
-    fused, truth = trained(layer, x, torch.float32), trained(copy.deepcopy(layer).double(), x, torch.float64)
+    x = torch.randn(LAYERS[name][1])
+    monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: True)
+    with Calls() as calls:
+        fused, truth = trained(layer, x, torch.float32), trained(copy.deepcopy(layer).double(), x, torch.float64)
+    assert {made.partition("_")[0] for made, _ in calls.made} >= {"supermask" if phase == "mask" else "packed"}
     monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: False)
     written = trained(layer, x, torch.float32)
     assert_accurate(written, fused, truth)
@@ -303,12 +331,7 @@ def trained(layer: SupermaskLayer, x: Tensor, dtype: torch.dtype) -> dict[str, T
 @pytest.mark.parametrize("phase", ["mask", "weight"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_ways_give_the_same_output_and_gradients(name: str, phase: str) -> None:
-    make, shape = LAYERS[name]
-    layer = convert(nn.Sequential(make()), density=0.4)[0]
-    x = torch.randn(shape)
-    if phase == "weight":
-        mask = layer.mask()
-        layer.use_values(mask, mask & (torch.rand(mask.shape) < 0.5))
+    layer, x = in_phase(name, phase), torch.randn(LAYERS[name][1])
     found = {}
     for products in ("sparse", "dense"):
         layer.products = products

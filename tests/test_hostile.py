@@ -111,6 +111,19 @@ CALLS: dict[str, Call] = {
     "unpack_mask": lambda a: ops.unpack_mask(a("packed", ops.pack_mask(MASK)), (a("rows", 4), 6)),
     "free_mask": lambda a: ops.free_mask(a("mask", MASK), a("used_mask", ~MASK)),
     "sparse_pattern": lambda a: ops.sparse_pattern(a("mask", MASK), a("free_mask", MASK), a("groups", 1)),
+    "packed_pattern": lambda a: ops.packed_pattern(a("mask", MASK), a("free_mask", MASK)),
+    "packed_linear": lambda a: ops.packed_linear(
+        a("x", whole(5, 6)), a("free_values", whole(8)), a("frozen_values", whole(0)), ops.packed_pattern(MASK),
+        a("bias", whole(4)),
+    ),
+    "packed_conv1d": lambda a: ops.packed_conv1d(
+        a("x", whole(3, 6, 7)), a("free_values", whole(8)), whole(0), ops.packed_pattern(MASK[:, :, None]),
+        a("bias", whole(4)), **geometry(a),
+    ),
+    "packed_conv2d": lambda a: ops.packed_conv2d(
+        a("x", whole(3, 2, 5, 4)), a("free_values", whole(24)), a("frozen_values", whole(0)),
+        ops.packed_pattern(a("mask", FILTERS)), a("bias", whole(4)), groups=a("groups", 1), **geometry(a),
+    ),
     "masked_weight": lambda a: ops.masked_weight(
         a("free_values", whole(8)), a("frozen_values", whole(0)), ops.sparse_pattern(MASK), (a("rows", 4), 6)
     ),

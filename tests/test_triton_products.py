@@ -1,4 +1,4 @@
-"""supermask_linear, supermask_conv2d, masked_linear, masked_conv2d in Triton, interpreted under the guard.
+"""supermask_*, masked_* and packed_*, linear and conv2d, in Triton, interpreted under the guard.
 
 Truth is the reference in float64.
 """
@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from products import Problem, geometry, output_masks, problem
 from torch import Tensor
 
-from exssnet.kernels import reference, triton_conv, triton_layers, triton_linear, triton_product
+from exssnet.kernels import measured, reference, triton_conv, triton_layers, triton_linear, triton_product
+from exssnet.ops import packed_pattern
 
 KERNELS = {**vars(triton_linear), **vars(triton_conv)}
 HALF, FLOAT32 = (
@@ -50,12 +51,18 @@ def arguments(p: Problem, *, sparse: bool = False, change: Callable[[str, Tensor
     x, grad, weight, scores, mask, free = (change(name, t) for name, t in tensors.items())
     convolution = () if linear else (*geometry(p.layer), p.layer.groups)
     row = reference.select(reference.magnitude_bits(p.scores), p.k)
-    kind = p.layer.kind
+    kind, shape = p.layer.kind, list(p.weight.shape)
+    words = packed_pattern(p.mask, p.free).words
+    free_values, frozen_values = (
+        change(n, p.weight[m]) for n, m in (("free_values", p.free), ("frozen_values", p.mask & ~p.free))
+    )
     return {
         f"supermask_{kind}": (x, weight, scores, row, p.bias, *convolution, sparse),
         f"supermask_{kind}_backward": (grad, x, weight, scores, row, *convolution, sparse, [True] * 3),
         f"masked_{kind}": (x, weight, mask, free, p.bias, *convolution),
         f"masked_{kind}_backward": (grad, x, weight, mask, free, *convolution, [True] * 2),
+        f"packed_{kind}": (x, free_values, frozen_values, words, p.bias, shape, *convolution),
+        f"packed_{kind}_backward": (grad, x, free_values, frozen_values, words, shape, *convolution, [True] * 2),
     }
 
 
@@ -170,7 +177,7 @@ def test_exact_in_parts(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(counts) > 1
 
 
-@pytest.mark.parametrize("family", ["supermask", "masked"])
+@pytest.mark.parametrize("family", ["supermask", "masked", "packed"])
 @layers(SMALL[:1] + SMALL[-1:])
 def test_backward_is_three_launches_where_both_sums_are_in_parts(
     layer: Layer, family: str, monkeypatch: pytest.MonkeyPatch
@@ -304,6 +311,41 @@ def test_infinite_gradients_do_not_leave_the_free_mask(layer: Layer) -> None:
     assert torch.equal(grad_weight[~p.free], torch.zeros(int((~p.free).sum())))
 
 
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+@layers(SMALL[:1] + SMALL[-1:])
+def test_masked_products_are_the_faster_of_the_kernel_and_of_a_written_weight(
+    layer: Layer, ratio: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each operator, and each kind of mask, is measured once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "_known", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_layers, "_can_be_timed", lambda x: True)
+    timed: list[object] = []
+    monkeypatch.setattr(triton_layers, "_ratio", lambda *ways: timed.append([way() for way in ways]) or ratio)
+    for masks in ((), ("mask", "free")):
+        p = problem(layer, torch.bfloat16, integers=True)
+        calls = arguments(p, change=lambda name, t, masks=masks: reference.pack_mask(t) if name in masks else t)
+        calls = {name: args for name, args in calls.items() if name.startswith("masked")}
+        check_exact(calls)
+        launches = triton_guard.launched(monkeypatch)
+        check_exact(calls)
+        assert bool(launches) == (ratio < 1)
+    assert len(timed) == 4
+
+
+def test_environment_decides_how_masked_products_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {name: args for name, args in arguments(problem(SMALL[0])).items() if name.startswith("masked")}
+    launches = triton_guard.launched(monkeypatch)
+    monkeypatch.setenv("EXSSNET_MASKING", "written")
+    kernel(calls)
+    assert not launches
+    monkeypatch.setenv("EXSSNET_MASKING", "fused")
+    kernel(calls)
+    assert launches
+
+
 @layers(FEW)
 def test_float64_is_the_reference(layer: Layer) -> None:
     for dtype, other in itertools.product([torch.float64, torch.float32], [torch.float64]):
@@ -336,12 +378,11 @@ def test_what_32_bits_cannot_count_is_left_to_the_reference() -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    weight = empty(8, 3, 3, 3)
-    assert triton_layers.served(empty(1, 3, 32767, 32768), weight, padding=[0, 0])
-    assert not triton_layers.served(empty(1, 3, 32767, 32768), weight, padding=[1, 1])
-    assert not triton_layers.served(empty(1 << 30, 3), empty(8, 3))
-    assert not triton_layers.served(empty(8, 1 << 22), empty(8, 1 << 22))
-    assert triton_layers.served(empty(8, 1 << 21), empty(1 << 20, 1 << 21))
+    assert triton_layers.served(empty(1, 3, 32767, 32768), (8, 3, 3, 3), padding=[0, 0])
+    assert not triton_layers.served(empty(1, 3, 32767, 32768), (8, 3, 3, 3), padding=[1, 1])
+    assert not triton_layers.served(empty(1 << 30, 3), (8, 3))
+    assert not triton_layers.served(empty(8, 1 << 22), (8, 1 << 22))
+    assert triton_layers.served(empty(8, 1 << 21), (1 << 20, 1 << 21))
 
 
 triton_guard.interpret(globals())

@@ -6,6 +6,7 @@ from .adam import adam_topk
 from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
 from .norm import batch_norm_act
+from .packed import PackedPattern, packed_conv1d, packed_conv2d, packed_linear, packed_pattern
 from .selection import (
     TopK,
     density_to_k,
@@ -33,6 +34,7 @@ from .weights import supermask_weights
 _native.load()
 
 __all__ = [
+    "PackedPattern",
     "SparsePattern",
     "TopK",
     "adam_topk",
@@ -47,6 +49,10 @@ __all__ = [
     "masked_weight",
     "nan_scores_seen",
     "pack_mask",
+    "packed_conv1d",
+    "packed_conv2d",
+    "packed_linear",
+    "packed_pattern",
     "sparse_conv1d",
     "sparse_conv2d",
     "sparse_conv2d_folded",

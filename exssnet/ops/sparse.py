@@ -80,6 +80,20 @@ class SparsePattern(NamedTuple):
         return self[:6]
 
 
+def check_masks(operator: str, mask: Tensor, free_mask: Tensor) -> None:
+    """Refuse masks that are not bool, of one shape and device, the free one inside the other."""
+    if not (mask.dtype == torch.bool and free_mask.dtype == torch.bool and mask.shape == free_mask.shape):
+        raise ValueError(
+            f"{operator}: mask and free_mask must be bool of one shape, got {mask.dtype} of {tuple(mask.shape)} and "
+            f"{free_mask.dtype} of {tuple(free_mask.shape)}"
+        )
+    if mask.device != free_mask.device:
+        raise ValueError(f"{operator}: mask is on {mask.device} but free_mask on {free_mask.device}")
+    outside = int((free_mask & ~mask).sum())
+    if outside != 0:
+        raise ValueError(f"{operator}: free_mask has {outside} entries outside the mask")
+
+
 def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 1) -> SparsePattern:
     """The pattern of a bool mask of shape (O, I), (O, C/groups, S) or (O, C/groups, R, S). Build it once per mask.
 
@@ -87,16 +101,9 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
     ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen ones, in that order.
     """
     free = mask if free_mask is None else free_mask
-    if not (mask.dtype == torch.bool and free.dtype == torch.bool and mask.shape == free.shape and mask.dim() >= 2):
-        raise ValueError(
-            f"sparse_pattern: mask and free_mask must be bool of one shape with at least 2 dimensions, got "
-            f"{mask.dtype} of {tuple(mask.shape)} and {free.dtype} of {tuple(free.shape)}"
-        )
-    if mask.device != free.device:
-        raise ValueError(f"sparse_pattern: mask is on {mask.device} but free_mask on {free.device}")
-    outside = int((free & ~mask).sum())
-    if outside != 0:
-        raise ValueError(f"sparse_pattern: free_mask has {outside} entries outside the mask")
+    if mask.dim() < 2:
+        raise ValueError(f"sparse_pattern: mask must have at least 2 dimensions, got {mask.dim()}")
+    check_masks("sparse_pattern", mask, free)
     rows, width = mask.shape[0], math.prod(mask.shape[1:])
     if groups < 1 or rows % groups:
         raise ValueError(f"sparse_pattern: groups must divide the {rows} rows, got {groups}")

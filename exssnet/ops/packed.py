@@ -1,0 +1,168 @@
+"""Dense products with the compact values of a fixed mask: where tensor cores outrun what sparse products save."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
+from .library import autocast, define, differentiable, same_kind
+from .selection import pack_mask
+from .sparse import SparsePattern, check_masks, kept_weights
+
+_VALUES = "Tensor free_values, Tensor frozen_values, Tensor pattern"
+
+
+def _fake_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], shape[0], *conv_shape(x, shape[2:], stride, padding, dilation))
+
+
+def _fake_backward(grad: Tensor, x: Tensor, free_values: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
+        for t, needed in zip((x, free_values), rest[-1], strict=True)  # type: ignore[call-overload]
+    )
+
+
+define(
+    f"packed_linear(Tensor x, {_VALUES}, Tensor? bias, int[] shape) -> Tensor",
+    lambda x, free_values, frozen_values, pattern, bias, shape: x.new_empty(x.shape[0], shape[0]),
+)
+define(
+    f"packed_linear_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, bool[] output_mask) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+define(f"packed_conv2d(Tensor x, {_VALUES}, Tensor? bias, int[] shape, {CONV}) -> Tensor", _fake_conv2d)
+define(
+    f"packed_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, {CONV}, bool[] output_mask) -> "
+    "(Tensor, Tensor)",
+    _fake_backward,
+)
+_linear = differentiable("packed_linear", gradients=(0, 1), bias=4)
+_conv2d = differentiable("packed_conv2d", gradients=(0, 1), bias=4)
+
+
+class PackedPattern(NamedTuple):
+    """Where the kept weights of a layer are, as bits.
+
+    words: int64, (ceil(n / 32), 2), half a byte a weight. A row stands for 32 of the n weights in flat order: the first
+    number for the mask, the second for the free mask. Bit i of a number is that of weight i, its upper half, bits 32
+    and up, counts what is kept, or free, before these 32.
+    """
+
+    words: Tensor
+    shape: tuple[int, ...]  # of the weight
+    kept: int  # how many weights are
+    free: int
+
+
+def packed_pattern(mask: Tensor, free_mask: Tensor | None = None) -> PackedPattern:
+    """The pattern of a bool mask of a weight's shape for the packed products. Build it once per mask.
+
+    free_mask: which kept weights are trainable (``None``: all), of the mask's shape and inside it. Then
+    ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen ones, as in `sparse_pattern`.
+    """
+    free = mask if free_mask is None else free_mask
+    check_masks("packed_pattern", mask, free)
+    if mask.numel() >= 2**31:
+        raise ValueError(f"packed_pattern: a pattern holds fewer than 2^31 weights, got {mask.numel()}")
+    return PackedPattern(_words(mask, free), tuple(mask.shape), int(mask.sum()), int(free.sum()))
+
+
+def as_packed(pattern: SparsePattern, shape: Sequence[int], free: int) -> PackedPattern:
+    """The packed pattern of a sparse one with so many free values, without waiting for a device."""
+    kept = kept_weights(pattern, shape)
+    masks = torch.zeros(2, math.prod(shape), dtype=torch.bool, device=kept.device)
+    masks[0, kept] = True
+    masks[1, kept] = pattern.slot < free
+    return PackedPattern(_words(*masks), tuple(shape), kept.numel(), free)
+
+
+def _words(mask: Tensor, free_mask: Tensor) -> Tensor:
+    columns = []
+    for kept in (mask, free_mask):
+        flat = torch.nn.functional.pad(kept.reshape(-1), (0, -kept.numel() % 32))
+        count = flat.reshape(-1, 32).sum(1)
+        bits = pack_mask(flat).view(torch.int32).long() & 0xFFFFFFFF
+        columns.append(bits | (count.cumsum(0) - count) << 32)
+    return torch.stack(columns, dim=1)
+
+
+def _check(operator: str, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern) -> None:
+    if not (
+        free_values.shape == (pattern.free,) and frozen_values.dim() == 1
+        and free_values.numel() + frozen_values.numel() == pattern.kept
+    ):  # fmt: skip
+        raise ValueError(
+            f"{operator}: the pattern keeps {pattern.kept} weights, {pattern.free} of them free, got free_values of "
+            f"{tuple(free_values.shape)} and frozen_values of {tuple(frozen_values.shape)}"
+        )
+    if pattern.words.device != x.device:
+        raise ValueError(f"{operator}: x is on {x.device} but the pattern is on {pattern.words.device}")
+
+
+def packed_linear(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer with the kept weights of a fixed mask, multiplied as a dense weight that is never in memory.
+
+    The same function of the same values as `sparse_linear`: the gradient is that of the *free* values alone, frozen
+    values are constants. On a GPU, tiles of the weight are made of bits and values as they are loaded, and of the
+    gradient's tiles the free entries are stored.
+
+    x: (..., I); free_values: (F,) and frozen_values, of x's dtype, ordered as `packed_pattern` tells; bias: (O,).
+    Returns (..., O). ValueError on wrong shapes. No second derivative. Source: arXiv 2210.10209, section 3, eq. 2.
+    """
+    if len(pattern.shape) != 2:
+        raise ValueError(f"packed_linear: the pattern must be of a weight (O, I), got {pattern.shape}")
+    out_features, in_features = pattern.shape
+    check_linear("packed_linear", x, out_features, in_features, bias)
+    _check("packed_linear", x, free_values, frozen_values, pattern)
+    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
+    same_kind("packed_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    flat = x.reshape(-1, in_features)
+    y = _linear(flat, free_values, frozen_values, pattern.words, bias, list(pattern.shape))
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def packed_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern, bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """2-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `packed_linear`.
+
+    x: (N, C, H, W); pattern: of a weight (O, C/groups, R, S). Returns (N, O, H', W').
+    """
+    shape = pattern.shape
+    if len(shape) != 4:
+        raise ValueError(f"packed_conv2d: the pattern must be of a weight (O, C/groups, R, S), got {shape}")
+    if groups < 1 or shape[0] % groups:
+        raise ValueError(f"packed_conv2d: groups must divide the {shape[0]} output channels, got {groups}")
+    geometry = conv_geometry("packed_conv2d", x, shape[1] * groups, shape[2:], stride, padding, dilation)
+    check_bias("packed_conv2d", bias, shape[0])
+    _check("packed_conv2d", x, free_values, frozen_values, pattern)
+    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
+    same_kind("packed_conv2d", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    return _conv2d(x, free_values, frozen_values, pattern.words, bias, list(shape), *geometry, groups)
+
+
+def packed_conv1d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern, bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """1-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `packed_linear`.
+
+    x: (N, C, L); pattern: of a weight (O, C/groups, S). Returns (N, O, L').
+    """
+    if len(pattern.shape) != 3:
+        raise ValueError(f"packed_conv1d: the pattern must be of a weight (O, C/groups, S), got {pattern.shape}")
+    x, steps, pads, gaps = conv1d_as_2d("packed_conv1d", x, stride, padding, dilation)
+    flat = pattern._replace(shape=(*pattern.shape[:2], 1, pattern.shape[2]))
+    return packed_conv2d(x, free_values, frozen_values, flat, bias, steps, pads, gaps, groups).squeeze(2)

@@ -1,0 +1,99 @@
+"""packed_linear, packed_conv1d, packed_conv2d: dense products with the compact values of a fixed mask."""
+
+from typing import Any
+
+import pytest
+import torch
+from accuracy import Results, assert_exact
+from cases import FEW, LAYOUTS, Layer, dtypes, layers
+from products import Family, LayerFunction, Problem, ProductTests, geometry, problem
+from test_sparse import Sparse, frozen_values
+from torch import Tensor
+
+from exssnet import ops
+from exssnet.ops.packed import as_packed
+
+FUNCTIONS = {
+    "packed_linear": ops.packed_linear,
+    "packed_conv1d": ops.packed_conv1d,
+    "packed_conv2d": ops.packed_conv2d,
+}
+
+
+class Packed(Family):
+    name = "packed"
+    bias_index = 4
+    gradients = ("x", "free_values")
+    leaves, effective = Sparse.leaves, Sparse.effective
+
+    def public(self, p: Problem) -> LayerFunction:
+        constants = frozen_values(p), ops.packed_pattern(p.mask, p.free)
+        groups = {} if p.layer.kind == "linear" else {"groups": p.layer.groups}
+        function = FUNCTIONS[f"packed_{p.layer.kind}"]
+        return lambda t: function(t["x"], t["free_values"], *constants, t.get("bias"), **p.layer.steps, **groups)
+
+    def raw(self, p: Problem, t: Results) -> tuple[Any, ...]:
+        convolution = () if p.layer.kind == "linear" else (*geometry(p.layer), p.layer.groups)
+        words, shape = ops.packed_pattern(p.mask, p.free).words, list(p.layer.weight)
+        return t["x"], t["free_values"], frozen_values(p), words, t.get("bias"), shape, *convolution
+
+
+class TestPacked(ProductTests):
+    family = Packed()
+
+    @dtypes()
+    @layers(FEW)
+    def test_exact_on_device(self, layer: Layer, dtype: torch.dtype, device: str) -> None:
+        self.family.check_exact(problem(layer, dtype, integers=True, device=device))
+
+    @pytest.mark.parametrize("free_share", [0, 1], ids=["no-free-values", "no-frozen-values"])
+    @layers(FEW)
+    def test_exact_with(self, layer: Layer, free_share: float) -> None:
+        self.family.check_exact(problem(layer, integers=True, free_share=free_share))
+
+    @layers(FEW)
+    def test_same_function_as_the_sparse_layer(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+        assert_exact(self.family.kernel(p), Sparse().kernel(p))
+
+
+def bits_of(words: Tensor, n: int) -> Tensor:
+    return (words[:, None] >> torch.arange(32) & 1).bool().reshape(-1)[:n]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 8), (5, 13), (3, 2, 7), (6, 3, 3, 3), (0, 4), (2, 0, 3, 3)], ids=str)
+def test_words_are_bits_and_counts_before_them(shape: tuple[int, ...], density: float) -> None:
+    mask = torch.rand(shape) < density
+    free = mask & (torch.rand(shape) < 0.5)
+    words, of_shape, kept, count = ops.packed_pattern(mask, free)
+    assert (words.dtype, words.shape, of_shape) == (torch.int64, (-(-mask.numel() // 32), 2), shape)
+    assert (kept, count) == (int(mask.sum()), int(free.sum()))
+    for i, m in enumerate((mask, free)):
+        flat = m.flatten()
+        assert torch.equal(bits_of(words[:, i], flat.numel()), flat)
+        assert (words[:, i] >> 32).tolist() == [int(flat[: 32 * row].sum()) for row in range(len(words))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_masks_do_not_matter(layout: str) -> None:
+    mask = torch.rand(6, 3, 3, 3) < 0.4
+    free = mask & (torch.rand(mask.shape) < 0.5)
+    strided = ops.packed_pattern(LAYOUTS[layout](mask), LAYOUTS[layout](free))
+    assert torch.equal(strided.words, ops.packed_pattern(mask, free).words)
+
+
+def test_without_a_free_mask_all_are_free() -> None:
+    mask = torch.rand(9, 5) < 0.4
+    assert torch.equal(ops.packed_pattern(mask).words, ops.packed_pattern(mask, mask).words)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((9, 5), 1), ((6, 2, 3, 3), 3), ((0, 4), 1), ((5, 3, 2), 1)], ids=str)
+def test_packed_pattern_of_a_sparse_one_is_that_of_its_masks(shape: tuple[int, ...], groups: int) -> None:
+    mask = torch.rand(shape) < 0.4
+    free = mask & (torch.rand(shape) < 0.5)
+    made, expected = (
+        as_packed(ops.sparse_pattern(mask, free, groups), shape, int(free.sum())), ops.packed_pattern(mask, free)
+    )  # fmt: skip
+    assert torch.equal(made.words, expected.words)
+    assert made[1:] == expected[1:]
