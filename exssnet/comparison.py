@@ -16,6 +16,7 @@ Runs = list[dict[str, Any]]
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
 """97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last, a little too large, serves for more."""
+LONG = 20  # tasks of a stream from which on the time of a task is told by its place
 BASE = "supsup"
 """The method that others are compared with."""
 
@@ -94,6 +95,7 @@ def _text(report: dict[str, Any]) -> list[str]:
         ),
         ("Knowledge transfer (KKT): with and without", _transfer(groups)),
         ("Weights of the masks: kept, and free when the task came", _capacity(groups)),
+        ("Seconds of training a task, medians by its place in the stream", _pace(groups)),
         (
             "Without a task id: share of test items whose task was found, and that were classified right",
             _inferred(groups),
@@ -207,6 +209,19 @@ def _capacity(groups: Groups) -> str:
             ])  # fmt: skip
     head = ["method", "density", "weights", "layers", "kept", "free in the second task", "free in the last", "used, %"]
     return _table(head, rows)
+
+
+def _pace(groups: Groups) -> str:
+    """Of long streams; their first task, which also warms up, is left out."""
+    rows = []
+    for group, runs in groups.items():
+        seconds = [[sum(task["seconds"].values()) for task in run["tasks"]] for run in runs]
+        tenth = len(seconds[0]) // 10
+        if tenth * 10 >= LONG:
+            first = statistics.median(s for run in seconds for s in run[1 : 1 + tenth])
+            last = statistics.median(s for run in seconds for s in run[-tenth:])
+            rows.append([*_name(group), f"{first:.3g}", f"{last:.3g}", f"{last / first:.2f}"])
+    return _table(["method", "density", "weights", "in the first tenth", "in the last tenth", "ratio"], rows)
 
 
 def _inferred(groups: Groups) -> str:

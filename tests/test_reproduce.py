@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from exssnet import cli, recipes
-from exssnet.comparison import groups_of, paired, paired_difference
+from exssnet.comparison import _pace, groups_of, paired, paired_difference
 from exssnet.models import MODELS
 from exssnet.recipes import Rates, Run, read, recipe
 from exssnet.reproduce import Job, perform, tasks_of, tune
@@ -214,3 +214,14 @@ def test_pairs_are_of_the_same_density_and_seed() -> None:
     ]
     groups = groups_of({"runs": runs})
     assert paired(groups, ("exssnet", "official", 0.1), "supsup") == ([70.0], [50.0])
+
+
+def test_the_time_of_a_task_is_told_by_its_place_in_a_long_stream() -> None:
+    def run(tasks: int, seed: int) -> dict[str, Any]:
+        seconds = [100.0, *[2.0] * (tasks // 2), *[3.0] * tasks][:tasks]
+        timed = [{"seconds": {"mask": s - 1, "weight": 1.0}} for s in seconds]
+        return {"method": "exssnet", "init_scale": "density", "density": 0.1, "seed": seed, "tasks": timed}
+
+    long, short = ({"runs": [run(tasks, seed) for seed in range(2)]} for tasks in (20, 19))
+    assert _pace(groups_of(long)).endswith("\n| exssnet | 0.1 | density | 2 | 3 | 1.50 |")
+    assert _pace(groups_of(short)) == ""
