@@ -16,6 +16,7 @@ Runs = list[dict[str, Any]]
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
 """97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last, a little too large, serves for more."""
+SHORT = 10  # tasks of a stream up to which each has its own column
 LONG = 20  # tasks of a stream from which on the time of a task is told by its place
 BASE = "supsup"
 """The method that others are compared with."""
@@ -89,6 +90,7 @@ def _text(report: dict[str, Any]) -> list[str]:
         ),
     ]  # fmt: skip
     for title, table in (
+        ("Accuracy on each task after the last, in %, mean over the seeds", _by_task(groups)),
         (
             f"Difference to {BASE} with the same number of epochs, paired by seed, with 95 % intervals",
             _differences(groups),
@@ -132,6 +134,20 @@ def _row(group: Group, runs: Runs) -> list[str]:
         f"{statistics.median(every('seconds')):.0f}", f"{max(every('memory')) / 1e6:.0f}",
         f"{max(every('kept bytes')) / 1e6:.2f}", runs[0]["shown rates"],
     ]  # fmt: skip
+
+
+def _by_task(groups: Groups) -> str:
+    """Of short streams."""
+    names: list[str] = max(
+        ([task["name"] for task in runs[0]["tasks"]] for runs in groups.values()), key=len, default=[]
+    )
+    rows = [
+        [*_name(group), *(f"{100 * statistics.mean(of_task):.1f}" for of_task in zip(*lasts, strict=True))]
+        for group, runs in groups.items()
+        for lasts in [[run["accuracy"][-1] for run in runs]]
+        if len(lasts[0]) == len(names)
+    ]
+    return _table(["method", "density", "weights", *names], rows) if 1 < len(names) <= SHORT else ""
 
 
 def paired(groups: Groups, group: Group, base: str) -> tuple[list[float], list[float]]:

@@ -169,6 +169,10 @@ def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
     assert all(len(r["accuracy"]) == 2 for r in report["runs"])
     text = (out / "report.md").read_text()
     assert text.startswith("# a test\n")
+    of_ewc = [r["accuracy"][-1] for r in report["runs"] if r["method"] == "ewc"]
+    means = " | ".join(f"{50 * (a + b):.1f}" for a, b in zip(*of_ewc, strict=True))
+    assert "| method | density | weights | task 0 | task 1 |\n" in text
+    assert f"\n| ewc |  |  | {means} |\n" in text
     assert text in capsys.readouterr().out
     for plot in ("methods", "capacity", "matrix", "cost"):
         assert (out / f"{plot}.png").stat().st_size > 1000
