@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 
 from .kernels import native
-from .kernels.measured import asked_masking, measured, times
+from .kernels.measured import asked_masking, finish_on, measured, of_gpu, times
 from .ops import (
     kept_weights,
     masked_weight,
     pack_mask,
-    packed_conv2d,
-    packed_linear,
     packed_pattern,
     sparse_pattern,
-    supermask_conv2d,
-    supermask_linear,
-    supermask_weights,
 )
 
 Products = Literal["auto", "sparse", "dense"]
@@ -82,90 +77,121 @@ def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tens
 
 
 def fused_is_faster(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any] = (), values: bool = False,
+    x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any] = (), density: float | None = None,
     masking: Masking = "auto",
 ) -> bool:  # fmt: skip
     """Whether a dense layer over x, on a GPU, should mask tiles of its weight while it multiplies them.
 
     Otherwise the masked weight is written, and PyTorch's products take it.
     x, geometry: as in `sparse_is_faster`; dtype: in which x is multiplied.
-    values: of the weight phase, `packed_linear` and the like or `masked_weight`; else of the mask phase,
-        `supermask_linear` and the like or `supermask_weights`.
+    density: in the weight phase, which has `packed_linear` and the like or `masked_weight`; None in the mask phase,
+        which has `supermask_linear` and the like or `supermask_weights`.
     masking: "fused" or "written" decide alone, and so does the environment's EXSSNET_MASKING over "auto". Otherwise the
-        ratio of their times decides, which is measured when a GPU, a shape and a dtype are first met, and kept in the
+        ratio of their times decides, which is measured when a GPU, a shape and dtypes are first met, and kept in the
         file of `sparse_is_faster`. Where it is not known and cannot be measured, while operators are traced or a CUDA
         graph is captured, or without Triton's kernels, scores are fused and values written.
     """
     if (asked := asked_masking(masking)) != "auto":
         return bool(asked == "fused")
-    operator = "packed_linear" if values else "supermask_weights"
+    unknown = density is None
+    operator = "supermask_weights" if unknown else "packed_linear"
     if traced() or not x.numel() or not native.is_served(operator, x.device.type):
-        return not values
+        return unknown
     if weight.dim() == 2:
         x = x.reshape(-1, x.shape[-1])
     x, weight, geometry = _as_images(x, weight, geometry)
-    where, precision = torch.cuda.get_device_name(x.device), torch.get_float32_matmul_precision()
-    what = "values" if values else "masking"
-    key = " ".join(map(str, (what, *x.shape, x.stride(), "to", *weight.shape, *geometry, where, dtype, precision)))
+    what = "masking" if density is None else f"values {density:.3f}"
+    shapes = *x.shape, x.stride(), "to", weight.dtype, *weight.shape, *geometry
+    key = " ".join(map(str, (what, *shapes, dtype, *of_gpu(x.device))))
     try:
-        ratio = measured(key, True, lambda: fused_over_written(x, weight, dtype, geometry, values))
+        ratio = measured(key, True, lambda: fused_over_written(x, weight, dtype, geometry, density))
     except RuntimeError:  # no such layer: the operators tell what is wrong
-        return not values
-    return not values if ratio is None else ratio <= 1
+        return unknown
+    return unknown if ratio is None else ratio <= 1
 
 
-def fused_over_written(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any], values: bool) -> float:
+def fused_over_written(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any], density: float | None
+) -> float:
     """The time of a layer's fused products over that of PyTorch's with a written weight, measured now.
 
-    Output, input gradient, and gradient of the scores or of the free values.
+    Output, input gradient, and gradient of the scores or of the free values, half of those kept. The raw operators are
+    timed, without autograd, which may be the one that asks.
     """
-    images = torch.randn_like(x, dtype=dtype).requires_grad_()
-    filters, mask = torch.randn_like(weight, dtype=dtype), torch.rand_like(weight, dtype=torch.float32) < 0.1
-    make = _ways_with_values if values else _ways_with_scores
-    trained, *ways = make(filters, mask, geometry)
+    generator = torch.Generator(x.device).manual_seed(0)
 
-    def step(way: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        grad = torch.ones_like(way(images))
-        return lambda: torch.autograd.grad(way(images), (images, trained), grad)
+    def normal(t: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(t, dtype=dtype).normal_(generator=generator)
 
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        finish = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
-        of_fused, of_written = times(finish, *map(step, ways))
+    def random_mask(share: float) -> Tensor:
+        return torch.rand(weight.shape, generator=generator, device=weight.device) < share
+
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        images, filters, mask = normal(x, dtype), normal(weight, weight.dtype), random_mask(density or 0.1)
+        if density is None:
+            ways = _ways_of_scores(images, filters, normal(weight, torch.float32), pack_mask(mask), geometry)
+        else:
+            ways = _ways_of_values(images, filters, mask, mask & random_mask(0.5), geometry)
+        of_fused, of_written = times(finish_on(x.device), *ways)
     return float(of_fused / of_written)
 
 
-Ways = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+Ways = tuple[Callable[[], object], Callable[[], object]]
 
 
-def _ways_with_scores(weight: Tensor, mask: Tensor, geometry: Sequence[Any]) -> Ways:
-    """(scores, the fused and the written layer) of the mask phase."""
-    scores, bits = torch.randn_like(weight, dtype=torch.float32).requires_grad_(), pack_mask(mask)
-    layer = supermask_conv2d if geometry else supermask_linear
-    return (
-        scores,
-        lambda x: layer(x, weight, scores, None, None, *geometry, selection=bits),
-        lambda x: _dense(x, supermask_weights([weight], [scores], [bits], weight.dtype)[0], geometry),
-    )
+def _ways_of_scores(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometry: Sequence[Any]) -> Ways:
+    forward, backward = _raw("supermask", geometry)
+    steps, ops = list(geometry), torch.ops.exssnet
+
+    def fused() -> None:
+        filters = weight.to(x.dtype)
+        y = forward(x, filters, scores, bits, None, *steps, False)
+        backward(y, x, filters, scores, bits, *steps, False, [True, True, False])
+
+    def written() -> None:
+        grad = _dense_step(x, ops.supermask_weights([weight], [scores], [bits], x.dtype)[0], geometry)
+        ops.supermask_weights_backward([grad], [weight], [scores], [bits], [True, False])
+
+    return fused, written
 
 
-def _ways_with_values(weight: Tensor, mask: Tensor, geometry: Sequence[Any]) -> Ways:
-    """(free values, the fused and the written layer) of the weight phase; half of the kept weights are free."""
-    free = mask & (torch.rand_like(mask, dtype=torch.float32) < 0.5)
-    values, frozen = weight[free].requires_grad_(), weight[mask & ~free]
-    packed, pattern = packed_pattern(mask, free), sparse_pattern(mask, free, geometry[3] if geometry else 1)
-    kept = kept_weights(pattern, weight.shape)
-    layer = packed_conv2d if geometry else packed_linear
-    return (
-        values,
-        lambda x: layer(x, values, frozen, packed, None, *geometry),
-        lambda x: _dense(x, masked_weight(values, frozen, pattern, weight.shape, kept), geometry),
-    )
+def _ways_of_values(x: Tensor, weight: Tensor, mask: Tensor, free: Tensor, geometry: Sequence[Any]) -> Ways:
+    forward, backward = _raw("packed", geometry)
+    values, frozen = weight[free], weight[mask & ~free]
+    words, shape, steps = packed_pattern(mask, free).words, list(weight.shape), list(geometry)
+    pattern = sparse_pattern(mask, free, geometry[3] if geometry else 1)
+    kept = kept_weights(pattern, shape)
+
+    def fused() -> None:
+        arguments = values.to(x.dtype), frozen.to(x.dtype), words
+        y = forward(x, *arguments, None, shape, *steps)
+        backward(y, x, *arguments, shape, *steps, [True, True])[1].to(weight.dtype)
+
+    def written() -> None:
+        made = masked_weight(values, frozen, pattern, shape, kept).to(x.dtype)
+        grad = _dense_step(x, made, geometry).to(weight.dtype).reshape(-1)[kept]
+        torch.zeros_like(grad).index_add_(0, pattern.slot, grad)  # what autograd makes of `masked_weight`
+
+    return fused, written
 
 
-def _dense(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
-    if geometry:
-        return torch.nn.functional.conv2d(x, weight, None, *geometry)
-    return torch.nn.functional.linear(x, weight)
+def _raw(family: str, geometry: Sequence[Any]) -> tuple[Any, Any]:
+    name = f"{family}_{'conv2d' if geometry else 'linear'}"
+    return getattr(torch.ops.exssnet, name), getattr(torch.ops.exssnet, f"{name}_backward")
+
+
+def _dense_step(x: Tensor, weight: Tensor, geometry: Sequence[Any], weight_gradient: bool = True) -> Any:
+    """The gradient of a dense weight, or None, after output and input gradient."""
+    if not geometry:
+        y = torch.nn.functional.linear(x, weight)
+        torch.mm(y, weight)
+        return torch.mm(y.t(), x) if weight_gradient else None
+    stride, padding, dilation, groups = geometry
+    ops: Any = torch.ops.aten
+    y = ops.convolution(x, weight, None, stride, padding, dilation, False, [0, 0], groups)
+    return ops.convolution_backward(
+        y, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, weight_gradient, False]
+    )[1]
 
 
 def traced() -> bool:
@@ -190,48 +216,39 @@ def crossover(
         return (torch.rand(*weight, generator=generator, device="cpu") < density).to(device)
 
     images, filters = random(*x), random(*weight)
-    stride, padding, dilation, groups = geometry if geometry else ([1], [0], [1], 1)
-    ops: Any = torch.ops
+    steps, shape, groups = list(geometry), list(weight), geometry[3] if geometry else 1
 
     mask = random_mask(0.1)
-    values, pattern, packed = filters[mask], sparse_pattern(mask, groups=groups), packed_pattern(mask)
-    kept = kept_weights(pattern, weight)
-    kind = "linear" if len(weight) == 2 else "conv2d"
+    kept_values, where, packed = filters[mask], sparse_pattern(mask, groups=groups), packed_pattern(mask)
+    kept = kept_weights(where, shape)
 
     def dense() -> None:
-        made = masked_weight(values, values[:0], pattern, weight, kept)
-        if len(weight) == 2:
-            torch.mm(torch.nn.functional.linear(images, made), made)
-        else:
-            y = ops.aten.convolution(images, made, None, stride, padding, dilation, False, [0, 0], groups)
-            ops.aten.convolution_backward(
-                y, images, made, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-            )
+        _dense_step(images, masked_weight(kept_values, kept_values[:0], where, shape, kept), geometry, False)
 
     def fused() -> None:
-        forward, backward = (getattr(ops.exssnet, f"packed_{kind}{end}") for end in ("", "_backward"))
-        arguments, steps = (values, values[:0], packed.words), (list(weight), *geometry)
-        backward(forward(images, *arguments, None, *steps), images, *arguments, *steps, [True, False])
+        forward, backward = _raw("packed", geometry)
+        arguments = kept_values, kept_values[:0], packed.words
+        y = forward(images, *arguments, None, shape, *steps)
+        backward(y, images, *arguments, shape, *steps, [True, False])
 
     def sparse(density: float) -> Callable[[], None]:
         mask = random_mask(density)
         pattern, values = sparse_pattern(mask, groups=groups), filters[mask]
         arguments = (values, values[:0], *pattern.tensors)
-        steps = () if kind == "linear" else (list(weight[2:]), stride, padding, dilation)
+        of_kernel = (shape[2:], *steps[:3]) if geometry else ()
         stored = images.movedim(0, -1).contiguous().movedim(-1, 0)
-        forward, backward = (getattr(ops.exssnet, f"sparse_{kind}{end}") for end in ("", "_backward"))
+        forward, backward = _raw("sparse", geometry)
 
         def run() -> None:
-            y = forward(stored, *arguments, None, *steps)
-            backward(y, stored, *arguments, *steps, [True, False])
+            y = forward(stored, *arguments, None, *of_kernel)
+            backward(y, stored, *arguments, *of_kernel, [True, False])
 
         return run
 
     low, high = 0.05, 0.25
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        of_dense = [dense, fused] if native.is_served(f"packed_{kind}", device.type) else [dense]
-        at_low, at_high, *whole = times(finish, sparse(low), sparse(high), *of_dense)
+        of_dense = [dense, fused] if native.is_served("packed_linear", device.type) else [dense]
+        at_low, at_high, *whole = times(finish_on(device), sparse(low), sparse(high), *of_dense)
     slope = max((at_high - at_low) / (high - low), 1e-12)
     crossed: float = low + (min(whole) - at_low) / slope
     return min(1.0, max(0.0, crossed))

@@ -37,7 +37,7 @@ from .ops import (
 )
 from .ops.library import product_dtype
 from .ops.packed import as_packed
-from .selecting import forget_selection, select_for_all
+from .selecting import capturing, forget_selection, select_for_all
 
 __all__ = [
     "SupermaskConv1d",
@@ -164,7 +164,7 @@ class SupermaskLayer(nn.Module):
 
         def make() -> Tensor:
             where = None
-            if not torch.compiler.is_compiling() and self._pattern().slot.numel() < self.weight.numel():
+            if not traced() and self._pattern().slot.numel() < self.weight.numel():
                 where = self._of_pattern("where", lambda pattern: kept_weights(pattern, self.weight.shape))
             return masked_weight(*self._values(), self.weight.shape, where)
 
@@ -178,10 +178,11 @@ class SupermaskLayer(nn.Module):
     def _of_pattern(self, what: str, make: Callable[[SparsePattern], Any]) -> Any:
         """What follows from the pattern alone, made once for a pattern."""
         pattern = self._pattern()
-        if torch.compiler.is_compiling():
-            return make(pattern)
         if what not in self._made or self._made[what][0] is not pattern:
-            self._made[what] = pattern, make(pattern)
+            if traced() or capturing():
+                return make(pattern)
+            with torch.inference_mode(False):
+                self._made[what] = pattern, make(pattern)
         return self._made[what][1]
 
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
@@ -195,17 +196,16 @@ class SupermaskLayer(nn.Module):
 
     def _fused(self, x: Tensor, padding: Any = None) -> bool:
         """Whether a dense weight is masked as it is multiplied, see `fused_is_faster`; on a CPU by scores alone."""
-        values = self.scores is None
         if x.device.type == "cpu" or self._kept is not None:  # values that change no more are written once
-            return not values
-        dtype = product_dtype(x)
+            return self.scores is not None
+        dtype, density = product_dtype(x), None if self.scores is not None else self.density
 
         def decide() -> bool:
             geometry = () if padding is None else self._geometry(padding)
-            return fused_is_faster(x, self.weight, dtype, geometry, values)
+            return fused_is_faster(x, self.weight, dtype, geometry, density)
 
-        fused = self._decided("fused", decide, x, x.stride(), dtype, values)
-        if not traced():
+        fused = self._decided("fused", decide, x, x.stride(), dtype, density)
+        if density is None and not traced():
             self.written = not fused  # for the next forward of the model
         return fused
 
@@ -240,7 +240,7 @@ class SupermaskLayer(nn.Module):
             setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_choices": {}}  # another machine may choose otherwise
+        return {**self.__dict__, "_choices": {}, "_made": {}}  # another machine may choose otherwise
 
     def extra_repr(self) -> str:
         phase = "scores" if self.scores is not None else "values" if self.free_values is not None else "fixed mask"

@@ -192,7 +192,10 @@ class Phases:
     @contextmanager
     def using(self, task: int) -> Iterator[nn.Module]:
         """The network of a finished task for the length of a block, in any phase; then all is as it was."""
-        held = {name: (dict(layer._parameters), dict(layer._buffers)) for name, layer in self.layers.items()}
+        held = {
+            name: (dict(layer._parameters), dict(layer._buffers), layer._seen, layer._made)
+            for name, layer in self.layers.items()
+        }  # what was made of a pattern as well: a CUDA graph may hold its address
         state = {n: t.clone() for n, t in self._live_state().items()}
         phase, active = self.phase, self.active
         self.phase = "idle"
@@ -202,7 +205,7 @@ class Phases:
         finally:
             self._write_state(state)
             for name, layer in self.layers.items():
-                parameters, buffers = held[name]
+                parameters, buffers, layer._seen, layer._made = held[name]
                 for key in ("scores", "free_values"):
                     layer._parameters[key] = parameters[key]
                 layer._buffers.update({k: b for k, b in buffers.items() if k in layer._non_persistent_buffers_set})

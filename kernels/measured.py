@@ -6,6 +6,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,15 +20,27 @@ _measuring = threading.Lock()  # threads that meet a shape together measure it o
 
 def measured(key: str, on_gpu: bool, measure: Callable[[], float]) -> float | None:
     """What was measured for a key, in this run or an earlier one, or else now; None while a CUDA graph is captured."""
+    if key in _known:
+        return _known[key]
     with _measuring:
-        if key not in _known:
-            _known.update(_read())
+        _known.update(_read() | _known)  # what this run has chosen by stays
         if key not in _known:
             if on_gpu and torch.cuda.is_current_stream_capturing():
                 return None
             _known[key] = measure()
             _write()
         return _known[key]
+
+
+def of_gpu(device: torch.device) -> tuple[str, ...]:
+    """What a time on a GPU depends on beside shapes and dtypes: its name, and how float32 is multiplied."""
+    precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return torch.cuda.get_device_name(device), *precision
+
+
+def finish_on(device: torch.device) -> Callable[[], None]:
+    """Waits until a device has done what it was told."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def asked_masking(masking: str = "auto") -> str:

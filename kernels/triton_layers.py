@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .measured import asked_masking, measured, times
+from .measured import asked_masking, finish_on, measured, of_gpu, times
 from .triton_mask import Gradients, Mask, OutputParts, finish, given, selected
 from .triton_product import Geometry, Weight, product, weight_gradients
 
@@ -31,44 +31,63 @@ def served(x: Tensor, shape: Sequence[int], scores: Tensor | None = None, paddin
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
+def _takes(kernel: Callable[..., Any]) -> Callable[..., bool]:
+    """Whether a kernel's arguments, by position, are of a layer that is `served`."""
+    names = list(inspect.signature(kernel).parameters)
+
+    def takes(*args: Any) -> bool:
+        given = dict(zip(names, args, strict=True))
+        shape = given["shape"] if "shape" in given else given["weight"].shape
+        return served(given["x"], shape, given.get("scores"), given.get("padding", ()))
+
+    return takes
+
+
 def or_reference(kernel: Kernel) -> Kernel:
     """The kernel of an operator for layers that are `served`, the reference's for others; arguments by position."""
-    names = list(inspect.signature(kernel).parameters)
-    otherwise = getattr(reference, kernel.__name__)
+    takes, otherwise = _takes(kernel), getattr(reference, kernel.__name__)
 
     @functools.wraps(kernel)
     def call(*args: Any) -> Any:
-        given = dict(zip(names, args, strict=True))
-        shape = given["shape"] if "shape" in given else given["weight"].shape
-        takes = served(given["x"], shape, given.get("scores"), given.get("padding", ()))
-        return (kernel if takes else otherwise)(*args)
+        return (kernel if takes(*args) else otherwise)(*args)
 
     return cast(Kernel, call)
 
 
 def or_written(kernel: Kernel) -> Kernel:
-    """As `or_reference`, and for served layers on a GPU the faster of the kernel and PyTorch's product, which takes a
-    masked weight that is written before; measured when a GPU, a shape, strides and a dtype are first met."""
+    """As `or_reference`, and of served layers on a GPU the faster of the kernel and PyTorch's product, which takes a
+    masked weight that is written before; measured when a GPU, shapes, strides and dtypes are first met."""
     names = list(inspect.signature(kernel).parameters)
-    fused = or_reference(kernel)
+    takes, otherwise = _takes(kernel), getattr(reference, kernel.__name__)
+    chosen: dict[Any, bool] = {}  # by what the key in the file is made of: that of each call would take 10 us
 
     def written(*args: Any) -> Any:
         given = dict(zip(names, args, strict=True))
         for name in ("mask", "free_mask"):
             if given[name] is not None and given[name].dtype == torch.uint8:
                 given[name] = torch.ops.exssnet.unpack_mask(given[name], list(given["weight"].shape))
-        return getattr(reference, kernel.__name__)(*given.values())
+        return otherwise(*given.values())
+
+    def is_fused(x: Tensor, args: tuple[Any, ...]) -> bool:
+        if (asked := asked_masking()) != "auto" or not _can_be_timed(x):
+            return asked != "written"
+        what = x.device, *of_gpu(x.device), *(
+            (a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
+            for a in args
+        )  # fmt: skip
+        if what not in chosen:
+            key = " ".join(map(str, (kernel.__name__, *what[1:])))
+            ratio = measured(key, True, lambda: _ratio(x.device, lambda: kernel(*args), lambda: written(*args)))
+            if ratio is None:
+                return True
+            chosen[what] = ratio <= 1
+        return chosen[what]
 
     @functools.wraps(kernel)
     def call(*args: Any) -> Any:
-        x, asked = args[names.index("x")], asked_masking()
-        if asked == "auto" and _can_be_timed(x):
-            what = [(a.dtype, *a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args]
-            of_gpu = torch.cuda.get_device_name(x.device), torch.get_float32_matmul_precision()
-            key = " ".join(map(str, (kernel.__name__, *what, *of_gpu)))
-            ratio = measured(key, True, lambda: _ratio(*(lambda way=way: way(*args) for way in (fused, written))))
-            asked = "written" if ratio is not None and ratio > 1 else "fused"
-        return (written if asked == "written" else fused)(*args)
+        if not takes(*args):
+            return otherwise(*args)
+        return (kernel if is_fused(args[names.index("x")], args) else written)(*args)
 
     return cast(Kernel, call)
 
@@ -77,8 +96,12 @@ def _can_be_timed(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.numel() > 0
 
 
-def _ratio(*ways: Callable[[], object]) -> float:
-    first, second = times(torch.cuda.synchronize, *ways)
+def _ratio(device: torch.device, *ways: Callable[[], object]) -> float:
+    """The time of the first way over that of the second, or 0 where the memory does not hold the second."""
+    try:
+        first, second = times(finish_on(device), *ways)
+    except torch.OutOfMemoryError:
+        return 0.0
     return first / second
 
 

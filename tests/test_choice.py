@@ -15,6 +15,7 @@ from accuracy import assert_accurate, run
 from products import Calls
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from exssnet import Phases, choice, convert
 from exssnet.kernels import measured
@@ -29,6 +30,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, of which nothing is in memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("EXSSNET_PRODUCTS")
+    monkeypatch.delenv("EXSSNET_MASKING")
     monkeypatch.setattr(measured, "_known", {})
     return tmp_path / "exssnet" / "crossovers.json"
 
@@ -76,6 +78,15 @@ def test_threads_that_meet_a_shape_together_measure_it_once_and_choose_alike(mon
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == [False] * 4
     assert calls == [0.1]
+
+
+@pytest.mark.usefixtures("native")
+def test_what_this_run_has_chosen_by_is_not_changed_by_another(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    measured_as(monkeypatch, 0.3)
+    choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    cache.write_text(cache.read_text().replace("0.3", "0.1"))
+    choice.sparse_is_faster(X[:4], W, 0.2, GEOMETRY)  # reads the file
+    assert choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
 
 
 @pytest.mark.usefixtures("native")
@@ -194,14 +205,14 @@ def fused_takes(monkeypatch: pytest.MonkeyPatch, ratio: float) -> list[Any]:
     return calls
 
 
-of_phases = pytest.mark.parametrize("values", [False, True], ids=["scores", "values"])
+of_phases = pytest.mark.parametrize("values", [None, 0.1], ids=["scores", "values"])
 
 
 @of_phases
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("ratio", "expected"), [(0.9, True), (1.1, False)])
 def test_faster_of_fused_and_written_is_measured_once_and_kept(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, ratio: float, expected: bool, values: bool
+    monkeypatch: pytest.MonkeyPatch, cache: Path, ratio: float, expected: bool, values: float | None
 ) -> None:
     calls = fused_takes(monkeypatch, ratio)
     for _ in range(2):
@@ -218,19 +229,21 @@ def test_phase_gpu_shape_layout_dtype_and_precision_are_measured_apart(monkeypat
     choice.fused_is_faster(X[:4], W, torch.float32, GEOMETRY)
     choice.fused_is_faster(X.to(memory_format=torch.channels_last), W, torch.float32, GEOMETRY)
     choice.fused_is_faster(X, W, torch.bfloat16, GEOMETRY)
-    choice.fused_is_faster(X, W, torch.float32, GEOMETRY, values=True)
+    choice.fused_is_faster(X, W.bfloat16(), torch.bfloat16, GEOMETRY)
+    for density in (0.1, 0.5):
+        choice.fused_is_faster(X, W, torch.float32, GEOMETRY, density)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "another GPU")
     choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
-    assert len(calls) == 7
+    assert len(calls) == 9
 
 
 @of_phases
 @pytest.mark.usefixtures("gpu", "cache")
 @pytest.mark.parametrize("case", ["traced", "captured", "no kernel", "no such layer", "empty"])
 def test_what_cannot_be_measured_is_fused_of_scores_and_written_of_values(
-    monkeypatch: pytest.MonkeyPatch, case: str, values: bool
+    monkeypatch: pytest.MonkeyPatch, case: str, values: float | None
 ) -> None:
     calls = fused_takes(monkeypatch, 0.5 if values else 2.0)
     x = X[:0] if case == "empty" else X
@@ -241,7 +254,7 @@ def test_what_cannot_be_measured_is_fused_of_scores_and_written_of_values(
     elif case == "no such layer":
         monkeypatch.setattr(choice, "fused_over_written", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with Calls() if case == "traced" else contextlib.nullcontext():
-        assert choice.fused_is_faster(x, W, torch.float32, GEOMETRY, values) is not values
+        assert choice.fused_is_faster(x, W, torch.float32, GEOMETRY, values) is (values is None)
     assert calls == []
 
 
@@ -269,8 +282,11 @@ def test_masking_is_decided_by_argument_then_environment(monkeypatch: pytest.Mon
     ids=["linear", "conv2d"],
 )
 def test_measured_ratio_is_positive(x: Any, weight: Any, geometry: Any) -> None:
-    for values in (False, True):
-        assert choice.fused_over_written(torch.zeros(x), torch.zeros(weight), torch.float32, geometry, values) > 0
+    for density in (None, 0.1, 1.0):
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.inference_mode():
+                ratio = choice.fused_over_written(torch.zeros(x), torch.zeros(weight), dtype, geometry, density)
+            assert ratio > 0
 
 
 def test_crossover_is_that_with_the_faster_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +313,42 @@ def test_fused_and_written_layers_have_the_same_output_and_gradients(
     written = trained(layer, x, torch.float32)
     assert_accurate(written, fused, truth)
     assert_accurate(fused, written, truth)
+
+
+@pytest.mark.usefixtures("gpu", "cache")
+@pytest.mark.parametrize("phase", ["mask", "weight"])
+def test_a_checkpointed_layer_is_measured_in_its_first_forward(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """Its backward pass runs the forward once more, and finds the choice."""
+    layer = in_phase("conv2d", phase)
+    layer.products = "dense"
+    monkeypatch.setattr(layer, "_fused", lambda x, padding: choice.fused_is_faster(
+        x, layer.weight, x.dtype, layer._geometry(padding), None if phase == "mask" else layer.density
+    ))  # fmt: skip
+    x = torch.randn(LAYERS["conv2d"][1], requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_made_of_a_pattern_outlives_evaluations(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """A CUDA graph may hold its address; an evaluation in inference mode may be what makes it."""
+    monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: fused)
+    model = convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), density=0.5, products="dense")
+    phases = Phases(model)
+    phases.start_task()
+    phases.finish_task()
+    phases.start_task()
+    phases.start_weight_phase()
+    with torch.inference_mode():
+        model(torch.randn(4, 6))
+    made = {name: dict(layer._made) for name, layer in supermask_layers(model)}
+    assert all(made.values())
+    with phases.using(0):
+        model(torch.randn(4, 6))
+    model(torch.randn(4, 6)).sum().backward()
+    for name, layer in supermask_layers(model):
+        assert layer._made.keys() == made[name].keys()
+        assert all(layer._made[what][1] is made[name][what][1] for what in made[name])
 
 
 def test_written_weights_of_all_layers_are_made_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from exssnet.kernels import nan_flag
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 phases = pytest.mark.parametrize("phase", ["mask", "weight"])
+products = pytest.mark.parametrize("products", ["sparse", "dense"])
 optimizers = pytest.mark.parametrize("optimizer", ["sgd", "adam", "scores"])
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 Step = Callable[[], Tensor]
@@ -52,7 +53,7 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
     return step
 
 
-@pytest.mark.parametrize("products", ["sparse", "dense"])
+@products
 @phases
 def test_no_step_asks_for_a_value(phase: str, products: str) -> None:
     model = in_phase(phase, products=products).to("meta")
@@ -110,15 +111,16 @@ def test_flag_of_nan_scores_is_read_and_cleared() -> None:
 # With a GPU
 
 
-def on_the_gpu(phase: str) -> tuple[nn.Module, Tensor, Tensor]:
-    return in_phase(phase).cuda(), images().cuda(), (torch.arange(24) % 4).cuda()
+def on_the_gpu(phase: str, **options: object) -> tuple[nn.Module, Tensor, Tensor]:
+    return in_phase(phase, **options).cuda(), images().cuda(), (torch.arange(24) % 4).cuda()
 
 
 @on_a_gpu
+@products
 @phases
 @optimizers
-def test_host_never_waits(phase: str, optimizer: str) -> None:
-    model, x, y = on_the_gpu(phase)
+def test_host_never_waits(phase: str, optimizer: str, products: str) -> None:
+    model, x, y = on_the_gpu(phase, products=products)
     step = step_of(model, optimizer_of(optimizer, model), x, y)
     for _ in range(3):  # tunes, measures, and makes the flag for NaN scores
         step()
@@ -132,12 +134,13 @@ def test_host_never_waits(phase: str, optimizer: str) -> None:
 
 
 @on_a_gpu
+@products
 @phases
 @optimizers
-def test_steps_of_a_graph_are_those_without(phase: str, optimizer: str) -> None:
+def test_steps_of_a_graph_are_those_without(phase: str, optimizer: str, products: str) -> None:
     losses = []
     for captured in (False, True):
-        model, x, y = on_the_gpu(phase)
+        model, x, y = on_the_gpu(phase, products=products)
         step = step_of(model, optimizer_of(optimizer, model, capturable=True), x, y)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

@@ -138,6 +138,15 @@ def test_exact_in_every_configuration_of_float32(index: int, layer: Layer) -> No
         check_exact(of_supermasks(arguments(problem(layer, integers=True))))
 
 
+@pytest.mark.parametrize("index", range(max(HALF, FLOAT32)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@layers(SMALL[:1] + SMALL[-1:])
+def test_packed_products_are_exact_in_every_configuration(layer: Layer, dtype: torch.dtype, index: int) -> None:
+    calls = arguments(problem(layer, dtype, integers=True))
+    with triton_guard.configuration(index):
+        check_exact({name: args for name, args in calls.items() if name.startswith("packed")})
+
+
 def test_float32_is_tf32_only_where_pytorch_allows_it() -> None:
     x = torch.full((16, 16), 1 + 2.0**-12)  # 1 in tf32
     weight, scores, selection = torch.eye(16), torch.ones(16, 16), torch.tensor([0, 0])
@@ -318,12 +327,13 @@ def test_masked_products_are_the_faster_of_the_kernel_and_of_a_written_weight(
 ) -> None:
     """Each operator, and each kind of mask, is measured once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("EXSSNET_MASKING")
     monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: f"GPU {ratio}")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(triton_layers, "_can_be_timed", lambda x: True)
     timed: list[object] = []
-    monkeypatch.setattr(triton_layers, "_ratio", lambda *ways: timed.append([way() for way in ways]) or ratio)
+    monkeypatch.setattr(triton_layers, "_ratio", lambda _, *ways: timed.append([way() for way in ways]) or ratio)
     for masks in ((), ("mask", "free")):
         p = problem(layer, torch.bfloat16, integers=True)
         calls = arguments(p, change=lambda name, t, masks=masks: reference.pack_mask(t) if name in masks else t)

@@ -78,8 +78,8 @@ def as_packed(pattern: SparsePattern, shape: Sequence[int], free: int) -> Packed
     """The packed pattern of a sparse one with so many free values, without waiting for a device."""
     kept = kept_weights(pattern, shape)
     masks = torch.zeros(2, math.prod(shape), dtype=torch.bool, device=kept.device)
-    masks[0, kept] = True
-    masks[1, kept] = pattern.slot < free
+    masks[0].index_fill_(0, kept, True)
+    masks[1].index_put_((kept,), pattern.slot < free)
     return PackedPattern(_words(*masks), tuple(shape), kept.numel(), free)
 
 
