@@ -1,5 +1,6 @@
 """KNN-based knowledge transfer: which learned task's features classify a new task best, to start from its scores."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,8 +14,8 @@ from .ops import knn_classify
 from .phases import Phases, evaluation
 from .tasks import stratified_split
 
-Rule = Literal["best", "always", "all"]
-RULES: tuple[Rule, ...] = ("best", "always", "all")
+Rule = Literal["best", "always", "all", "rescaled"]
+RULES: tuple[Rule, ...] = ("best", "always", "all", "rescaled")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +80,12 @@ def transfer(
 
     x, labels: one fixed, unaugmented sample (n, ...) of the new task's training data; classes: of the new task.
     rule: "best" copies the scores of the source with the highest accuracy if that is above chance; "always" copies
-        them in any case; "all" takes the mean of all sources above chance. Ties go to the earlier task.
+        them in any case; "all" takes the mean of all sources above chance; "rescaled" copies as "best", each layer's
+        scores times the power of 2 that brings their size next to that of fresh ones. The mask is the same, but trained
+        scores are so large that a new task hardly moves them (docs/results). Ties go to the earlier task.
     Several processes share the sources; process 0 decides.
     Statistics, masks and scores of the sources are not touched. RuntimeError if their scores were dropped.
-    Source: arXiv 2210.10209, section 3.3.
+    Source: arXiv 2210.10209, section 3.3; "rescaled" is ours.
     """
     if rule not in RULES:
         raise ValueError(f"kkt must be one of {', '.join(RULES)}, got {rule!r}")
@@ -110,4 +113,12 @@ def transfer(
     scores = {
         name: torch.stack([phases.scores[task][name].float() for task in sources]).mean(0) for name in phases.layers
     }
+    if rule == "rescaled":
+        scores = {name: _rescaled(s) for name, s in scores.items()}
     return Transfer(accuracies, chance, sources, scores)
+
+
+def _rescaled(scores: Tensor) -> Tensor:
+    """Scores whose root mean square is within a factor of sqrt(2) of that of fresh ones, 1 / sqrt(3 fan_in)."""
+    size, fresh = scores.square().mean().sqrt().item(), (3 * max(1, scores[:1].numel())) ** -0.5
+    return scores * 2.0 ** round(math.log2(fresh / size)) if 0 < size < math.inf else scores

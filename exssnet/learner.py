@@ -63,7 +63,7 @@ class Learner:
     mask, weight: options of the two phases; for a method without weight phase the epochs of both go to the masks.
         Parameters without a mask (biases, affine norms) are trained in both, and the dense weights of a joint phase,
         at the weight phase's learning rate.
-    kkt: None, or the rule by which a new task's scores start from earlier ones ("best", "always", "all").
+    kkt: None, or the rule by which a new task's scores start from earlier ones ("best", "always", "all", "rescaled").
     all_outputs: let the loss and the prediction see all outputs of the head, not only the task's own.
     keep_scores: dtype of the scores kept for KKT, or None to drop them.
     Deterministic given seed and thread count.

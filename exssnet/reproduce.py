@@ -93,7 +93,8 @@ def learner_of(job: Job, tasks: list[Task]) -> Learner:
     kkt = run.method.endswith(KKT)
     return Learner(
         model, run.base, mask=PhaseOptions(epochs, rates.mask), weight=PhaseOptions(epochs, rates.weight),
-        kkt="best" if kkt else None, keep_scores=torch.float32 if kkt else None, **common,
+        kkt=made.kkt if kkt else None,  # type: ignore[arg-type]
+        keep_scores=torch.float32 if kkt else None, **common,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from exssnet import Phases, convert, kkt, transfer
 from exssnet.kernels import reference
 from exssnet.models import LeNet300100
+from exssnet.ops import topk_mask
 
 CLEAR, NOISE, BLANK = (0, 1), (2, 3), (4, 5)  # columns of `sample` that tell the class, that do not, that are zero
 
@@ -118,6 +119,29 @@ def test_all_takes_the_mean_of_the_sources_above_chance() -> None:
         assert torch.equal(scores, (phases.scores[0][name] + phases.scores[2][name]) / 2)
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 40.0])
+def test_rescaled_scores_have_the_mask_of_the_best_and_the_size_of_fresh_ones(factor: float) -> None:
+    phases = sources(CLEAR, BLANK)
+    phases.scores = [{n: s * factor for n, s in scores.items()} for scores in phases.scores]
+    found, copied = transfer(phases, *sample(), 2, "rescaled"), transfer(phases, *sample(), 2)
+    assert found.sources == copied.sources == [0]
+    assert found.scores is not None
+    assert copied.scores is not None
+    for name, layer in phases.layers.items():
+        ours, theirs = found.scores[name], copied.scores[name]
+        assert torch.equal(topk_mask(ours, layer.k), topk_mask(theirs, layer.k))
+        fresh = torch.cat([layer.random_scores().flatten() for _ in range(1000)]).square().mean().sqrt()
+        assert 0.7 < ours.square().mean().sqrt() / fresh < 1.42
+
+
+def test_rescaled_scores_of_zero_stay_zero() -> None:
+    phases = sources(CLEAR)
+    phases.scores = [{n: torch.zeros_like(s) for n, s in phases.scores[0].items()}]
+    found = transfer(phases, *sample(), 2, "rescaled").scores
+    assert found is not None
+    assert all(not s.any() for s in found.values())
+
+
 def test_without_finished_tasks_nothing_is_transferred() -> None:
     assert transfer(sources(), *sample(), 2).scores is None
 
@@ -144,7 +168,7 @@ def test_a_task_without_classes_is_refused() -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="kkt must be one of best, always, all, got 'worst'"):
+    with pytest.raises(ValueError, match="kkt must be one of best, always, all, rescaled, got 'worst'"):
         transfer(sources(CLEAR), *sample(), 2, "worst")  # type: ignore[arg-type]
 
 

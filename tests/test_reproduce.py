@@ -11,7 +11,7 @@ from exssnet import cli, recipes
 from exssnet.comparison import _pace, groups_of, paired, paired_difference
 from exssnet.models import MODELS
 from exssnet.recipes import Rates, Run, read, recipe
-from exssnet.reproduce import Job, perform, tasks_of, tune
+from exssnet.reproduce import Job, learner_of, perform, tasks_of, tune
 from exssnet.tasks import streams
 
 SMALL: dict[str, Any] = {
@@ -85,6 +85,7 @@ def test_given_rates_are_not_tuned() -> None:
         ({"densities": ["a"]}, "test: densities must be tuple.*, got .'a'."),
         ({"seeds": 0}, "seeds, epochs, .* at least 1, got 0, 1, 1, 1"),
         ({"seeds": "3"}, "test: seeds must be int, got '3'"),
+        ({"kkt": "worst"}, "kkt must be one of best, always, all, rescaled, got 'worst'"),
         ({"scale": 2}, r"scale must be in \(0, 1\], got 2.0"),
         ({"tuning": {"rate": 1}}, "test: tuning: unknown key rate"),
         ({"rates": {"ewc": {"mask": 1}}}, "test: rates.ewc: weight must be given"),
@@ -130,6 +131,13 @@ def test_scale_shrinks_epochs_and_training_data(root: Path) -> None:
     assert made.scaled_epochs == 2
     tasks = tasks_of(Job(made, str(root), made.runs()[0], Rates(0.01, 0.01)))
     assert [len(task.train) for task in tasks] == [8, 8]
+
+
+@pytest.mark.parametrize(("method", "rule"), [("supsup", None), ("supsup+kkt", "rescaled")])
+def test_methods_with_kkt_take_the_rule_of_the_recipe(root: Path, method: str, rule: str | None) -> None:
+    made = recipe({**SMALL, "kkt": "rescaled"}, "test")
+    job = Job(made, str(root), Run(method, 0.1, "official", 0), Rates(0.01, 0.01))
+    assert learner_of(job, tasks_of(job)).kkt == rule
 
 
 def test_divergence_is_a_result(root: Path) -> None:

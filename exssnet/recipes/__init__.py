@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..baselines import BASELINES
+from ..kkt import RULES
 from ..methods import METHODS
 from ..typed import fitting, from_yaml
 
@@ -89,6 +90,7 @@ class Recipe:
     batch_size: int = 64
     validation: float = 0.1
     memory: int = 20  # items a class that replay keeps
+    kkt: str = "best"  # the rule of methods with "+kkt"
     tuning: Tuning = Tuning()
     rates: dict[str, Rates] = field(default_factory=dict)
     task_inference: bool = False
@@ -106,6 +108,8 @@ class Recipe:
                 f"recipe: seeds, epochs, tuning.tasks and the number of tuning.rates must be at least 1, got "
                 f"{self.seeds}, {self.epochs}, {self.tuning.tasks}, {len(self.tuning.rates)}"
             )
+        if self.kkt not in RULES:
+            raise ValueError(f"recipe: kkt must be one of {', '.join(RULES)}, got {self.kkt!r}")
         if not 0 < self.scale <= 1:
             raise ValueError(f"recipe: scale must be in (0, 1], got {self.scale}")
 
