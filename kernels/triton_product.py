@@ -139,7 +139,8 @@ GRADIENT_TILES: dict[str, list[Tile]] = {
 }
 """Of float32 less fits into the registers: at full precision each number is two, and each product three."""
 LARGE_FOR_VALUES = {(128, 64, 32, 4), (64, 16, 64, 4), (64, 64, 32, 8)}
-"""Tiles that leave too few registers to make a weight from its values."""
+"""Tiles that leave too few registers to make a weight from its values. With the others, programs may have 255 of them:
+ptxas by itself takes less, and keeps some in memory. Other products are left to it: 255 would cost them occupancy."""
 
 
 def _tuning(operand: str, blocks: Sequence[str], tiles: dict[str, list[Tile]], key: Sequence[str]) -> dict[str, Any]:
@@ -148,17 +149,20 @@ def _tuning(operand: str, blocks: Sequence[str], tiles: dict[str, list[Tile]], k
     def config(tile: Tile) -> triton.Config:
         return triton.Config(dict(zip(blocks, tile, strict=False)), num_warps=tile[3], num_stages=3)
 
-    configs = {kind: {tile: config(tile) for tile in of_kind} for kind, of_kind in tiles.items()}
+    configs = {
+        (kind, of_values): [config(tile) for tile in of_kind if not (of_values and tile in LARGE_FOR_VALUES)]
+        for kind, of_kind in tiles.items()
+        for of_values in (False, True)
+    }
 
     def prune(_: list[triton.Config], arguments: dict[str, Any], **__: Any) -> list[triton.Config]:
-        too_large = LARGE_FOR_VALUES if isinstance(arguments["weight"], tuple) else ()
-        of_kind = configs["float32" if arguments[operand].dtype == torch.float32 else "half"]
-        chosen = [config for tile, config in of_kind.items() if tile not in too_large]
-        for config in chosen:  # without a limit, ptxas keeps some registers in memory to have a few less
+        of_values = isinstance(arguments["weight"], tuple)
+        chosen = configs["float32" if arguments[operand].dtype == torch.float32 else "half", of_values]
+        for config in chosen if of_values else ():
             config.maxnreg = None if torch.version.hip else 255
         return chosen
 
-    everything = [config for of_kind in configs.values() for config in of_kind.values()]
+    everything = configs["half", False] + configs["float32", False]
     return {"configs": everything, "key": list(key), "prune_configs_by": {"early_config_prune": prune}}
 
 
