@@ -1,7 +1,7 @@
 """KNN-based knowledge transfer: which learned task's features classify a new task best, to start from its scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,11 +74,13 @@ def knn_accuracy(features: Tensor, labels: Tensor, classes: int, generator: torc
 
 
 def transfer(
-    phases: Phases, x: Tensor, labels: Tensor, classes: int, rule: Rule = "best", seed: int = 0, batch_size: int = 256
-) -> Transfer:
+    phases: Phases, x: Tensor | Callable[[], Iterable[Tensor]], labels: Tensor, classes: int, rule: Rule = "best",
+    seed: int = 0, batch_size: int = 256,
+) -> Transfer:  # fmt: skip
     """Choose the initial scores of a new task among those of all finished ones.
 
-    x, labels: one fixed, unaugmented sample (n, ...) of the new task's training data; classes: of the new task.
+    x, labels: one fixed, unaugmented sample (n, ...) of the new task's training data, or a function that gives its
+        batches, called once for each source, where the sample is too large for the memory; classes: of the new task.
     rule: "best" copies the scores of the source with the highest accuracy if that is above chance; "always" copies
         them in any case; "all" takes the mean of all sources above chance; "rescaled" copies as "best", each layer's
         scores times the power of 2 that brings their size next to that of fresh ones. The mask is the same, but trained
@@ -98,7 +100,8 @@ def transfer(
     mine = {}
     for task in range(distributed.rank(), tasks, distributed.size()):
         with phases.using(task) as model, evaluation(model):
-            features = torch.cat([penultimate_features(model, part) for part in x.split(batch_size)])
+            parts = x.split(batch_size) if isinstance(x, Tensor) else x()
+            features = torch.cat([penultimate_features(model, part) for part in parts])
         # The same split for every source
         generator = torch.Generator().manual_seed(seed)
         mine[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)

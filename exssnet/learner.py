@@ -261,8 +261,11 @@ class Learner:
         data = task.train.unaugmented()
         _, index = stratified_split(data.labels, sample_share(len(data)), self._generator(report.task, 0))
         picked = data.select(index)
-        x = torch.cat([batch for batch, _ in loader(picked, 4 * self.batch_size)]).to(self.device)
-        found = transfer(self.phases, x, picked.labels, task.classes, self.kkt, self.seed, 4 * self.batch_size)
+
+        def batches() -> Iterator[Tensor]:
+            return (x.to(self.device) for x, _ in loader(picked, 4 * self.batch_size))
+
+        found = transfer(self.phases, batches, picked.labels, task.classes, self.kkt, self.seed)
         report.kkt = replace(found, scores=None)
         if found.scores is None:
             return None

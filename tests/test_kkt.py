@@ -142,6 +142,15 @@ def test_rescaled_scores_of_zero_stay_zero() -> None:
     assert all(not s.any() for s in found.values())
 
 
+def test_a_sample_may_come_in_batches_of_any_size() -> None:
+    phases = sources(BLANK, CLEAR)
+    x, labels = sample()
+    whole, passes = transfer(phases, x, labels, 2), []
+    found = transfer(phases, lambda: passes.append(1) or iter(x.split(7)), labels, 2)
+    assert (found.accuracies, found.sources) == (whole.accuracies, whole.sources)
+    assert len(passes) == 2
+
+
 def test_without_finished_tasks_nothing_is_transferred() -> None:
     assert transfer(sources(), *sample(), 2).scores is None
 

@@ -112,7 +112,7 @@ def test_a_second_run_is_refused() -> None:
     ("options", "sentence"),
     [
         ({"method": "packnet"}, "method must be one of supsup, ssnet, exssnet, wsn, got 'packnet'"),
-        ({"kkt": "worst"}, "kkt must be None or one of best, always, all, got 'worst'"),
+        ({"kkt": "worst"}, "kkt must be None or one of best, always, all, rescaled, got 'worst'"),
         ({"kkt": "best", "keep_scores": None}, "keep_scores must be a dtype, not None"),
     ],
 )
