@@ -1,5 +1,6 @@
 """The learner: what each method forgets, what it refuses, KKT within it, and evaluation."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -181,8 +182,8 @@ def test_kkt_looks_at_a_fixed_unaugmented_stratified_sample_of_the_training_data
 ) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def record(phases: object, x: Tensor, labels: Tensor, *_: object) -> Transfer:
-        seen.append((x, labels))
+    def record(phases: object, batches: Callable[[], Iterable[Tensor]], labels: Tensor, *_: object) -> Transfer:
+        seen.append((torch.cat(list(batches())), labels))
         return Transfer([0.4], 0.5)
 
     monkeypatch.setattr(exssnet.learner, "transfer", record)
