@@ -13,13 +13,7 @@ from torch import Tensor
 
 from .kernels import native
 from .kernels.measured import asked_masking, finish_on, measured, of_gpu, times
-from .ops import (
-    kept_weights,
-    masked_weight,
-    pack_mask,
-    packed_pattern,
-    sparse_pattern,
-)
+from .ops import kept_weights, masked_weight, pack_mask, packed_pattern, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
