@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .library import pair, single
@@ -52,6 +53,14 @@ def fake_conv2d(
 ) -> Tensor:  # fmt: skip
     """Shape of a convolution with a dense weight (O, C/groups, R, S), whatever masks it."""
     return x.new_empty(x.shape[0], weight.shape[0], *conv_shape(x, weight.shape[2:], stride, padding, dilation))
+
+
+def fake_backward(grad: Tensor, x: Tensor, trained: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    """Shapes of the gradients of a layer's input and of what it trains, as far as the output mask asks for them."""
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
+        for t, needed in zip((x, trained), rest[-1], strict=True)  # type: ignore[call-overload]
+    )
 
 
 def conv1d_as_2d(

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
+from .geometry import (
+    CONV,
+    check_bias,
+    check_groups,
+    check_linear,
+    conv1d_as_2d,
+    conv_geometry,
+    fake_backward,
+    fake_conv2d,
+)
 from .library import autocast, define, differentiable, same_kind
-
-
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
-        for t, needed in zip((x, weight), rest[-1], strict=True)  # type: ignore[call-overload]
-    )
-
 
 define(
     "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, Tensor? bias) -> Tensor",
@@ -23,7 +24,7 @@ define(
 define(
     "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, "
     "bool[] output_mask) -> (Tensor, Tensor)",
-    _fake_backward,
+    fake_backward,
 )
 define(
     f"masked_conv2d(Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, Tensor? bias, {CONV}) -> Tensor",
@@ -32,7 +33,7 @@ define(
 define(
     f"masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, {CONV}, "
     "bool[] output_mask) -> (Tensor, Tensor)",
-    _fake_backward,
+    fake_backward,
 )
 _linear = differentiable("masked_linear", gradients=(0, 1), bias=4)
 _conv2d = differentiable("masked_conv2d", gradients=(0, 1), bias=4)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
+from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, fake_backward
 from .library import autocast, define, differentiable, same_kind
 from .selection import pack_mask
 from .sparse import SparsePattern, check_masks, kept_weights
@@ -22,26 +22,19 @@ def _fake_conv2d(
     return x.new_empty(x.shape[0], shape[0], *conv_shape(x, shape[2:], stride, padding, dilation))
 
 
-def _fake_backward(grad: Tensor, x: Tensor, free_values: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
-        for t, needed in zip((x, free_values), rest[-1], strict=True)  # type: ignore[call-overload]
-    )
-
-
 define(
     f"packed_linear(Tensor x, {_VALUES}, Tensor? bias, int[] shape) -> Tensor",
     lambda x, free_values, frozen_values, pattern, bias, shape: x.new_empty(x.shape[0], shape[0]),
 )
 define(
     f"packed_linear_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, bool[] output_mask) -> (Tensor, Tensor)",
-    _fake_backward,
+    fake_backward,
 )
 define(f"packed_conv2d(Tensor x, {_VALUES}, Tensor? bias, int[] shape, {CONV}) -> Tensor", _fake_conv2d)
 define(
     f"packed_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, {CONV}, bool[] output_mask) -> "
     "(Tensor, Tensor)",
-    _fake_backward,
+    fake_backward,
 )
 _linear = differentiable("packed_linear", gradients=(0, 1), bias=4)
 _conv2d = differentiable("packed_conv2d", gradients=(0, 1), bias=4)
