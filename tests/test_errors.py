@@ -129,6 +129,8 @@ SENTENCES: dict[str, Callable[[], object]] = {
     ),
     "packed_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
     "(0,)": lambda: ops.packed_linear(X, VALUES[1:], NONE, PACKED),
+    "packed_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
+    "(1,)": lambda: ops.packed_linear(X, VALUES[1:], VALUES[:1], PACKED),
     "packed_linear: x is on cpu but the pattern is on meta": lambda: ops.packed_linear(
         X, VALUES, NONE, PACKED._replace(words=PACKED.words.to("meta"))
     ),
