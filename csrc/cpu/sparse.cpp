@@ -276,7 +276,8 @@ int64_t full_lines(const Convolution& c) {
 template <class Body>
 bool for_lines(const Pattern& pattern, int64_t rows, int64_t columns, int64_t slots, int64_t width, const Body& body) {
   if (!has_rows(pattern, rows, columns)) return false;
-  const int64_t parts = std::min(max_threads(), pattern.entries * width / kGrain + 1);
+  constexpr int64_t kLines = 1 << 21;  // multiply-adds that pay for lines fetched from another core's cache
+  const int64_t parts = std::min(max_threads(), pattern.entries * width / kLines + 1);
   std::atomic<bool> good = true;
   parallel_for(parts, 1, [&](int64_t first, int64_t last) {
     const auto row_of = [&](int64_t part) {
@@ -323,7 +324,8 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
   if (const int64_t width = full_lines<T>(convolution))
     return for_lines(pattern, convolution.out_channels, convolution.in_channels, count, width,
                      [&](int64_t begin, int64_t end) {
-                       EXSSNET_PICK(sample_lines<T>)(pattern, free_count, begin, end, x, grad, width, grad_values);
+                       EXSSNET_PICK(sample_lines<T>)
+                       (pattern, free_count, free_count == count, begin, end, x, grad, width, grad_values);
                      });
   const Product p = forward_product(flattened(convolution));
   if (p.rows * p.out_plane() == 0) return true;

@@ -106,27 +106,32 @@ T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, 
   return sums;
 }
 
-// Sums of neighbouring lanes, those of a before those of b.
-template <class V, int... i>
-V add_pairs(V a, V b, std::integer_sequence<int, i...>) {
+// Sums of neighbours, those of a before those of b: of neighbouring elements in each 16 bytes, or of neighbouring 16
+// bytes. Shuffles of either kind are cheap.
+template <class T, bool in_lane, int... i>
+auto add_pairs(typename Vector<T>::type a, typename Vector<T>::type b, std::integer_sequence<int, i...>) {
+  constexpr int size = in_lane ? 16 / sizeof(T) : sizeof...(i), unit = in_lane ? 1 : 16 / sizeof(T);
+  constexpr auto first_of = [](int to) {  // of the two that are added
+    const int place = to % size / unit, half = size / unit / 2;
+    return to / size * size + place % half * 2 * unit + to % unit + (place < half ? 0 : int(sizeof...(i)));
+  };
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
+  return __builtin_shufflevector(a, b, first_of(i)...) + __builtin_shufflevector(a, b, (first_of(i) + unit)...);
 #else
   using Index = decltype(a < b);
-  return __builtin_shuffle(a, b, Index{(2 * i)...}) + __builtin_shuffle(a, b, Index{(2 * i + 1)...});
+  return __builtin_shuffle(a, b, Index{first_of(i)...}) + __builtin_shuffle(a, b, Index{(first_of(i) + unit)...});
 #endif
 }
 
-// The sum of the lanes of each of `lanes` vectors, which are lost.
-template <class T>
-typename Vector<T>::type sum_each(typename Vector<T>::type* v) {
-  constexpr int lanes = Vector<T>::lanes;
-#pragma GCC unroll 4
-  for (int width = lanes; width > 1; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width / 2; ++i)
-      v[i] = add_pairs(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes>());
-  return v[0];
+// The sums of the lanes of vector(first), ..., vector(first + n - 1), each in one lane once n is the number of lanes.
+template <class T, int n = Vector<T>::lanes, class Make>
+inline typename Vector<T>::type sum_each(const Make& vector, int first = 0) {
+  if constexpr (n == 1) {
+    return vector(first);
+  } else {
+    const auto a = sum_each<T, n / 2>(vector, first), b = sum_each<T, n / 2>(vector, first + n / 2);
+    return add_pairs<T, n * sizeof(T) <= 16>(a, b, std::make_integer_sequence<int, Vector<T>::lanes>());
+  }
 }
 
 // total (entries,) of sums (entries, lanes), for as many entries at a time as a vector has lanes.
@@ -136,10 +141,7 @@ void add_lanes(const T* sums, int64_t entries, T* total) {
   constexpr int lanes = Vector<T>::lanes;
   for (int64_t k = 0; k < entries; k += lanes, sums += lanes * lanes) {
     const int64_t count = std::min<int64_t>(lanes, entries - k);
-    V v[lanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) v[i] = i < count ? Vector<T>::load(sums + i * lanes) : V{};
-    const V sum = sum_each<T>(v);
+    const V sum = sum_each<T>([=](int i) { return i < count ? Vector<T>::load(sums + i * lanes) : V{}; });
     std::memcpy(total + k, &sum, count * sizeof(T));
   }
 }
@@ -235,36 +237,61 @@ void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T>
   }
 }
 
-// grad_values[slot] of the free entries of rows [begin, end): the inner products of lines of x and of grad, of `width`
-// elements, as many at a time as a vector has lanes.
-template <class T>
-void sample_lines(const Pattern& pattern, int64_t free_count, int64_t begin, int64_t end, const T* x, const T* grad,
-                  int64_t width, T* grad_values) {
+// The inner products of `vectors` vectors of grad and of the lines of x, `width` elements each, of as many indices as a
+// vector has lanes.
+template <class T, int vectors>
+typename Vector<T>::type sample_indices(const int32_t* index, const T* x, int64_t width, const T* grad) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
-  const T* from[lanes];
-  int32_t slots[lanes + 1];
+  V g[vectors];
+#pragma GCC unroll 8
+  for (int b = 0; b < vectors; ++b) g[b] = Vector<T>::load(grad + b * lanes);
+  return sum_each<T>([&](int i) {
+    const T* const from = x + index[i] * width;
+    V sum = g[0] * Vector<T>::load(from);
+#pragma GCC unroll 8
+    for (int b = 1; b < vectors; ++b) sum += g[b] * Vector<T>::load(from + b * lanes);
+    return sum;
+  });
+}
+
+// grad_values[slot] of the free entries of rows [begin, end): the inner products of lines of x and of grad, of `width`
+// elements, as many at a time as a vector has lanes. all_free: no slot is of a frozen value.
+template <class T>
+void sample_lines(const Pattern& pattern, int64_t free_count, bool all_free, int64_t begin, int64_t end, const T* x,
+                  const T* grad, int64_t width, T* grad_values) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes, most = 4;
+  int32_t free_index[lanes] = {}, free_slot[lanes];
   for (int64_t row = begin; row < end; ++row) {
+    const T* const line = grad + row * width;
     const int64_t last = pattern.ptr[row + 1];
     for (int64_t k = pattern.ptr[row]; k < last;) {
+      const int32_t *index = pattern.index + k, *slot = pattern.slot + k;
       int count = 0;
-      for (; k < last && count < lanes; ++k) {
-        from[count] = x + pattern.index[k] * width;
-        slots[count] = pattern.slot[k];
-        count += pattern.slot[k] < free_count;
+      if (all_free && last - k >= lanes) {
+        count = lanes;
+        k += lanes;
+      } else {
+        for (; k < last && count < lanes; ++k) {
+          free_index[count] = pattern.index[k];
+          free_slot[count] = pattern.slot[k];
+          count += pattern.slot[k] < free_count;
+        }
+        if (count == 0) break;
+        index = free_index;
+        slot = free_slot;
       }
-      if (count == 0) break;
-      for (int i = count; i < lanes; ++i) from[i] = from[0];
-      V sum[lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) sum[i] = V{};
-      for (int64_t b = 0; b < width; b += lanes) {
-        const V g = Vector<T>::load(grad + row * width + b);
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) sum[i] += g * Vector<T>::load(from[i] + b);
+      V total = {};
+      for (int64_t at = 0; at < width;) {
+        const int64_t left = (width - at) / lanes, vectors = left >= most ? most : left >= 2 ? 2 : 1;
+        const auto sample = vectors == most ? sample_indices<T, most>
+                            : vectors == 2  ? sample_indices<T, 2>
+                                            : sample_indices<T, 1>;
+        total += sample(index, x + at, width, line + at);
+        at += vectors * lanes;
       }
-      const V total = sum_each<T>(sum);
-      for (int i = 0; i < count; ++i) grad_values[slots[i]] = total[i];
+      for (int i = 0; i < count; ++i) grad_values[slot[i]] = total[i];
     }
   }
 }
