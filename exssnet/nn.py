@@ -146,10 +146,9 @@ class SupermaskLayer(nn.Module):
         return self._seen
 
     def _values(self) -> tuple[Tensor, Tensor, SparsePattern]:
-        pattern = self._pattern()
-        assert self.frozen_values is not None
-        free = self.frozen_values.new_empty(0) if self.free_values is None else self.free_values
-        return free, self.frozen_values, pattern
+        pattern, frozen, free = self._pattern(), self._buffers["frozen_values"], self._parameters["free_values"]
+        assert frozen is not None
+        return frozen.new_empty(0) if free is None else free, frozen, pattern
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """make(), called once where the values change no more."""

@@ -58,7 +58,8 @@ def select_for_all(model: nn.Module, args: Any) -> None:
 
 def forget_selection(model: nn.Module, args: Any, output: Any) -> None:
     for layer in model._masked:  # type: ignore[union-attr]
-        layer.selection = layer.masked = None
+        if layer.selection is not None:  # to set an attribute of a module is slow
+            layer.selection = layer.masked = None
 
 
 def _state(layers: Iterable[Any]) -> list[tuple[int, ...]]:

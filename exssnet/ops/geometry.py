@@ -1,6 +1,7 @@
 """Shapes that the convolutions share: their arguments, their outputs, and one dimension seen as two."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,3 +100,11 @@ def check_linear(operator: str, x: Tensor, out_features: int, in_features: int, 
             f"{operator}: expected x with {in_features} features in its last dimension, got shape {tuple(x.shape)}"
         )
     check_bias(operator, bias, out_features)
+
+
+def in_rows(product: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """The product of a linear layer, which takes x (B, I), over x (..., I)."""
+    if x.dim() == 2:  # a view of the same shape would be a node of the graph
+        return product(x, *args)
+    y = product(x.reshape(-1, x.shape[-1]), *args)
+    return y.reshape(*x.shape[:-1], y.shape[1])

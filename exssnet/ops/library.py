@@ -20,7 +20,7 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
 
 
 def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[..., Tensor]:
-    """A callable for operator `name` whose backward is the operator `<name>_backward`.
+    """A callable for operator `name` (tensors, bias, anything else), whose backward is the operator `<name>_backward`.
 
     The backward operator takes the output's gradient, then every argument of the forward but the bias, then an
     `output_mask`; it returns one gradient for each argument index in `gradients`. The bias, argument index `bias`,
@@ -34,22 +34,19 @@ def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[.
         def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
             with torch._C._AutoDispatchBelowAutograd():
                 output: Tensor = forward_op(*args)
-            tensors = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i != bias]
-            ctx.save_for_backward(*tensors)
-            ctx.others = [None if isinstance(a, Tensor) else (a,) for i, a in enumerate(args) if i != bias]
+            ctx.save_for_backward(*args[:bias])
+            ctx.others = args[bias + 1 :]
             return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
             needed = ctx.needs_input_grad
-            tensors = iter(ctx.saved_tensors)
-            args = [next(tensors) if other is None else other[0] for other in ctx.others]
             result: list[Tensor | None] = [None] * len(needed)
             output_mask = [needed[i] for i in gradients]
             if any(output_mask):
                 with torch._C._AutoDispatchBelowAutograd():
-                    found = backward_op(grad, *args, output_mask)
+                    found = backward_op(grad, *ctx.saved_tensors, *ctx.others, output_mask)
                 for i, gradient in zip(gradients, found, strict=True):
                     result[i] = gradient if needed[i] else None
             if needed[bias]:

@@ -14,6 +14,7 @@ from .geometry import (
     conv_geometry,
     fake_backward,
     fake_conv2d,
+    in_rows,
 )
 from .library import autocast, define, differentiable, same_kind
 
@@ -74,7 +75,7 @@ def masked_linear(
     _check_masks("masked_linear", weight, mask=mask, free_mask=free_mask)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("masked_linear", x, weight=weight, bias=bias)
-    return _linear(x.reshape(-1, x.shape[-1]), weight, mask, free_mask, bias).reshape(*x.shape[:-1], weight.shape[0])
+    return in_rows(_linear, x, weight, mask, free_mask, bias)
 
 
 def masked_conv2d(

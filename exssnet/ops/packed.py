@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, fake_backward
+from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, fake_backward, in_rows
 from .library import autocast, define, differentiable, same_kind
 from .selection import pack_mask
 from .sparse import SparsePattern, check_masks, kept_weights
@@ -118,9 +118,7 @@ def packed_linear(
     _check("packed_linear", x, free_values, frozen_values, pattern)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
     same_kind("packed_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
-    flat = x.reshape(-1, in_features)
-    y = _linear(flat, free_values, frozen_values, pattern.words, bias, list(pattern.shape))
-    return y.reshape(*x.shape[:-1], out_features)
+    return in_rows(_linear, x, free_values, frozen_values, pattern.words, bias, list(pattern.shape))
 
 
 def packed_conv2d(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exssnet.kernels.reference import empty_batch_last
 
-from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape
+from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
 from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
 
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
@@ -206,8 +206,7 @@ def sparse_linear(
     check_linear("sparse_linear", x, out_features, in_features, bias)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
     same_kind("sparse_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
-    flat = x.reshape(-1, x.shape[-1])
-    return _linear(flat, free_values, frozen_values, *pattern.tensors, bias).reshape(*x.shape[:-1], out_features)
+    return in_rows(_linear, x, free_values, frozen_values, *pattern.tensors, bias)
 
 
 def sparse_conv2d(

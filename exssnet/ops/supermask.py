@@ -7,7 +7,7 @@ from torch import Tensor
 
 from exssnet.kernels.reference import empty_batch_last
 
-from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d
+from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d, in_rows
 from .library import autocast, define, differentiable, same_kind
 from .selection import FLOATS, topk_select
 
@@ -109,8 +109,7 @@ def supermask_linear(
     selection = _selection("supermask_linear", weight, scores, k, selection)
     x, weight, bias = autocast(x, weight, bias)
     same_kind("supermask_linear", x, weight=weight, bias=bias)
-    flat = x.reshape(-1, x.shape[-1])
-    return _linear(flat, weight, scores, selection, bias, sparse).reshape(*x.shape[:-1], weight.shape[0])
+    return in_rows(_linear, x, weight, scores, selection, bias, sparse)
 
 
 def supermask_conv2d(
