@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--device cuda needs a GPU, and torch {torch.__version__} finds none")
     if options.device == "cuda" and options.kind == "memory":
         raise ValueError("memory is measured on the CPU alone, got --device cuda")
-    with torch.device(options.device), cudnn_as_precise_as_products():
+    # On the CPU nothing is to be said: a device as a context passes every call through Python.
+    device = torch.device(options.device) if options.device != "cpu" else nullcontext()
+    with device, cudnn_as_precise_as_products():
         return _run(options)
 
 

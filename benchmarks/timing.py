@@ -73,8 +73,12 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def alternate(variants: Sequence[Variant], seconds: float) -> list[Timing]:
-    """Time all variants round by round, so that a machine that drifts hits them alike; at least 5 rounds."""
+def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) -> list[Timing]:
+    """Time all variants round by round, so that a machine that drifts hits them alike; at least 5 rounds.
+
+    turn: seconds for which a variant is called again and again before the next one's turn, as in a loop that does
+        nothing else; by default once, which finds the caches full of what the others did.
+    """
     for variant in variants:
         variant()
     finish()
@@ -83,10 +87,12 @@ def alternate(variants: Sequence[Variant], seconds: float) -> list[Timing]:
     while len(rounds) < 5 or time.perf_counter() - start < seconds:
         times = []
         for variant in variants:
-            begin = time.perf_counter()
-            variant()
-            finish()
-            times.append(time.perf_counter() - begin)
+            calls, begin = 0, time.perf_counter()
+            while calls == 0 or time.perf_counter() - begin < turn:
+                variant()
+                finish()
+                calls += 1
+            times.append((time.perf_counter() - begin) / calls)
         rounds.append(times)
     quartiles = torch.tensor(rounds, dtype=torch.float64, device="cpu").quantile(
         torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu"), dim=0

@@ -4,8 +4,9 @@ A step is forward, cross-entropy, backward and Adam on a batch of 64; in the inf
 finished task, in evaluation mode without gradients. "cached mask" multiplies the dense weights with a mask kept as
 floats and trains them all; "sort" trains scores that every forward sorts in full, as the official code does; "no mask"
 is the plain network, "dense" the finished task's network with its zeros, "dense, folded" that with its norms in the
-convolutions. Of the peers' memory layouts (NCHW, channels_last) the faster one is timed. Gradients and logits are
-checked before anything is timed.
+convolutions. Of the peers' memory layouts (NCHW, channels_last) the faster one is timed. Short steps are repeated for
+50 ms before another way has its turn, so that they find in the caches what they find there in a loop of training.
+Gradients and logits are checked before anything is timed.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def measure(
     ours = start.ours(phase)
     start.check(phase, ours)
     ways = [ours, *(start.fastest_peer(how) for how in PEERS[phase])]
-    timed = alternate([way.steps(start.network.batches()) for way in ways], 0.1 if quick else 5.0)
+    timed = alternate([way.steps(start.network.batches()) for way in ways], 0.1 if quick else 5.0, turn=0.05)
     baselines = {way.name: timing for way, timing in zip(ways[1:], timed[1:], strict=True)}
     shape = f"{network}, batch {start.network.batch}"
     rows.append(Row(f"{phase} phase", shape, density, threads, timed[0], baselines=baselines))
