@@ -190,14 +190,18 @@ def sparse(layer: Layer, density: float) -> Cases:
         else peers.conv2d(x, layer.weight, mask, grad, layer.stride)
     )
 
-    def check() -> None:
+    def check(ours: Variant, others: dict[str, Variant]) -> None:
         accurate(ours, lambda dtype: lambda: plainly(dtype))()
         for name, peer in others.items():
             for got, truth in zip(peer(), plainly(torch.float64), strict=True):
                 check_close(name, got[mask] if got.shape == mask.shape != truth.shape else got, truth)
 
     baselines = {"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer), **others}
-    yield Case(layer.name, ours, baselines, check, work, "GFLOP/s", density)
+    yield Case(layer.name, ours, baselines, partial(check, ours, others), work, "GFLOP/s", density)
+    if layer.is_linear and (others := peers.linear_kernels(x, layer.weight, mask, grad)):
+        kernels = partial(sparse_kernels, x, layer.weight[mask], none, pattern, grad)
+        check_kernels = partial(check, kernels, others)
+        yield Case(f"{layer.name}, kernels alone", kernels, others, check_kernels, work, "GFLOP/s", density)
     factors = mask.to(layer.weight.dtype)
     single = alone(product, grad, x, layer.weight[mask])
     dense = alone(lambda x, w: plain.layer(x, w * factors, layer.stride), layer.grad, layer.x, layer.weight)
@@ -209,6 +213,16 @@ def sparse(layer: Layer, density: float) -> Cases:
         baselines = {"cached mask": dense[i]}
         shape = f"{layer.name}, {part}"
         yield Case(shape, single[i], baselines, partial(check_part, i, part), work / 3, "GFLOP/s", density)
+
+
+def sparse_kernels(
+    x: Tensor, free: Tensor, frozen: Tensor, pattern: ops.SparsePattern, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Forward and backward of a linear layer, as autograd calls them."""
+    weights = free, frozen, *pattern.tensors
+    with torch._C._AutoDispatchBelowAutograd():
+        output = torch.ops.exssnet.sparse_linear.default(x, *weights, None)
+        return output, *torch.ops.exssnet.sparse_linear_backward.default(grad, x, *weights, [True, True])
 
 
 def alone(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> list[Variant]:

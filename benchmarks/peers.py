@@ -27,22 +27,47 @@ def linear(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, V
     if INSTALLED["sparselab"]:
         found["sparselab"] = _sparselab(x, kept, grad)
     if INSTALLED["sparseprop"]:
+        from sparseprop.modules.linear import SparseLinear
+
+        found["sparseprop from (B, I)"] = _module(SparseLinear(kept), x.contiguous(), grad.contiguous())
+    return found
+
+
+def linear_kernels(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, Variant]:
+    """The same without autograd and modules."""
+    found: dict[str, Variant] = {}
+    if x.device.type != "cpu":
+        return found
+    kept, columns, grad_columns = weight * mask, x.t().contiguous(), grad.t().contiguous()
+    if INSTALLED["sparselab"]:
+        from sparselab import PaddedCSR, _core
+        from sparselab.ops import _cached_transpose
+
+        matrix = PaddedCSR.from_dense(kept, padding_ratio=0.0)
+        live = _live(matrix)
+
+        def sparselab() -> tuple[Tensor, ...]:
+            output = _core.spmm_simd(matrix, columns.numpy())
+            grad_values = _core.spmm_grad_w_simd(matrix, grad_columns.numpy(), columns.numpy())
+            grad_x = _core.spmm_simd(_cached_transpose(matrix), grad_columns.numpy())
+            return torch.from_numpy(output).t(), torch.from_numpy(grad_x).t(), torch.from_numpy(grad_values)[live]
+
+        found["sparselab"] = sparselab
+    if INSTALLED["sparseprop"]:
         from sparseprop import backend
         from sparseprop.modules.linear import SparseLinear
 
         module = SparseLinear(kept)
         values, index = module.W_val.detach(), module.W_idx
-        columns, grad_columns = x.t().contiguous(), grad.t().contiguous()
 
-        def kernels() -> tuple[Tensor, ...]:
+        def sparseprop() -> tuple[Tensor, ...]:
             output = torch.zeros(weight.shape[0], x.shape[0])
             backend.sparse_linear_vectorized_forward(columns, *index, values, output)
             grad_x, grad_values = torch.zeros_like(columns), torch.zeros_like(values)
             backend.sparse_linear_vectorized_backward(columns, *index, values, grad_columns, grad_x, grad_values)
             return output.t(), grad_x.t(), grad_values
 
-        found["sparseprop"] = kernels
-        found["sparseprop from (B, I)"] = _module(module, x.contiguous(), grad.contiguous())
+        found["sparseprop"] = sparseprop
     return found
 
 
@@ -79,16 +104,21 @@ def _sparselab(x: Tensor, kept: Tensor, grad: Tensor) -> Variant:
 
     matrix = PaddedCSR.from_dense(kept, padding_ratio=0.0)
     values = torch.from_numpy(np.array(matrix.values, copy=False)).requires_grad_()
-    live = torch.from_numpy(np.array(matrix.col_indices)) >= 0  # an empty row holds one entry that is none
-    count = int(live.sum())
+    live = _live(matrix)
     columns, grad_columns = x.t().contiguous().requires_grad_(), grad.t().contiguous()
 
     def run() -> tuple[Tensor, ...]:
         output = _SpMMFunction.apply(values, matrix, columns, "simd")
         grad_x, grad_values = torch.autograd.grad(output, (columns, values), grad_columns)
-        return output.t(), grad_x.t(), grad_values if grad_values.numel() == count else grad_values[live]
+        return output.t(), grad_x.t(), grad_values[live]
 
     return run
+
+
+def _live(matrix: Any) -> Tensor | slice:
+    """Which values of a matrix of sparselab's are kept weights: an empty row holds one entry that is none."""
+    live = torch.from_numpy(np.array(matrix.col_indices)) >= 0
+    return slice(None) if bool(live.all()) else live
 
 
 def _matrix(index: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, ...]) -> Tensor:
