@@ -185,6 +185,20 @@ class TestSparse(ProductTests):
         got = run(lambda t: sparse(p, t, strided, pattern(p)), self.family.leaves(p), p.grad)
         assert_exact(got, representable(self.family.truth(p), got))
 
+    @pytest.mark.parametrize("free_share", [0.5, 1], ids=["with-frozen-values", "no-frozen-values"])
+    @layers(LAYERS)
+    def test_values_may_have_any_order(self, layer: Layer, free_share: float) -> None:
+        p = problem(layer, integers=True, free_share=free_share)
+        rows, leaves, frozen = pattern(p), self.family.leaves(p), frozen_values(p)
+        order, frozen_order = torch.randperm(leaves["free_values"].numel()), torch.randperm(frozen.numel())
+        place = torch.cat([order.argsort(), order.numel() + frozen_order.argsort()]).int()
+        shuffled = rows._replace(slot=place[rows.slot], slot_t=place[rows.slot_t])
+        leaves["free_values"] = leaves["free_values"][order]
+        got = run(lambda t: sparse(p, t, frozen[frozen_order], shuffled), leaves, p.grad)
+        expected = self.family.kernel(p)
+        expected["grad_free_values"] = expected["grad_free_values"][order]
+        assert_exact(got, expected)
+
     @layers(tuple(layer for layer in LAYERS if layer.kind != "linear"))
     def test_convolution_output_and_input_gradient_are_stored_batch_innermost(self, layer: Layer) -> None:
         got = self.family.kernel(problem(layer))
