@@ -49,7 +49,7 @@ _configuration = 0
 
 
 def run(*arguments: str, **environment: str) -> None:
-    """Run pytest with the arguments in interpreting processes of their own, under this guard: each has half the tests."""
+    """Run pytest with the arguments in two interpreting processes under this guard, each with half of the tests."""
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-p", "triton_guard", "-p", "no:cacheprovider", *arguments]
     variables = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path} | environment
