@@ -64,8 +64,9 @@ def run(*arguments: str, **environment: str) -> None:
             pytest.fail(f"{' '.join(command)}\n{output.read()[-12_000:]}", pytrace=False)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a process of `run` leaves to the other."""
+    """Of the tests that were asked for, what a process of `run` leaves to the other."""
     if half := os.environ.get(HALF):
         del items[1 - int(half) :: 2]
 
