@@ -9,6 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Its functions' default arguments hold the group that exists when it is imported, and any optimizer imports it:
+    # then `destroy_process_group` leaves Gloo's threads running, which can abort the process at its end.
+    import torch.distributed.nn
+
 
 def size() -> int:
     """Number of processes: 1 without `torch.distributed`."""
