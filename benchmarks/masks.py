@@ -8,42 +8,51 @@ from torch import Tensor
 
 from exssnet import ops
 from exssnet.kernels import reference
+from exssnet.models import ResNet18
 
 from . import plain
-from .timing import Case, Cases, Variant, check_accurate, check_equal
+from .timing import Case, Cases, Variant, Work, check_accurate, check_equal
 
 AdamState = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def topk_masks(quick: bool) -> Cases:
-    for n in (10_000,) if quick else (1 << 20, 1 << 24):
+    """Single tensors, and all layers of a ResNet-18 of width 64."""
+    layers = [p.numel() for p in ResNet18(10, 4 if quick else 64).parameters() if p.dim() > 1]
+    for sizes in ([10_000], layers) if quick else ([1 << 20], [1 << 24], layers):
         for density in (0.1, 0.02):
             torch.manual_seed(0)
-            scores, hint = torch.randn(n), None
+            k, hint = [ops.density_to_k(n, density) for n in sizes], None
+            scores = [torch.randn(n) for n in sizes]
             for _ in range(5):  # as an optimizer moves them: a bracket is known after a few steps
-                hint = ops.topk_select([scores], [ops.density_to_k(n, density)], hint)[1]
-                scores = scores + 1e-3 * torch.randn(n)
-            yield _topk_masks(scores, density, None)
-            yield _topk_masks(scores, density, hint)
+                hint = ops.topk_select(scores, k, hint)[1]
+                scores = [s + 1e-3 * torch.randn_like(s) for s in scores]
+            yield _topk_masks(scores, k, density, None)
+            yield _topk_masks(scores, k, density, hint)
 
 
-def _topk_masks(scores: Tensor, density: float, hint: Tensor | None) -> Case:
-    k = [ops.density_to_k(scores.numel(), density)]
+def _topk_masks(scores: list[Tensor], k: list[int], density: float, hint: Tensor | None) -> Case:
+    n = sum(s.numel() for s in scores)
+    shape = f"{n:,}" + (f" in {len(scores)} layers" if len(scores) > 1 else "")
+
+    def each(select: plain.Selection) -> Variant:
+        return lambda: [select(s.abs(), density) for s in scores]
+
+    def check() -> None:
+        masks = ops.topk_masks(scores, k, hint).masks
+        for mask, truth in zip(masks, reference.topk_masks(scores, k, None, True)[0], strict=True):
+            check_equal("the mask", mask, truth)
+
     return Case(
-        shape=f"{scores.numel():,}" + ("" if hint is None else ", hint"),
-        ours=lambda: ops.topk_masks([scores], k, hint),
+        shape=shape + ("" if hint is None else ", hint"),
+        ours=lambda: ops.topk_masks(scores, k, hint),
         baselines={
-            "sort": lambda: plain.sort_mask(scores.abs(), density),
-            "topk": lambda: plain.topk_mask(scores.abs(), density),
-            "kthvalue": lambda: plain.kthvalue_mask(scores.abs(), density),
+            "sort": each(plain.sort_mask), "topk": each(plain.topk_mask), "kthvalue": each(plain.kthvalue_mask),
         },
-        check=lambda: check_equal(
-            "the mask", ops.topk_masks([scores], k, hint).masks[0], reference.topk_masks([scores], k, None, True)[0][0]
-        ),
-        work=scores.numel() * (scores.element_size() + 1),
-        unit="GB/s",
+        check=check,
+        work=Work(n * (4 + 1)),
         density=density,
-    )
+    )  # fmt: skip
 
 
 def adam_topk(quick: bool) -> Cases:
@@ -79,8 +88,7 @@ def adam_topk(quick: bool) -> Cases:
             "Adam, sort": torchs(lambda s: plain.sort_mask(s.abs(), 0.1)),
         },
         check=check,
-        work=scores.numel() * (7 * scores.element_size() + 1 / 8),
-        unit="GB/s",
+        work=Work(scores.numel() * (7 * scores.element_size() + 1 / 8)),
         density=0.1,
     )
 
@@ -104,8 +112,7 @@ def supermask_weights(quick: bool) -> Cases:
         ours=lambda: ops.supermask_weights(weights, scores, masks),
         baselines={"cached masks": lambda: [w * f for w, f in zip(weights, factors, strict=True)]},
         check=check,
-        work=n * (8 + 1 / 8),
-        unit="GB/s",
+        work=Work(n * (8 + 1 / 8)),
         density=0.1,
     )
 
@@ -127,8 +134,7 @@ def pack_mask(quick: bool) -> Cases:
         ours=lambda: ops.pack_mask(mask),
         baselines=_on_cpu(mask, lambda: np.packbits(mask.numpy(), bitorder="little")),
         check=lambda: check_equal("the bytes", ops.pack_mask(mask), reference.pack_mask(mask)),
-        work=mask.numel() * (1 + 1 / 8),
-        unit="GB/s",
+        work=Work(mask.numel() * (1 + 1 / 8)),
     )
 
 
@@ -140,8 +146,7 @@ def unpack_mask(quick: bool) -> Cases:
         ours=lambda: ops.unpack_mask(packed, [n]),
         baselines=_on_cpu(packed, lambda: np.unpackbits(packed.numpy(), count=n, bitorder="little").view(np.bool_)),
         check=lambda: check_equal("the mask", ops.unpack_mask(packed, [n]), mask),
-        work=n * (1 + 1 / 8),
-        unit="GB/s",
+        work=Work(n * (1 + 1 / 8)),
     )
 
 
@@ -158,6 +163,5 @@ def _free_mask(shape: str, mask: Tensor, used: Tensor, baselines: dict[str, Vari
         ours=lambda: ops.free_mask(mask, used),
         baselines=baselines,
         check=lambda: check_equal("the mask", ops.free_mask(mask, used), mask & ~used),
-        work=3 * mask.numel(),
-        unit="GB/s",
+        work=Work(3 * mask.numel()),
     )

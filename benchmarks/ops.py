@@ -4,7 +4,10 @@ Every result is checked against the operator's reference before it is timed. Lay
 with gradients of their input and their parameters; the sparse ones also each product alone. Rates count what has to be
 done: one read of the scores and one write of the mask, or the FLOPs of the three products of a layer (of the kept
 weights only, for the sparse ones). Taps in the padding count, so a kernel that skips them can pass 100 %. "of peak" is
-the share of the machine's multiply-adds, or of its copy bandwidth.
+the share of the machine's multiply-adds, or of its copy bandwidth. "floor" is the least time that the machine's peaks
+allow: for the bytes, each read or written once (what a cache holds may take less), for the FLOPs, or on a GPU for the
+sparse products' reads of shared memory, one for each multiply-add, whichever takes longest. With --device cuda the
+floors of three GPUs by their data sheets stand beside it.
 """
 
 import argparse
@@ -21,8 +24,8 @@ from exssnet import ops
 from exssnet.kernels import OPERATORS, reference
 
 from . import masks, peers, plain
-from .ceilings import machine_peak
-from .timing import Case, Cases, Row, Variant, alternate, check_accurate, check_close, check_equal, tick, timings
+from .ceilings import floors, machine_peak
+from .timing import Case, Cases, Row, Variant, Work, alternate, check_accurate, check_close, check_equal, tick, timings
 
 
 class Layer:
@@ -42,9 +45,11 @@ class Layer:
     def mask(self, density: float) -> Tensor:
         return plain.sort_mask(self.scores.abs(), density).bool()
 
-    def flops(self, weights: int) -> float:
-        """Of the output and two gradients with this many weights."""
-        return 3 * 2 * weights * (self.grad.numel() // self.weight.shape[0])
+    def work(self, kept: int, stored: float, products: int = 3, sparse: bool = False) -> Work:
+        """Of output and gradients with `kept` weights; stored: bytes of all that a weight has, in all products."""
+        adds = products * kept * (self.grad.numel() // self.weight.shape[0])
+        moved = products * 4 * (self.x.numel() + self.grad.numel()) + stored
+        return Work(moved, 2 * adds, 4 * adds if sparse else 0)
 
 
 LINEAR = [(64, 784, 300), (64, 300, 100), (128, 1024, 1024)]
@@ -102,6 +107,17 @@ def supermask(layer: Layer, density: float) -> Cases:
         )  # fmt: skip
 
     ours = step(lambda x, s: operator(x, layer.weight, s, k, **layer.geometry), layer.grad, layer.x, layer.scores)
+    magnitudes = layer.scores.abs()
+    others = peers.supermask_linear(layer.x, layer.weight, magnitudes, k, layer.grad) if layer.is_linear else {}
+
+    def check() -> None:
+        accurate(ours, peer)()
+        for name, other in others.items():
+            output, grad_x, grad_weight = other()
+            got = output, grad_x, grad_weight * layer.weight * layer.scores.sign()
+            for result, truth in zip(got, peer(torch.float64)(), strict=True):
+                check_close(name, result, truth)
+
     yield Case(
         shape=layer.name,
         ours=ours,
@@ -109,10 +125,11 @@ def supermask(layer: Layer, density: float) -> Cases:
             "sort": peer(torch.float32),
             "kthvalue": peer(torch.float32, plain.kthvalue_mask),
             "no mask": no_mask(layer),
+            **others,
         },
-        check=accurate(ours, peer),
-        work=layer.flops(layer.weight.numel()),
-        unit="GFLOP/s",
+        check=check,
+        # Selection, twice weight and mask; weight, score and its gradient.
+        work=layer.work(layer.weight.numel(), layer.weight.numel() * (4 + 2 * (4 + 1 / 8) + 12)),
         density=density,
     )
 
@@ -139,8 +156,7 @@ def masked(layer: Layer, density: float) -> Cases:
         ours=ours,
         baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
         check=accurate(ours, lambda dtype: cached_mask(layer, mask, dtype)),
-        work=layer.flops(layer.weight.numel()),
-        unit="GFLOP/s",
+        work=layer.work(layer.weight.numel(), layer.weight.numel() * 15),
         density=density,
     )
 
@@ -164,8 +180,7 @@ def packed(layer: Layer, density: float) -> Cases:
         ours=ours,
         baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
         check=accurate(ours, lambda dtype: partial(at_kept, layer, mask, dtype)),
-        work=layer.flops(layer.weight.numel()),
-        unit="GFLOP/s",
+        work=layer.work(layer.weight.numel(), 3 * (layer.weight.numel() / 4 + 4 * pattern.kept)),
         density=density,
     )
 
@@ -173,7 +188,8 @@ def packed(layer: Layer, density: float) -> Cases:
 def sparse(layer: Layer, density: float) -> Cases:
     mask = layer.mask(density)
     pattern, none = ops.sparse_pattern(mask), torch.empty(0)
-    work = layer.flops(int(mask.sum()))
+    kept = int(mask.sum())
+    work = layer.work(kept, 3 * 8 * kept, sparse=True)  # value and index
 
     def product(x: Tensor, values: Tensor) -> Tensor:
         if layer.is_linear:
@@ -197,11 +213,11 @@ def sparse(layer: Layer, density: float) -> Cases:
                 check_close(name, got[mask] if got.shape == mask.shape != truth.shape else got, truth)
 
     baselines = {"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer), **others}
-    yield Case(layer.name, ours, baselines, partial(check, ours, others), work, "GFLOP/s", density)
+    yield Case(layer.name, ours, baselines, partial(check, ours, others), work, density)
     if layer.is_linear and (others := peers.linear_kernels(x, layer.weight, mask, grad)):
         kernels = partial(sparse_kernels, x, layer.weight[mask], none, pattern, grad)
         check_kernels = partial(check, kernels, others)
-        yield Case(f"{layer.name}, kernels alone", kernels, others, check_kernels, work, "GFLOP/s", density)
+        yield Case(f"{layer.name}, kernels alone", kernels, others, check_kernels, work, density)
     factors = mask.to(layer.weight.dtype)
     single = alone(product, grad, x, layer.weight[mask])
     dense = alone(lambda x, w: plain.layer(x, w * factors, layer.stride), layer.grad, layer.x, layer.weight)
@@ -212,7 +228,8 @@ def sparse(layer: Layer, density: float) -> Cases:
     for i, part in enumerate(("forward", "input gradient", "value gradient")):
         baselines = {"cached mask": dense[i]}
         shape = f"{layer.name}, {part}"
-        yield Case(shape, single[i], baselines, partial(check_part, i, part), work / 3, "GFLOP/s", density)
+        work = layer.work(kept, 8 * kept, 1, sparse=True)
+        yield Case(shape, single[i], baselines, partial(check_part, i, part), work, density)
 
 
 def sparse_kernels(
@@ -239,6 +256,7 @@ def alone(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> lis
 def folded(layer: Layer, density: float) -> Cases:
     """Inference: the convolution with a norm's scale and bias, a residual and ReLU, against the same one by one."""
     mask = layer.mask(density)
+    kept = int(mask.sum())
     pattern, none = ops.sparse_pattern(mask), torch.empty(0)
     scale, bias = torch.rand(layer.weight.shape[0]) + 0.5, torch.randn(layer.weight.shape[0])
     x, residual, values = reference.batch_last(layer.x), reference.batch_last(layer.grad), layer.weight[mask]
@@ -264,8 +282,7 @@ def folded(layer: Layer, density: float) -> Cases:
         ours=ours,
         baselines={"dense": peer(torch.float32)},
         check=accurate(ours, peer),
-        work=layer.flops(int(mask.sum())) / 3,
-        unit="GFLOP/s",
+        work=layer.work(kept, 8 * kept + 4 * layer.grad.numel(), 1, sparse=True),
         density=density,
     )
 
@@ -299,8 +316,7 @@ def _batch_norm_act(shape: tuple[int, int, int, int], with_residual: bool) -> Ca
             "in place": peer(torch.float32, plain.batch_norm_innermost),
         },
         check=accurate(ours, peer),
-        work=(5 + 3 * with_residual) * grad.numel() * grad.element_size(),
-        unit="GB/s",
+        work=Work((5 + 3 * with_residual) * grad.numel() * grad.element_size()),
     )
 
 
@@ -322,8 +338,7 @@ def _knn_classify(n: int, m: int, width: int, k: int) -> Case:
             ops.knn_classify(features, labels, queries, k, 10),
             reference.knn_classify(features, labels, queries, k, 10),
         ),
-        work=2 * n * m * width,
-        unit="GFLOP/s",
+        work=Work(4 * width * (n + m), 2 * n * m * width),
     )
 
 
@@ -356,11 +371,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(operator: str, case: Case, threads: int, quick: bool) -> Row:
     case.check()
-    ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0)
-    rate = case.work / ours.median / 1e9
+    # On a GPU launches queue up in a turn, so that Python's time for one is not counted.
+    turn = 0.01 if torch.get_default_device().type == "cuda" else 0.0
+    ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0, turn)
+    rate = (case.work.flops or case.work.bytes) / ours.median / 1e9
     share = rate / machine_peak(quick).of(case.unit)
     baselines = dict(zip(case.baselines, others, strict=True))
-    return Row(operator, case.shape, case.density, threads, ours, rate, case.unit, share, baselines)
+    return Row(
+        operator, case.shape, case.density, threads, ours, rate, case.unit, share, baselines, *floors(case.work, quick)
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

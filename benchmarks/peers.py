@@ -1,4 +1,6 @@
-"""Other people's products with the kept weights of a fixed mask: torch's CSR, sparselab and sparseprop where installed.
+"""Other people's layers: torch's CSR, sparselab and sparseprop for a fixed mask, torchao's for a supermask.
+
+All but torch's where they are installed.
 
 Each variant is forward and backward: a call returns the output, the input's gradient, and that of the kept weights
 (of all weights, where the peer gives them all). Input and gradient come with the batch innermost, which is the layout
@@ -15,7 +17,34 @@ from torch import Tensor
 
 from .timing import Variant
 
-INSTALLED = {name: find_spec(name) is not None for name in ("sparselab", "sparseprop")}
+INSTALLED = {name: find_spec(name) is not None for name in ("sparselab", "sparseprop", "torchao")}
+
+
+def supermask_linear(x: Tensor, weight: Tensor, magnitudes: Tensor, k: int, grad: Tensor) -> dict[str, Variant]:
+    """Output and gradients of x (B, I) and of the scores, with the k weights of largest magnitude.
+
+    torchao selects by `kthvalue`, and its scores' gradient is that of the masked weight.
+    """
+    if not INSTALLED["torchao"]:
+        return {}
+    try:
+        from torchao.sparsity import SupermaskLinear
+    except ImportError:  # gone after 0.18
+        return {}
+
+    out, width = weight.shape
+    dropped = (weight.numel() - k) / (weight.numel() - 1)  # the quantile it asks for
+    layer = SupermaskLinear(dropped, 1, False, True, width, out, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.scores.copy_(magnitudes)
+    x = x.detach().requires_grad_()
+
+    def torchao() -> tuple[Tensor, ...]:
+        output = layer(x)
+        return output, *torch.autograd.grad(output, (x, layer.scores), grad)
+
+    return {"torchao": torchao}
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, Variant]:

@@ -30,7 +30,8 @@ class Timing:
 class Row:
     """One line of the table. rate: bytes or FLOPs, counted in the code, over the time; 0 where none are counted.
 
-    peak: the share of what the machine can do at most.
+    peak: the share of what the machine can do at most. floor, paper: seconds that it takes at least, here and on GPUs
+    by their data sheets.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Row:
     unit: str = ""
     peak: float = 0.0
     baselines: dict[str, Timing] = field(default_factory=dict)
+    floor: float = 0.0
+    paper: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, baseline: str) -> float:
         """How many times faster than a baseline."""
@@ -51,17 +54,29 @@ class Row:
         return asdict(self) | {"ratios": {name: self.ratio(name) for name in self.baselines}}
 
 
+@dataclass(frozen=True)
+class Work:
+    """What has to be done at least: bytes of memory, each read or written once, FLOPs, and bytes of shared memory."""
+
+    bytes: float
+    flops: float = 0.0
+    shared: float = 0.0
+
+
 @dataclass
 class Case:
-    """One row. check: raises WrongResult unless `ours` is right; work: bytes or FLOPs of one call, in `unit` of 1e9."""
+    """One row. check: raises WrongResult unless `ours` is right; work: of one call; has it FLOPs, they are rated."""
 
     shape: str
     ours: Variant
     baselines: dict[str, Variant]
     check: Callable[[], None]
-    work: float
-    unit: str
+    work: Work
     density: float | None = None
+
+    @property
+    def unit(self) -> str:
+        return "GFLOP/s" if self.work.flops else "GB/s"
 
 
 Cases = Iterator[Case]
@@ -90,8 +105,8 @@ def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) ->
             calls, begin = 0, time.perf_counter()
             while calls == 0 or time.perf_counter() - begin < turn:
                 variant()
-                finish()
                 calls += 1
+            finish()
             times.append((time.perf_counter() - begin) / calls)
         rounds.append(times)
     quartiles = torch.tensor(rounds, dtype=torch.float64, device="cpu").quantile(
@@ -165,8 +180,11 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def timings(rows: Sequence[Row]) -> str:
     """The rows as a table; "x sort" is the median of the sort divided by ours."""
-    rated = any(row.unit for row in rows)
-    head = ["what", "shape", "density", "threads", "median ms", "spread ms", *["rate", "of peak"][: 2 * rated]]
+    floored, rated = any(row.floor for row in rows), any(row.unit for row in rows)
+    paper = next((list(row.paper) for row in rows), [])
+    head = ["what", "shape", "density", "threads", "median ms", "spread ms"]
+    head += ["floor ms", *(f"{gpu} floor" for gpu in paper)] if floored else []
+    head += ["rate", "of peak"] if rated else []
     lines = [
         [
             row.name,
@@ -175,7 +193,8 @@ def timings(rows: Sequence[Row]) -> str:
             str(row.threads),
             milliseconds(row.timing.median),
             milliseconds(row.timing.spread),
-            *[f"{row.rate:.3g} {row.unit}", percent(row.peak)][: 2 * rated],
+            *(map(milliseconds, [row.floor, *row.paper.values()]) if floored else ()),
+            *([f"{row.rate:.3g} {row.unit}", percent(row.peak)] if rated else ()),
             ", ".join(f"{name} {row.ratio(name):.1f}" for name in row.baselines),
         ]
         for row in rows

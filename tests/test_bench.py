@@ -43,7 +43,7 @@ def timed(row: dict[str, Any]) -> bool:
 def test_ops_times_every_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench(tmp_path, "ops")["ops"]["rows"]
     assert set(OPERATORS) == {row["name"] for row in rows}
-    assert all(timed(row) and row["rate"] > 0 and row["peak"] > 0 for row in rows)
+    assert all(timed(row) and row["rate"] > 0 and row["peak"] > 0 and row["floor"] > 0 for row in rows)
     said = capsys.readouterr().out
     assert all(f"| {operator} " in said for operator in OPERATORS)
     assert "times faster than" in said
@@ -269,6 +269,16 @@ def test_peers_with_a_fixed_mask_agree_with_the_dense_product(batch: int) -> Non
         torch.testing.assert_close(grad_values[mask] if grad_values.dim() == 2 else grad_values, expected[1])
 
 
+def test_torchaos_layer_agrees_with_plain_pytorch() -> None:
+    pytest.importorskip("torchao.sparsity.supermask")
+    x, weight, scores, grad = torch.randn(16, 24), torch.randn(32, 24), torch.randn(32, 24), torch.randn(16, 32)
+    for k in (2, 77, 767):
+        masked = weight * ops.topk_mask(scores, k)
+        (peer,) = peers.supermask_linear(x, weight, scores.abs(), k, grad).values()
+        for got, expected in zip(peer(), (x @ masked.t(), grad @ masked, grad.t() @ x), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_the_other_memory_layout_is_the_same_network() -> None:
     start = Start(TINY, 0.1)
     x, y = next(TINY.batches())
@@ -334,6 +344,32 @@ def test_ratios_say_how_many_times_faster() -> None:
     assert row.ratio("sort") == pytest.approx(3)
     assert "1.5 GB/s | 25 %" in timing.timings([row])
     assert "sort 3.0" in timing.timings([row])
+    assert "floor" not in timing.timings([row])
+
+
+def test_floors_are_of_what_takes_longest() -> None:
+    peak = ceilings.Ceilings(flops=1e12, bandwidth=1e10, shared=1e11)
+    assert peak.floor(timing.Work(1e9, 1e10, 1e9)) == pytest.approx(0.1)
+    assert peak.floor(timing.Work(1e9, 2e11, 1e9)) == pytest.approx(0.2)
+    assert peak.floor(timing.Work(1e9, 2e11, 3e10)) == pytest.approx(0.3)
+    # Of the row: output and two gradients of 2 x 3 x 3 x 3 weights, two of them kept, and 4 images of 5 x 5.
+    layer = command.ops.Layer(4, 3, 2, 5)
+    work = layer.work(2, 16, sparse=True)
+    assert work.flops == 3 * 2 * 2 * 4 * 25
+    assert work.shared == 2 * work.flops
+    assert work.bytes == 3 * 4 * (4 * 3 * 25 + 4 * 2 * 25) + 16
+
+
+def test_floors_on_paper_stand_beside_the_times_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ceilings.floors(timing.Work(1e9), quick=True)[1] == {}
+    monkeypatch.setattr(ceilings, "machine_peak", lambda quick=False: ceilings.Ceilings(1e14, 1e12))
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+    floor, paper = ceilings.floors(timing.Work(56e6))  # masks of bytes for 11.2 M scores
+    assert floor == pytest.approx(56e-6)
+    assert {gpu: round(1e6 * seconds) for gpu, seconds in paper.items()} == {"A100": 27, "H100": 17, "RTX 4090": 55}
+    said = timing.timings([Row("op", "1", None, 1, Timing(2e-3, 0.0), floor=floor, paper=paper)])
+    assert "| floor ms | A100 floor | H100 floor | RTX 4090 floor |" in said
+    assert "| 0.056    | 0.0275     | 0.0167     | 0.0554         |" in said
 
 
 def test_ceilings_are_measured_once() -> None:
