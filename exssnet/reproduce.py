@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,7 +161,15 @@ def _without_task(learner: Learner, tasks: list[Task]) -> dict[str, Any]:
     }
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _perform_to_file(job: Job, file: Path) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # nobody waits for a run whose command was killed
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.write_text(json.dumps(perform(job)))
     os.replace(part, file)

@@ -1,6 +1,10 @@
 """Recipes, the runs they stand for, and an experiment from beginning to report."""
 
 import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +207,32 @@ def test_missing_data_fails_with_what_to_put_where(tmp_path: Path, capfd: pytest
     file.write_text(json.dumps({**SMALL, "methods": ["supsup"]}))
     assert cli.main(["reproduce", str(file), "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "put the idx files" in capfd.readouterr().err
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # threads end
+            found += map(int, thread.read_text().split())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
+def test_runs_end_when_the_command_is_killed(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.yaml"
+    file.write_text(json.dumps({**SMALL, "methods": ["supsup"], "epochs": 100_000}))
+    command = [sys.executable, "-m", "exssnet", "reproduce", str(file), "--root", str(root), "--processes", "1"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")])
+    until, working = time.monotonic() + 100, list[int]()
+    while not working and time.monotonic() < until:  # the processes of the server of forks that the command starts
+        time.sleep(0.1)
+        working = [run for child in _children(process.pid) for run in _children(child)]
+    process.kill()
+    process.wait()
+    assert working
+    while Path(f"/proc/{working[0]}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{working[0]}").exists()
 
 
 # Numbers of the report
