@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +79,9 @@ def _run(options: argparse.Namespace) -> int:
         for threads in options.threads:
             torch.set_num_threads(threads)
             peak = ceilings.machine_peak(options.quick)
-            found["ceilings"].append({"threads": threads, "flops": peak.flops, "bandwidth": peak.bandwidth})
-            print(
-                f"ceilings with {threads} thread{'s' * (threads > 1)}: {peak.of('GFLOP/s'):.0f} GFLOP/s in float32, "
-                f"{peak.of('GB/s'):.1f} GB/s read and written by a copy",
-                flush=True,
-            )
+            # JSON has no infinity, which what a CPU does not have is.
+            found["ceilings"].append({"threads": threads} | {k: v for k, v in asdict(peak).items() if 0 < v < math.inf})
+            print(f"ceilings with {threads} thread{'s' * (threads > 1)}: {peak}", flush=True)
         for kind, given in [(options.kind, options)] if options.kind else _selection(options):
             before = os.times()
             found[kind] = KINDS[kind].run(given)

@@ -17,7 +17,7 @@ from exssnet import Phases, convert
 from exssnet.models import LeNet300100, ResNet18
 
 from . import plain
-from .timing import check_error, error
+from .timing import check_error, error, finish
 
 LEARNING_RATE = 1e-3
 Batch = tuple[Tensor, Tensor]
@@ -135,8 +135,10 @@ class Start:
         for way in ways:
             step, times = way.steps(itertools.islice(self.network.batches(), 1)), []
             for _ in range(3):
+                finish()
                 begin = time.perf_counter()
                 step()
+                finish()
                 times.append(time.perf_counter() - begin)
             best.append(min(times))
         return self.peer(how, channels_last=best[1] < best[0])  # anew: those have made steps

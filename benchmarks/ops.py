@@ -4,10 +4,11 @@ Every result is checked against the operator's reference before it is timed. Lay
 with gradients of their input and their parameters; the sparse ones also each product alone. Rates count what has to be
 done: one read of the scores and one write of the mask, or the FLOPs of the three products of a layer (of the kept
 weights only, for the sparse ones). Taps in the padding count, so a kernel that skips them can pass 100 %. "of peak" is
-the share of the machine's multiply-adds, or of its copy bandwidth. "floor" is the least time that the machine's peaks
-allow: for the bytes, each read or written once (what a cache holds may take less), for the FLOPs, or on a GPU for the
-sparse products' reads of shared memory, one for each multiply-add, whichever takes longest. With --device cuda the
-floors of three GPUs by their data sheets stand beside it.
+the share of the machine's multiply-adds, or of its copy bandwidth. "floor" is the least time that these allow for what
+a row does in its way: the FLOPs, or the bytes, each once in every product (a cache or pure reading may beat that),
+whichever takes longer; on a GPU dense products by its tensor cores, and of sparse ones also the reads of shared memory
+that our kernels need, one for each multiply-add. With --device cuda the floors of three GPUs by their data sheets stand
+beside it; calls of a row then follow each other and find their tensors in its L2 cache, if they fit.
 """
 
 import argparse
@@ -45,11 +46,15 @@ class Layer:
     def mask(self, density: float) -> Tensor:
         return plain.sort_mask(self.scores.abs(), density).bool()
 
-    def work(self, kept: int, stored: float, products: int = 3, sparse: bool = False) -> Work:
-        """Of output and gradients with `kept` weights; stored: bytes of all that a weight has, in all products."""
-        adds = products * kept * (self.grad.numel() // self.weight.shape[0])
+    def work(self, stored: float, kept: int | None = None, products: int = 3) -> Work:
+        """Of output and gradients with all weights, or in sparse products with `kept` ones.
+
+        stored: bytes of weights, masks, indices and their gradients, in all products together.
+        """
+        weights = self.weight.numel() if kept is None else kept
+        adds = products * weights * (self.grad.numel() // self.weight.shape[0])
         moved = products * 4 * (self.x.numel() + self.grad.numel()) + stored
-        return Work(moved, 2 * adds, 4 * adds if sparse else 0)
+        return Work(moved, 2 * adds, 0 if kept is None else 4 * adds, tiles=kept is None)
 
 
 LINEAR = [(64, 784, 300), (64, 300, 100), (128, 1024, 1024)]
@@ -115,8 +120,8 @@ def supermask(layer: Layer, density: float) -> Cases:
         for name, other in others.items():
             output, grad_x, grad_weight = other()
             got = output, grad_x, grad_weight * layer.weight * layer.scores.sign()
-            for result, truth in zip(got, peer(torch.float64)(), strict=True):
-                check_close(name, result, truth)
+            for result, expected in zip(got, peer(torch.float32)(), strict=True):
+                check_close(name, result, expected.double())
 
     yield Case(
         shape=layer.name,
@@ -129,7 +134,7 @@ def supermask(layer: Layer, density: float) -> Cases:
         },
         check=check,
         # Selection, twice weight and mask; weight, score and its gradient.
-        work=layer.work(layer.weight.numel(), layer.weight.numel() * (4 + 2 * (4 + 1 / 8) + 12)),
+        work=layer.work(layer.weight.numel() * (4 + 2 * (4 + 1 / 8) + 12)),
         density=density,
     )
 
@@ -156,7 +161,7 @@ def masked(layer: Layer, density: float) -> Cases:
         ours=ours,
         baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
         check=accurate(ours, lambda dtype: cached_mask(layer, mask, dtype)),
-        work=layer.work(layer.weight.numel(), layer.weight.numel() * 15),
+        work=layer.work(layer.weight.numel() * 15),
         density=density,
     )
 
@@ -180,7 +185,7 @@ def packed(layer: Layer, density: float) -> Cases:
         ours=ours,
         baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
         check=accurate(ours, lambda dtype: partial(at_kept, layer, mask, dtype)),
-        work=layer.work(layer.weight.numel(), 3 * (layer.weight.numel() / 4 + 4 * pattern.kept)),
+        work=layer.work(3 * (layer.weight.numel() / 4 + 4 * pattern.kept)),
         density=density,
     )
 
@@ -189,7 +194,7 @@ def sparse(layer: Layer, density: float) -> Cases:
     mask = layer.mask(density)
     pattern, none = ops.sparse_pattern(mask), torch.empty(0)
     kept = int(mask.sum())
-    work = layer.work(kept, 3 * 8 * kept, sparse=True)  # value and index
+    work = layer.work(3 * 8 * kept, kept)  # value and index
 
     def product(x: Tensor, values: Tensor) -> Tensor:
         if layer.is_linear:
@@ -228,8 +233,7 @@ def sparse(layer: Layer, density: float) -> Cases:
     for i, part in enumerate(("forward", "input gradient", "value gradient")):
         baselines = {"cached mask": dense[i]}
         shape = f"{layer.name}, {part}"
-        work = layer.work(kept, 8 * kept, 1, sparse=True)
-        yield Case(shape, single[i], baselines, partial(check_part, i, part), work, density)
+        yield Case(shape, single[i], baselines, partial(check_part, i, part), layer.work(8 * kept, kept, 1), density)
 
 
 def sparse_kernels(
@@ -282,7 +286,7 @@ def folded(layer: Layer, density: float) -> Cases:
         ours=ours,
         baselines={"dense": peer(torch.float32)},
         check=accurate(ours, peer),
-        work=layer.work(kept, 8 * kept + 4 * layer.grad.numel(), 1, sparse=True),
+        work=layer.work(8 * kept + 4 * layer.grad.numel(), kept, 1),
         density=density,
     )
 
@@ -371,14 +375,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(operator: str, case: Case, threads: int, quick: bool) -> Row:
     case.check()
-    # On a GPU launches queue up in a turn, so that Python's time for one is not counted.
+    # Small calls queue up on a GPU, so that it is its time that is measured, unless Python takes longer.
     turn = 0.01 if torch.get_default_device().type == "cuda" else 0.0
     ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0, turn)
-    rate = (case.work.flops or case.work.bytes) / ours.median / 1e9
-    share = rate / machine_peak(quick).of(case.unit)
+    peak, work = machine_peak(quick), case.work
+    rate = (work.flops or work.bytes) / ours.median
+    share = rate / (peak.multiplying(work) if work.flops else peak.bandwidth)
     baselines = dict(zip(case.baselines, others, strict=True))
     return Row(
-        operator, case.shape, case.density, threads, ours, rate, case.unit, share, baselines, *floors(case.work, quick)
+        operator, case.shape, case.density, threads, ours, rate / 1e9, case.unit, share, baselines, *floors(work, quick)
     )
 
 

@@ -1,10 +1,9 @@
 """Other people's layers: torch's CSR, sparselab and sparseprop for a fixed mask, torchao's for a supermask.
 
-All but torch's where they are installed.
-
-Each variant is forward and backward: a call returns the output, the input's gradient, and that of the kept weights
-(of all weights, where the peer gives them all). Input and gradient come with the batch innermost, which is the layout
-of these kernels; what has to change the layout first says so in its name.
+All but torch's where they are installed. Each variant is forward and backward: of a fixed mask a call returns the
+output, the input's gradient, and that of the kept weights (of all weights, where the peer gives them all). There, input
+and gradient come with the batch innermost, which is the layout of these kernels; what has to change the layout first
+says so in its name.
 """
 
 import warnings
@@ -23,9 +22,11 @@ INSTALLED = {name: find_spec(name) is not None for name in ("sparselab", "sparse
 def supermask_linear(x: Tensor, weight: Tensor, magnitudes: Tensor, k: int, grad: Tensor) -> dict[str, Variant]:
     """Output and gradients of x (B, I) and of the scores, with the k weights of largest magnitude.
 
-    torchao selects by `kthvalue`, and its scores' gradient is that of the masked weight.
+    torchao selects by `kthvalue`, keeps all of equal ones, refuses k = 1, and leaves the factor W sign(S) out of the
+    gradient of the scores.
     """
-    if not INSTALLED["torchao"]:
+    threshold = magnitudes.flatten().topk(k).values[-1]
+    if not INSTALLED["torchao"] or k < 2 or int((magnitudes >= threshold).sum()) > k:
         return {}
     try:
         from torchao.sparsity import SupermaskLinear

@@ -21,7 +21,7 @@ from exssnet import Phases, Served, convert
 from exssnet.phases import evaluation
 
 from .networks import NETWORKS
-from .timing import Row, alternate, check_equal, check_error, error, tick, timings
+from .timing import Row, alternate, check_equal, check_error, error, finish, tick, timings
 
 Answer = Callable[[], Tensor]
 Layout = torch.memory_format
@@ -99,8 +99,10 @@ def fastest(answers: list[Answer]) -> Answer:
     times = []
     for answer in answers:
         answer()
+        finish()
         begin = time.perf_counter()
         answer()
+        finish()
         times.append(time.perf_counter() - begin)
     return answers[times.index(min(times))]
 

@@ -1,5 +1,6 @@
 """Times variants against each other, fairly, and prints what came out."""
 
+import math
 import os
 import platform
 import sys
@@ -56,11 +57,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done at least: bytes of memory, each read or written once, FLOPs, and bytes of shared memory."""
+    """What has to be done: bytes of memory, each once in every product, FLOPs, and bytes of a GPU's shared memory.
+
+    tiles: whether the products are dense, for the tensor cores of a GPU that has them.
+    """
 
     bytes: float
     flops: float = 0.0
     shared: float = 0.0
+    tiles: bool = False
 
 
 @dataclass
@@ -92,22 +97,28 @@ def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) ->
     """Time all variants round by round, so that a machine that drifts hits them alike; at least 5 rounds.
 
     turn: seconds for which a variant is called again and again before the next one's turn, as in a loop that does
-        nothing else; by default once, which finds the caches full of what the others did.
+        nothing else; by default once, which finds the caches full of what the others did. A GPU is waited for at the
+        end of a turn.
     """
+    counts = []
     for variant in variants:
         variant()
-    finish()
+        finish()
+        begin = time.perf_counter()
+        if turn:
+            variant()
+            finish()
+        counts.append(max(1, math.ceil(turn / (time.perf_counter() - begin))) if turn else 1)
     start = time.perf_counter()
     rounds: list[list[float]] = []
     while len(rounds) < 5 or time.perf_counter() - start < seconds:
         times = []
-        for variant in variants:
-            calls, begin = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - begin < turn:
+        for variant, count in zip(variants, counts, strict=True):
+            begin = time.perf_counter()
+            for _ in range(count):
                 variant()
-                calls += 1
             finish()
-            times.append((time.perf_counter() - begin) / calls)
+            times.append((time.perf_counter() - begin) / count)
         rounds.append(times)
     quartiles = torch.tensor(rounds, dtype=torch.float64, device="cpu").quantile(
         torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu"), dim=0
@@ -183,7 +194,7 @@ def timings(rows: Sequence[Row]) -> str:
     floored, rated = any(row.floor for row in rows), any(row.unit for row in rows)
     paper = next((list(row.paper) for row in rows), [])
     head = ["what", "shape", "density", "threads", "median ms", "spread ms"]
-    head += ["floor ms", *(f"{gpu} floor" for gpu in paper)] if floored else []
+    head += ["floor ms", *(f"{gpu} ms" for gpu in paper)] if floored else []
     head += ["rate", "of peak"] if rated else []
     lines = [
         [

@@ -6,7 +6,7 @@ floats and trains them all; "sort" trains scores that every forward sorts in ful
 is the plain network, "dense" the finished task's network with its zeros, "dense, folded" that with its norms in the
 convolutions. Of the peers' memory layouts (NCHW, channels_last) the faster one is timed. Short steps are repeated for
 50 ms before another way has its turn, so that they find in the caches what they find there in a loop of training.
-Gradients and logits are checked before anything is timed. "floor" is the time of the products at the machine's peak.
+Gradients and logits are checked before anything is timed. "floor" is the time of our products at the machine's peak.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def measure(
     timed = alternate([way.steps(start.network.batches()) for way in ways], 0.1 if quick else 5.0, turn=0.05)
     baselines = {way.name: timing for way, timing in zip(ways[1:], timed[1:], strict=True)}
     shape = f"{network}, batch {start.network.batch}"
-    floor, paper = floors(Work(0, start.flops(phase, dense=False)), quick)
+    floor, paper = floors(Work(0, start.flops(phase, dense=False), tiles=True), quick)
     row = Row(f"{phase} phase", shape, density, threads, timed[0], baselines=baselines, floor=floor, paper=paper)
     rows.append(row)
     if torch.get_default_device().type == "cpu":

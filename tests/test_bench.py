@@ -83,13 +83,14 @@ def test_cudnn_is_as_precise_as_the_products(precision: str, allowed: bool) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["ops", "training", "sweep"])
 def test_a_gpu_is_measured_as_well(tmp_path: Path, kind: str) -> None:
-    bench(tmp_path, kind, "--device", "cuda")
+    rows = bench(tmp_path, kind, "--device", "cuda")[kind].get("rows", [])
+    assert all(row["floor"] > 0 and row["paper"].keys() == ceilings.PAPER.keys() for row in rows)
 
 
 def test_training_times_each_phase_and_its_budget(tmp_path: Path) -> None:
     found = bench(tmp_path, "training", "--densities", "0.1")["training"]
     assert [row["name"] for row in found["rows"]] == ["weight phase", "mask phase", "inference phase"]
-    assert all(timed(row) for row in found["rows"])
+    assert all(timed(row) and 0 < row["floor"] < row["timing"]["median"] for row in found["rows"])
     assert len(found["budgets"]) == 6
     for b in found["budgets"]:
         assert set(b["seconds"]) == set(GROUPS)
@@ -348,16 +349,36 @@ def test_ratios_say_how_many_times_faster() -> None:
 
 
 def test_floors_are_of_what_takes_longest() -> None:
-    peak = ceilings.Ceilings(flops=1e12, bandwidth=1e10, shared=1e11)
+    peak = ceilings.Ceilings(flops=1e12, bandwidth=1e10, tf32=6e12, shared=1e11)
     assert peak.floor(timing.Work(1e9, 1e10, 1e9)) == pytest.approx(0.1)
     assert peak.floor(timing.Work(1e9, 2e11, 1e9)) == pytest.approx(0.2)
     assert peak.floor(timing.Work(1e9, 2e11, 3e10)) == pytest.approx(0.3)
-    # Of the row: output and two gradients of 2 x 3 x 3 x 3 weights, two of them kept, and 4 images of 5 x 5.
-    layer = command.ops.Layer(4, 3, 2, 5)
-    work = layer.work(2, 16, sparse=True)
-    assert work.flops == 3 * 2 * 2 * 4 * 25
-    assert work.shared == 2 * work.flops
-    assert work.bytes == 3 * 4 * (4 * 3 * 25 + 4 * 2 * 25) + 16
+    assert peak.floor(timing.Work(0, 2e11, tiles=True)) == pytest.approx(0.1)  # three passes of tensor cores
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert peak.floor(timing.Work(0, 3e11, tiles=True)) == pytest.approx(0.05)
+        assert peak.floor(timing.Work(0, 3e11)) == pytest.approx(0.3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_work_of_a_layer_counts_products_activations_and_weights() -> None:
+    layer = command.ops.Layer(4, 3, 2, 5)  # 54 weights, 4 images of 5 x 5
+    activations = 3 * 4 * (4 * 3 * 25 + 4 * 2 * 25)
+    assert layer.work(16, 2) == timing.Work(activations + 16, 3 * 2 * 2 * 100, 3 * 4 * 2 * 100)
+    assert layer.work(16, 2, 1) == timing.Work(activations / 3 + 16, 2 * 2 * 100, 4 * 2 * 100)
+    assert layer.work(0) == timing.Work(activations, 3 * 2 * 54 * 100, tiles=True)
+    stored = {
+        "supermask_conv2d": 24.25 * 270,  # scores; twice weights and bits; weights, scores and their gradient
+        "masked_conv2d": 15 * 270,  # weights, or their gradient, and bytes of the mask
+        "packed_conv2d": 3 * (8 / 32 * 270 + 4 * 27),
+        "sparse_conv2d": 3 * 8 * 27,
+    }
+    small = command.ops.Layer(8, 5, 6, 8)
+    for operator, found in stored.items():
+        case = next(command.ops.CASES[operator](True))
+        assert case.work.bytes == 3 * 4 * (small.x.numel() + small.grad.numel()) + found
+        assert case.work.tiles == (operator != "sparse_conv2d")
 
 
 def test_floors_on_paper_stand_beside_the_times_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,8 +389,13 @@ def test_floors_on_paper_stand_beside_the_times_of_a_gpu(monkeypatch: pytest.Mon
     assert floor == pytest.approx(56e-6)
     assert {gpu: round(1e6 * seconds) for gpu, seconds in paper.items()} == {"A100": 27, "H100": 17, "RTX 4090": 55}
     said = timing.timings([Row("op", "1", None, 1, Timing(2e-3, 0.0), floor=floor, paper=paper)])
-    assert "| floor ms | A100 floor | H100 floor | RTX 4090 floor |" in said
-    assert "| 0.056    | 0.0275     | 0.0167     | 0.0554         |" in said
+    assert "| floor ms | A100 ms | H100 ms | RTX 4090 ms |" in said
+    assert "| 0.056    | 0.0275  | 0.0167  | 0.0554      |" in said
+    of_products = ceilings.floors(timing.Work(0, 71e9))[1], ceilings.floors(timing.Work(0, 71e9, tiles=True))[1]
+    assert [round(1e6 * seconds) for seconds in of_products[0].values()] == [3641, 1061, 860]
+    assert [round(1e6 * seconds) for seconds in of_products[1].values()] == [1365, 430, 860]
+    shared = ceilings.floors(timing.Work(0, 1, shared=14.2e9))[1]
+    assert [round(1e6 * seconds) for seconds in shared.values()] == [729, 424, 344]
 
 
 def test_ceilings_are_measured_once() -> None:
