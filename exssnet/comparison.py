@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -318,9 +318,10 @@ def _capacity_used(plt: Any, groups: Groups) -> Any:
     if not masked:
         return None
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for group in masked:
+    for group, style in zip(masked, cycle(("-", "--", ":")), strict=False):  # methods with equal masks coincide
         used = [100 * t["body"]["used"] / t["body"]["weights"] for t in groups[group][0]["tasks"]]
-        axes.plot(used, marker=".", label=_label(groups, group))
+        axes.plot(used, style, marker=".", label=_label(groups, group))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="task", ylabel="weights used so far, head apart, %", title="Capacity used by task, seed 0")
     axes.legend(fontsize="x-small", ncols=2)
     return figure
