@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from exssnet import keep_freed_memory
+
 from . import ceilings, memory, ops, serving, sweep, timing, training
 
 KINDS: dict[str, Any] = {"ops": ops, "training": training, "sweep": sweep, "memory": memory, "serving": serving}
@@ -52,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--device cuda needs a GPU, and torch {torch.__version__} finds none")
     if options.device == "cuda" and options.kind == "memory":
         raise ValueError("memory is measured on the CPU alone, got --device cuda")
+    keep_freed_memory()  # as `exssnet train` does; the peers profit as well
     # On the CPU nothing is to be said: a device as a context passes every call through Python.
     device = torch.device(options.device) if options.device != "cpu" else nullcontext()
     with device, cudnn_as_precise_as_products():

@@ -17,6 +17,7 @@ from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
 from .optim import ScoreAdam
 from .phases import Phases
+from .resident import keep_freed_memory
 from .serving import Served
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "TaskBatchNorm2d",
     "convert",
     "freeze_weights",
+    "keep_freed_memory",
     "transfer",
     *_operators,
 ]

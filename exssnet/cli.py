@@ -20,6 +20,7 @@ from .methods import METHODS
 from .models import MODELS
 from .nn import convert
 from .report import Report, observer
+from .resident import keep_freed_memory
 from .saving import Saver, Stopped
 from .tasks import Task, load, names, permuted_pixels, rotated, split_by_class, stream, streams
 from .typed import fitting, from_yaml
@@ -214,6 +215,7 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
     resume: the checkpoint from which to go on.
     """
     distributed.start()
+    keep_freed_memory()
     threads, kept = options.threads, Path(options.out) / CHECKPOINT
     if distributed.restarted() and kept.exists():
         resume = kept

@@ -26,7 +26,7 @@ from .learner import Learner, PhaseOptions
 from .models import MODELS
 from .nn import convert
 from .recipes import KKT, Rates, Recipe, Run, as_json, names, read, recipe
-from .resident import peak, resident, restart_peak
+from .resident import keep_freed_memory, peak, resident, restart_peak
 from .task_inference import RULES, TaskInference, evaluate_without_task
 from .tasks import Task, stratified_split, stream
 
@@ -170,6 +170,7 @@ def _end_with_parent() -> None:
 
 def _perform_to_file(job: Job, file: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()  # nobody waits for a run whose command was killed
+    keep_freed_memory()
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.write_text(json.dumps(perform(job)))
     os.replace(part, file)

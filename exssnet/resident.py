@@ -1,5 +1,7 @@
-"""How much memory this process holds, and held at its peak."""
+"""How much memory this process holds, and held at its peak, and what it does with freed memory."""
 
+import ctypes
+import platform
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -35,3 +37,18 @@ def restart_peak() -> None:
     """Let the peak begin anew, where the system can (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep up to 1 GB of freed memory for what it allocates next; returns whether that could be done.
+
+    Otherwise glibc gives activations back to the kernel after a step, which clears every page of 4 KB that the next one
+    asks for, at about 2 us. It is for the process and for good, in tensors of up to 32 MB, as by
+    ``MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824`` in the environment. False where the C library
+    is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, 1 << 30))
