@@ -1,7 +1,6 @@
 """What the machine can do at most, multiply-adds and bytes moved, and so the least time that work takes."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .timing import Work, finish
+from .timing import Work, seconds_of
 
 
 @dataclass(frozen=True)
@@ -92,23 +91,26 @@ def _shared_bandwidth() -> float:
 
 @contextmanager
 def _precision(which: str) -> Iterator[None]:
-    before, of_cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(which)
-    torch.backends.cudnn.allow_tf32 = which != "highest"
+    try:
+        with cudnn_as_precise_as_products():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def cudnn_as_precise_as_products() -> Iterator[None]:
+    """Let cuDNN's float32 convolutions use tf32 where matrix products, and so ours, may, and nowhere else."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = of_cudnn
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _best(function: Callable[[], Any], rounds: int = 5) -> float:
     function()
-    finish()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        function()
-        finish()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return min(seconds_of(function) for _ in range(rounds))

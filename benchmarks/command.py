@@ -4,8 +4,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,19 +56,8 @@ def run(options: argparse.Namespace) -> int:
     keep_freed_memory()  # as `exssnet train` does; the peers profit as well
     # On the CPU nothing is to be said: a device as a context passes every call through Python.
     device = torch.device(options.device) if options.device != "cpu" else nullcontext()
-    with device, cudnn_as_precise_as_products():
+    with device, ceilings.cudnn_as_precise_as_products():
         return _run(options)
-
-
-@contextmanager
-def cudnn_as_precise_as_products() -> Iterator[None]:
-    """Let cuDNN's float32 convolutions use tf32 where matrix products, and so ours, may, and nowhere else."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _run(options: argparse.Namespace) -> int:

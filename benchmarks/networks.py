@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from exssnet import Phases, convert
 from exssnet.models import LeNet300100, ResNet18
 
 from . import plain
-from .timing import check_error, error, finish
+from .timing import check_error, error, seconds_of
 
 LEARNING_RATE = 1e-3
 Batch = tuple[Tensor, Tensor]
@@ -133,14 +132,8 @@ class Start:
             return ways[0]
         best = []
         for way in ways:
-            step, times = way.steps(itertools.islice(self.network.batches(), 1)), []
-            for _ in range(3):
-                finish()
-                begin = time.perf_counter()
-                step()
-                finish()
-                times.append(time.perf_counter() - begin)
-            best.append(min(times))
+            step = way.steps(itertools.islice(self.network.batches(), 1))
+            best.append(min(seconds_of(step) for _ in range(3)))
         return self.peer(how, channels_last=best[1] < best[0])  # anew: those have made steps
 
     def check(self, phase: str, ours: Way) -> None:

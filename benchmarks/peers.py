@@ -25,12 +25,14 @@ def supermask_linear(x: Tensor, weight: Tensor, magnitudes: Tensor, k: int, grad
     torchao selects by `kthvalue`, keeps all of equal ones, refuses k = 1, and leaves the factor W sign(S) out of the
     gradient of the scores.
     """
-    threshold = magnitudes.flatten().topk(k).values[-1]
-    if not INSTALLED["torchao"] or k < 2 or int((magnitudes >= threshold).sum()) > k:
+    if not INSTALLED["torchao"]:
         return {}
     try:
         from torchao.sparsity import SupermaskLinear
     except ImportError:  # gone after 0.18
+        return {}
+    threshold = magnitudes.flatten().topk(k).values[-1]
+    if k < 2 or int((magnitudes >= threshold).sum()) > k:
         return {}
 
     out, width = weight.shape

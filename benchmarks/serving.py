@@ -9,7 +9,6 @@ of their own. Logits are checked before anything is timed.
 import argparse
 import copy
 import itertools
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -21,7 +20,7 @@ from exssnet import Phases, Served, convert
 from exssnet.phases import evaluation
 
 from .networks import NETWORKS
-from .timing import Row, alternate, check_equal, check_error, error, finish, tick, timings
+from .timing import Row, alternate, check_equal, check_error, error, seconds_of, tick, timings
 
 Answer = Callable[[], Tensor]
 Layout = torch.memory_format
@@ -96,15 +95,9 @@ def by_task(networks: list[nn.Module], x: Tensor, ids: Tensor, layout: Layout = 
 
 
 def fastest(answers: list[Answer]) -> Answer:
-    times = []
     for answer in answers:
         answer()
-        finish()
-        begin = time.perf_counter()
-        answer()
-        finish()
-        times.append(time.perf_counter() - begin)
-    return answers[times.index(min(times))]
+    return min(answers, key=seconds_of)
 
 
 def laid(network: nn.Module, layout: Layout) -> nn.Module:

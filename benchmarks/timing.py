@@ -93,6 +93,15 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
+def seconds_of(call: Variant) -> float:
+    """The time of one call, and of what it told the device to do."""
+    finish()
+    begin = time.perf_counter()
+    call()
+    finish()
+    return time.perf_counter() - begin
+
+
 def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) -> list[Timing]:
     """Time all variants round by round, so that a machine that drifts hits them alike; at least 5 rounds.
 
@@ -100,15 +109,10 @@ def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) ->
         nothing else; by default once, which finds the caches full of what the others did. A GPU is waited for at the
         end of a turn.
     """
-    counts = []
     for variant in variants:
         variant()
-        finish()
-        begin = time.perf_counter()
-        if turn:
-            variant()
-            finish()
-        counts.append(max(1, math.ceil(turn / (time.perf_counter() - begin))) if turn else 1)
+    counts = [max(1, math.ceil(turn / seconds_of(variant))) if turn else 1 for variant in variants]
+    finish()
     start = time.perf_counter()
     rounds: list[list[float]] = []
     while len(rounds) < 5 or time.perf_counter() - start < seconds:

@@ -73,7 +73,7 @@ def test_cudnn_is_as_precise_as_the_products(precision: str, allowed: bool) -> N
     before = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(precision)
     try:
-        with command.cudnn_as_precise_as_products():
+        with ceilings.cudnn_as_precise_as_products():
             assert torch.backends.cudnn.allow_tf32 is allowed
     finally:
         torch.set_float32_matmul_precision("highest")

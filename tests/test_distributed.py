@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from learning import learner
 from networks import stream
+from processes import children
 from safetensors import safe_open
 from torch import nn
 
@@ -178,8 +179,8 @@ def _torchrun(out: Path, kill: bool) -> Path:
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
             if not killed and "task 0, weight phase, epoch 1" in log.read_text():
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                workers = [int(c) for c in children if b"exssnet" in Path(f"/proc/{c}/cmdline").read_bytes()]
+                of_run = children(process.pid)
+                workers = [c for c in of_run if b"exssnet" in Path(f"/proc/{c}/cmdline").read_bytes()]
                 os.kill(workers[-1], signal.SIGKILL)
                 killed = True
     if process.returncode is None:

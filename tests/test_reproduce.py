@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import children
 
 from exssnet import cli, recipes
 from exssnet.comparison import _pace, groups_of, paired, paired_difference
@@ -209,14 +209,6 @@ def test_missing_data_fails_with_what_to_put_where(tmp_path: Path, capfd: pytest
     assert "put the idx files" in capfd.readouterr().err
 
 
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # threads end
-            found += map(int, thread.read_text().split())
-    return found
-
-
 def _runs(pid: int) -> bool:
     """Whether the process is there, and more than an entry that nobody has asked for."""
     try:
@@ -235,7 +227,7 @@ def test_runs_end_when_the_command_is_killed(root: Path, tmp_path: Path) -> None
         until, working = time.monotonic() + 100, list[int]()
         while not working and time.monotonic() < until:  # children of the server of forks that the command starts
             time.sleep(0.1)
-            working = [run for child in _children(process.pid) for run in _children(child)]
+            working = [run for child in children(process.pid) for run in children(child)]
     finally:
         process.kill()
         process.wait()
