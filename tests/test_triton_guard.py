@@ -1,5 +1,8 @@
 """The guard sees each kind of bug that it is there for, and computes what a GPU computes."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -398,6 +401,23 @@ def test_configuration_is_the_one_asked_for(index: int, block: int) -> None:
     assert x.tolist() == [block]
     tuned[(1,)](x, 7)
     assert x.tolist() == [4]
+
+
+# What runs the tests
+
+
+def test_a_process_has_half_of_the_tests_that_were_asked_for() -> None:
+    # One test lies between these two, so halves of all tests would leave both to one process.
+    chosen = ("test_access_before_the_start_is_seen", "test_access_to_the_gap_between_two_tensors_is_seen")
+    command = [sys.executable, "-m", "pytest", "-p", "triton_guard", "-p", "no:cacheprovider", "--collect-only"]
+    found = []
+    for half in "01":
+        said = subprocess.run(
+            [*command, __file__, "-k", " or ".join(chosen)], cwd=triton_guard.ROOT, capture_output=True, text=True,
+            env=os.environ | {triton_guard.HALF: half},
+        ).stdout  # fmt: skip
+        found.append([line.rpartition("::")[2] for line in said.splitlines() if "::" in line])
+    assert found == [[chosen[0]], [chosen[1]]]
 
 
 triton_guard.interpret(globals())
