@@ -93,7 +93,7 @@ def refuse_derivative(name: str, why: str) -> None:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype, where it is on for the device of x and takes x."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind != "meta" and torch.is_autocast_enabled(kind)  # torch 2.11 cannot compile is_autocast_available
     return torch.get_autocast_dtype(kind) if on and x.is_floating_point() and x.dtype != torch.float64 else None
 
 
