@@ -104,7 +104,7 @@ class SupermaskLayer(nn.Module):
 
     def random_scores(self, generator: torch.Generator | None = None) -> Tensor:
         """Fresh scores, Kaiming-uniform with a = sqrt(5), drawn on the CPU so that every device starts alike."""
-        scores = torch.empty(self.weight.shape)
+        scores = torch.empty(self.weight.shape, device="cpu")
         if scores.numel():
             nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
         return scores.to(self.weight.device)

@@ -323,3 +323,11 @@ def test_random_scores_depend_on_seed_and_task_alone() -> None:
     for name, scores in one.random_scores(1).items():
         assert torch.equal(scores, two.random_scores(1)[name])
         assert not torch.equal(scores, two.random_scores(0)[name])
+
+
+def test_random_scores_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    phases = Phases(small_net())
+    with torch.device("meta"):
+        drawn = phases.random_scores(0)
+    for name, scores in phases.random_scores(0).items():
+        assert torch.equal(drawn[name], scores)
