@@ -8,6 +8,7 @@ tiles are few, each sum is split into parts, which are added afterwards, always 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,8 +163,13 @@ def _tuning(operand: str, blocks: Sequence[str], tiles: dict[str, list[Tile]], k
             config.maxnreg = None if torch.version.hip else 255
         return chosen
 
-    everything = configs["half", False] + configs["float32", False]
-    return {"configs": everything, "key": list(key), "prune_configs_by": {"early_config_prune": prune}}
+    return {
+        "configs": configs["half", False] + configs["float32", False],
+        "key": list(key),
+        "prune_configs_by": {"early_config_prune": prune},
+        "do_bench": partial(triton.testing.do_bench, warmup=5, rep=20),  # ms; launches take a tenth of one
+        "cache_results": True,  # the next process need not tune
+    }
 
 
 @triton.autotune(
