@@ -378,29 +378,40 @@ def sparse_conv2d_backward(
     )
 
 
-def _over(x: Tensor, channels: Tensor) -> Tensor:
-    """A vector (C,) as it broadcasts over x (N, C, ...)."""
-    return channels.reshape(-1, *[1] * (x.dim() - 2))
+def _channels(t: Tensor) -> Tensor:
+    """A batch (N, C, ...) as (1, C, all else), in memory as it lies where the batch is stored innermost."""
+    return t.movedim(0, -1).reshape(1, t.shape[1], t.numel() // max(t.shape[1], 1)).contiguous()
 
 
-def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
-    y = (x - _over(x, mean)) * _over(x, scale)
-    return y if bias is None else y + _over(x, bias)
+def _from_channels(rows: Tensor, x: Tensor) -> Tensor:
+    """The other way round, but no view."""
+    t = rows.contiguous().reshape(x.movedim(0, -1).shape).movedim(-1, 0)
+    return x.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+
+def _normalised(
+    rows: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    return torch.native_batch_norm(rows, weight, bias, mean, var, False, 0, eps)[0]
 
 
 def batch_norm_act(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
     var: Tensor | None, eps: float, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    others = [d for d in range(x.dim()) if d != 1]
-    exact = x.double()
-    m = exact.mean(others) if mean is None else mean
-    v = (exact - _over(x, m)).square().mean(others) if var is None else var
-    m, v = m.to(x.dtype, copy=True), v.to(x.dtype, copy=True)
-    y = _normalised(x, weight, bias, m, v, eps)
-    y = y if residual is None else y + residual
-    return batch_last(y.relu() if relu else y), m, v
+    """On a GPU four launches, or fewer."""
+    rows = _channels(x)
+    if x.numel() == 0:
+        nothing = x.new_full((x.shape[1],), torch.nan)
+        return batch_last(x), *((nothing if t is None else t).clone() for t in (mean, var))
+    if mean is None or var is None:
+        v, m = torch.var_mean(rows, (0, 2), correction=0)
+    else:
+        m, v = mean.clone(), var.clone()
+    y = _normalised(rows, weight, bias, m, v, eps)
+    if residual is not None:
+        y.add_(_channels(residual))
+    return _from_channels(y.relu_() if relu else y, x), m, v
 
 
 def batch_norm_act_backward(
@@ -408,20 +419,23 @@ def batch_norm_act_backward(
     eps: float, relu: bool, training: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y: the output, which with ReLU after a residual tells where it was positive; else x does."""
-    others = [d for d in range(x.dim()) if d != 1]
-    if relu:
-        grad = grad.where(~((_normalised(x, weight, bias, mean, var, eps) if y is None else y) <= 0), 0)
+    rows, grads = _channels(x), _channels(grad)
+    if relu and x.numel() > 0:
+        output = _normalised(rows, weight, bias, mean, var, eps) if y is None else _channels(y)
+        grads = torch.ops.aten.threshold_backward(grads, output, 0)
     precision = (var + eps).rsqrt()
-    unit = (x - _over(x, mean)) * _over(x, precision)
-    grad_x = grad
-    if training:
-        grad_x = grad - _over(x, grad.mean(others)) - unit * _over(x, (grad * unit).mean(others))
-    grad_x = grad_x * _over(x, precision if weight is None else precision * weight)
-    gradients = batch_last(grad_x), batch_last(grad), (grad * unit).sum(others), grad.sum(others)
-    first, second, third, fourth = (
-        g if need else x.new_empty(0) for g, need in zip(gradients, output_mask, strict=True)
+    grad_x = grads
+    if x.numel() > 0 and output_mask[0]:
+        arguments = weight, mean, var, mean, precision, training, eps, [True, False, False]
+        grad_x = torch.ops.aten.native_batch_norm_backward(grads, rows, *arguments)[0]
+    if output_mask[1] and not relu:
+        grads = grads.clone()  # a result shares no memory with an argument
+    return (
+        _from_channels(grad_x, x) if output_mask[0] else x.new_empty(0),
+        _from_channels(grads, x) if output_mask[1] else x.new_empty(0),
+        (grads * (rows - mean[:, None]) * precision[:, None]).sum((0, 2)) if output_mask[2] else x.new_empty(0),
+        grads.sum((0, 2)) if output_mask[3] else x.new_empty(0),
     )
-    return first, second, third, fourth
 
 
 def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
