@@ -143,25 +143,63 @@ __device__ void store_bits(uint8_t* mask, int64_t i, int64_t n, unsigned bits) {
   if (i % 8 == 0 && i < n) mask[i / 8] = static_cast<uint8_t>(bits);
 }
 
+// What a block has found in its share of a layer. It tells the layer once, at the end: many atomic operations on one
+// number wait for each other.
+template <class S>
+struct Found {
+  static constexpr unsigned kRoom = 512;
+  Candidate<S> candidates[kRoom];
+  Count first;     // place of the first of them among the layer's
+  unsigned count;  // of candidates, those without room as well
+  unsigned end;    // from here on there was no room
+  unsigned above, equal;
+};
+
 // Puts the entries of a strip that are inside the bracket among the candidates: entry j of the lane's vector v, where
 // bit v * kWidth + j of `inside` is set. They are few, so they are read again rather than kept at hand.
 template <class S>
-__device__ void collect(Work& w, int64_t strip, unsigned inside) {
-  const int count = __popc(inside);
-  int before = count;  // ends as the number of this lane and those before it
+__device__ void collect(Work& w, Found<S>& found, int64_t strip, unsigned inside) {
+  const auto count = static_cast<unsigned>(__popc(inside));
+  unsigned before = count;  // ends as the number of this lane and those before it
   for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kAll, before, step);
+    const unsigned other = __shfl_up_sync(kAll, before, step);
     before += lane() >= step ? other : 0;
   }
+  const unsigned all = __shfl_sync(kAll, before, 31);
+  Candidate<S>* to = found.candidates;
   Count next = 0;
-  if (lane() == 31) next = atomicAdd(&w.inside, static_cast<Count>(before));
-  next = __shfl_sync(kAll, next, 31) + static_cast<Count>(before - count);
-  if (next + static_cast<Count>(count) > static_cast<Count>(w.capacity)) return;  // too many: settle() sees it
+  if (lane() == 0) next = atomicAdd(&found.count, all);
+  next = __shfl_sync(kAll, next, 0);
+  if (next + all > Found<S>::kRoom) {
+    to = static_cast<Candidate<S>*>(w.candidates);
+    if (lane() == 0) {
+      atomicMin(&found.end, static_cast<unsigned>(next));
+      next = atomicAdd(&w.inside, static_cast<Count>(all));
+    }
+    next = __shfl_sync(kAll, next, 0);
+    if (next + all > static_cast<Count>(w.capacity)) return;  // too many: settle() sees it
+  }
+  to += next + (before - count);
   for (; inside != 0; inside &= inside - 1) {
     const int bit = __ffs(static_cast<int>(inside)) - 1;
     const int64_t i = place<S>(strip, bit / kWidth<S>) + bit % kWidth<S>;
-    put(static_cast<Candidate<S>*>(w.candidates)[next++], magnitude<S>(w.layer, i), i);
+    put(*to++, magnitude<S>(w.layer, i), i);
   }
+}
+
+// Adds what a block has found to the layer. All threads.
+template <class S>
+__device__ void tell(Work& w, Found<S>& found) {
+  __syncthreads();
+  const unsigned held = min(found.count, found.end);
+  if (threadIdx.x == 0) {
+    if (found.above > 0) atomicAdd(&w.above, static_cast<Count>(found.above));
+    if (held + found.equal > 0) found.first = atomicAdd(&w.inside, static_cast<Count>(held + found.equal));
+  }
+  __syncthreads();
+  if (held == 0 || found.first + held > static_cast<Count>(w.capacity)) return;
+  auto* const candidates = static_cast<Candidate<S>*>(w.candidates) + found.first;
+  for (unsigned i = threadIdx.x; i < held; i += kThreads) candidates[i] = found.candidates[i];
 }
 
 // Counts what is above the bracket of each layer and what is inside, writes the mask as if nothing inside were kept,
@@ -172,9 +210,13 @@ __device__ void scan_layers(const Workspace& space, const Source& read) {
   using B = Wide<S>;
   using U = std::make_unsigned_t<B>;
   using Bytes = std::conditional_t<kWidth<S> == 8, uint64_t, std::conditional_t<kWidth<S> == 4, uint32_t, uint16_t>>;
+  __shared__ Found<S> found;
   for_each_layer(space, [&](int number, int64_t tile, int64_t end) {
     Work& w = space.works[number];
     if (w.phase != Phase::scan) return;
+    __syncthreads();  // all have read what was found in the last layer
+    if (threadIdx.x == 0) found.count = found.above = found.equal = 0, found.end = Found<S>::kRoom;
+    __syncthreads();
     const int64_t n = w.layer.n;
     const B lo = static_cast<B>(w.lo), hi = static_cast<B>(w.hi), infinity = static_cast<B>(space.infinity);
     const U range = static_cast<U>(hi) - static_cast<U>(lo);
@@ -216,13 +258,14 @@ __device__ void scan_layers(const Workspace& space, const Source& read) {
         equal += count;
         if (lane() == 0) w.ties[strip] = count;
       } else if (__any_sync(kAll, inside != 0)) {
-        collect<S>(w, strip, inside);
+        collect<S>(w, found, strip, inside);
       }
     }
     above = warp_sum(above);
-    if (lane() == 0 && above > 0) atomicAdd(&w.above, static_cast<Count>(above));
-    if (lane() == 0 && equal > 0) atomicAdd(&w.inside, static_cast<Count>(equal));
+    if (lane() == 0 && above > 0) atomicAdd(&found.above, above);
+    if (lane() == 0 && equal > 0) atomicAdd(&found.equal, equal);
     if (nan) atomicExch(space.nan_flag, 1);
+    tell(w, found);
   });
 }
 
