@@ -32,6 +32,12 @@ def with_last_block(x: np.ndarray) -> np.ndarray:
     return np.concatenate([[x.sum()], blocks(x).sum(1), counter]).astype(np.float32)
 
 
+def every_second_vector(x: np.ndarray) -> np.ndarray:
+    vectors = x.reshape(-1, 4).copy()
+    vectors[1::2] = 0
+    return vectors
+
+
 @dataclass(frozen=True)
 class Plant:
     """A kernel of planted.cu: what its right version computes from x (n), and what is said of the wrong one by mode."""
@@ -69,6 +75,11 @@ PLANTS = (
     Plant("last_block_without_fence", with_last_block, {"race": OTHER_BLOCK}),
     Plant("last_block_with_early_fence", with_last_block, {"race": OTHER_BLOCK}),
     Plant("last_block_without_counter", with_last_block, {"race": OTHER_BLOCK}),
+    Plant("copy_not_awaited", every_second_vector, {"plain": "ends with copies that it did not await"}),
+    Plant(
+        "copy_awaited_after_barrier", lambda x: blocks(x)[:, ::-1], {"race": "has not written|" + RACE},
+        wrong_values=True,
+    ),
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 // What the kernels take from CUDA. They compile with nvcc for GPUs, and as plain C++ over tests/cuda/emulator.h, which
-// runs them on a CPU: so launches and dynamic shared memory go through the macros here, and nothing else is special.
+// runs them on a CPU: so launches, dynamic shared memory and asynchronous copies go through what is here, and nothing
+// else is special.
 #pragma once
 
 #ifdef EXSSNET_EMULATED
@@ -17,4 +18,21 @@
 #define EXSSNET_DYNAMIC_SHARED(T, name)                  \
   extern __shared__ __align__(16) unsigned char name##_[]; \
   T* const name = reinterpret_cast<T*>(name##_)
+
+#ifdef __CUDACC__
+namespace exssnet::cuda {
+
+// Copies a vector to shared memory, or zeros. It is there after await_copies(), for this thread; for others after a
+// barrier behind that.
+__device__ inline void copy_async(uint4* to, const uint4* from, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)),
+                 "r"(wanted ? 16 : 0)
+               : "memory");
+}
+__device__ inline void await_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+
+}  // namespace exssnet::cuda
+#endif
 #endif

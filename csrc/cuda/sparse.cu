@@ -42,6 +42,10 @@ struct Finish {
   bool relu;
 };
 
+__device__ inline uint4 vector_at(const uint4* patch, int byte) {
+  return *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(patch) + byte);
+}
+
 // Adds to `total` this lane's elements of the sources of the entries [first, last) of a window, times their values. The
 // sums of a part start at zero, which keeps rounding errors small.
 template <class T, int kVectors, bool kStaged>
@@ -49,14 +53,14 @@ __device__ void add_part(const Entry<Sum<T>>* window, int first, int last, const
                          const T* x, int64_t plane, const int (&at)[kVectors],
                          Sum<T> (&total)[kVectors][kLanes<T>]) {
   Sum<T> sum[kVectors][kLanes<T>] = {};
-  constexpr int at_once = kStaged ? 1 : 8;  // loads from far away overlap
+  constexpr int at_once = kStaged ? 2 : 8;  // loads from far away overlap
 #pragma unroll at_once
   for (int k = first; k < last; ++k) {
     const Entry<Sum<T>> entry = window[k];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       Sum<T> elements[kLanes<T>];
-      if constexpr (kStaged) spread<T>(patch[entry.offset + at[v]], elements);
+      if constexpr (kStaged) spread<T>(vector_at(patch, entry.offset + at[v]), elements);
       else spread<T>(*reinterpret_cast<const uint4*>(x + entry.offset * plane), elements);
 #pragma unroll
       for (int j = 0; j < kLanes<T>; ++j) sum[v][j] += entry.what * elements[j];
@@ -102,38 +106,32 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
     multiply(const __grid_constant__ Plan plan, const __grid_constant__ Pattern pattern,
              const __grid_constant__ ValueOf<T> values, const __grid_constant__ Finish<T> then,
              const T* __restrict__ x, T* __restrict__ y) {
-  using E = Entry<Sum<T>>;
   EXSSNET_DYNAMIC_SHARED(uint4, memory);
   __shared__ int order[32];
   __shared__ Tile tile;
-  E* const windows = reinterpret_cast<E*>(memory) + threadIdx.x / 32 * kRows * kWindow;
-  uint4* const patch = memory + kSparseWarps * kRows * kWindow * sizeof(E) / 16;
+  auto* const windows = reinterpret_cast<Window<Sum<T>>*>(memory) + threadIdx.x / 32 * kRows;
+  uint4* const behind = memory + kSparseWarps * kRows * sizeof(Window<Sum<T>>) / 16;
+  int* const chart = reinterpret_cast<int*>(behind);
+  uint4* const patches = behind + plan.chart_vectors;
   const int64_t groups = groups_of(plan.rows, kRows * kSparseWarps);
   enter<T>(plan, blockIdx.x / groups, tile);
+  if (plan.charted) draw_chart<T>(plan, tile, chart);
   const int64_t group = blockIdx.x % groups;
   deal<kRows>(plan, pattern, group, order);
-  Cursors<kRows> cursors(plan, pattern, group, order, 0);
+  Cursor cursor = begin_rows<kRows>(plan, pattern, group, order, 0, windows);
   Sum<T> total[kRows][kVectors][kLanes<T>] = {};
   int at[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) at[v] = place<T>(plan, tile, v).in_patch;
   const int64_t plane = plan.batch;
   const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});  // of idle lanes anything
-  for (int begin = 0; begin < plan.units; begin += min(plan.chunk, plan.units - begin)) {
-    const int end = begin + min(plan.chunk, plan.units - begin);
-    if constexpr (kStaged) {
-      __syncthreads();
-      stage(plan, tile, begin, end, x, patch);
-      __syncthreads();
-    }
+  for_each_chunk<T, kStaged>(plan, tile, 0, plan.units, x, chart, patches, [&](int begin, int end, uint4* patch) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      for_each_part<kStaged>(plan, pattern, tile, begin, end, cursors, r, windows + r * kWindow, values,
-                             [&](int first, int last) {
-                               add_part<T, kVectors, kStaged>(windows + r * kWindow, first, last, patch, x + lane_at,
-                                                              plane, at, total[r]);
-                             });
-  }
+      for_each_part<kStaged>(plan, pattern, tile, begin, end, cursor, r, windows[r], values, [&](int first, int last) {
+        add_part<T, kVectors, kStaged>(windows[r].entries, first, last, patch, x + lane_at, plane, at, total[r]);
+      });
+  });
   const bool aligned = in_vectors(y, plan.batch);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -170,6 +168,12 @@ struct Split {
   int ranges, units;
 };
 
+// The part of the sums that a block makes. Like the tile, it lies in shared memory.
+struct Share {
+  int64_t group, first_tile, first_sum;
+  int tiles, from_unit, to_unit;
+};
+
 // The inner products of grad (rows, H', W', N) and the sources of the free entries, summed over the tiles of each
 // split: sums (splits, free_count). Blocks: groups of rows, of all ranges of units, of all splits.
 template <class T, int kRows, int kVectors, bool kStaged>
@@ -177,32 +181,37 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
     sample(const __grid_constant__ Plan plan, const __grid_constant__ Pattern pattern,
            const __grid_constant__ Split split, const __grid_constant__ FreeSlot slots, const T* __restrict__ x,
            const T* __restrict__ grad, Sum<T>* __restrict__ sums) {
-  using E = Entry<int>;
   EXSSNET_DYNAMIC_SHARED(uint4, memory);
   __shared__ int order[32];
   __shared__ Tile tile;
-  E* const windows = reinterpret_cast<E*>(memory) + threadIdx.x / 32 * kRows * kWindow;
-  uint4* const patch = memory + kSparseWarps * kRows * kWindow * sizeof(E) / 16;
-  const int lane = static_cast<int>(threadIdx.x % 32);
+  __shared__ Share share;
+  auto* const windows = reinterpret_cast<Window<int>*>(memory) + threadIdx.x / 32 * kRows;
+  uint4* const behind = memory + kSparseWarps * kRows * sizeof(Window<int>) / 16;
+  int* const chart = reinterpret_cast<int*>(behind);
+  uint4* const patches = behind + plan.chart_vectors;
   const int64_t groups = groups_of(plan.rows, kRows * kSparseWarps);
   int64_t index = blockIdx.x;
   const int64_t group = index % groups;
   deal<kRows>(plan, pattern, group, order);
   index /= groups;
   const int from_unit = static_cast<int>(index % split.ranges) * split.units;
-  const int to_unit = from_unit + min(split.units, plan.units - from_unit);
   index /= split.ranges;
-  sums += index * slots.free_count;
-  const int64_t first_tile = index * split.tiles;
-  const auto tiles = static_cast<int>(min(split.tiles, split.all_tiles - first_tile));
-  const bool aligned = in_vectors(grad, plan.batch);
-  for (int t = 0; t < tiles; ++t) {
-    enter<T>(plan, first_tile + t, tile);
-    Cursors<kRows> cursors(plan, pattern, group, order, from_unit);
+  if (threadIdx.x == 0) {
+    const int64_t first_tile = index * split.tiles;
+    share = {group, first_tile, index * slots.free_count,
+             static_cast<int>(min(split.tiles, split.all_tiles - first_tile)), from_unit,
+             from_unit + min(split.units, plan.units - from_unit)};
+  }
+  __syncthreads();
+  for (int t = 0; t < share.tiles; ++t) {
+    enter<T>(plan, share.first_tile + t, tile);
+    if (plan.charted) draw_chart<T>(plan, tile, chart);
+    Cursor cursor = begin_rows<kRows>(plan, pattern, share.group, order, share.from_unit, windows);
     uint4 g[kRows][kVectors];
     int at[kVectors];
     unsigned idle = 0;  // bits: vectors that are not in the result; what they would read is another lane's
     const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});
+    const bool aligned = in_vectors(grad, plan.batch);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const Place here = place<T>(plan, tile, v);
@@ -211,37 +220,30 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
       idle |= static_cast<unsigned>(!works) << v;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t row = row_of<kRows>(plan, group, order, r);
+        const int64_t row = row_of<kRows>(plan, share.group, order, r);
         g[r][v] = make_uint4(0, 0, 0, 0);
         if (works && row < plan.rows)
           g[r][v] = load(grad + row * plan.h.out * plan.w.out * plan.batch + here.in_result, plan.batch - here.image,
                          aligned);
       }
     }
-    for (int begin = from_unit; begin < to_unit; begin += min(plan.chunk, to_unit - begin)) {
-      const int end = begin + min(plan.chunk, to_unit - begin);
-      if constexpr (kStaged) {
-        __syncthreads();
-        stage(plan, tile, begin, end, x, patch);
-        __syncthreads();
-      }
+    const auto add_chunk = [&](int begin, int end, uint4* patch) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const E* const window = windows + r * kWindow;
         for_each_part<kStaged>(
-            plan, pattern, tile, begin, end, cursors, r, windows + r * kWindow, slots, [&](int first, int last) {
+            plan, pattern, tile, begin, end, cursor, r, windows[r], slots, [&](int first, int last) {
               for (; first < last; first += kGroup) {
                 Sum<T> dots[kGroup];
 #pragma unroll
                 for (int e = 0; e < kGroup; ++e) {
-                  const int offset = window[min(first + e, last - 1)].offset;
+                  const int offset = windows[r].entries[min(first + e, last - 1)].offset;
                   Sum<T> dot = 0;
 #pragma unroll
                   for (int v = 0; v < kVectors; ++v) {
                     if (idle >> v & 1) continue;
                     Sum<T> elements[kLanes<T>], gradients[kLanes<T>];
                     spread<T>(g[r][v], gradients);
-                    if constexpr (kStaged) spread<T>(patch[offset + at[v]], elements);
+                    if constexpr (kStaged) spread<T>(vector_at(patch, offset + at[v]), elements);
                     else spread<T>(*reinterpret_cast<const uint4*>(x + lane_at + offset * plan.batch), elements);
 #pragma unroll
                     for (int j = 0; j < kLanes<T>; ++j) dot += gradients[j] * elements[j];
@@ -249,14 +251,15 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
                   dots[e] = dot;
                 }
                 const Sum<T> sum = sum_each(dots);
-                const int e = first + lane / 4;
-                if (lane % 4 != 0 || e >= last) continue;
-                Sum<T>& to = sums[window[e].what];
+                const int e = first + static_cast<int>(threadIdx.x % 32 / 4);
+                if (threadIdx.x % 4 != 0 || e >= last) continue;
+                Sum<T>& to = sums[share.first_sum + windows[r].entries[e].what];
                 to = t == 0 ? sum : to + sum;
               }
             });
       }
-    }
+    };
+    for_each_chunk<T, kStaged>(plan, tile, share.from_unit, share.to_unit, x, chart, patches, add_chunk);
   }
 }
 
@@ -285,9 +288,18 @@ auto with_cuda_type(Float dtype, const Body& body) {
   }
 }
 
+// Shared memory of a block that goes through so many units.
 template <class What>
-size_t shared_bytes(const Plan& plan, int rows, bool staged) {
-  return kSparseWarps * kWindow * sizeof(Entry<What>) * rows + (staged ? size_t{16} * plan.plane() * plan.chunk : 0);
+size_t shared_bytes(const Plan& plan, int rows, int units, bool staged) {
+  const int patches = plan.plane() * plan.chunk * (units > plan.chunk ? 2 : 1);
+  return kSparseWarps * rows * sizeof(Window<What>) +
+         (staged ? size_t{16} * (patches + plan.chart_vectors) : 0);
+}
+
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
+  if (bytes <= size_t{48} << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 // Whether x is better read from the caches than staged: one pixel, a batch that would not fill a staged tile.
@@ -304,9 +316,26 @@ cudaError_t launch_multiply(const Plan& plan, const Pattern& pattern, const Valu
   const int64_t blocks = plan.tiles() * groups_of(plan.rows, kRows * kSparseWarps);
   if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   const auto kernel = multiply<T, kRows, kVectors, kStaged>;
-  const size_t shared = shared_bytes<Sum<T>>(plan, kRows, kStaged);
+  const size_t shared = shared_bytes<Sum<T>>(plan, kRows, plan.units, kStaged);
+  if (const cudaError_t error = allow_shared(kernel, shared); error != cudaSuccess) return error;
   return EXSSNET_LAUNCH(kernel, static_cast<unsigned>(blocks), kSparseThreads, shared, stream, plan, pattern, values,
                         then, x, y);
+}
+
+// How many rows a warp takes: 1, 2 or kMostRows, with which the busiest processor has least to do. To copy a vector
+// into the patch counts as two that are read from it.
+template <class T>
+int rows_of_warps(const Plan& plan, const Pattern& pattern, int processors) {
+  const double staged = 2.0 * plan.units * plan.plane();
+  const double read = 32.0 * kHeld<T> * static_cast<double>(pattern.entries) / plan.rows;
+  const auto work = [&](int rows) {
+    const int64_t blocks = plan.tiles() * groups_of(plan.rows, int64_t{rows} * kSparseWarps);
+    return static_cast<double>(groups_of(blocks, processors)) * (staged + rows * kSparseWarps * read);
+  };
+  int best = kMostRows<T>;
+  for (int rows = best / 2; rows > 0; rows /= 2)
+    if (work(rows) < work(best)) best = rows;
+  return best;
 }
 
 template <class T>
@@ -323,10 +352,11 @@ cudaError_t product(const Convolution& c, const Pattern& pattern, bool transpose
     return launch_multiply<T, 1, 1, false>(plan, pattern, of, finish, x, y, stream);
   }
   lay_out<T>(plan, 32 * kHeld<T>);
-  const int64_t work = plan.tiles() * groups_of(plan.rows, kSparseWarps);  // as many blocks as there could be
-  if (work >= int64_t{2} * kMostRows<T> * processors)
-    return launch_multiply<T, kMostRows<T>, kHeld<T>, true>(plan, pattern, of, finish, x, y, stream);
-  return launch_multiply<T, 1, kHeld<T>, true>(plan, pattern, of, finish, x, y, stream);
+  plan.charted = can_chart(plan, x);
+  const int rows = rows_of_warps<T>(plan, pattern, processors);
+  if (rows == 1) return launch_multiply<T, 1, kHeld<T>, true>(plan, pattern, of, finish, x, y, stream);
+  if (rows == 2) return launch_multiply<T, 2, kHeld<T>, true>(plan, pattern, of, finish, x, y, stream);
+  return launch_multiply<T, kMostRows<T>, kHeld<T>, true>(plan, pattern, of, finish, x, y, stream);
 }
 
 Split split_of(const Plan& plan, int rows) {
@@ -367,7 +397,8 @@ cudaError_t launch_sample(const Plan& plan, const Split& split, const Pattern& p
   const int64_t blocks = split.splits * split.ranges * groups_of(plan.rows, kRows * kSparseWarps);
   if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   const auto kernel = sample<T, kRows, kVectors, kStaged>;
-  const size_t shared = shared_bytes<int>(plan, kRows, kStaged);
+  const size_t shared = shared_bytes<int>(plan, kRows, split.units, kStaged);
+  if (const cudaError_t error = allow_shared(kernel, shared); error != cudaSuccess) return error;
   return EXSSNET_LAUNCH(kernel, static_cast<unsigned>(blocks), kSparseThreads, shared, stream, plan, pattern, split,
                         FreeSlot{free_count}, x, grad, sums);
 }
@@ -376,7 +407,8 @@ template <class T>
 cudaError_t value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, const T* x, const T* grad,
                            T* grad_values, Sum<T>* parts, cudaStream_t stream) {
   const bool direct = is_direct(c, plan_of(c, pattern, false), x);
-  const auto [plan, split] = sampling<T>(c, pattern, direct);
+  auto [plan, split] = sampling<T>(c, pattern, direct);
+  plan.charted = !direct && can_chart(plan, x);
   if constexpr (std::is_same_v<T, Sum<T>>)
     if (!has_parts<T>(split)) parts = grad_values;
   const cudaError_t error =

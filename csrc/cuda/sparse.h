@@ -2,10 +2,10 @@
 //
 // Images are stored (C, H, W, N), the batch innermost. A block takes a tile of outputs (up to 2048 bytes of each row:
 // pixels and images) and 8, 16 or 32 rows. Chunk by chunk of channels it copies to shared memory what the tile reads,
-// padded and with stride and dilation resolved, and each warp adds the chunk's part of its rows' sums, which stay in
-// registers. So a kept weight costs a broadcast of it and one read of the tile from shared memory, whose bandwidth is
-// the bound. Rows of a block are dealt to its warps by length. Layers of one pixel with small batches are read from
-// the caches instead.
+// padded and with stride and dilation resolved; while the next chunk is on its way, each warp adds this one's part of
+// its rows' sums, which stay in registers. So a kept weight costs a broadcast of it and one read of the tile from shared
+// memory, whose bandwidth is the bound. Rows of a block are dealt to its warps by length. Layers of one pixel with small
+// batches are read from the caches instead.
 //
 // Sums of float16 and bfloat16 are made in float32, those of float64 in float64. Their order depends on shapes and
 // dtype alone: results repeat bit for bit, on any chip. Entries of a pattern that may not be followed are left out.

@@ -33,9 +33,17 @@ struct alignas(2 * sizeof(What)) Entry {
   int offset;
   What what;
 };
-constexpr int kWindow = 32;  // entries of a row that a warp has at hand
-template <class T>
-constexpr int kPatchBytes = (47 << 10) - kSparseWarps * kMostRows<T> * kWindow * int(sizeof(Entry<Sum<T>>));
+
+// The entries of a row that a warp has at hand, in order, without those that are left out.
+template <class What>
+struct Window {
+  Entry<What> entries[32];
+  int unit[32];  // of the entry that each lane has put there, or kNone; it lies here because registers are few
+};
+
+// Of a patch and its chart. With two patches and all windows a block has less than 82 KB: a multiprocessor of an A100
+// or H100 holds two, of an RTX 4090 one. The size is the same everywhere, for the order of sums depends on it.
+constexpr int kPatchBytes = 34 << 10;
 
 // Height or width of a product, forward or transposed. Results go by phases: result `a + phases * i` of phase a reads,
 // at tap t, source step * i + shift(a, t), if the tap is live in this phase. Forward, there is one phase.
@@ -58,8 +66,9 @@ struct Plan {
   Axis h, w;
   int64_t batch;
   int rows, columns, taps;
-  int units, chunk;            // chunk: units in a patch
-  bool by_columns;
+  int units, chunk;            // chunk: units in a patch; there are two patches where not all are in one
+  bool by_columns, charted;    // charted: what of a unit goes into the patch is written down once, for all of them
+  int chart_vectors;           // that the chart takes
   int vectors_shift;           // log2 of the vectors of images in a tile
   int tile_h, tile_w;          // positions in a tile
   int patch_h, patch_w;        // pixels of a unit in a patch
@@ -119,8 +128,8 @@ __device__ void spread(uint4 vector, Sum<T> (&elements)[kLanes<T>]) {
   for (int j = 0; j < kLanes<T>; ++j) elements[j] = static_cast<Sum<T>>(stored[j]);
 }
 
-// Vector v of a tile that this lane works on: where it begins in a plane of the patch, and in a plane of the result
-// (negative where the result has no such pixel or image).
+// Vector v of a tile that this lane works on: where it begins in a plane of the patch, in bytes, and in a plane of the
+// result (negative where the result has no such pixel or image).
 struct Place {
   int in_patch;
   int64_t in_result, image;
@@ -136,7 +145,7 @@ __device__ Place place(const Plan& plan, const Tile& tile, int v) {
   const int64_t w = tile.phase_w + int64_t{plan.w.phases} * (tile.w + j);
   const int64_t image = tile.n + n * kLanes<T>;
   const bool there = h < plan.h.out && w < plan.w.out && image < plan.batch;
-  return {((i * step_h * plan.patch_w + j * step_w) << plan.vectors_shift) + n,
+  return {16 * (((i * step_h * plan.patch_w + j * step_w) << plan.vectors_shift) + n),
           there ? (h * plan.w.out + w) * plan.batch + image : -1, image};
 }
 
@@ -151,9 +160,39 @@ struct Column {
   }
 };
 
-// Copies what a tile reads of units [begin, end) of x, zeros where there are no pixels or images. All threads.
+// Writes down where the vectors of a unit's part of the patch come from: how many vectors behind the beginning of the
+// unit, or -1 for zeros. All threads.
 template <class T>
-__device__ void stage(const Plan& plan, const Tile& tile, int begin, int end, const T* x, uint4* patch) {
+__device__ void draw_chart(const Plan& plan, const Tile& tile, int* chart) {
+  for (int v = static_cast<int>(threadIdx.x); v < plan.plane(); v += kSparseThreads) {
+    const int pixel = v >> plan.vectors_shift, i = pixel / plan.patch_w, j = pixel - i * plan.patch_w;
+    const int h = tile.h * plan.h.step + tile.first_h + i, w = tile.w * plan.w.step + tile.first_w + j;
+    const int64_t image = tile.n + (v & (plan.vectors() - 1)) * kLanes<T>;
+    const bool there = 0 <= h && h < plan.h.in && 0 <= w && w < plan.w.in && image < plan.batch;
+    chart[v] = there ? static_cast<int>(((int64_t{h} * plan.w.in + w) * plan.batch + image) / kLanes<T>) : -1;
+  }
+}
+
+// Begins to copy what a tile reads of units [begin, end) of x, as the chart says. All threads.
+template <class T>
+__device__ void stage_charted(const Plan& plan, int begin, int end, const T* x, const int* chart, uint4* patch) {
+  const int plane = plan.plane(), count = (end - begin) * plane, thread = static_cast<int>(threadIdx.x);
+  const int units = kSparseThreads / plane, rest = kSparseThreads - units * plane, unit = thread / plane;
+  const int64_t size = int64_t{plan.h.in} * plan.w.in * plan.batch / kLanes<T>;  // of a unit
+  const uint4* from = reinterpret_cast<const uint4*>(x) + (begin + unit) * size;
+  int v = thread - unit * plane;
+#pragma unroll 2
+  for (int k = thread; k < count; k += kSparseThreads) {
+    const int at = chart[v];
+    copy_async(patch + k, from + max(at, 0), at >= 0);
+    v += rest, from += units * size;
+    if (v >= plane) v -= plane, from += size;
+  }
+}
+
+// Copies it without a chart: columns, and vectors that are not aligned.
+template <class T>
+__device__ void stage_each(const Plan& plan, const Tile& tile, int begin, int end, const T* x, uint4* patch) {
   const int width = plan.patch_w << plan.vectors_shift, lines = (end - begin) * plan.patch_h;
   const bool aligned = in_vectors(x, plan.batch);
 #pragma unroll 1
@@ -180,6 +219,36 @@ __device__ void stage(const Plan& plan, const Tile& tile, int begin, int end, co
       if (there) vector = load(from + pixel * plan.batch + image, plan.batch - image, aligned);
       patch[line * width + v] = vector;
     }
+  }
+}
+
+// Begins to fill a patch with what a tile reads of units [begin, end) of x, zeros where there are no pixels or images:
+// a thread's part is there when it has awaited its copies. All threads; the chart is that of the tile.
+template <class T>
+__device__ void stage(const Plan& plan, const Tile& tile, int begin, int end, const T* x, const int* chart,
+                      uint4* patch) {
+  if (plan.charted) stage_charted(plan, begin, end, x, chart, patch);
+  else stage_each(plan, tile, begin, end, x, patch);
+}
+
+// Calls use(begin, end, patch) for the chunks of units [first, last), each when its patch is filled, while the other
+// patch is filled for the next one. All threads.
+template <class T, bool kStaged, class Use>
+__device__ void for_each_chunk(const Plan& plan, const Tile& tile, int first, const int& last, const T* x,
+                               const int* chart, uint4* patches, const Use& use) {
+  if constexpr (!kStaged) return use(first, last, patches);
+  __syncthreads();  // all see the chart, and have read the last patches
+  const auto next = [&](int end) { return end + min(plan.chunk, last - end); };
+  const auto patch_of = [&](int begin) {
+    return patches + (begin - first) / plan.chunk % 2 * plan.chunk * plan.plane();
+  };
+#pragma unroll 1
+  for (int begin = first, end = first;; begin = end, end = next(end)) {
+    if (end < last) stage(plan, tile, end, next(end), x, chart, patch_of(end));
+    if (begin < end) use(begin, end, patch_of(begin));
+    if (end == last) return;
+    await_copies();
+    __syncthreads();  // all have filled the one patch, and read the other
   }
 }
 
@@ -223,43 +292,42 @@ __device__ int row_of(const Plan& plan, int64_t group, const int* order, int r) 
   return static_cast<int>(min(group * kRows * kSparseWarps + (kRows == 1 ? dealt : order[dealt]), int64_t{plan.rows}));
 }
 
-// Where a warp is in its rows. The entries at hand lie in windows, one for each row, in order, without those that are
-// left out.
-template <int kRows>
-struct Cursors {
-  int next, end;    // of the row that has the number of this lane
-  int unit[kRows];  // of the entry that this lane has put into the window of each row, or kNone
-
-  // At the first entries of the rows whose unit is not before `begin`.
-  __device__ Cursors(const Plan& plan, const Pattern& pattern, int64_t group, const int* order, int begin)
-      : next(0), end(0) {
-    for (int r = 0; r < kRows; ++r) unit[r] = kNone;
-    const int r = static_cast<int>(threadIdx.x % 32);
-    const int row = r < kRows ? row_of<kRows>(plan, group, order, r) : plan.rows;
-    if (row == plan.rows) return;
-    const Range entries(pattern, row);
-    next = entries.begin, end = entries.end;
-    const int64_t column = int64_t{begin} * (plan.by_columns ? 1 : plan.taps);
-    for (int last = end; column > 0 && next < last;) {
-      const int middle = next + (last - next) / 2;
-      if (pattern.index[middle] < column) next = middle + 1;
-      else last = middle;
-    }
-  }
+// Where a warp is in its rows: the next entry and the last, of the row that has the number of this lane.
+struct Cursor {
+  int next = 0, end = 0;
 };
 
-// The next entries of row r. what(slot, entry.what) tells whether an entry is wanted. Offsets are in vectors of the
-// patch, or, where x is not staged, channels.
-template <bool kStaged, int kRows, class E, class What>
-__device__ void fill(const Plan& plan, const Pattern& pattern, const Tile& tile, Cursors<kRows>& cursors, int r,
-                     E* window, const What& what) {
+// At the first entries of the rows whose unit is not before `begin`, with empty windows.
+template <int kRows, class What>
+__device__ Cursor begin_rows(const Plan& plan, const Pattern& pattern, int64_t group, const int* order, int begin,
+                             Window<What>* windows) {
+  const int r = static_cast<int>(threadIdx.x % 32);
+  for (int i = 0; i < kRows; ++i) windows[i].unit[r] = kNone;
+  const int row = r < kRows ? row_of<kRows>(plan, group, order, r) : plan.rows;
+  if (row == plan.rows) return {};
+  const Range entries(pattern, row);
+  int next = entries.begin;
+  const int64_t column = int64_t{begin} * (plan.by_columns ? 1 : plan.taps);
+  for (int last = entries.end; column > 0 && next < last;) {
+    const int middle = next + (last - next) / 2;
+    if (pattern.index[middle] < column) next = middle + 1;
+    else last = middle;
+  }
+  return {next, entries.end};
+}
+
+// Puts the next entries of row r into its window. value(slot, entry.what) tells whether an entry is wanted. Offsets are
+// in bytes of the patch, or, where x is not staged, channels.
+template <bool kStaged, class What, class Value>
+__device__ void fill(const Plan& plan, const Pattern& pattern, const Tile& tile, Cursor& cursor, int r,
+                     Window<What>& window, const Value& value) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int next = __shfl_sync(kAllLanes, cursors.next, r), left = __shfl_sync(kAllLanes, cursors.end, r) - next;
-  E entry;
+  const int next = __shfl_sync(kAllLanes, cursor.next, r), left = __shfl_sync(kAllLanes, cursor.end, r) - next;
+  Entry<What> entry;
   int unit = kNone;
   if (lane < left) {
     const int index = pattern.index[next + lane];
-    if (0 <= index && index < plan.columns && what(pattern.slot[next + lane], entry.what)) {
+    if (0 <= index && index < plan.columns && value(pattern.slot[next + lane], entry.what)) {
       if (kStaged) {
         const Column column(plan, index);
         if (plan.h.live(tile.phase_h, column.r) && plan.w.live(tile.phase_w, column.s)) {
@@ -267,7 +335,7 @@ __device__ void fill(const Plan& plan, const Pattern& pattern, const Tile& tile,
           const int shift_h = plan.h.shift(tile.phase_h, column.r) - tile.first_h;
           const int shift_w = plan.w.shift(tile.phase_w, column.s) - tile.first_w;
           const int pixel = plan.by_columns ? 0 : shift_h * plan.patch_w + shift_w;
-          entry.offset = unit % plan.chunk * plan.plane() + (pixel << plan.vectors_shift);
+          entry.offset = 16 * (unit % plan.chunk * plan.plane() + (pixel << plan.vectors_shift));
         }
       } else {
         unit = 0;
@@ -275,26 +343,26 @@ __device__ void fill(const Plan& plan, const Pattern& pattern, const Tile& tile,
       }
     }
   }
-  if (lane == r) cursors.next += min(left, kWindow);
-  cursors.unit[r] = unit;
+  if (lane == r) cursor.next += min(left, 32);
+  window.unit[lane] = unit;
   const unsigned live = __ballot_sync(kAllLanes, unit != kNone);
   __syncwarp();  // all lanes have read what is overwritten
-  if (unit != kNone) window[__popc(live & ((1u << lane) - 1))] = entry;
+  if (unit != kNone) window.entries[__popc(live & ((1u << lane) - 1))] = entry;
   __syncwarp();
 }
 
 // Calls use(first, last) for the parts of the window of row r, as it moves on, that hold entries of units [begin, end).
-template <bool kStaged, int kRows, class E, class What, class Use>
+template <bool kStaged, class What, class Value, class Use>
 __device__ void for_each_part(const Plan& plan, const Pattern& pattern, const Tile& tile, int begin, int end,
-                              Cursors<kRows>& cursors, int r, E* window, const What& what, const Use& use) {
+                              Cursor& cursor, int r, Window<What>& window, const Value& value, const Use& use) {
   for (;;) {
-    const int unit = cursors.unit[r];
+    const int unit = window.unit[threadIdx.x % 32];
     const int first = __popc(__ballot_sync(kAllLanes, unit < begin));
     const int last = __popc(__ballot_sync(kAllLanes, unit < end));
     if (first < last) use(first, last);
     if (last < __popc(__ballot_sync(kAllLanes, unit != kNone))) return;
-    if (__shfl_sync(kAllLanes, cursors.next, r) == __shfl_sync(kAllLanes, cursors.end, r)) return;
-    fill<kStaged>(plan, pattern, tile, cursors, r, window, what);
+    if (__shfl_sync(kAllLanes, cursor.next, r) == __shfl_sync(kAllLanes, cursor.end, r)) return;
+    fill<kStaged>(plan, pattern, tile, cursor, r, window, value);
   }
 }
 
@@ -314,7 +382,7 @@ void lay_out(Plan& plan, int capacity) {
         const int64_t tile_h = std::min(high, capacity / (vectors * tile_w));
         const int64_t patch_h = by_columns ? tile_h : (tile_h - 1) * plan.h.step + plan.h.reach() + 1;
         const int64_t patch_w = by_columns ? tile_w : (tile_w - 1) * plan.w.step + plan.w.reach() + 1;
-        if (double(patch_h) * double(patch_w) * double(vectors) * 16 > kPatchBytes<T>) continue;
+        if (double(patch_h) * double(patch_w) * double(vectors) * 20 + 16 > kPatchBytes) continue;
         const int64_t tiles_h = groups_of(high, tile_h), tiles_w = groups_of(wide, tile_w);
         const int64_t tiles_n = groups_of(across, vectors), staged = patch_h * patch_w * vectors;
         const double cost = double(tiles_h) * double(tiles_w) * double(tiles_n) *
@@ -327,7 +395,9 @@ void lay_out(Plan& plan, int capacity) {
         plan.tiles_h = tiles_h, plan.tiles_w = tiles_w, plan.tiles_n = tiles_n;
       }
   plan.units = plan.by_columns ? plan.columns : static_cast<int>(channels);
-  const int64_t room = kPatchBytes<T> / (plan.plane() * 16), chunks = std::max<int64_t>(groups_of(plan.units, room), 1);
+  plan.chart_vectors = (plan.plane() + 3) / 4;
+  const int64_t room = (kPatchBytes / 16 - plan.chart_vectors) / plan.plane();
+  const int64_t chunks = std::max<int64_t>(groups_of(plan.units, room), 1);
   plan.chunk = static_cast<int>(std::max<int64_t>(groups_of(plan.units, chunks), 1));
 }
 
@@ -340,6 +410,13 @@ inline Axis axis_of(const cpu::Window& w, bool transposed) {
   const auto dilation = static_cast<int>(w.dilation);
   if (transposed) return {out, in, taps, 1, stride, padding, -dilation};
   return {in, out, taps, stride, 1, -padding, dilation};
+}
+
+// Whether patches are filled by a chart: vectors lie as in x, and are counted in int32.
+template <class T>
+bool can_chart(const Plan& plan, const T* x) {
+  const double vectors = double(plan.h.in) * double(plan.w.in) * double(plan.batch) / kLanes<T>;
+  return !plan.by_columns && in_vectors(x, plan.batch) && vectors <= std::numeric_limits<int>::max();
 }
 
 // The plan of a product, but for its tiles.

@@ -52,6 +52,7 @@ struct Fiber {
   uint3 index;
   unsigned number, mask;  // of the thread in its block; of the meeting that it waits in
   Place where;            // it waits
+  std::vector<Copy> copies;
 };
 
 // Lanes that come together; one for every lane that can be the lowest of a mask.
@@ -150,6 +151,8 @@ void resume(Fiber& fiber) {
 void thread_main() {
   in_fiber();
   now.call(now.context);
+  if (!current->copies.empty() && error.empty())
+    error = describe("ends with copies that it did not await", {}, *current);
   current->state = State::done;
   now.live_lanes[current->number / 32] &= ~(1u << current->number % 32);
   --now.live;
@@ -172,6 +175,7 @@ void start(Fiber& fiber, unsigned number) {
   fiber.index = {number % blockDim.x, number / blockDim.x % blockDim.y, number / blockDim.x / blockDim.y};
   fiber.state = State::ready;
   fiber.fake_stack = nullptr;
+  fiber.copies.clear();
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(fiber.stack, kStack);  // after a thread that an error left in the middle
 #endif
@@ -324,6 +328,15 @@ void check_limits(const void* kernel, size_t shared_bytes) {
 }
 
 }  // namespace
+
+void begin(const Copy& copy) { current->copies.push_back(copy); }
+
+bool next_to_land(Copy& copy) {
+  if (current->copies.empty()) return false;
+  copy = current->copies.back();
+  current->copies.pop_back();
+  return true;
+}
 
 void allow_dynamic_shared(const void* kernel, size_t bytes) {
   if (bytes > kMostSharedBytes)

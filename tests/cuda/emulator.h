@@ -75,6 +75,14 @@ const uint64_t* meet(unsigned mask, uint64_t value, Meeting meeting, Place where
 int lane();
 [[noreturn]] void fail(Place where, const std::string& what);
 
+// A copy to shared memory that a thread has begun. It lands when that awaits it.
+struct Copy {
+  uint4* to;
+  uint4 vector;
+};
+void begin(const Copy& copy);
+bool next_to_land(Copy& copy);  // of the current thread's, while there is one
+
 // What the race detector has to know beyond loads and stores.
 void on_atomic(const void* address, size_t bytes, Place where, const void* code);
 void on_fence();
@@ -109,6 +117,19 @@ T update(T* address, Place where, const F& change) {
 }
 
 }  // namespace emulator
+
+// ---- asynchronous copies, as portable.h has them
+
+namespace exssnet::cuda {
+
+inline void copy_async(uint4* to, const uint4* from, bool wanted) {
+  emulator::begin({to, wanted ? *from : uint4{}});
+}
+inline void await_copies() {
+  for (emulator::Copy copy; emulator::next_to_land(copy);) *copy.to = copy.vector;
+}
+
+}  // namespace exssnet::cuda
 
 // ---- barriers and fences
 

@@ -257,6 +257,27 @@ KERNEL(fresh_shared) {
   fixed[t] = dynamic[t] = x[i];
 }
 
+KERNEL(copy_not_awaited) {
+  THREAD;
+  __shared__ uint4 tile[kThreads / 4];
+  const uint4* const of_block = reinterpret_cast<const uint4*>(x + blockIdx.x * kThreads);
+  if (t < kThreads / 4) exssnet::cuda::copy_async(tile + t, of_block + t, t % 2 == 0);
+  if constexpr (right) exssnet::cuda::await_copies();
+  __syncthreads();
+  y[i] = reinterpret_cast<const float*>(tile)[t];
+}
+
+KERNEL(copy_awaited_after_barrier) {
+  THREAD;
+  __shared__ uint4 tile[kThreads / 4];
+  const uint4* const of_block = reinterpret_cast<const uint4*>(x + blockIdx.x * kThreads);
+  if (t < kThreads / 4) exssnet::cuda::copy_async(tile + t, of_block + t, true);
+  if constexpr (right) exssnet::cuda::await_copies();
+  __syncthreads();
+  if constexpr (!right) exssnet::cuda::await_copies();
+  y[i] = reinterpret_cast<const float*>(tile)[kThreads - 1 - t];
+}
+
 struct Plant {
   std::string name;
   void (*right)(const float*, int, float*);
@@ -272,6 +293,7 @@ const std::vector<Plant> plants{
     PLANT(dynamic_shared_past_end, kThreads * sizeof(float)), PLANT(uninitialised_shared), PLANT(misaligned_vector),
     PLANT(missing_atomic), PLANT(read_beside_atomic), PLANT(colliding_blocks), PLANT(overflow),
     PLANT(last_block_without_fence), PLANT(last_block_with_early_fence), PLANT(last_block_without_counter),
+    PLANT(copy_not_awaited), PLANT(copy_awaited_after_barrier),
 };
 #define SOUND(kernel, ...) {#kernel, kernel<true>, nullptr __VA_OPT__(, ) __VA_ARGS__}
 const std::vector<Plant> sound{SOUND(shuffles), SOUND(votes),   SOUND(barrier_votes),
