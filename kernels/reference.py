@@ -402,8 +402,8 @@ def batch_norm_act(
     """On a GPU four launches, or fewer."""
     rows = _channels(x)
     if x.numel() == 0:
-        nothing = x.new_full((x.shape[1],), torch.nan)
-        return batch_last(x), *((nothing if t is None else t).clone() for t in (mean, var))
+        m, v = (x.new_full((x.shape[1],), torch.nan) if t is None else t.clone() for t in (mean, var))
+        return batch_last(x), m, v
     if mean is None or var is None:
         v, m = torch.var_mean(rows, (0, 2), correction=0)
     else:
