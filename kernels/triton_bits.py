@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_mask import ceil_div
+
 BLOCK = 1024  # bytes of a packed mask in one program
 
 
@@ -49,20 +51,20 @@ def _bytes(mask: Tensor) -> Tensor:
 
 def pack_mask(mask: Tensor) -> Tensor:
     n = mask.numel()
-    packed = mask.new_empty(triton.cdiv(n, 8), dtype=torch.uint8)
-    _pack[(triton.cdiv(n, 8 * BLOCK),)](_bytes(mask), packed, n, BLOCK=BLOCK)
+    packed = mask.new_empty(ceil_div(n, 8), dtype=torch.uint8)
+    _pack[(ceil_div(n, 8 * BLOCK),)](_bytes(mask), packed, n, BLOCK=BLOCK)
     return packed
 
 
 def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
     n = math.prod(shape)
     mask = packed.new_empty(shape, dtype=torch.bool)
-    _unpack[(triton.cdiv(n, 8 * BLOCK),)](_bytes(packed), _bytes(mask), n, BLOCK=BLOCK)
+    _unpack[(ceil_div(n, 8 * BLOCK),)](_bytes(packed), _bytes(mask), n, BLOCK=BLOCK)
     return mask
 
 
 def free_mask(mask: Tensor, used_mask: Tensor) -> Tensor:
     free = torch.empty_like(mask, memory_format=torch.contiguous_format)
     n = mask.numel()
-    _and_not[(triton.cdiv(n, 2 * BLOCK),)](_bytes(mask), _bytes(used_mask), _bytes(free), n, BLOCK=2 * BLOCK)
+    _and_not[(ceil_div(n, 2 * BLOCK),)](_bytes(mask), _bytes(used_mask), _bytes(free), n, BLOCK=2 * BLOCK)
     return free

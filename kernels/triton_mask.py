@@ -17,6 +17,11 @@ from torch import Tensor
 BLOCK = 1024  # weights, or results, of one program of an elementwise kernel
 
 
+def ceil_div(a: int, b: int) -> int:
+    """As `triton.cdiv`, which takes 2 us on the host."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Mask:
     data: Tensor
@@ -223,12 +228,12 @@ def finish(of_output: OutputParts | None, of_gradients: GradientParts | None) ->
     blocks = 0
     if of_output is not None:
         parts, bias, output = of_output
-        blocks = triton.cdiv(output.numel(), BLOCK)
+        blocks = ceil_div(output.numel(), BLOCK)
         first = parts, parts.shape[0], output.numel(), bias, output.shape[1], output.stride(1), output, blocks
     if of_gradients is not None:
         parts, gradients = of_gradients
         n = parts.shape[1]
         second = parts, parts.shape[0], n, *gradients.arguments()
-        blocks += triton.cdiv(n, BLOCK)
+        blocks += ceil_div(n, BLOCK)
     if blocks:
         _finish_kernel[(blocks,)](*first, *second, BLOCK=BLOCK)

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_mask import GradientParts, Gradients, Mask, OutputParts, kept_weight, store_gradients, threshold_of
+from .triton_mask import (
+    GradientParts,
+    Gradients,
+    Mask,
+    OutputParts,
+    ceil_div,
+    kept_weight,
+    store_gradients,
+    threshold_of,
+)  # fmt: skip
 
 Weight = Tensor | tuple[Tensor, ...]  # dense, or its free and frozen values
 
@@ -298,7 +307,7 @@ def _precision() -> str:
 
 def _parts(rows: int, columns: int, length: int, groups: int) -> int:
     """Into how many parts the sums of a matrix (rows, columns) are split, of `length` terms each."""
-    tiles: int = triton.cdiv(rows, 64) * triton.cdiv(columns, 64) * groups
+    tiles = ceil_div(rows, 64) * ceil_div(columns, 64) * groups
     return max(1, min(PROGRAMS // tiles, length // PART, MOST_PARTS))
 
 
@@ -329,7 +338,7 @@ def product(
     parts = result if count == 1 else result.new_empty((count, result.numel()), dtype=torch.float32)
 
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(pixels, tile["BLOCK_P"]) * groups, count
+        return ceil_div(outputs, tile["BLOCK_O"]) * ceil_div(pixels, tile["BLOCK_P"]) * groups, count
 
     product_kernel[grid](
         source, source.stride(), tuple(source.shape[2:]), weight, mask.data, mask.selection,
@@ -355,8 +364,8 @@ def weight_gradients(grad: Tensor, x: Tensor, geometry: Geometry, gradients: Gra
 
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
         of_taps, size = (1, channels * geometry.taps) if mixed else (geometry.taps, channels)
-        blocks = of_taps * triton.cdiv(size, tile["BLOCK_K"])
-        return triton.cdiv(outputs, tile["BLOCK_O"]) * blocks * groups, count
+        blocks = of_taps * ceil_div(size, tile["BLOCK_K"])
+        return ceil_div(outputs, tile["BLOCK_O"]) * blocks * groups, count
 
     gradient_kernel[grid](
         grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .nan_flag import flag
-from .triton_mask import of_layer
+from .triton_mask import ceil_div, of_layer
 
 
 class Format(NamedTuple):
@@ -188,7 +188,7 @@ def _select_layers(
     """Writes rows of the selection from the bits of flat scores of one format; their packed masks where asked."""
     device, layers = selection.device, len(scores)
     sizes = [s.numel() for s in scores]
-    *first_chunks, chunks = accumulate((triton.cdiv(n, CHUNK) for n in sizes), initial=0)
+    *first_chunks, chunks = accumulate((ceil_div(n, CHUNK) for n in sizes), initial=0)
     table = torch.zeros(6, layers, dtype=torch.int64, device=device)
     first_chunk, first, count, row, rank, threshold = table
     values = [*first_chunks, *accumulate(sizes[:-1], initial=0), *sizes, *rows, *k]
@@ -196,7 +196,7 @@ def _select_layers(
 
     flat = scores[0] if layers == 1 else torch.cat(scores)
     pieces = {"BITS": form.bits, "LAYERS": triton.next_power_of_2(layers), "BLOCK": BLOCK, "CHUNK": CHUNK}
-    digits = triton.cdiv(form.bits, DIGIT)
+    digits = ceil_div(form.bits, DIGIT)
     for high, low in pairwise(form.bits - form.bits * i // digits for i in range(digits + 1)):
         counts = torch.zeros(layers, 1 << (high - low), dtype=torch.int64, device=device)
         _count_digit[(chunks,)](
@@ -212,7 +212,7 @@ def _select_layers(
     )  # fmt: skip
     if not packed:
         return []
-    masks = [torch.empty(triton.cdiv(n, 8), dtype=torch.uint8, device=device) for n in sizes]
+    masks = [torch.empty(ceil_div(n, 8), dtype=torch.uint8, device=device) for n in sizes]
     _write_bits[(chunks,)](flat, first_chunk, first, count, row, selection, tuple(masks), layers, **pieces, num_warps=8)
     return masks
 
@@ -234,7 +234,7 @@ def topk_masks(
         for s, integers, pair in zip(scores, flat, selection, strict=True):
             masks.append(torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format))
             n = s.numel()
-            _write_mask[(triton.cdiv(n, BLOCK),)](
+            _write_mask[(ceil_div(n, BLOCK),)](
                 integers, pair, masks[-1].view(-1).view(torch.uint8), n, BITS=FORMATS[s.dtype].bits, BLOCK=BLOCK
             )
     return masks, selection, selection.clone()

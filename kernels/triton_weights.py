@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .triton_mask import kept_weight, of_layer, store_gradients
+from .triton_mask import ceil_div, kept_weight, of_layer, store_gradients
 
 BLOCK = 1024  # weights that a program holds at a time
 CHUNK = 8 * BLOCK
@@ -98,7 +98,7 @@ def supermask_weights(
         return reference.supermask_weights(weights, scores, selections, dtype)
     outputs = [torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format) for w in weights]
     for layers, sizes, blocks in _groups(weights, outputs):
-        grid = (sum(triton.cdiv(n, CHUNK) for n in sizes),)
+        grid = (sum(ceil_div(n, CHUNK) for n in sizes),)
         _weights_kernel[grid](_of(weights, layers), _of(selections, layers), _of(outputs, layers), sizes, **blocks)
     return outputs
 
@@ -113,7 +113,7 @@ def supermask_weights_backward(
         for tensors, needed in zip((scores, weights), output_mask, strict=True)
     )
     for layers, sizes, blocks in _groups(grads, weights, scores) if any(output_mask) else ():
-        grid = (sum(triton.cdiv(n, CHUNK) for n in sizes),)
+        grid = (sum(ceil_div(n, CHUNK) for n in sizes),)
         inputs = (_of(tensors, layers) for tensors in (grads, weights, scores, selections))
         outputs = (_of(made, layers) if made else None for made in (of_scores, of_weights))
         _gradients_kernel[grid](*inputs, *outputs, sizes, **blocks)
