@@ -151,6 +151,8 @@ def chips() -> list[str]:
         known = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", chip)
         if known is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST must be a list like 8.0;9.0+PTX, got {asked!r}")
+        if int(known[1]) < 8:
+            raise ValueError(f"the CUDA kernels need chips of compute capability 8.0 or newer, got {chip}")
         number = known[1] + known[2]
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if known[3]:

@@ -52,7 +52,7 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
             step = 1 / float(self.num_batches_tracked) if self.num_batches_tracked is not None else 0.0
         for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
             assert running is not None
-            running.lerp_(new, step)
+            running.lerp_(new.to(running.dtype), step)
 
 
 class TaskBatchNorm1d(TaskBatchNorm, nn.BatchNorm1d):

@@ -399,7 +399,6 @@ def batch_norm_act(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
     var: Tensor | None, eps: float, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """On a GPU four launches, or fewer."""
     rows = _channels(x)
     if x.numel() == 0:
         m, v = (x.new_full((x.shape[1],), torch.nan) if t is None else t.clone() for t in (mean, var))
@@ -423,13 +422,13 @@ def batch_norm_act_backward(
     if relu and x.numel() > 0:
         output = _normalised(rows, weight, bias, mean, var, eps) if y is None else _channels(y)
         grads = torch.ops.aten.threshold_backward(grads, output, 0)
+    elif output_mask[1]:
+        grads = grads.clone()  # a result shares no memory with an argument
     precision = (var + eps).rsqrt()
-    grad_x = grads
+    grad_x = x.new_empty(rows.shape)
     if x.numel() > 0 and output_mask[0]:
         arguments = weight, mean, var, mean, precision, training, eps, [True, False, False]
         grad_x = torch.ops.aten.native_batch_norm_backward(grads, rows, *arguments)[0]
-    if output_mask[1] and not relu:
-        grads = grads.clone()  # a result shares no memory with an argument
     return (
         _from_channels(grad_x, x) if output_mask[0] else x.new_empty(0),
         _from_channels(grads, x) if output_mask[1] else x.new_empty(0),

@@ -80,6 +80,7 @@ PLANTS = (
         "copy_awaited_after_barrier", lambda x: blocks(x)[:, ::-1], {"race": "has not written|" + RACE},
         wrong_values=True,
     ),
+    Plant("copy_begun_before_barrier", lambda x: 2 * blocks(x)[:, ::-1], {"race": RACE}),
 )  # fmt: skip
 
 

@@ -296,10 +296,12 @@ size_t shared_bytes(const Plan& plan, int rows, int units, bool staged) {
          (staged ? size_t{16} * (patches + plan.chart_vectors) : 0);
 }
 
-template <class... P>
-cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
+// Lets a kernel have all that it may ever want: another thread may launch it at the same time.
+template <class What, class... P>
+cudaError_t allow_shared(void (*kernel)(P...), int rows, size_t bytes) {
   if (bytes <= size_t{48} << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const size_t most = kSparseWarps * rows * sizeof(Window<What>) + 2 * kPatchBytes;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
 }
 
 // Whether x is better read from the caches than staged: one pixel, a batch that would not fill a staged tile.
@@ -317,7 +319,7 @@ cudaError_t launch_multiply(const Plan& plan, const Pattern& pattern, const Valu
   if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   const auto kernel = multiply<T, kRows, kVectors, kStaged>;
   const size_t shared = shared_bytes<Sum<T>>(plan, kRows, plan.units, kStaged);
-  if (const cudaError_t error = allow_shared(kernel, shared); error != cudaSuccess) return error;
+  if (const cudaError_t error = allow_shared<Sum<T>>(kernel, kRows, shared); error != cudaSuccess) return error;
   return EXSSNET_LAUNCH(kernel, static_cast<unsigned>(blocks), kSparseThreads, shared, stream, plan, pattern, values,
                         then, x, y);
 }
@@ -398,7 +400,7 @@ cudaError_t launch_sample(const Plan& plan, const Split& split, const Pattern& p
   if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   const auto kernel = sample<T, kRows, kVectors, kStaged>;
   const size_t shared = shared_bytes<int>(plan, kRows, split.units, kStaged);
-  if (const cudaError_t error = allow_shared(kernel, shared); error != cudaSuccess) return error;
+  if (const cudaError_t error = allow_shared<int>(kernel, kRows, shared); error != cudaSuccess) return error;
   return EXSSNET_LAUNCH(kernel, static_cast<unsigned>(blocks), kSparseThreads, shared, stream, plan, pattern, split,
                         FreeSlot{free_count}, x, grad, sums);
 }

@@ -7,8 +7,8 @@
 // memory, whose bandwidth is the bound. Rows of a block are dealt to its warps by length. Layers of one pixel with small
 // batches are read from the caches instead.
 //
-// Sums of float16 and bfloat16 are made in float32, those of float64 in float64. Their order depends on shapes and
-// dtype alone: results repeat bit for bit, on any chip. Entries of a pattern that may not be followed are left out.
+// Sums of float16 and bfloat16 are made in float32, those of float64 in float64. Their order depends on shapes, dtype
+// and alignment alone: results repeat bit for bit, on any chip. Entries of a pattern that may not be followed are left out.
 #pragma once
 
 #include <cstddef>

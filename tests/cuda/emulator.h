@@ -118,12 +118,17 @@ T update(T* address, Place where, const F& change) {
 
 }  // namespace emulator
 
-// ---- asynchronous copies, as portable.h has them
+// ---- asynchronous copies, as portable.h has them. They land when they are awaited, but may at once: the race detector
+// sees both.
 
 namespace exssnet::cuda {
 
 inline void copy_async(uint4* to, const uint4* from, bool wanted) {
-  emulator::begin({to, wanted ? *from : uint4{}});
+  const emulator::Copy copy{to, wanted ? *from : uint4{}};
+#ifdef EXSSNET_TRACED
+  *to = copy.vector;
+#endif
+  emulator::begin(copy);
 }
 inline void await_copies() {
   for (emulator::Copy copy; emulator::next_to_land(copy);) *copy.to = copy.vector;

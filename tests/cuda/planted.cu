@@ -278,6 +278,22 @@ KERNEL(copy_awaited_after_barrier) {
   y[i] = reinterpret_cast<const float*>(tile)[kThreads - 1 - t];
 }
 
+KERNEL(copy_begun_before_barrier) {
+  THREAD;
+  __shared__ uint4 tile[kThreads / 4];
+  const uint4* const of_block = reinterpret_cast<const uint4*>(x + blockIdx.x * kThreads);
+  float sum = 0;
+  for (int step = 0; step < 2; ++step) {
+    if (right) __syncthreads();
+    if (t < kThreads / 4) exssnet::cuda::copy_async(tile + t, of_block + t, true);
+    if (!right) __syncthreads();
+    exssnet::cuda::await_copies();
+    __syncthreads();
+    sum += reinterpret_cast<const float*>(tile)[kThreads - 1 - t];
+  }
+  y[i] = sum;
+}
+
 struct Plant {
   std::string name;
   void (*right)(const float*, int, float*);
@@ -293,7 +309,7 @@ const std::vector<Plant> plants{
     PLANT(dynamic_shared_past_end, kThreads * sizeof(float)), PLANT(uninitialised_shared), PLANT(misaligned_vector),
     PLANT(missing_atomic), PLANT(read_beside_atomic), PLANT(colliding_blocks), PLANT(overflow),
     PLANT(last_block_without_fence), PLANT(last_block_with_early_fence), PLANT(last_block_without_counter),
-    PLANT(copy_not_awaited), PLANT(copy_awaited_after_barrier),
+    PLANT(copy_not_awaited), PLANT(copy_awaited_after_barrier), PLANT(copy_begun_before_barrier),
 };
 #define SOUND(kernel, ...) {#kernel, kernel<true>, nullptr __VA_OPT__(, ) __VA_ARGS__}
 const std::vector<Plant> sound{SOUND(shuffles), SOUND(votes),   SOUND(barrier_votes),
