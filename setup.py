@@ -174,6 +174,11 @@ def libraries() -> list[Extension]:
         return []
     if cuda == "1" and find_nvcc() is None:  # before minutes of compiling
         raise SystemExit("exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.")
+    if cuda == "1":
+        try:
+            chips()
+        except ValueError as error:
+            raise SystemExit(f"exssnet: FORCE_CUDA=1, but {error}.") from None
     files = {kind: [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob(kind))] for kind in
              ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "csrc/**/*.h")}  # fmt: skip
     glue = [p for p in files["csrc/*.cpp"] if Path(p).name.startswith("cuda_")]

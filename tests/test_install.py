@@ -137,6 +137,24 @@ def test_a_build_that_must_have_cuda_is_refused_without_nvcc(sources: Path, tmp_
     assert errors == "exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.\n"
 
 
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("7.5", "the CUDA kernels need chips of compute capability 8.0 or newer, got 7.5"),
+        ("9.0;ten", "TORCH_CUDA_ARCH_LIST must be a list like 8.0;9.0+PTX, got '9.0;ten'"),
+    ],
+)
+def test_chips_without_the_kernels_are_refused(sources: Path, tmp_path: Path, asked: str, sentence: str) -> None:
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(0o755)
+    status, said, errors = build(
+        sources, tmp_path, FORCE_CUDA="1", CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST=asked, EXSSNET_NATIVE="1"
+    )
+    assert (status, said) == (1, "")
+    assert errors == f"exssnet: FORCE_CUDA=1, but {sentence}.\n"
+
+
 def test_cuda_kernels_alone_cannot_be_asked_for(sources: Path, tmp_path: Path) -> None:
     status, said, errors = build(sources, tmp_path, FORCE_CUDA="1", EXSSNET_NATIVE="0")
     assert (status, said) == (1, "")
