@@ -212,6 +212,16 @@ def test_batch_norm_1d_is_the_same_in_both_layouts(shape: tuple[int, ...]) -> No
     assert torch.allclose(plain.running_var, stored.running_var)
 
 
+def test_running_statistics_keep_their_own_dtype() -> None:
+    """Those of float32, where the batch is float64 and innermost."""
+    x = torch.randn(6, 4, 5, 3, dtype=torch.float64)
+    exact, norm = TaskBatchNorm2d(4, dtype=torch.float64), TaskBatchNorm2d(4)
+    exact(_batch_innermost(x))
+    norm(_batch_innermost(x))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name), getattr(exact, name).float())
+
+
 NORMS = {
     "momentum": {},
     "affine": {"affine": True},
