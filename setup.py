@@ -172,9 +172,9 @@ def libraries() -> list[Extension]:
         if cuda == "1":
             raise SystemExit("exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.")
         return []
-    if cuda == "1" and find_nvcc() is None:  # before minutes of compiling
-        raise SystemExit("exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.")
-    if cuda == "1":
+    if cuda == "1":  # before minutes of compiling
+        if find_nvcc() is None:
+            raise SystemExit("exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.")
         try:
             chips()
         except ValueError as error:

@@ -425,12 +425,14 @@ def batch_norm_act_backward(
     elif output_mask[1]:
         grads = grads.clone()  # a result shares no memory with an argument
     precision = (var + eps).rsqrt()
-    grad_x = x.new_empty(rows.shape)
-    if x.numel() > 0 and output_mask[0]:
+    grad_x = x.new_empty(0)
+    if output_mask[0] and x.numel() == 0:
+        grad_x = batch_last(x)
+    elif output_mask[0]:
         arguments = weight, mean, var, mean, precision, training, eps, [True, False, False]
-        grad_x = torch.ops.aten.native_batch_norm_backward(grads, rows, *arguments)[0]
+        grad_x = _from_channels(torch.ops.aten.native_batch_norm_backward(grads, rows, *arguments)[0], x)
     return (
-        _from_channels(grad_x, x) if output_mask[0] else x.new_empty(0),
+        grad_x,
         _from_channels(grads, x) if output_mask[1] else x.new_empty(0),
         (grads * (rows - mean[:, None]) * precision[:, None]).sum((0, 2)) if output_mask[2] else x.new_empty(0),
         grads.sum((0, 2)) if output_mask[3] else x.new_empty(0),

@@ -25,7 +25,7 @@ from .triton_mask import (
     kept_weight,
     store_gradients,
     threshold_of,
-)  # fmt: skip
+)
 
 Weight = Tensor | tuple[Tensor, ...]  # dense, or its free and frozen values
 
