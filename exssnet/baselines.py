@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from .learner import Learner, PhaseOptions
 from .methods import Method
-from .nn import convert
-from .phases import Phases, evaluation
+from .nn import convert, evaluation
+from .phases import Phases
 from .progress import OpenTask, TaskReport
 from .tasks import Relabelled, Task, loader
 
@@ -80,7 +80,7 @@ class EWC(Sequential):
         data = data.select(torch.randperm(len(data), generator=generator)[: self.samples])
         with self.phases.using(report.task) as model, evaluation(model):
             for layer in self.phases.layers.values():
-                whole = torch.ones_like(layer.weight, dtype=torch.bool)
+                whole = torch.ones_like(layer.dense_weight, dtype=torch.bool)
                 layer.use_values(whole, whole)
             values = {n: p for n, layer in self.phases.layers.items() if (p := layer.free_values) is not None}
             fisher = {name: torch.zeros_like(p) for name, p in values.items()}
@@ -95,7 +95,7 @@ class EWC(Sequential):
                         fisher[name] += g.square() / len(data)
         for name, new in fisher.items():
             old = self._fisher.get(name, torch.zeros_like(new))
-            total, weights = old + new, self.phases.layers[name].weight.reshape(-1)
+            total, weights = old + new, self.phases.layers[name].dense_weight.reshape(-1)
             anchor = old * self._anchor.get(name, weights) + new * weights
             self._fisher[name] = total
             self._anchor[name] = torch.where(total > 0, anchor / total, weights)
@@ -184,7 +184,7 @@ class PackNet(Sequential):
     def __init__(self, model: nn.Module, weight: PhaseOptions, *, tasks: int, **options: Any) -> None:
         super().__init__(model, weight, **options)
         self.tasks = tasks
-        self._initial = {name: layer.weight.clone() for name, layer in self.phases.layers.items()}
+        self._initial = {name: layer.dense_weight.clone() for name, layer in self.phases.layers.items()}
 
     def _begin(self, task: Task) -> OpenTask:
         if len(self.phases.bank) >= self.tasks:
@@ -192,7 +192,7 @@ class PackNet(Sequential):
         open_ = super()._begin(task)
         for name, layer in self.phases.layers.items():
             free = self.phases.bank.free(name, layer.mask())
-            layer.weight[free] = self._initial[name][free]
+            layer.dense_weight[free] = self._initial[name][free]
         self._pruned = False
         return open_
 
@@ -210,7 +210,7 @@ class PackNet(Sequential):
     def _largest(self, name: str, share: float) -> Tensor:
         """Where the largest free weights of a layer are, bool of its shape."""
         layer = self.phases.layers[name]
-        keep = torch.zeros_like(layer.weight, dtype=torch.bool)
+        keep = torch.zeros_like(layer.dense_weight, dtype=torch.bool)
         if layer.free_values is not None:
             free = self.phases.free_mask(name)
             where = free.flatten().nonzero()[:, 0]

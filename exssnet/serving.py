@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import PATTERN, supermask_layers
+from .nn import PATTERN, TENSORS, supermask_layers
 from .ops import sparse_pattern
 from .phases import Phases
 
@@ -52,8 +52,10 @@ class Served:
         self._blank = _without_weights(phases)
         # Values lie in the pattern's order, so the slots of all layers count from 0 on.
         layers = phases.layers.values()
-        device = next(iter(layers)).weight.device
-        self._slots = torch.arange(max(layer.weight.numel() for layer in layers), dtype=torch.int32, device=device)
+        device = next(iter(layers)).dense_weight.device
+        self._slots = torch.arange(
+            max(layer.dense_weight.numel() for layer in layers), dtype=torch.int32, device=device
+        )
 
     @property
     def tasks(self) -> Sequence[int]:
@@ -149,7 +151,7 @@ class Served:
         for name, value in (phases.initial | phases.states[task]).items():
             state[name].copy_(value)
         for name, layer in supermask_layers(network.module):
-            weight = phases.layers[name].weight
+            weight = phases.layers[name].dense_weight
             mask = phases.bank.mask(task, name).to(weight.device)
             pattern = sparse_pattern(mask, groups=getattr(layer, "groups", 1))
             layer.frozen_values = weight[mask]
@@ -177,8 +179,8 @@ def _without_weights(phases: Phases) -> nn.Module:
     """A copy of the model in evaluation mode, of whose masked weights only the shapes are left."""
     known: dict[int, Any] = {}
     for layer in phases.layers.values():
-        known[id(layer.weight)] = layer.weight.detach().new_zeros(()).expand(layer.weight.shape)
-        for key in ("scores", "free_values", "frozen_values", *PATTERN):
+        known[id(layer.dense_weight)] = layer.dense_weight.detach().new_zeros(()).expand(layer.dense_weight.shape)
+        for key in TENSORS[1:]:
             if (tensor := getattr(layer, key)) is not None:
                 known[id(tensor)] = tensor.detach()
     model = copy.deepcopy(phases.model, known)

@@ -140,7 +140,7 @@ def masked_weight(
     _check_values("masked_weight", pattern, free_values, frozen_values, shape[2:])
     same_kind("masked_weight", free_values, frozen_values=frozen_values)
     _check_shape("masked_weight", pattern, shape)
-    if free_values.numel() and frozen_values.numel():
+    if frozen_values.numel() and (free_values.numel() or free_values.requires_grad):
         values = torch.cat([free_values, frozen_values]).index_select(0, pattern.slot)
     else:
         values = free_values if free_values.numel() else frozen_values  # in walking order already
