@@ -353,6 +353,7 @@ class Phases:
 
         The model's own `state_dict` is the network of the active or open task alone.
         """
+        self._require("state_dict", *PHASES)
         tensors = stored.finished(self)
         if self.phase != "idle":
             tensors |= {f"open/{n}": t for n, t in self.open_tensors().items()}

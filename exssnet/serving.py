@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import owners
 from .nn import PATTERN, TENSORS, supermask_layers
 from .ops import sparse_pattern
 from .phases import Phases
@@ -143,6 +144,7 @@ class Served:
     def _make(self, task: int) -> _Network:
         """The task's network; what all tasks share it has not of its own."""
         phases = self._phases
+        owners.check(phases, "Served")
         live = self._blank.state_dict(keep_vars=True)
         own = {id(live[name]) for name in phases.initial}
         shared = [t for t in self._blank.parameters() if id(t) not in own]

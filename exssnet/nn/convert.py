@@ -146,7 +146,9 @@ def _unmaskable(module: nn.Module) -> str:
     if type(module) not in MASKED:
         if isinstance(module, SupermaskLayer):
             return "it is a supermask layer already"
-        return f"{kind} is a subclass" if isinstance(module, tuple(MASKED)) else f"{kind} has no masked form"
+        if isinstance(module, tuple(MASKED)):
+            return f"{kind} is a subclass"
+        return "a norm" if "Norm" in kind else f"{kind} has no masked form"
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed (weight_norm, prune, ...)"

@@ -44,7 +44,7 @@ class Summary:
         for kind in ("masked", "per task", "frozen"):
             rows = [r for r in self.rows if r.kind == kind]
             numbers = (sum(r.parameters for r in rows), sum(r.kept for r in rows), sum(r.bytes_per_task for r in rows))
-            cells.append(("all", "", kind, *(f"{n:,}" if n else "" for n in numbers), ""))
+            cells += [("all", "", kind, *(f"{n:,}" if n else "" for n in numbers), "")] if rows else []
         widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
         lines = [
             "  ".join(
