@@ -1,0 +1,231 @@
+"""What the package promises of any network, for many architectures: trained for two tasks, and looked at from outside."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import CASES, Case, missing
+
+from exssnet import Phases, Served, convert
+from exssnet.nn import SupermaskLayer
+from exssnet.phases import evaluation
+
+
+def built(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    return convert(case.make(), 0.3, exclude=case.exclude)
+
+
+def outputs(found: Any) -> tuple[Tensor, ...]:
+    """Logits first, then those of auxiliary heads."""
+    return (found,) if isinstance(found, Tensor) else found if hasattr(found, "_fields") else (found[0],)
+
+
+def answer(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
+    with evaluation(model):
+        return outputs(model(**x))[0]
+
+
+def of_task(phases: Phases, task: int, x: dict[str, Tensor]) -> Tensor:
+    with phases.using(task) as model:
+        return answer(model, x)
+
+
+def loss(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    found = outputs(model(**x))
+    return torch.stack([(t * torch.randn(t.shape, generator=generator)).mean() for t in found]).sum()
+
+
+def dense(layer: SupermaskLayer) -> Tensor:
+    weight: Tensor = getattr(layer, "dense_weight", layer.weight)
+    return weight
+
+
+@dataclass
+class Trained:
+    """A network after two tasks."""
+
+    case: Case
+    phases: Phases
+    x: dict[str, Tensor]
+    first: list[Tensor] = field(default_factory=list)  # logits of task 0: when it was finished, and in each phase after
+    idle: dict[str, list[str]] = field(default_factory=dict)  # phase -> masked layers without a gradient
+
+    @property
+    def used(self) -> list[str]:
+        """Masked layers that the forward in evaluation calls."""
+        return [n for n in self.phases.layers if not any(fnmatch(n, pattern) for pattern in self.case.unused)]
+
+    def train(self, task: int) -> None:
+        phases, model = self.phases, self.phases.model.train()
+        optimizer = torch.optim.AdamW(phases.parameters(), 1e-2, weight_decay=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model, self.case.inputs(4)).backward()
+            optimizer.step()
+        for name in self.used:
+            layer = phases.layers[name]
+            trained = layer.scores if phases.phase == "mask" else layer.free_values
+            if trained is not None and (trained.grad is None or not trained.grad.any()):
+                self.idle.setdefault(phases.phase, []).append(name)
+        if task:
+            self.first.append(of_task(phases, 0, self.x))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
+    case = CASES[request.param]
+    if reason := missing(case):
+        pytest.skip(reason)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = Trained(case, Phases(built(case)), case.inputs(5))
+    for task in range(2):
+        made.phases.start_task()
+        made.train(task)
+        made.phases.start_weight_phase()
+        made.train(task)
+        made.phases.finish_task()
+        made.first.append(of_task(made.phases, 0, made.x))
+    yield made
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own(trained: Trained) -> Trained:
+    """A copy that a test may change."""
+    return copy.deepcopy(trained)
+
+
+def test_first_task_is_bitwise_what_it_was_after_the_second(trained: Trained) -> None:
+    trained.phases.activate(0)
+    found = {"activate": answer(trained.phases.model, trained.x)}
+    found |= {f"using {i}": logits for i, logits in enumerate(trained.first)}
+    assert trained.first[0].isfinite().all()
+    assert [name for name, logits in found.items() if not torch.equal(logits, trained.first[0])] == []
+
+
+def test_tasks_differ(trained: Trained) -> None:
+    assert not torch.equal(of_task(trained.phases, 1, trained.x), trained.first[0])
+
+
+def test_every_masked_layer_gets_a_gradient_in_both_phases(trained: Trained) -> None:
+    assert trained.idle == {}
+
+
+@pytest.mark.parametrize("phase", ["mask", "fixed"])
+def test_kept_weights_and_they_alone_make_the_output(own: Trained, phase: str) -> None:
+    phases = own.phases
+    if phase == "mask":
+        phases.start_task()
+
+    def now() -> Tensor:
+        return answer(phases.model, own.x) if phase == "mask" else of_task(phases, 0, own.x)
+
+    masks = {n: layer.mask() if phase == "mask" else phases.bank.mask(0, n) for n, layer in phases.layers.items()}
+    before = now()
+    for name, layer in phases.layers.items():
+        weight = dense(layer)
+        weight[~masks[name]] = torch.randn(int((~masks[name]).sum()))
+    assert torch.equal(now(), before)
+    without = []
+    for name in own.used:
+        weight = dense(phases.layers[name])
+        held = weight.clone()
+        weight[masks[name]] += torch.randn(int(masks[name].sum()))
+        if torch.equal(now(), before):
+            without.append(name)
+        weight.copy_(held)
+    assert without == []
+
+
+def test_fold_is_the_task_in_float64(own: Trained) -> None:
+    plain = own.phases.fold(0).double()
+    own.phases.model.double()
+    x = {name: t.double() if t.is_floating_point() else t for name, t in own.x.items()}
+    expected, found = of_task(own.phases, 0, x), answer(plain, x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_fold_is_the_task_in_float32(trained: Trained) -> None:
+    expected, found = trained.first[0], answer(trained.phases.fold(0), trained.x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_fold_is_made_of_plain_modules_alone(trained: Trained) -> None:
+    plain, never = trained.phases.fold(0), trained.case.make()
+
+    def picture(model: nn.Module) -> dict[str, object]:
+        known = {"training", "_is_full_backward_hook", "_non_persistent_buffers_set"}
+        return {
+            name: (type(m), sorted(vars(m).keys() - known), list(m._parameters), list(m._buffers),
+                   [len(hooks) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)])
+            for name, m in model.named_modules()
+        }  # fmt: skip
+
+    found, expected = picture(plain), picture(never)
+    assert {n: (found.get(n), expected[n]) for n in expected if found.get(n) != expected[n]} == {}
+    assert found.keys() == expected.keys()
+
+
+def test_served_answers_as_each_tasks_network_bit_for_bit(trained: Trained) -> None:
+    served, ids = Served(trained.phases), torch.tensor([1, 0, 0, 1, 0])
+    if not trained.case.served:
+        with pytest.raises((ValueError, TypeError), match="Served"):
+            served(next(iter(trained.x.values())), ids)
+        return
+    (x,) = trained.x.values()
+    name = next(iter(trained.x))
+    found = served(x, ids)
+    for task in range(2):
+        assert torch.equal(found[ids == task], of_task(trained.phases, task, {name: x[ids == task]})), task
+
+
+def test_another_network_loads_the_state_of_the_mask_phase(own: Trained) -> None:
+    own.phases.start_task()
+    other = built(own.case)
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.zero_()
+    other.load_state_dict(own.phases.model.state_dict())
+    assert torch.equal(answer(other, own.x), answer(own.phases.model, own.x))
+
+
+def test_another_network_loads_the_state_of_a_finished_task_or_refuses(own: Trained) -> None:
+    own.phases.activate(0)
+    other = built(own.case)
+    try:
+        other.load_state_dict(own.phases.model.state_dict())
+    except RuntimeError as error:
+        assert "scores" in str(error)  # noqa: PT017
+    else:
+        assert torch.equal(answer(other, own.x), own.first[0])
+
+
+@pytest.mark.parametrize("phase", ["mask", "weight"])
+def test_compiled_network_is_the_eager_one(own: Trained, phase: str) -> None:
+    if not own.case.compiled:
+        pytest.skip("another of its family is compiled")
+    phases = own.phases
+    phases.start_task()
+    if phase == "weight":
+        phases.start_weight_phase()
+    model = phases.model.eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = []
+    for network in (model, compiled):
+        for p in phases.parameters():
+            p.grad = None
+        logits = outputs(network(**own.x))[0]
+        loss(network, own.x).backward()
+        found.append([logits.detach(), *(p.grad for p in phases.parameters() if p.grad is not None)])
+    torch._dynamo.reset()
+    assert len(found[0]) == len(found[1])
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1e-3))
