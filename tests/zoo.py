@@ -64,7 +64,7 @@ def _mobilenet_v3() -> nn.Module:
 
 def _regnet() -> nn.Module:
     return regnet.RegNet(
-        regnet.BlockParams.from_init_params(depth=4, w_0=8, w_a=8.0, w_m=2.0, group_width=8, se_ratio=0.25), CLASSES
+        regnet.BlockParams.from_init_params(depth=4, w_0=8, w_a=8.0, w_m=2.0, group_width=8, se_ratio=1.0), CLASSES
     )
 
 
