@@ -1,4 +1,4 @@
-"""What the package promises of any network, for many architectures: trained for two tasks, and looked at from outside."""
+"""What the package promises of any network, held against many architectures after two tasks."""
 
 import copy
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import CASES, Case, missing
+from zoo import CASES, REFUSED, Case, missing
 
 from exssnet import Phases, Served, convert
 from exssnet.nn import SupermaskLayer
@@ -289,3 +289,15 @@ def test_compiled_network_is_the_eager_one(own: Trained, phase: str) -> None:
     assert len(found[0]) == len(found[1])
     for got, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_convert_refuses_in_one_sentence_and_changes_nothing(name: str) -> None:
+    case, sentence = REFUSED[name]
+    if reason := missing(case):
+        pytest.skip(reason)
+    model = case.make()
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    with pytest.raises(ValueError, match=rf"convert: .*{sentence}"):
+        convert(model, 0.3)
+    assert [(n, type(m)) for n, m in model.named_modules()] == before

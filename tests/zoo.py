@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torchvision.models as tv
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchvision.models import efficientnet, inception, mobilenetv3, regnet, swin_transformer, vgg
 
 CLASSES = 4
@@ -56,7 +58,11 @@ def _efficientnet(*blocks: Any) -> nn.Module:
 def _mobilenet_v3() -> nn.Module:
     block = partial(mobilenetv3.InvertedResidualConfig, dilation=1, width_mult=1.0)
     return tv.MobileNetV3(
-        [block(16, 3, 16, 16, True, "RE", 2), block(16, 3, 24, 24, False, "HS", 2), block(24, 5, 48, 24, True, "HS", 1)],
+        [
+            block(16, 3, 16, 16, True, "RE", 2),
+            block(16, 3, 24, 24, False, "HS", 2),
+            block(24, 5, 48, 24, True, "HS", 1),
+        ],
         last_channel=32,
         num_classes=CLASSES,
     )
@@ -259,7 +265,7 @@ CASES: dict[str, Case] = {
     "mobilenet-v2": Case(lambda: tv.MobileNetV2(CLASSES, 0.5, [[1, 16, 1, 1], [6, 24, 2, 2]]), images(32)),
     "mobilenet-v3": Case(_mobilenet_v3, images(32)),
     "regnet": Case(_regnet, images(32)),
-    "vit": Case(_vit, images(32), compiled=True),
+    "vit": Case(_vit, images(32)),
     "swin": Case(_swin, images(32), compiled=True),
     "swin-v2": Case(lambda: _swin(block=swin_transformer.SwinTransformerBlockV2,
                                   downsample_layer=swin_transformer.PatchMergingV2), images(32)),
@@ -297,6 +303,24 @@ CASES: dict[str, Case] = {
     "t5-encoder": Case(_hugging("T5Config", "T5EncoderModel", vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2,
                                 num_heads=2, decoder_start_token_id=0), _padded_tokens, **ELSEWHERE),
 }  # fmt: skip
+
+
+REFUSED: dict[str, tuple[Case, str]] = {
+    "attention-alone": (Case(lambda: nn.MultiheadAttention(16, 2), tokens()), "no nn.Linear, nn.Conv1d or nn.Conv2d"),
+    "weight-norm": (Case(lambda: _with_hook(nn.utils.weight_norm), tokens()), "weight"),
+    "spectral-norm": (Case(lambda: _with_hook(nn.utils.spectral_norm), tokens()), "weight"),
+    "pruned": (Case(lambda: _with_hook(partial(prune.l1_unstructured, name="weight", amount=0.5)), tokens()), "weight"),
+    "bert-tied": (Case(_hugging("BertConfig", "BertForMaskedLM", vocab_size=20, **SIZES), tokens(),
+                       needs="transformers"), "are one tensor; exclude tied layers or untie them"),
+}  # fmt: skip
+"""What `convert` refuses, and words of the sentence."""
+
+
+def _with_hook(put: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A network of which one weight is computed before each forward, and is no parameter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of them are deprecated
+        return nn.Sequential(put(nn.Linear(4, 4)), nn.Linear(4, 2))
 
 
 def missing(case: Case) -> str | None:
