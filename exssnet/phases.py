@@ -108,6 +108,12 @@ class Phases:
                     f"start_task: scores of {name} must have shape {tuple(layer.dense_weight.shape)}, "
                     f"got {tuple(scores[name].shape)}"
                 )
+        zero = [] if joint else [name for name, layer in self.layers.items() if not bool(layer.dense_weight.any())]
+        if zero:
+            raise ValueError(
+                f"start_task: all weights of {zero[0]} are zero, so that neither its scores nor what comes before it would "
+                'learn: initialise the layer, exclude it, or convert(..., weights="signed_constant")'
+            )
         self._load_state({})
         self._weights_before = (
             {name: layer.dense_weight.clone() for name, layer in self.layers.items()} if joint else {}

@@ -331,3 +331,13 @@ def test_random_scores_are_drawn_on_the_cpu_whatever_the_default_device() -> Non
         drawn = phases.random_scores(0)
     for name, scores in phases.random_scores(0).items():
         assert torch.equal(drawn[name], scores)
+
+
+def test_a_layer_of_zeros_whose_scores_would_get_no_gradient_is_refused() -> None:
+    model = small_net()
+    model.head.dense_weight.zero_()
+    phases = Phases(model)
+    with pytest.raises(ValueError, match="start_task: all weights of head are zero, so that neither its scores"):
+        phases.start_task()
+    assert phases.phase == "idle"
+    phases.start_task(joint=True)  # trains the weights

@@ -18,6 +18,7 @@ class Mixed(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.recurrent = nn.LSTM(8, 8, batch_first=True)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.spectral = nn.utils.spectral_norm(nn.Linear(8, 8))
         self.pruned = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
         self.head = nn.Linear(8, 3)
@@ -25,7 +26,7 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embedding(x)
         x = self.recurrent(self.attention(x, x, x)[0])[0]
-        out: Tensor = self.head(self.frozen(self.pruned(self.normed(x))).mean(1))
+        out: Tensor = self.head(self.frozen(self.pruned(self.spectral(self.normed(x)))).mean(1))
         return out
 
 
@@ -44,6 +45,7 @@ def test_each_layer_without_a_mask_is_told_with_the_reason() -> None:
     assert reasons["recurrent"] == ("per task", "LSTM has no masked form")
     assert reasons["normed"] == ("per task", "ParametrizedLinear is a subclass")
     assert reasons["pruned"] == ("per task", "its weight is computed (weight_norm, prune, ...)")
+    assert reasons["spectral"] == reasons["pruned"]
     assert reasons["frozen"] == ("frozen", "its weight requires no gradient")
 
 

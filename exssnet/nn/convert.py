@@ -228,7 +228,7 @@ def unconvert(model: nn.Module) -> None:
         for name in ATTRIBUTES:
             layer.__dict__.pop(name, None)
         layer.__class__ = backward[type(layer)]
-        layer.weight = nn.Parameter(weight)  # type: ignore[misc]
+        layer._parameters = {"weight": nn.Parameter(weight), **layer._parameters}  # first, as in the plain layer
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))
         for hooks, ours in (
