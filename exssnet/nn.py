@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import config as compiler
 from torch.nn import functional as F
 
 from . import blocks, layout
@@ -55,6 +56,9 @@ __all__ = [
 
 PATTERN = SparsePattern._fields[:-1]
 """Names of the buffers that hold a layer's pattern."""
+
+# One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
+compiler.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
 
 
 class SupermaskLayer(nn.Module):
