@@ -149,7 +149,7 @@ def test_a_network_larger_than_the_bound_answers_and_is_not_kept() -> None:
 
 
 def test_a_kept_weight_takes_8_bytes() -> None:
-    phases = Phases(convert(LeNet300100(784, 10), 0.1))
+    phases = Phases(convert(LeNet300100(784, 10), 0.1, products="sparse"))
     phases.start_task()
     phases.finish_task()
     served = Served(phases)

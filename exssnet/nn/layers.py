@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import config as compiler
 from torch.nn import functional as F
 
 from ..choice import Products, fused_is_faster, sparse_is_faster, traced
@@ -50,6 +51,9 @@ ATTRIBUTES = (
     "selection", "masked", "recent", "called", "written", "k", "products", "_choices", "_seen", "_made", "_read",
 )  # fmt: skip
 """Names of what else it has."""
+
+# One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
+compiler.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
 
 
 class SupermaskLayer(nn.Module):
