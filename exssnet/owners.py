@@ -64,8 +64,12 @@ def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
 def _check_shared(phases: TaskStore, given: Mapping[str, Any]) -> None:
     """RuntimeError if the state dict would change what the open phase does not train, or what finished tasks have."""
     trained = {_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(phases.initial)
+    named = {n for of in (phases.model.named_parameters, phases.model.named_buffers) for n, _ in of()}
+    expected = {n: t for n, t in phases.model.state_dict().items() if n in named}  # a module with two names once
+    if phases.phase == "idle" and phases.active is not None:
+        expected |= phases.initial | phases.states[phases.active]
     changed = []
-    for name, live in phases.model.state_dict().items():
+    for name, live in expected.items():
         new = given.get(name)
         if new is None or (phases.phase == "idle" and not len(phases.bank)):
             continue

@@ -111,7 +111,7 @@ class Phases:
         zero = [] if joint else [name for name, layer in self.layers.items() if not bool(layer.dense_weight.any())]
         if zero:
             raise ValueError(
-                f"start_task: all weights of {zero[0]} are zero, so that neither its scores nor what comes before it would "
+                f"start_task: all weights of {zero[0]} are zero, so neither its scores nor what comes before it would "
                 'learn: initialise the layer, exclude it, or convert(..., weights="signed_constant")'
             )
         self._load_state({})

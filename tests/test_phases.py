@@ -337,7 +337,7 @@ def test_a_layer_of_zeros_whose_scores_would_get_no_gradient_is_refused() -> Non
     model = small_net()
     model.head.dense_weight.zero_()
     phases = Phases(model)
-    with pytest.raises(ValueError, match="start_task: all weights of head are zero, so that neither its scores"):
+    with pytest.raises(ValueError, match="start_task: all weights of head are zero, so neither its scores"):
         phases.start_task()
     assert phases.phase == "idle"
     phases.start_task(joint=True)  # trains the weights

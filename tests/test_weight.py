@@ -130,6 +130,13 @@ def test_one_layer_under_two_names_is_one_layer() -> None:
 
     x = torch.randn(4, 6)
     model = convert(Twice(), 0.3)
+    opened = Phases(model)
+    opened.start_task()
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.a.scores.add_(1)  # type: ignore[union-attr, operator]
+    model.load_state_dict(state)
+    assert torch.equal(model.a.scores, state["a.scores"])  # type: ignore[union-attr, arg-type]
     phases = _trained(model, x, tasks=1)
     before = model(x).detach()
     other = convert(Twice(), 0.3)
