@@ -101,7 +101,7 @@ def test_answers_err_no_more_than_the_plain_networks(products: str) -> None:
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "conv1d"])
 def test_threads_get_the_bits_of_one_call_after_another(name: str) -> None:
-    phases, inputs = learned(name), NETWORKS[name][1]
+    phases, inputs = learned(name, products="sparse"), NETWORKS[name][1]  # networks of one size whatever is asked
     calls = [(inputs(n), torch.randint(3, (n,))) for n in (1, 4, 9, 16) * 4]
     one = Served(phases)
     one(inputs(1), [0])
@@ -129,7 +129,7 @@ def test_a_network_is_made_once_for_all_threads_that_ask_for_it(monkeypatch: pyt
 
 
 def test_networks_stay_below_the_bound_and_the_one_used_longest_ago_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    phases = learned("lenet")
+    phases = learned("lenet", products="sparse")  # networks of one size
     x, one = torch.randn(1, 20), Served(phases)
     one(x, [0])
     served, made = Served(phases, cache=int(2.5 * one.nbytes)), []
