@@ -300,12 +300,44 @@ def test_joined_data_is_the_parts_one_after_another_under_shifted_labels() -> No
     assert torch.equal(joined[1][0], tasks[0].train[1][0])
 
 
+# The head
+
+
+class Judged(SmallNet):
+    """Another linear layer is registered last, whose output is not the model's."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.judge = torch.nn.Linear(32, 1)
+
+
+def test_a_wrongly_guessed_head_is_refused_before_training() -> None:
+    learned = Sequential(Judged(), PhaseOptions(1))
+    sentence = "the last nn.Linear, 'judge', was taken for the head, but its output is not the model's, 'head' does"
+    before = picture(learned.phases)
+    with pytest.raises(ValueError, match=sentence):
+        learned.run(stream())
+    assert changes(before, picture(learned.phases)) in ([], [".selection_hint"])
+
+
+@pytest.mark.parametrize("name", ["sequential", "individual", "packnet"])
+def test_a_named_head_is_each_tasks_own(name: str) -> None:
+    more = {"tasks": 3} if name == "packnet" else {}
+    learned = BASELINES[name](Judged(), PhaseOptions(1), head="head", **more)
+    learned.run(stream())
+    assert set(learned.phases.layers) == {"conv", "grouped", "judge"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: Sequential(SmallNet(), PhaseOptions(), head="hat"),
+            "head='hat' is no module of the model; its linear",
+        ),
         (lambda: EWC(SmallNet(), PhaseOptions(), strength=-1), "strength of at least 0 .* got -1 and 500"),
         (lambda: Replay(SmallNet(), PhaseOptions(), memory=0), "at least 1 item a class, got 0"),
-        (lambda: Sequential(torch.nn.Conv2d(1, 1, 1), PhaseOptions()), "nn.Linear as its head, this one has none"),
+        (lambda: Sequential(torch.nn.Conv2d(1, 1, 1), PhaseOptions()), "this model has no nn.Linear: name the layer"),
     ],
 )
 def test_refused(make: Any, message: str) -> None:

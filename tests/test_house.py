@@ -42,6 +42,7 @@ LAYERS = (
     ("selecting",),
     ("nn",),
     ("phases", "optim"),
+    ("checking", "heads"),
     ("kkt", "serving"),
     ("progress",),
     ("state",),
