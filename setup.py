@@ -199,7 +199,7 @@ def libraries() -> list[Extension]:
 
 extensions = libraries()
 setup(
-    packages=["exssnet", "exssnet.ops", "exssnet.recipes", "exssnet.tasks", "exssnet.kernels", "exssnet.bench"],
+    packages=["exssnet", "exssnet.nn", "exssnet.ops", "exssnet.recipes", "exssnet.tasks", "exssnet.kernels", "exssnet.bench"],
     package_dir={"exssnet.kernels": "kernels", "exssnet.bench": "benchmarks"},
     package_data={"exssnet": ["py.typed"], "exssnet.recipes": ["*.yaml"]},
     ext_modules=extensions,

@@ -91,7 +91,7 @@ class Start:
         self.masks, self.scores = {}, {}
         for name, layer in self.phases.layers.items():
             with torch.no_grad():
-                self.plain.get_submodule(name).weight.copy_(layer.weight)  # type: ignore[operator, union-attr]
+                self.plain.get_submodule(name).weight.copy_(layer.dense_weight)  # type: ignore[operator, union-attr]
             assert layer.scores is not None
             self.masks[name], self.scores[name] = layer.mask(), layer.scores.detach().clone()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from exssnet import Phases, Served, convert
-from exssnet.phases import evaluation
+from exssnet.nn import evaluation
 
 from .networks import NETWORKS
 from .timing import Row, alternate, check_equal, check_error, error, seconds_of, tick, timings
@@ -112,7 +112,7 @@ def rebuilt(phases: Phases, plain: list[nn.Module], layout: Layout) -> list[nn.M
     def laid_out(t: Tensor) -> Tensor:
         return t.contiguous(memory_format=layout) if t.dim() == 4 else t
 
-    weights = {name: laid_out(layer.weight) for name, layer in phases.layers.items()}
+    weights = {name: laid_out(layer.dense_weight) for name, layer in phases.layers.items()}
     networks = [copy.deepcopy(network) for network in plain]
     for task, network in enumerate(networks):
         for name, weight in weights.items():

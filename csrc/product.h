@@ -41,8 +41,10 @@ inline cpu::Convolution convolution(const char* who, const Tensor& x, int64_t ch
   check(double(c.in_channels) * (c.h.in + c.h.padding) * (c.w.in + c.w.padding) * c.batch < 1e15 &&
             double(c.out_channels) * c.h.out * c.w.out * c.batch < 1e15,
         who, "images of fewer than 10^15 elements");
-  const auto spanned = [](const cpu::Window& w) { return double(w.phases()) * (w.reach() + 256); };
-  check(spanned(c.h) * spanned(c.w) * 64 < kMost, who, "a kernel that spans fewer than 2^25 pixels");  // of 64 images
+  // What a patch (cpu/sparse_tile.h) holds at most: of each phase 4 lines of 256 elements, and, of 64 images, what the
+  // taps reach beyond.
+  const double lines = double(c.h.phases()) * (4 + c.h.reach()), pitch = double(c.w.phases()) * (256 + c.w.reach() * 64);
+  check(lines * pitch < kMost, who, "a kernel whose patch has fewer than 2^31 elements");
   return c;
 }
 

@@ -6,12 +6,14 @@ from .learner import Learner, PhaseOptions
 from .masks import MaskBank
 from .methods import METHODS, Method
 from .nn import (
+    Summary,
     SupermaskConv1d,
     SupermaskConv2d,
     SupermaskLinear,
     TaskBatchNorm1d,
     TaskBatchNorm2d,
     convert,
+    summary,
 )
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
@@ -31,6 +33,7 @@ __all__ = [
     "Phases",
     "ScoreAdam",
     "Served",
+    "Summary",
     "SupermaskConv1d",
     "SupermaskConv2d",
     "SupermaskLinear",
@@ -39,6 +42,7 @@ __all__ = [
     "convert",
     "freeze_weights",
     "keep_freed_memory",
+    "summary",
     "transfer",
     *_operators,
 ]

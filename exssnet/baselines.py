@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from . import checking, heads
 from .learner import Learner, PhaseOptions
 from .methods import Method
-from .nn import convert
-from .phases import Phases, evaluation
+from .nn import convert, evaluation
+from .phases import Phases
 from .progress import OpenTask, TaskReport
 from .tasks import Relabelled, Task, loader
 
@@ -38,7 +38,10 @@ class Sequential(Learner):
                 )
             head = linear[-1]
         heads.check_name(model, head)
-        convert(model, 1.0, exclude=[head, f"{head}.*"], products="dense")
+        own = [name for name, m in model.get_submodule(head).named_modules(prefix=head) if m._parameters]
+        if not own:
+            raise ValueError(f"head={head!r} has no parameters, which each task would have its own of")
+        convert(model, 1.0, exclude=own, products="dense")
         method = Method(type(self).__name__.lower(), mask_phase=False, weight_phase=True, exclusive=self._exclusive)
         super().__init__(model, method, mask=PhaseOptions(0), weight=weight, keep_scores=None, head=head, **options)
 
@@ -99,7 +102,7 @@ class EWC(Sequential):
         data = data.select(torch.randperm(len(data), generator=generator)[: self.samples])
         with self.phases.using(report.task) as model, evaluation(model):
             for layer in self.phases.layers.values():
-                whole = torch.ones_like(layer.weight, dtype=torch.bool)
+                whole = torch.ones_like(layer.dense_weight, dtype=torch.bool)
                 layer.use_values(whole, whole)
             values = {n: p for n, layer in self.phases.layers.items() if (p := layer.free_values) is not None}
             fisher = {name: torch.zeros_like(p) for name, p in values.items()}
@@ -114,7 +117,7 @@ class EWC(Sequential):
                         fisher[name] += g.square() / len(data)
         for name, new in fisher.items():
             old = self._fisher.get(name, torch.zeros_like(new))
-            total, weights = old + new, self.phases.layers[name].weight.reshape(-1)
+            total, weights = old + new, self.phases.layers[name].dense_weight.reshape(-1)
             anchor = old * self._anchor.get(name, weights) + new * weights
             self._fisher[name] = total
             self._anchor[name] = torch.where(total > 0, anchor / total, weights)
@@ -203,7 +206,7 @@ class PackNet(Sequential):
     def __init__(self, model: nn.Module, weight: PhaseOptions, *, tasks: int, **options: Any) -> None:
         super().__init__(model, weight, **options)
         self.tasks = tasks
-        self._initial = {name: layer.weight.clone() for name, layer in self.phases.layers.items()}
+        self._initial = {name: layer.dense_weight.clone() for name, layer in self.phases.layers.items()}
 
     def _begin(self, task: Task) -> OpenTask:
         if len(self.phases.bank) >= self.tasks:
@@ -211,7 +214,7 @@ class PackNet(Sequential):
         open_ = super()._begin(task)
         for name, layer in self.phases.layers.items():
             free = self.phases.bank.free(name, layer.mask())
-            layer.weight[free] = self._initial[name][free]
+            layer.dense_weight[free] = self._initial[name][free]
         self._pruned = False
         return open_
 
@@ -229,7 +232,7 @@ class PackNet(Sequential):
     def _largest(self, name: str, share: float) -> Tensor:
         """Where the largest free weights of a layer are, bool of its shape."""
         layer = self.phases.layers[name]
-        keep = torch.zeros_like(layer.weight, dtype=torch.bool)
+        keep = torch.zeros_like(layer.dense_weight, dtype=torch.bool)
         if layer.free_values is not None:
             free = self.phases.free_mask(name)
             where = free.flatten().nonzero()[:, 0]

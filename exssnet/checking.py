@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .phases import evaluation
+from .nn.evaluation import evaluation
 from .tasks import Task, loader
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import container, state
+from . import container, state, stored
 from .coding import decode, encode
 from .container import CHECKSUM, Container
 from .kernels.measured import cpu_model
@@ -45,7 +45,7 @@ def save(phases: Phases, path: str | Path, notes: Mapping[str, Any] | None = Non
     """
     if phases.phase != "idle":
         raise RuntimeError(f"save: a task is open in the {phases.phase} phase; finish it first")
-    _write(Path(path), state.finished(phases), Meta(len(phases.bank), state.kept(phases), notes), {})
+    _write(Path(path), stored.finished(phases), Meta(len(phases.bank), stored.kept(phases), notes), {})
 
 
 def load(phases: Phases, path: str | Path) -> Any:
@@ -56,9 +56,9 @@ def load(phases: Phases, path: str | Path) -> Any:
     """
     tensors, meta = read(path)
     with _named(path):
-        state.check_layers(meta.k, phases)
-        pieces = state.Pieces(tensors if meta.learner is None else _of_finished_tasks(tensors))
-        state.put_finished(phases, pieces, meta.tasks, complete=True)
+        stored.check_layers(meta.k, phases)
+        pieces = stored.Pieces(tensors if meta.learner is None else _of_finished_tasks(tensors))
+        stored.put_finished(phases, pieces, meta.tasks, complete=True)
     return meta.notes
 
 

@@ -10,17 +10,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from .kernels import native
-from .kernels.measured import asked_masking, finish_on, measured, of_gpu, times
+from .kernels.measured import asked_masking, finish_on, known, measured, of_gpu, times
 from .ops import kept_weights, masked_weight, pack_mask, packed_pattern, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
 Masking = Literal["auto", "fused", "written"]
-SURE_DENSITY, SURE_WORK = 0.11, 1 << 22
-"""Up to this density a layer of at least so many multiply-adds (dense) is not measured on a CPU: sparse products were
-2.5 to 20 times faster on every such shape in docs/cpu-engine.md."""
+SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
+"""Up to this density a layer of at least so many multiply-adds (dense), whose kernel spans at most so many pixels, is
+not measured on a CPU: sparse products were 2.5 to 20 times faster on every such shape in docs/cpu-engine.md."""
+TINY_DENSITY, TINY_WEIGHTS, TINY_WORK = 0.5, 1 << 10, 1 << 18
+"""Up to these a layer is not measured on a CPU either, and is sparse. Its steps took 0.1 to 0.7 ms, mostly PyTorch's
+overhead: sparse convolutions 0.4 to 1.1 times as long as dense ones, linear layers at most 0.05 ms longer. To measure
+takes 15 ms."""
 
 
 def sparse_is_faster(
@@ -33,8 +38,10 @@ def sparse_is_faster(
     products: "sparse" or "dense" decide alone, and so does the environment's EXSSNET_PRODUCTS over "auto". Otherwise
         the layer's crossover decides: the density at which output and input gradient cost the same either way,
         measured when a shape is first met, and kept in a file of the user's cache folder.
-    Without a kernel for the sparse products on x's device, and while operators are traced or a CUDA graph is captured,
-    nothing is measured.
+    Dense without a kernel for the sparse products on x's device, for an empty x, and where these refuse the layer.
+    On a CPU tiny layers, see `TINY_WORK`, and large ones of low density, see `SURE_WORK`, are sparse without a
+    measurement. While operators are traced nothing is measured: what is known decides; where nothing is, or sizes
+    are not fixed, low density alone.
     """
     if products == "auto":
         products = os.environ.get("EXSSNET_PRODUCTS", "auto")  # type: ignore[assignment]
@@ -42,24 +49,56 @@ def sparse_is_faster(
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     if products != "auto":
         return products == "sparse"
-    kind = x.device.type
-    if not native.is_served(f"sparse_{'linear' if weight.dim() == 2 else 'conv2d'}", kind):
+    on_cpu = x.device.type == "cpu"
+    if not _is_served(f"sparse_{'linear' if weight.dim() == 2 else 'conv2d'}", x.device.type):
+        return False
+    sure = on_cpu and density <= SURE_DENSITY and _span(weight, geometry) <= SURE_SPAN
+    if traced() and not all(map(has_static_value, x.shape)):
+        return sure
+    if not x.numel():
         return False
     if weight.dim() == 2 and x.dim() not in (0, 2):
         x = x.reshape(-1, x.shape[-1])
-    if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * (geometry[3] if geometry else 1) or not x.numel():
-        return True  # nothing to measure; the operators tell what is wrong
+    if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * (geometry[3] if geometry else 1):
+        return True  # the operators tell what is wrong
     x, weight, geometry = _as_images(x, weight, geometry)
-    work = x.numel() // max(1, x.shape[1]) * weight.numel()
-    if traced() or (kind == "cpu" and density <= SURE_DENSITY and work >= SURE_WORK):
-        return kind == "cpu" and density <= SURE_DENSITY
-    where = f"{torch.get_num_threads()} threads" if kind == "cpu" else torch.cuda.get_device_name(x.device)
-    key = " ".join(map(str, (*x.shape, "to", *weight.shape, *geometry, where, x.dtype)))
-    try:
-        crossed = measured(key, kind == "cuda", lambda: crossover(x.shape, weight.shape, geometry, x.dtype, x.device))
-    except RuntimeError:  # no such layer: the operators tell what is wrong
+    weights, work = weight.numel(), x.numel() // x.shape[1] * weight.numel()
+    tiny = weights <= TINY_WEIGHTS and work <= TINY_WORK and density <= TINY_DENSITY
+    if on_cpu and (tiny or (sure and work >= SURE_WORK)):
         return True
+    layer = x.shape, weight.shape, geometry, x.dtype, x.device
+    if traced():
+        crossed = _known_crossover(*layer)
+        return sure if crossed is None else density <= crossed
+    try:
+        crossed = measured(_crossover_key(*layer), not on_cpu, lambda: crossover(*layer))
+    except RuntimeError:  # there is no such layer, as PyTorch will tell, or the sparse products refuse it
+        return False
     return crossed is not None and density <= crossed
+
+
+def _span(weight: Tensor, geometry: Sequence[Any]) -> int:
+    """Pixels from one end of a kernel to the other."""
+    dilation = geometry[2] if geometry else ()
+    return max((d * (taps - 1) + 1 for d, taps in zip(dilation, weight.shape[2:], strict=True)), default=1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_served(operator: str, device: str) -> bool:
+    return native.is_served(operator, device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _known_crossover(*layer: Any) -> float | None:
+    return known(_crossover_key(*layer))
+
+
+def _crossover_key(
+    x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], dtype: torch.dtype, device: torch.device
+) -> str:
+    on_cpu = device.type == "cpu"
+    where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
+    return " ".join(map(str, (*x, "to", *weight, *geometry, where, dtype)))
 
 
 def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Any]]:
@@ -89,19 +128,31 @@ def fused_is_faster(
         return bool(asked == "fused")
     unknown = density is None
     operator = "supermask_weights" if unknown else "packed_linear"
-    if traced() or not x.numel() or not native.is_served(operator, x.device.type):
+    fixed = not traced() or all(map(has_static_value, x.shape))
+    if not fixed or not x.numel() or not _is_served(operator, x.device.type):
         return unknown
     if weight.dim() == 2:
         x = x.reshape(-1, x.shape[-1])
     x, weight, geometry = _as_images(x, weight, geometry)
     what = "masking" if density is None else f"values {density:.3f}"
-    shapes = *x.shape, x.stride(), "to", weight.dtype, *weight.shape, *geometry
-    key = " ".join(map(str, (what, *shapes, dtype, *of_gpu(x.device))))
+    layer = what, x.device, *x.shape, x.stride(), "to", weight.dtype, *weight.shape, *geometry, dtype
     try:
-        ratio = measured(key, True, lambda: fused_over_written(x, weight, dtype, geometry, density))
+        if traced():
+            ratio = _known_ratio(*layer)
+        else:
+            ratio = measured(_ratio_key(*layer), True, lambda: fused_over_written(x, weight, dtype, geometry, density))
     except RuntimeError:  # no such layer: the operators tell what is wrong
         return unknown
     return unknown if ratio is None else ratio <= 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _known_ratio(*layer: Any) -> float | None:
+    return known(_ratio_key(*layer))
+
+
+def _ratio_key(what: str, device: torch.device, *layer: Any) -> str:
+    return " ".join(map(str, (what, *layer, *of_gpu(device))))
 
 
 def fused_over_written(

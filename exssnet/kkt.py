@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, heads
+from .nn import evaluation
 from .ops import knn_classify
-from .phases import Phases, evaluation
+from .phases import Phases
 from .tasks import stratified_split
 
 Rule = Literal["best", "always", "all", "rescaled"]

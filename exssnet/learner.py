@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from . import checking, distributed, heads, state
+from . import checking, distributed, heads, state, stored
 from .kernels import nan_flag
 from .kernels.native import is_served
 from .kkt import RULES, Rule, sample_share, transfer
 from .methods import Method, preset
+from .nn import evaluation
 from .optim import ScoreAdam
-from .phases import Phases, evaluation
+from .phases import Phases
 from .progress import EpochRecord, OpenTask, Stopwatch, TaskReport, Training
 from .tasks import Task, batch_sizes, loader, stratified_split
 
@@ -104,7 +105,7 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.phases.layers.values())).weight.device
+        return next(iter(self.phases.layers.values())).dense_weight.device
 
     def learn(self, task: Task) -> TaskReport:
         """Learn one task through all phases of the method; the model is its network afterwards.
@@ -152,7 +153,7 @@ class Learner:
         write or copy them before training goes on. RuntimeError for a task that was not opened by this learner.
         """
         phases, open_ = self.phases, self._open
-        tensors, meta = state.finished(phases) | state.random_states(), None
+        tensors, meta = stored.finished(phases) | state.random_states(), None
         if phases.phase != "idle":
             if open_ is None or open_.training is None:
                 raise RuntimeError(
@@ -161,7 +162,7 @@ class Learner:
             more, meta = state.opened(phases, open_, open_.training)
             tensors |= more
         found = state.LearnerMeta(
-            len(phases.bank), state.kept(phases), self._settings(), self._stream, self.reports, self._rows,
+            len(phases.bank), stored.kept(phases), self._settings(), self._stream, self.reports, self._rows,
             state.choices(phases), meta,
         )  # fmt: skip
         return tensors, found.as_json()
@@ -325,7 +326,7 @@ class Learner:
                 (self.phases.masked_parameters(), options.lr),
                 (self.phases.dense_weights() + self.phases.task_parameters(), self.weight.lr),
             )
-            if parameters
+            if any(p.numel() for p in parameters)
         ]
         if not groups:
             return None
@@ -349,10 +350,10 @@ class Learner:
 
     def _put(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Take a state over, except for random states; returns the global ones."""
-        phases, pieces = self.phases, state.Pieces(tensors)
+        phases, pieces = self.phases, stored.Pieces(tensors)
         found = state.parse(meta, self._settings(), phases, tasks)
         random = state.take_random(pieces)
-        state.put_finished(phases, pieces, found.tasks)
+        stored.put_finished(phases, pieces, found.tasks)
         state.put_choices(phases, found.choices)
         self._stream, self._rows = found.stream, found.rows
         self.reports = [replace(r, use=use) for r, use in zip(found.reports, phases.bank.use, strict=True)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import adam_topk
-from .selecting import capturing, hand_over, hint_of, scored_layers
+from .selecting import Selector, capturing
 
 
 class ScoreAdam(torch.optim.Adam):
@@ -27,7 +27,7 @@ class ScoreAdam(torch.optim.Adam):
         self, params: Any, model: nn.Module, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 0.0, *, maximize: bool = False, capturable: bool = False,
     ) -> None:  # fmt: skip
-        if not hasattr(model, "_masked"):
+        if not hasattr(model, "_selector"):
             raise ValueError("ScoreAdam: the model has no supermask layers: pass it through convert first")
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, capturable=capturable, fused=True)
         self._model = model
@@ -42,7 +42,8 @@ class ScoreAdam(torch.optim.Adam):
         return complex_numbers
 
     def _step_scores(self, model: nn.Module, group: dict[str, Any], *lists: list[Tensor]) -> None:
-        layers = scored_layers(model)
+        selector: Selector = model._selector  # type: ignore[assignment]
+        layers = selector.scored()
         place = {id(p): i for i, p in enumerate(lists[0])}
         at = [place.get(id(layer.scores)) for layer in layers]
         if not at or None in at:
@@ -50,10 +51,12 @@ class ScoreAdam(torch.optim.Adam):
         scores, grads, exp_avg, exp_avg_sq, _, steps = ([of[i] for i in at] if of else [] for of in lists)  # type: ignore[index]
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
         on_cpu = scores[0].device.type == "cpu"
-        masks, rows, hint = adam_topk(
-            scores, grads, exp_avg, exp_avg_sq, steps, [layer.k for layer in layers], hint_of(model, layers),
-            packed=True, **options,
-        )  # fmt: skip
-        hand_over(model, layers, rows.unbind() if on_cpu else masks, hint)
+        hint = selector.hint_for(layers)
+        masks, rows, new_hint = adam_topk(
+            scores, grads, exp_avg, exp_avg_sq, steps, [layer.k for layer in layers], hint, packed=True, **options
+        )
+        if hint is not None:
+            hint.copy_(new_hint)
+        selector.hand_over(layers, rows.unbind() if on_cpu else masks)
         for of in lists:
             of[:] = [t for i, t in enumerate(of) if i not in at]

@@ -1,32 +1,21 @@
 """The phases of a task over a converted model: which task is active, and which parameters it may train."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from . import owners, stale, stored
 from .freezing import freeze_weights
 from .masks import MaskBank
-from .nn import SupermaskLayer, supermask_layers, unconvert
+from .nn import TENSORS, SupermaskLayer, supermask_layers, unconvert
 from .ops import unpack_mask
 
 Phase = Literal["idle", "mask", "weight", "joint"]
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients for the length of a block; then every module is in the mode it was in."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
+PHASES: tuple[Phase, ...] = ("idle", "mask", "weight", "joint")
 
 
 class Phases:
@@ -34,12 +23,16 @@ class Phases:
 
     Everything that is not a supermask layer's weight belongs to one task: the parameters that require a gradient when
     this object is made (biases, affine norms), and the persistent buffers (batch norm statistics). They start anew
-    for each task, are stored when it is finished, and come back with ``activate``. Parameters that require none are
-    frozen. So nothing that two tasks share can change, except the free weights of the task at hand.
+    for each task from what they are when the first one starts, are stored when it is finished, and come back with
+    ``activate``. Parameters that require none are frozen. So nothing that two tasks share can change, except the free
+    weights of the task at hand. Pretrained weights are loaded before the first task. A layer that is not called while a
+    task is learned (the head of another task) keeps nothing in the task's mask.
 
         phases = Phases(convert(model, density=0.05))
         phases.start_task()                    # the mask phase: train phases.parameters(), the scores
-        phases.start_weight_phase()            # train phases.parameters(), the free values
+        optimizer = phases.optimizer(torch.optim.AdamW, lr=1e-2)
+        ...
+        phases.start_weight_phase()            # train phases.parameters(), the free values, with a new optimizer
         phases.finish_task()                   # masks and statistics are stored; the task stays active
         phases.activate(0)                     # the model now is task 0's network
 
@@ -47,7 +40,9 @@ class Phases:
     keep_scores: dtype in which the scores of finished tasks are kept for KKT (float32, float16, bfloat16), or None
         to drop them.
     seed: of the random scores; task t's depend on seed and t alone.
-    Calls out of order raise RuntimeError and change nothing.
+    Calls out of order raise RuntimeError and change nothing. So does an optimizer's step after its phase has ended, and
+    `load_state_dict` of the model where it would change finished tasks: see `state_dict`. Of several `Phases` of one
+    model the last one made is its owner; the others refuse every call.
     """
 
     def __init__(self, model: nn.Module, keep_scores: torch.dtype | None = torch.float32, seed: int = 0) -> None:
@@ -57,7 +52,7 @@ class Phases:
             raise ValueError("Phases: the model has no supermask layers: pass it through convert first")
         self.keep_scores = keep_scores
         self.seed = seed
-        self.bank = MaskBank({name: layer.weight.shape for name, layer in self.layers.items()})
+        self.bank = self._empty_bank()
         self.phase: Phase = "idle"
         self.active: int | None = None
         self.scores: list[dict[str, Tensor]] = []  # of finished tasks
@@ -66,12 +61,28 @@ class Phases:
         self._open_free: dict[str, Tensor] = {}
         self._open_scores: dict[str, Tensor] = {}
         self._weights_before: dict[str, Tensor] = {}  # of the joint phase, which trains them in place
-        masked = {f"{name}.{key}".lstrip(".") for name in self.layers for key in ("weight", "scores", "free_values")}
+        masked = {f"{name}.{key}".lstrip(".") for name in self.layers for key in TENSORS}
         self._trainable = {n for n, p in model.named_parameters() if p.requires_grad and n not in masked}
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad} - masked
-        self.initial = {n: t.detach().clone() for n, t in model.state_dict().items() if n not in masked | self._frozen}
+        self.initial = {n: t.detach().clone() for n, t in self._task_state().items()}
+        self._hook_id = model.register_load_state_dict_pre_hook(owners.before_load).id
+        self._own()
+        self._ended("scores from before Phases was made")
         for layer in self.layers.values():
             layer._clear()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._own()
+
+    def __repr__(self) -> str:
+        use = self.bank.total(len(self.bank) - 1) if len(self.bank) else None
+        used = f", {100 * use.capacity:.1f} % of {use.weights:,} weights used" if use else ""
+        where = "" if self.active is None else f", task {self.active} {'active' if self.phase == 'idle' else 'open'}"
+        return (
+            f"Phases({type(self.model).__name__}: {len(self.layers)} layers, {len(self.bank)} tasks finished{used}, "
+            f"{self.phase} phase{where})"
+        )
 
     # The phases
 
@@ -84,21 +95,33 @@ class Phases:
         """
         self._require("start_task", "idle")
         self._refuse_strangers()
+        if not len(self.bank):
+            self._check_finite("start_task")
+            self.initial = {n: t.detach().clone() for n, t in self._task_state().items()}
         if scores is None:
             scores = self.random_scores(len(self.bank))
         if set(scores) != set(self.layers):
             raise ValueError(f"start_task: expected scores of the layers {sorted(self.layers)}, got {sorted(scores)}")
         for name, layer in self.layers.items():
-            if scores[name].shape != layer.weight.shape:
+            if scores[name].shape != layer.dense_weight.shape:
                 raise ValueError(
-                    f"start_task: scores of {name} must have shape {tuple(layer.weight.shape)}, "
+                    f"start_task: scores of {name} must have shape {tuple(layer.dense_weight.shape)}, "
                     f"got {tuple(scores[name].shape)}"
                 )
+        zero = [] if joint else [name for name, layer in self.layers.items() if not bool(layer.dense_weight.any())]
+        if zero:
+            raise ValueError(
+                f"start_task: all weights of {zero[0]} are zero, so neither its scores nor what comes before it would "
+                'learn: initialise the layer, exclude it, or convert(..., weights="signed_constant")'
+            )
         self._load_state({})
-        self._weights_before = {name: layer.weight.clone() for name, layer in self.layers.items()} if joint else {}
+        self._weights_before = (
+            {name: layer.dense_weight.clone() for name, layer in self.layers.items()} if joint else {}
+        )
+        self._ended("values of an earlier task")
         for name, layer in self.layers.items():
             layer.use_scores(scores[name])
-            layer.weight.requires_grad_(joint)
+            layer.dense_weight.requires_grad_(joint)
         self.phase, self.active = "joint" if joint else "mask", len(self.bank)
         return self.active
 
@@ -109,11 +132,15 @@ class Phases:
         earlier tasks' weights (SSNeT).
         """
         self._require("start_weight_phase", "mask")
+        self._check_finite("start_weight_phase")
         self._fix_masks()
+        self._ended(f"the scores of task {self.active}'s mask phase")
         for name, layer in self.layers.items():
             mask = self._open_masks[name]
             self._open_free[name] = self.bank.free(name, mask) if exclusive else mask
             layer.use_values(mask, self._open_free[name])
+        if not self.parameters():  # a loss needs something to go back to, and optimizers refuse empty lists
+            layer.free_values = nn.Parameter(layer.dense_weight.new_empty(0))
         self.phase = "weight"
 
     def prune(self, keep: Mapping[str, Tensor]) -> None:
@@ -122,6 +149,7 @@ class Phases:
         Training goes on with what is left (PackNet, Mallya & Lazebnik, CVPR 2018). Optimizers must be made anew.
         """
         self._require("prune", "weight")
+        self._ended(f"values of task {self.active} from before pruning")
         for name, layer in self.layers.items():
             free = self._open_free[name]
             layer.store_values(free)
@@ -132,12 +160,14 @@ class Phases:
     def finish_task(self) -> int:
         """Store the task's weights, masks, scores and state; it stays active. Returns its number."""
         self._require("finish_task", "mask", "joint", "weight")
+        self._check_finite("finish_task")
         if self.phase != "weight":
             self._fix_masks()
+        self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, layer in self.layers.items():
             if self.phase == "weight":
                 layer.store_values(self._open_free[name])
-            layer.weight.requires_grad_(False)
+            layer.dense_weight.requires_grad_(False).grad = None
         state = {
             n: t.clone() for n, t in self._live_state().items() if not torch.equal(t, self.initial[n].to(t.device))
         }
@@ -151,11 +181,12 @@ class Phases:
     def abandon_task(self) -> None:
         """Drop the open task and what it trained; the last finished task, if any, becomes active."""
         self._require("abandon_task", "mask", "joint", "weight")
+        self._ended(f"parameters of task {self.active}, which was abandoned")
         for name, layer in self.layers.items():
             layer._clear()
-            layer.weight.requires_grad_(False)
+            layer.dense_weight.requires_grad_(False).grad = None
             if name in self._weights_before:
-                layer.weight.copy_(self._weights_before[name])
+                layer.dense_weight.copy_(self._weights_before[name])
         self._close()
         self.phase, self.active = "idle", None
         self._load_state({})
@@ -166,9 +197,7 @@ class Phases:
         """Append a task that is already learned, and activate it: its masks (bool or packed), state and scores."""
         return self.adopt_all([(masks, state, scores)])
 
-    def adopt_all(
-        self, tasks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]]
-    ) -> int:
+    def adopt_all(self, tasks: Sequence[stored.Learned]) -> int:
         """Append tasks that are already learned, each (masks, state, scores), and activate the last."""
         self._require("adopt", "idle")
         for masks, state, scores in tasks:
@@ -183,7 +212,7 @@ class Phases:
     def activate(self, task: int) -> None:
         """Make the model the network of a finished task: its masks, its batch norms, its biases."""
         self._require("activate", "idle")
-        masks = {name: self.bank.mask(task, name).to(layer.weight.device) for name, layer in self.layers.items()}
+        masks = {name: self.bank.mask(task, name).to(layer.dense_weight.device) for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             layer.use_values(masks[name], torch.zeros_like(masks[name]))
         self._load_state(self.states[task])
@@ -192,10 +221,8 @@ class Phases:
     @contextmanager
     def using(self, task: int) -> Iterator[nn.Module]:
         """The network of a finished task for the length of a block, in any phase; then all is as it was."""
-        held = {
-            name: (dict(layer._parameters), dict(layer._buffers), layer._seen, layer._made)
-            for name, layer in self.layers.items()
-        }  # what was made of a pattern as well: a CUDA graph may hold its address
+        self._require("using", *PHASES)
+        held = {name: layer.hold() for name, layer in self.layers.items()}
         state = {n: t.clone() for n, t in self._live_state().items()}
         phase, active = self.phase, self.active
         self.phase = "idle"
@@ -205,10 +232,7 @@ class Phases:
         finally:
             self._write_state(state)
             for name, layer in self.layers.items():
-                parameters, buffers, layer._seen, layer._made = held[name]
-                for key in ("scores", "free_values"):
-                    layer._parameters[key] = parameters[key]
-                layer._buffers.update({k: b for k, b in buffers.items() if k in layer._non_persistent_buffers_set})
+                layer.put_back(held[name])
             self.phase, self.active = phase, active
 
     # What is trained
@@ -216,6 +240,17 @@ class Phases:
     def parameters(self) -> list[Tensor]:
         """What the present phase trains: scores or free values, then the task's own unmasked parameters."""
         return self.masked_parameters() + self.dense_weights() + self.task_parameters()
+
+    def optimizer(self, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
+        """A new optimizer over what the present phase trains: ``kind(phases.parameters(), **options)``.
+
+        To be made in each phase. In the joint phase it holds the weights that earlier tasks use, see `guard`.
+        """
+        self._require("optimizer", "mask", "joint", "weight")
+        made = kind(self.parameters(), **options)
+        if self.phase == "joint":
+            self.guard(made)
+        return made
 
     def masked_parameters(self) -> list[Tensor]:
         """Scores (mask and joint phase), or free values (weight phase; possibly none)."""
@@ -225,7 +260,7 @@ class Phases:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept of all finished tasks: weights, packed masks, states, and scores where they are kept."""
-        tables = [*self.states, *self.scores, {name: layer.weight for name, layer in self.layers.items()}]
+        tables = [*self.states, *self.scores, {name: layer.dense_weight for name, layer in self.layers.items()}]
         return self.bank.nbytes + sum(t.nbytes for table in tables for t in table.values())
 
     def statistics(self) -> list[Tensor]:
@@ -239,7 +274,7 @@ class Phases:
 
     def dense_weights(self) -> list[Tensor]:
         """The weights that the joint phase trains in place; none in other phases."""
-        return [layer.weight for layer in self.layers.values()] if self.phase == "joint" else []
+        return [layer.dense_weight for layer in self.layers.values()] if self.phase == "joint" else []
 
     def task_parameters(self) -> list[Tensor]:
         """Parameters without a mask, which each task has its own of."""
@@ -252,7 +287,7 @@ class Phases:
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer."""
         self._require("guard", "joint")
-        used = {layer.weight: self.bank.used_mask(name) for name, layer in self.layers.items()}
+        used = {layer.dense_weight: self.bank.used_mask(name) for name, layer in self.layers.items()}
         freeze_weights(
             optimizer, {w: unpack_mask(bits.to(w.device), w.shape) for w, bits in used.items() if bits is not None}
         )
@@ -289,21 +324,23 @@ class Phases:
         """All that the open phase has beyond the finished tasks; these tensors themselves, no copies.
 
         scores/LAYER (in the weight phase those that the masks were taken from), free/LAYER where weights are free,
-        weight/LAYER in the joint phase, state/NAME.
+        weight/LAYER in the joint phase, state/NAME; called: which layers were.
         """
-        found: dict[str, Tensor] = {}
+        found = {"called": torch.tensor([layer.called for layer in self.layers.values()])}
         for name, layer in self.layers.items():
             scores = self._open_scores[name] if layer.scores is None else layer.scores.detach()
             found[f"scores/{name}"] = scores
             if layer.free_values is not None:
                 found[f"free/{name}"] = layer.free_values.detach()
             if self.phase == "joint":
-                found[f"weight/{name}"] = layer.weight.detach()
+                found[f"weight/{name}"] = layer.dense_weight.detach()
         return found | {f"state/{n}": t.detach() for n, t in self._live_state().items()}
 
-    def reopen(self, phase: Phase, scores: Mapping[str, Tensor], exclusive: bool = True) -> None:
+    def reopen(self, phase: Phase, scores: Mapping[str, Tensor], called: Tensor, exclusive: bool = True) -> None:
         """Open a task again in a phase, from the scores of `open_tensors`; its other tensors are then to be filled."""
         self.start_task(scores, joint=phase == "joint")
+        for layer, was in zip(self.layers.values(), called.tolist(), strict=True):
+            layer.called = was
         if phase == "weight":
             self.start_weight_phase(exclusive)
 
@@ -312,20 +349,117 @@ class Phases:
         with self.using(task):
             plain = copy.deepcopy(self.model)
         unconvert(plain)
+        plain._load_state_dict_pre_hooks.pop(self._hook_id, None)
         return plain
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in any phase, for `torch.save`: tensors (no copies) by name, and what they are of.
+
+        The model's own `state_dict` is the network of the active or open task alone.
+        """
+        self._require("state_dict", *PHASES)
+        tensors = stored.finished(self)
+        if self.phase != "idle":
+            tensors |= {f"open/{n}": t for n, t in self.open_tensors().items()}
+            for name, layer in self.layers.items():
+                if layer.packed_mask is not None and layer.packed_free_mask is not None:
+                    tensors[f"open/mask/{name}"] = layer.packed_mask
+                    tensors[f"open/free_mask/{name}"] = layer.packed_free_mask
+        where = {"phase": self.phase, "active": self.active, "tasks": len(self.bank), "k": stored.kept(self)}
+        return {**where, "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Return to a `state_dict` of a model with the same layers, whatever this one has learned since.
+
+        Optimizers are to be made anew. ValueError, before anything is changed, for what does not fit.
+        """
+        self._require("load_state_dict", *PHASES)
+        names = ("phase", "active", "tasks", "k", "tensors")
+        if not isinstance(state, Mapping) or set(state) != set(names):
+            got = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"load_state_dict: expected a state of Phases with {', '.join(names)}, got {got}")
+        phase, active, tasks = state["phase"], state["active"], state["tasks"]
+        stored.check_layers(state["k"], self)
+        within = (None, *range(tasks)) if phase == "idle" else (tasks,)
+        if phase not in PHASES or active not in within:
+            raise ValueError(f"load_state_dict: task {active} cannot be in the {phase} phase after {tasks} tasks")
+        pieces = stored.Pieces(state["tensors"])
+        found = stored.take_finished(self, pieces, tasks)
+        opened = stored.take_open(self, pieces, phase)
+        pieces.end()
+        if self.phase != "idle":
+            self.abandon_task()
+        self._ended("parameters from before load_state_dict")
+        self.bank, self.states, self.scores = self._empty_bank(), [], []
+        found.put(self)
+        if active is None:
+            self.active = None
+            for layer in self.layers.values():
+                layer._clear()
+        elif phase == "idle":
+            self.activate(active)
+        else:
+            self._put_open(phase, opened)
+
+    def _put_open(self, phase: Phase, opened: Mapping[str, Tensor]) -> None:
+        """Open a task in the phase that the tensors of `open_tensors`, and the masks of a weight phase, are of."""
+        scores = {name: opened[f"scores/{name}"] for name in self.layers}
+        self.start_task(scores, joint=phase == "joint")
+        for (name, layer), called in zip(self.layers.items(), opened["called"].tolist(), strict=True):
+            layer.called = called
+            if phase == "weight":
+                self._open_masks[name], self._open_free[name] = (
+                    unpack_mask(opened[f"{kind}/{name}"], layer.dense_weight.shape).to(layer.dense_weight.device)
+                    for kind in ("mask", "free_mask")
+                )
+                self._open_scores[name] = scores[name].detach().to(layer.dense_weight.device)
+                layer.use_values(self._open_masks[name], self._open_free[name])
+                if layer.free_values is not None:
+                    layer.free_values.data.copy_(opened[f"free/{name}"])
+            elif phase == "joint":
+                layer.dense_weight.data.copy_(opened[f"weight/{name}"])
+        self.phase = phase
+        self._write_state({n: opened[f"state/{n}"] for n in self.initial})
 
     # Inside
 
     def _close(self) -> None:
         self._open_masks, self._open_free, self._open_scores, self._weights_before = {}, {}, {}, {}
 
+    def _empty_bank(self) -> MaskBank:
+        return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})
+
+    def _own(self) -> None:
+        owners.own(self)
+        stale.watch(self)
+
+    def _ended(self, what: str) -> None:
+        """What trains now is about to train no more."""
+        stale.phase_changes(self, self.masked_parameters(), what)
+
+    def _check_finite(self, call: str) -> None:
+        kinds = ("scores", "free_values", "dense_weight")
+        trained = {f"{name}.{kind}": getattr(layer, kind) for name, layer in self.layers.items() for kind in kinds}
+        stored.check_finite(call, trained | self._task_state())
+
     def _fix_masks(self) -> None:
-        self._open_masks = {name: layer.mask() for name, layer in self.layers.items()}
+        """The masks of the scores; layers that the task never called, while it called others, keep nothing."""
+        unused = {
+            n for n, layer in self.layers.items() if not layer.called and getattr(layer.scores, "grad", None) is None
+        }
+        unused = unused if len(unused) < len(self.layers) else set()
+        self._open_masks = {
+            name: torch.zeros_like(layer.dense_weight, dtype=torch.bool) if name in unused else layer.mask()
+            for name, layer in self.layers.items()
+        }
         self._open_scores = {
             name: layer.scores.detach() for name, layer in self.layers.items() if layer.scores is not None
         }
 
     def _require(self, call: str, *phases: Phase) -> None:
+        owners.check(self, call)
         if self.phase not in phases:
             raise RuntimeError(f"{call} belongs to the {' or '.join(phases)} phase, but the phase is {self.phase}")
 
@@ -338,10 +472,26 @@ class Phases:
                     "forget. Set requires_grad before, or freeze it"
                 )
 
+    def _task_state(self) -> dict[str, Tensor]:
+        """What each task has its own of: parameters that train without a mask, and persistent buffers."""
+        state: dict[str, Tensor] = {}
+        for prefix, module in self.model.named_modules():
+            kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+            own = TENSORS if isinstance(module, SupermaskLayer) else ()
+            for key, tensor in (module._parameters | kept).items():
+                name = f"{prefix}.{key}".lstrip(".")
+                if tensor is not None and key not in own and name not in self._frozen:
+                    state[name] = tensor.detach()
+        return state
+
     def _live_state(self) -> dict[str, Tensor]:
         """The task's own parameters and buffers, as they are in the model now."""
-        state = self.model.state_dict()
+        state = self._task_state()
         return {n: state[n] for n in self.initial}
+
+    def reset_state(self) -> None:
+        """Bring what each task has its own of to where the first task starts."""
+        self._load_state({})
 
     def _load_state(self, state: Mapping[str, Tensor]) -> None:
         self._write_state(self.initial | dict(state))
@@ -351,3 +501,4 @@ class Phases:
         with torch.no_grad():
             for name, value in state.items():
                 live[name].copy_(value)
+        torch.clear_autocast_cache()  # it knows parameters by identity

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import PATTERN, supermask_layers
+from . import owners
+from .nn import PATTERN, TENSORS, supermask_layers
 from .ops import sparse_pattern
 from .phases import Phases
 
@@ -52,8 +53,10 @@ class Served:
         self._blank = _without_weights(phases)
         # Values lie in the pattern's order, so the slots of all layers count from 0 on.
         layers = phases.layers.values()
-        device = next(iter(layers)).weight.device
-        self._slots = torch.arange(max(layer.weight.numel() for layer in layers), dtype=torch.int32, device=device)
+        device = next(iter(layers)).dense_weight.device
+        self._slots = torch.arange(
+            max(layer.dense_weight.numel() for layer in layers), dtype=torch.int32, device=device
+        )
 
     @property
     def tasks(self) -> Sequence[int]:
@@ -141,6 +144,7 @@ class Served:
     def _make(self, task: int) -> _Network:
         """The task's network; what all tasks share it has not of its own."""
         phases = self._phases
+        owners.check(phases, "Served")
         live = self._blank.state_dict(keep_vars=True)
         own = {id(live[name]) for name in phases.initial}
         shared = [t for t in self._blank.parameters() if id(t) not in own]
@@ -149,7 +153,7 @@ class Served:
         for name, value in (phases.initial | phases.states[task]).items():
             state[name].copy_(value)
         for name, layer in supermask_layers(network.module):
-            weight = phases.layers[name].weight
+            weight = phases.layers[name].dense_weight
             mask = phases.bank.mask(task, name).to(weight.device)
             pattern = sparse_pattern(mask, groups=getattr(layer, "groups", 1))
             layer.frozen_values = weight[mask]
@@ -177,8 +181,8 @@ def _without_weights(phases: Phases) -> nn.Module:
     """A copy of the model in evaluation mode, of whose masked weights only the shapes are left."""
     known: dict[int, Any] = {}
     for layer in phases.layers.values():
-        known[id(layer.weight)] = layer.weight.detach().new_zeros(()).expand(layer.weight.shape)
-        for key in ("scores", "free_values", "frozen_values", *PATTERN):
+        known[id(layer.dense_weight)] = layer.dense_weight.detach().new_zeros(()).expand(layer.dense_weight.shape)
+        for key in TENSORS[1:]:
             if (tensor := getattr(layer, key)) is not None:
                 known[id(tensor)] = tensor.detach()
     model = copy.deepcopy(phases.model, known)

@@ -12,114 +12,15 @@ import torch
 from torch import Tensor
 
 from .nn import SupermaskLayer
-from .ops import pack_mask, unpack_mask
 from .phases import Phase, Phases
 from .progress import OpenTask, Result, Stopwatch, TaskReport, Training
+from .stored import FLOATS, Pieces, check_layers
 from .tasks import Task
 from .typed import alike, typed
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NUMBERS = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
-
-
 FINITE = ("weight/", "scores/", "open/scores/", "open/free/", "open/weight/", "kept/masked/")
 """What never is NaN or infinite in a state that training can go on from."""
-
-
-class Pieces:
-    """Named tensors of a state; what is taken must be what it should be, and nothing may be left over."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.left = dict(tensors)
-
-    def take(self, key: str, shape: Sequence[int], *dtypes: torch.dtype, finite: bool = False) -> Tensor:
-        """The tensor of that name. ValueError for none, another shape or dtype, and for NaN or infinity if `finite`."""
-        if key not in self.left or self.left[key].shape != tuple(shape):
-            found = tuple(self.left[key].shape) if key in self.left else "nothing"
-            raise ValueError(f"the state holds {found} for {key}, the model needs {tuple(shape)}")
-        tensor = self.left.pop(key)
-        if dtypes and tensor.dtype not in dtypes:
-            raise ValueError(f"the state holds {tensor.dtype} for {key}, expected {' or '.join(map(str, dtypes))}")
-        if finite and not bool(tensor.isfinite().all()):
-            raise ValueError(f"the state holds NaN or infinity for {key}")
-        return tensor
-
-    def names(self, prefix: str) -> list[str]:
-        """What follows the prefix in the names that are left."""
-        return [key.removeprefix(prefix) for key in self.left if key.startswith(prefix)]
-
-    def end(self) -> None:
-        """ValueError if anything is left."""
-        if self.left:
-            shown = ", ".join(sorted(self.left)[:5]) + (" ..." if len(self.left) > 5 else "")
-            raise ValueError(f"the state holds {shown}, which has no place in the model")
-
-
-# Finished tasks
-
-
-def finished(phases: Phases) -> dict[str, Tensor]:
-    """Weights, and of finished tasks masks (packed), states and scores; in an open task the weights before it."""
-    before = phases.weights_before()
-    tensors = {f"weight/{n}": before.get(n, layer.weight.detach()) for n, layer in phases.layers.items()}
-    for task in range(len(phases.bank)):
-        tensors |= {f"mask/{task}/{n}": phases.bank.packed(task, n) for n in phases.layers}
-        tensors |= {f"state/{task}/{n}": t for n, t in phases.states[task].items()}
-    for task, scores in enumerate(phases.scores):
-        tensors |= {f"scores/{task}/{n}": s for n, s in scores.items()}
-    tensors |= {f"initial/{n}": t for n, t in phases.initial.items()}
-    return tensors | {f"frozen/{n}": p.detach() for n, p in phases.frozen_parameters().items()}
-
-
-def kept(phases: Phases) -> dict[str, int]:
-    """k of every layer: what tells whether a state is of such a model."""
-    return {n: layer.k for n, layer in phases.layers.items()}
-
-
-def put_finished(phases: Phases, pieces: Pieces, tasks: int, complete: bool = False) -> None:
-    """Give a fresh `Phases` the finished tasks and activate the last. ValueError, before anything is changed.
-
-    complete: nothing else may be among the pieces.
-    """
-    if len(phases.bank) or phases.phase != "idle":
-        raise RuntimeError(
-            f"load: needs a Phases without tasks, this one has {len(phases.bank)} and is in the {phases.phase} phase"
-        )
-    targets = {f"weight/{n}": layer.weight for n, layer in phases.layers.items()}
-    targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
-    targets |= {f"initial/{n}": t for n, t in phases.initial.items()}
-    shared = ("weight/", "frozen/", "initial/")
-    if more := sorted(k for k in pieces.left if k.startswith(shared) and k not in targets):
-        raise ValueError(f"the state holds {', '.join(more)}, which has no place in the model")
-    values = {
-        key: pieces.take(key, target.shape, target.dtype, finite=key.startswith("weight/"))
-        for key, target in targets.items()
-    }
-    learned = [_task(phases, pieces, task) for task in range(tasks)]
-    if complete:
-        pieces.end()
-    with torch.no_grad():
-        for key, target in targets.items():
-            target.copy_(values[key])
-    phases.adopt_all(learned)
-
-
-def _task(phases: Phases, pieces: Pieces, task: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Masks, state and scores of one finished task."""
-    layers = phases.layers
-    shapes = {n: layer.weight.shape for n, layer in layers.items()}
-    masks = {n: pieces.take(f"mask/{task}/{n}", (-(-s.numel() // 8),), torch.uint8) for n, s in shapes.items()}
-    for n, bits in masks.items():
-        if not torch.equal(pack_mask(unpack_mask(bits, shapes[n])), bits):
-            raise ValueError(f"the state holds bits beyond the {shapes[n].numel()} weights in mask/{task}/{n}")
-    names = [n for n in pieces.names(f"state/{task}/") if n in phases.initial]
-    like = phases.initial
-    state = {n: pieces.take(f"state/{task}/{n}", like[n].shape, like[n].dtype) for n in names}
-    scores: dict[str, Tensor] = {}
-    if pieces.names(f"scores/{task}/"):
-        scores = {n: pieces.take(f"scores/{task}/{n}", s, *FLOATS, finite=True) for n, s in shapes.items()}
-    masks, scores = ({n: t.to(layers[n].weight.device) for n, t in part.items()} for part in (masks, scores))
-    return masks, state, scores
 
 
 # The learner
@@ -210,11 +111,6 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
     return found
 
 
-def check_layers(k: Mapping[str, int], phases: Phases) -> None:
-    if k != kept(phases):
-        raise ValueError(f"the state has layers and k {dict(k)}, the model has {kept(phases)}")
-
-
 def fingerprint(task: Task) -> str:
     """A hash of a task's name, labels and choice of items, of texts and their encoder; not of what images look like."""
     found = hashlib.sha256(repr((task.name, task.classes, task.labels)).encode())
@@ -277,12 +173,13 @@ def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, expected: Sequence[st
     if meta.phase not in expected:
         raise ValueError(f"the state's open task is in the {meta.phase} phase, the method has {' and '.join(expected)}")
     phase: Phase = meta.phase  # type: ignore[assignment]
-    shapes = {n: layer.weight.shape for n, layer in phases.layers.items()}
+    shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
     scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
-    phases.reopen(phase, scores, exclusive)
+    called = pieces.take("open/called", (len(shapes),), torch.bool)
+    phases.reopen(phase, scores, called, exclusive)
     for name, target in phases.open_tensors().items():
         kind = name.partition("/")[0]
-        if kind != "scores":
+        if kind not in ("scores", "called"):
             target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=kind != "state"))
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .phases import Phases, evaluation
+from .nn import evaluation
+from .phases import Phases
 from .tasks import loader
 
 InferenceRule = Literal["one-shot", "binary"]
@@ -64,7 +65,7 @@ class TaskInference:
             states = [self.phases.states[t].get(name, self.phases.initial[name]) for t in tasks]
             parameters[name].copy_(torch.stack([s.detach() for s in states]).mean(0))
         for name, module in self._weights.items():
-            weight = self.phases.layers[name].weight
+            weight = self.phases.layers[name].dense_weight
             times = torch.zeros_like(weight)
             for task in tasks:
                 times += bank.mask(task, name).to(weight.device)
@@ -77,7 +78,9 @@ class TaskInference:
         finally:
             for module in self._weights.values():
                 module.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
-        towards = {name: g * self.phases.layers[name].weight for name, g in zip(self._weights, gradients, strict=True)}
+        towards = {
+            name: g * self.phases.layers[name].dense_weight for name, g in zip(self._weights, gradients, strict=True)
+        }
         return [
             sum(float(t[bank.mask(task, name).to(t.device)].sum(dtype=torch.float64)) for name, t in towards.items())
             for task in tasks
@@ -102,7 +105,7 @@ def evaluate_without_task(
     batches: look at so many batches of each task, or at all. An item of a wrongly inferred task counts as wrong.
     """
     found = right = seen = 0
-    device = next(iter(inference.phases.layers.values())).weight.device
+    device = next(iter(inference.phases.layers.values())).dense_weight.device
     for task, (items, outputs) in enumerate(zip(data, classes, strict=True)):
         for number, (x, y) in enumerate(loader(items, batch_size)):
             if number == (math.inf if batches is None else batches):

@@ -1,18 +1,29 @@
 """What is measured once on this machine, and kept in a file of the user's cache folder: numbers by key."""
 
 import json
+import math
 import os
 import platform
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows: processes that meet a shape together may measure it each
+    fcntl = None  # type: ignore[assignment]
+
 MASKING = ("auto", "fused", "written")
 KERNELS_VERSION = 2  # of what is kept: raise it when products become faster
+PATIENCE = 1.0
+"""Seconds to wait for another process: it may itself wait for this one, which has not yet sent what a GPU expects."""
 
 _known: dict[str, float] = {}
 _measuring = threading.Lock()  # threads that meet a shape together measure it once, and choose alike
@@ -20,16 +31,23 @@ _measuring = threading.Lock()  # threads that meet a shape together measure it o
 
 def measured(key: str, on_gpu: bool, measure: Callable[[], float]) -> float | None:
     """What was measured for a key, in this run or an earlier one, or else now; None while a CUDA graph is captured."""
-    if key in _known:
-        return _known[key]
-    with _measuring:
-        _known.update(_read() | _known)  # what this run has chosen by stays
-        if key not in _known:
+    if known(key) is None:
+        with _measuring:
             if on_gpu and torch.cuda.is_current_stream_capturing():
                 return None
-            _known[key] = measure()
-            _write()
-        return _known[key]
+            with _alone(key):
+                if known(key) is None:
+                    _known[key] = measure()
+                    _write()
+    return _known[key]
+
+
+def known(key: str) -> float | None:
+    """What was measured for a key, in this run or an earlier one, or None."""
+    if key not in _known:
+        for found, value in _read().items():
+            _known.setdefault(found, value)  # what this run has chosen by stays
+    return _known.get(key)
 
 
 def of_gpu(device: torch.device) -> tuple[str, ...]:
@@ -88,24 +106,62 @@ def _machine() -> str:
     return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {versions}"
 
 
-def _read() -> dict[str, float]:
-    """What earlier processes measured on this machine; a file that cannot be read holds nothing."""
+def _everything() -> dict[str, Any]:
+    """What the file holds, by machine; a file that cannot be read holds nothing, and is written anew."""
     try:
-        found = json.loads(_file().read_text())[_machine()]
-        return {str(k): float(v) for k, v in found.items()}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads(_file().read_text())
+    except (OSError, RuntimeError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read() -> dict[str, float]:
+    """What earlier processes measured on this machine: finite numbers."""
+    found = _everything().get(_machine())
+    known = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in known if isinstance(value, float) and math.isfinite(value)}
 
 
 def _write() -> None:
     """Keep what was measured, beside that of other machines; where nothing can be written, it is measured again."""
-    try:
+    with suppress(OSError, RuntimeError, ValueError):
         file = _file()
-        everything = json.loads(file.read_text()) if file.exists() else {}
-        everything[_machine()] = _read() | _known
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(everything, indent=1))
-        os.replace(part, file)
-    except (OSError, RuntimeError, ValueError, TypeError):
-        pass
+        everything = _everything() | {_machine(): _read() | _known}
+        handle, part = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
+        try:
+            with open(handle, "w") as opened:
+                json.dump(everything, opened, indent=1)
+            os.replace(part, file)
+        except BaseException:
+            os.unlink(part)
+            raise
+
+
+@contextmanager
+def _alone(key: str) -> Iterator[None]:
+    """Waits while another process measures, at most `PATIENCE` and until the key is known."""
+    with ExitStack() as held:
+        with suppress(OSError, RuntimeError):
+            file = _file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(file.with_suffix(".lock"), "a"))
+            until = time.monotonic() + PATIENCE
+            while not _locks(lock) and time.monotonic() < until and known(key) is None:
+                time.sleep(0.01)
+            held.callback(_unlocks, lock)  # children that were forked meanwhile would hold it
+        yield
+
+
+def _locks(file: IO[str]) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unlocks(file: IO[str]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -92,7 +92,7 @@ def free_mask(mask: Tensor, used_mask: Tensor) -> Tensor:
     return (mask & ~used_mask).contiguous()
 
 
-def _bool_mask(mask: Tensor, weight: Tensor) -> Tensor:
+def bool_mask(mask: Tensor, weight: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else unpack_mask(mask, list(weight.shape))
 
 
@@ -212,20 +212,20 @@ def supermask_conv2d_backward(
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.where(_bool_mask(mask, weight), 0), bias)
+    return F.linear(x, weight.where(bool_mask(mask, weight), 0), bias)
 
 
 def _masked_gradient(grad_effective: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None) -> Tensor:
-    trained = _bool_mask(mask, weight)
+    trained = bool_mask(mask, weight)
     if free_mask is not None:
-        trained = trained & _bool_mask(free_mask, weight)
+        trained = trained & bool_mask(free_mask, weight)
     return grad_effective.where(trained, 0).contiguous()
 
 
 def masked_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    grad_x, effective = _linear_gradients(grad, x, weight.where(_bool_mask(mask, weight), 0), *output_mask)
+    grad_x, effective = _linear_gradients(grad, x, weight.where(bool_mask(mask, weight), 0), *output_mask)
     return grad_x, _masked_gradient(effective, weight, mask, free_mask) if output_mask[1] else effective
 
 
@@ -233,7 +233,7 @@ def masked_conv2d(
     x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    effective = weight.where(_bool_mask(mask, weight), 0)
+    effective = weight.where(bool_mask(mask, weight), 0)
     return F.conv2d(x, effective, bias, stride, padding, dilation, groups).contiguous()
 
 
@@ -242,11 +242,11 @@ def masked_conv2d_backward(
     stride: list[int], padding: list[int], dilation: list[int], groups: int, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     geometry = (stride, padding, dilation, groups)
-    grad_x, effective = _conv2d_gradients(grad, x, weight.where(_bool_mask(mask, weight), 0), geometry, *output_mask)
+    grad_x, effective = _conv2d_gradients(grad, x, weight.where(bool_mask(mask, weight), 0), geometry, *output_mask)
     return grad_x, _masked_gradient(effective, weight, mask, free_mask) if output_mask[1] else effective
 
 
-def _packed_masks(pattern: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
+def packed_masks(pattern: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
     """(mask, free mask), bool, of a packed pattern."""
     bits = pattern[:, :, None] >> torch.arange(32, device=pattern.device) & 1
     mask, free = (bits[:, i].reshape(-1)[: math.prod(shape)].reshape(shape).to(torch.bool) for i in range(2))
@@ -255,14 +255,14 @@ def _packed_masks(pattern: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
 
 def _packed_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
     """The dense weight that a packed pattern and its values stand for."""
-    mask, free = _packed_masks(pattern, shape)
+    mask, free = packed_masks(pattern, shape)
     weight = free_values.new_zeros(shape)
     return weight.masked_scatter(free, free_values).masked_scatter(mask & ~free, frozen_values)
 
 
 def _packed_gradient(effective: Tensor, free_values: Tensor, pattern: Tensor) -> Tensor:
     """Entries of a dense gradient at the free values; the number of these is known, so that no device is waited for."""
-    _, free = _packed_masks(pattern, list(effective.shape))
+    _, free = packed_masks(pattern, list(effective.shape))
     where = torch.nonzero_static(free.reshape(-1), size=free_values.numel()).squeeze(1)
     return effective.reshape(-1)[where]
 
@@ -305,7 +305,7 @@ def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
     return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=nnz)
 
 
-def _dense(
+def dense_weight(
     free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int
 ) -> Tensor:
     """The (O, columns) weight that a pattern and its values stand for."""
@@ -325,7 +325,7 @@ def sparse_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
     return batch_last(F.linear(x, weight, bias))
 
 
@@ -333,7 +333,7 @@ def sparse_linear_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
     grad_x, effective = _linear_gradients(grad, x, weight, *output_mask)
     return (
         batch_last(grad_x) if output_mask[0] else grad_x,
@@ -346,7 +346,7 @@ def sparse_conv2d(
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
-    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
     weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     return batch_last(F.conv2d(x, weight, bias, stride, padding, dilation))
 
@@ -356,7 +356,7 @@ def sparse_conv2d_folded(
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
-    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
     weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     y = F.conv2d(x, weight, None, stride, padding, dilation) * scale[:, None, None] + bias[:, None, None]
     if residual is not None:
@@ -369,7 +369,7 @@ def sparse_conv2d_backward(
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = _dense(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
     weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     grad_x, effective = _conv2d_gradients(grad, x, weight, (stride, padding, dilation, 1), *output_mask)
     return (

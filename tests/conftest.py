@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of CUDA
-os.environ |= {"EXSSNET_PRODUCTS": "sparse", "EXSSNET_MASKING": "fused"}  # nothing measured: the same in every run
 
 import pytest
 import torch
@@ -43,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             told.add(item.path)
             kept.append(item)
     items[:] = kept
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _default_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Also of processes that tests start; what is measured is neither read from nor written to the user's file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for pin in ("EXSSNET_PRODUCTS", "EXSSNET_MASKING"):
+            patch.delenv(pin, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)

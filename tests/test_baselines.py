@@ -42,7 +42,7 @@ def test_individual_networks_keep_as_many_as_there_are_tasks() -> None:
     learned, one = baseline("individual", 1), baseline("sequential", 1)
     learned.run(stream())
     one.run(stream()[:1])
-    assert learned.nbytes == 3 * one.nbytes > 3 * 4 * sum(w.weight.numel() for w in one.phases.layers.values())
+    assert learned.nbytes == 3 * one.nbytes > 3 * 4 * sum(w.dense_weight.numel() for w in one.phases.layers.values())
 
 
 @pytest.mark.parametrize("name", ["individual", "packnet", "multitask"])
@@ -60,9 +60,9 @@ def test_everything_but_the_head_is_masked_with_all_ones() -> None:
 def test_fine_tuning_overwrites_shared_weights_and_keeps_each_head() -> None:
     learned, tasks = baseline("sequential"), stream(validation=0)
     learned.learn(tasks[0])
-    weight, head = learned.phases.layers["conv"].weight.clone(), learned.phases.states[0]["head.weight"].clone()
+    weight, head = learned.phases.layers["conv"].dense_weight.clone(), learned.phases.states[0]["head.weight"].clone()
     learned.learn(tasks[1])
-    assert bool((learned.phases.layers["conv"].weight != weight).any())
+    assert bool((learned.phases.layers["conv"].dense_weight != weight).any())
     assert torch.equal(learned.phases.states[0]["head.weight"], head)
 
 
@@ -87,7 +87,7 @@ def test_the_penalty_is_the_sum_over_tasks_of_fisher_times_squared_distance(monk
         before = {n: f.clone() for n, f in learned._fisher.items()}
         learned.learn(task)
         new = {n: f - before.get(n, torch.zeros_like(f)) for n, f in learned._fisher.items()}
-        terms.append((new, {n: layer.weight.flatten().clone() for n, layer in learned.phases.layers.items()}))
+        terms.append((new, {n: layer.dense_weight.flatten().clone() for n, layer in learned.phases.layers.items()}))
     learned.phases.start_task()
     learned.phases.start_weight_phase(exclusive=False)
     nothing = torch.zeros((), dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_the_fisher_information_is_the_mean_squared_gradient_of_drawn_labels() -
     with learned.phases.using(0) as model:
         model.eval()
         for layer in learned.phases.layers.values():
-            whole = torch.ones_like(layer.weight, dtype=torch.bool)
+            whole = torch.ones_like(layer.dense_weight, dtype=torch.bool)
             layer.use_values(whole, whole)
         for i in picked.tolist():
             x, _ = task.train[[i]]
@@ -144,9 +144,9 @@ def test_a_strong_penalty_holds_the_weights_that_matter() -> None:
     for strength in (0.0, 1e5):
         learned, tasks = baseline("ewc", 2, strength=strength, samples=20), stream(validation=0)
         learned.learn(tasks[0])
-        fisher, before = learned._fisher["conv"].clone(), learned.phases.layers["conv"].weight.flatten().clone()
+        fisher, before = learned._fisher["conv"].clone(), learned.phases.layers["conv"].dense_weight.flatten().clone()
         learned.learn(tasks[1])
-        moved.append(float((fisher * (learned.phases.layers["conv"].weight.flatten() - before).square()).sum()))
+        moved.append(float((fisher * (learned.phases.layers["conv"].dense_weight.flatten() - before).square()).sum()))
     assert moved[1] < 0.1 * moved[0]
 
 
@@ -256,7 +256,7 @@ def test_retraining_counts_even_if_it_is_worse_than_what_was_pruned(monkeypatch:
     monkeypatch.setattr(learned.phases, "prune", watched)
     learned.learn(task)
     kept = learned.phases.bank.mask(0, "conv")
-    assert bool((learned.phases.layers["conv"].weight[kept] != pruned["conv"]).any())
+    assert bool((learned.phases.layers["conv"].dense_weight[kept] != pruned["conv"]).any())
 
 
 def test_one_task_more_than_packnet_was_made_for_is_refused() -> None:

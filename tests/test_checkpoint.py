@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import exssnet
-from exssnet import Learner, Phases, checkpoint, container, convert, state
+from exssnet import Learner, Phases, checkpoint, container, convert, stored
 from exssnet.coding import decode
+from exssnet.nn import plain_state_dict
 
 NOTES = {"classes": [2, 2], "shape": [1, 8, 8], "text": "ü", "nothing": None}
 
@@ -84,7 +85,7 @@ def test_training_goes_on_as_if_nothing_had_been_saved(saved: tuple[Learner, Pat
     for task in tasks[:2]:
         straight.learn(task)
     halted = learner(kkt="best")
-    halted.model.load_state_dict(other_net().state_dict(), strict=False)
+    halted.model.load_state_dict(plain_state_dict(other_net()))
     path = saved[1].with_name("halted")
     checkpoint.save(straight.phases, path)
     checkpoint.load(halted.phases, path)
@@ -99,9 +100,9 @@ def test_the_file_is_a_safetensors_file_of_plain_weights_and_coded_masks(saved: 
     source, path = saved
     tensors = load_file(path)
     for name, layer in source.phases.layers.items():
-        assert torch.equal(tensors[f"weight/{name}"], layer.weight)
+        assert torch.equal(tensors[f"weight/{name}"], layer.dense_weight)
         for task in (0, 1):
-            bits = decode(tensors[f"mask/{task}/{name}"], layer.weight.numel())
+            bits = decode(tensors[f"mask/{task}/{name}"], layer.dense_weight.numel())
             assert torch.equal(bits, source.phases.bank.packed(task, name))
     assert "state/1/norm.running_mean" in tensors
     assert [p.name for p in path.parent.iterdir() if p.name.startswith("model")] == ["model.safetensors"]
@@ -124,7 +125,7 @@ def test_the_last_bytes_are_the_checksum_of_all_before(saved: tuple[Learner, Pat
 @pytest.mark.parametrize("tasks", [0, 2])
 def test_a_file_of_the_first_format_is_read(saved: tuple[Learner, Path], tmp_path: Path, tasks: int) -> None:
     phases = saved[0].phases
-    shared = {k: t for k, t in state.finished(phases).items() if tasks or ("/0/" not in k and "/1/" not in k)}
+    shared = {k: t for k, t in stored.finished(phases).items() if tasks or ("/0/" not in k and "/1/" not in k)}
     meta = {"tasks": tasks, "k": {n: layer.k for n, layer in phases.layers.items()}, "notes": NOTES}
     whole = {k: t.clone().contiguous() for k, t in shared.items()}
     save_file(whole, tmp_path / "old", {"format": "exssnet-1", "exssnet": json.dumps(meta)})
@@ -205,7 +206,7 @@ def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(
 
 def test_a_model_with_nan_is_not_written(tmp_path: Path) -> None:
     phases = Phases(small_net())
-    phases.layers["conv"].weight[0, 0, 0, 0] = float("nan")
+    phases.layers["conv"].dense_weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"save: weight/conv holds NaN or infinity; nothing was written to .*model"):
         checkpoint.save(phases, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -242,7 +243,7 @@ def test_masks_of_finished_tasks_are_coded_once(tmp_path: Path, monkeypatch: pyt
 
 def test_a_file_is_described_without_its_tensors(saved: tuple[Learner, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     said = checkpoint.describe(saved[1], verify=True)
-    weights = sum(layer.weight.numel() for layer in saved[0].phases.layers.values())
+    weights = sum(layer.dense_weight.numel() for layer in saved[0].phases.layers.values())
     rows = dict(line.split(maxsplit=1) for line in said.splitlines() if not line.startswith("written by"))
     assert rows["file"].endswith("format exssnet-2, checksum right")
     assert rows["layers"].startswith(f"3 with {weights} weights, of which a mask keeps ")
@@ -387,5 +388,5 @@ def test_a_model_without_tasks_can_be_saved(tmp_path: Path) -> None:
     checkpoint.save(source, tmp_path / "model")
     target = Phases(small_net())
     checkpoint.load(target, tmp_path / "model")
-    assert torch.equal(target.layers["conv"].weight, source.layers["conv"].weight)
+    assert torch.equal(target.layers["conv"].dense_weight, source.layers["conv"].dense_weight)
     assert len(target.bank) == 0

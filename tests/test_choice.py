@@ -21,7 +21,7 @@ from exssnet import Phases, choice, convert
 from exssnet.kernels import measured
 from exssnet.nn import SupermaskConv2d, SupermaskLayer, supermask_layers
 
-X, W = torch.zeros(8, 4, 9, 9), torch.zeros(6, 4, 3, 3)
+X, W = torch.zeros(8, 32, 9, 9), torch.zeros(6, 32, 3, 3)
 GEOMETRY = (1, 1), (1, 1), (1, 1), 1
 
 
@@ -29,8 +29,6 @@ GEOMETRY = (1, 1), (1, 1), (1, 1), 1
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, of which nothing is in memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("EXSSNET_PRODUCTS")
-    monkeypatch.delenv("EXSSNET_MASKING")
     monkeypatch.setattr(measured, "_known", {})
     return tmp_path / "exssnet" / "crossovers.json"
 
@@ -112,9 +110,19 @@ def test_user_without_a_home_still_gets_a_choice(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("native")
-def test_layer_that_cannot_be_measured_is_left_to_its_operator(cache: Path) -> None:
-    assert choice.sparse_is_faster(X[:, :, :2, :2], W, 0.2, ((1, 1), (0, 0), (1, 1), 1))
+def test_layer_that_cannot_be_measured_is_left_to_pytorch(cache: Path) -> None:
+    assert not choice.sparse_is_faster(X[:, :, :2, :2], W, 0.2, ((1, 1), (0, 0), (1, 1), 1))
     assert not cache.exists()
+
+
+@pytest.mark.usefixtures("native")
+def test_a_tiny_layer_is_not_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    calls = measured_as(monkeypatch, 0.0)
+    assert choice.sparse_is_faster(torch.zeros(8, 20), torch.zeros(10, 20), 0.5)
+    assert calls == []
+    assert not choice.sparse_is_faster(torch.zeros(8, 20), torch.zeros(10, 20), 0.6)  # where dense ones may win
+    assert not choice.sparse_is_faster(torch.zeros(1, 512), torch.zeros(256, 512), 0.5)
+    assert len(calls) == 2
 
 
 @pytest.mark.usefixtures("native", "cache")
@@ -141,6 +149,15 @@ def test_low_density_of_a_large_layer_is_not_measured(monkeypatch: pytest.Monkey
     calls = measured_as(monkeypatch, 0.0)
     assert choice.sparse_is_faster(torch.zeros(64, 512), torch.zeros(512, 512), 0.1)
     assert calls == []
+
+
+@pytest.mark.usefixtures("native")
+def test_patches_are_measured_at_low_density_too(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Kernels that do not overlap were slower sparse in half of what was tried."""
+    calls = measured_as(monkeypatch, 0.0)
+    patches = (16, 16), (0, 0), (1, 1), 1
+    assert not choice.sparse_is_faster(torch.zeros(4, 3, 224, 224), torch.zeros(192, 3, 16, 16), 0.05, patches)
+    assert len(calls) == 1
 
 
 @pytest.mark.usefixtures("native", "cache")
@@ -322,7 +339,7 @@ def test_a_checkpointed_layer_is_measured_in_its_first_forward(monkeypatch: pyte
     layer = in_phase("conv2d", phase)
     layer.products = "dense"
     monkeypatch.setattr(layer, "_fused", lambda x, padding: choice.fused_is_faster(
-        x, layer.weight, x.dtype, layer._geometry(padding), None if phase == "mask" else layer.density
+        x, layer.dense_weight, x.dtype, layer._geometry(padding), None if phase == "mask" else layer.density
     ))  # fmt: skip
     x = torch.randn(LAYERS["conv2d"][1], requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()

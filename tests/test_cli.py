@@ -25,7 +25,7 @@ from exssnet.info import describe, serving
 from exssnet.kernels import KERNELS, OPERATORS, native
 from exssnet.learner import EpochRecord
 from exssnet.models import MODELS
-from exssnet.phases import evaluation
+from exssnet.nn import evaluation
 from exssnet.tasks import Task, load, split_by_class
 
 pytest.importorskip("sklearn", reason="the runs here learn scikit-learn's digits")
@@ -239,7 +239,7 @@ def test_options_reach_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )  # fmt: skip
     hidden, head = learner.phases.layers["hidden2"], learner.phases.layers["head"]
     assert hidden.density < 0.2 < head.density
-    assert hidden.weight.abs().max() == pytest.approx((2 / 300 / hidden.density) ** 0.5, rel=1e-3)
+    assert hidden.dense_weight.abs().max() == pytest.approx((2 / 300 / hidden.density) ** 0.5, rel=1e-3)
 
 
 def test_without_matplotlib_a_run_ends_well_and_says_what_is_missing(

@@ -152,7 +152,7 @@ def _one_epoch(method: str) -> dict[str, Any]:
     learned = Learner(model, method, mask=phase, weight=phase, batch_size=5)
     learned.learn(stream(1, per_class=8, validation=0)[0])  # batches of 5, 5, 5 and 1: a process has none of the last
     (report,) = learned.reports
-    weights = [layer.weight.clone() for layer in learned.phases.layers.values()]
+    weights = [layer.dense_weight.clone() for layer in learned.phases.layers.values()]
     return {"weights": weights, "history": [(r.loss, r.accuracy) for r in report.history]}
 
 

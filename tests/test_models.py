@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from exssnet import Phases, convert
 from exssnet.blocks import ResidualBlock
 from exssnet.models import MODELS, VDCNN, Bottleneck, LeNet300100, ResNet, ResNet18, SmallResNet, TextCNN
-from exssnet.phases import evaluation
+from exssnet.nn import evaluation
 
 SHAPES = {
     "lenet-300-100": (1, 28, 28), "resnet18": (3, 32, 32), "resnet18-64": (3, 16, 16), "resnet50": (3, 64, 64),
@@ -257,7 +257,7 @@ def test_both_phases_train_what_they_own_and_nothing_else(make, name):
         for start in (None, phases.start_weight_phase):
             if start is not None:
                 start()
-            before = {n: layer.weight.clone() for n, layer in phases.layers.items()}
+            before = {n: layer.dense_weight.clone() for n, layer in phases.layers.items()}
             optimizer = torch.optim.SGD(phases.parameters(), 0.1)
             kept = [p.detach().clone() for p in phases.parameters()]
             loss = F.cross_entropy(model.train()(x), y)
@@ -265,7 +265,7 @@ def test_both_phases_train_what_they_own_and_nothing_else(make, name):
             optimizer.step()
             assert bool(loss.isfinite())
             assert all(not torch.equal(p, k) for p, k in zip(phases.parameters(), kept, strict=True))
-            assert all(torch.equal(layer.weight, before[n]) for n, layer in phases.layers.items())
+            assert all(torch.equal(layer.dense_weight, before[n]) for n, layer in phases.layers.items())
         phases.finish_task()
 
 

@@ -70,9 +70,9 @@ def test_joint_training_under_the_guard_forgets_nothing() -> None:
     before = None
     for seed in range(3):
         phases.start_task(joint=True)
-        weights = {n: layer.weight.detach().clone() for n, layer in phases.layers.items()}
+        weights = {n: layer.dense_weight.detach().clone() for n, layer in phases.layers.items()}
         _steps(phases, OPTIMIZERS["sgd-momentum-decay"], seed)
-        assert any(not torch.equal(layer.weight, weights[n]) for n, layer in phases.layers.items())
+        assert any(not torch.equal(layer.dense_weight, weights[n]) for n, layer in phases.layers.items())
         phases.finish_task()
         before = _logits(phases, 0) if before is None else before
         assert torch.equal(_logits(phases, 0), before)
@@ -89,11 +89,11 @@ def test_training_the_whole_mask_does_overwrite_earlier_tasks() -> None:
 def test_the_weight_phase_changes_free_weights_only() -> None:
     phases = Phases(small_net())
     _learn(phases, 0)
-    before = {n: layer.weight.clone() for n, layer in phases.layers.items()}
+    before = {n: layer.dense_weight.clone() for n, layer in phases.layers.items()}
     used = {n: phases.bank.mask(0, n) for n in phases.layers}
     _learn(phases, 1)
     for name, layer in phases.layers.items():
-        changed = layer.weight != before[name]
+        changed = layer.dense_weight != before[name]
         free = phases.bank.mask(1, name) & ~used[name]
         assert torch.equal(changed, free), name
 
@@ -215,7 +215,7 @@ def test_nan_scores_leave_the_mask_phase_open() -> None:
     layer = phases.layers["head"]
     assert layer.scores is not None
     layer.scores.data[0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="NaN"):
+    with pytest.raises(FloatingPointError, match=r"1 of 128 entries of head\.scores are NaN"):
         phases.start_weight_phase()
     assert phases.phase == "mask"
     assert layer.scores is not None
@@ -331,3 +331,13 @@ def test_random_scores_are_drawn_on_the_cpu_whatever_the_default_device() -> Non
         drawn = phases.random_scores(0)
     for name, scores in phases.random_scores(0).items():
         assert torch.equal(drawn[name], scores)
+
+
+def test_a_layer_of_zeros_whose_scores_would_get_no_gradient_is_refused() -> None:
+    model = small_net()
+    model.head.dense_weight.zero_()
+    phases = Phases(model)
+    with pytest.raises(ValueError, match="start_task: all weights of head are zero, so neither its scores"):
+        phases.start_task()
+    assert phases.phase == "idle"
+    phases.start_task(joint=True)  # trains the weights

@@ -11,10 +11,11 @@ from accuracy import assert_accurate
 from networks import SmallNet, changes, picture
 from torch import Tensor, nn
 
-import exssnet.nn
 from exssnet import Phases, Served, convert
 from exssnet.models import LeNet300100, ResNet18
-from exssnet.phases import evaluation
+from exssnet.nn import evaluation, layers
+
+pytestmark = pytest.mark.filterwarnings("ignore:convert. masks cover")  # small embeddings are a large share here
 
 
 class Sentences(nn.Module):
@@ -45,7 +46,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 def learned(name: str, tasks: int = 3, **options: object) -> Phases:
     """Phases with finished tasks of random masks, whose biases, norms and free weights differ."""
     build, inputs = NETWORKS[name]
-    phases = Phases(convert(build(), 0.3, exclude=["frozen"], **options))  # type: ignore[arg-type]
+    phases = Phases(convert(build(), 0.3, **options))  # type: ignore[arg-type]
     for _ in range(tasks):
         phases.start_task()
         phases.start_weight_phase()
@@ -148,7 +149,7 @@ def test_a_network_larger_than_the_bound_answers_and_is_not_kept() -> None:
 
 
 def test_a_kept_weight_takes_8_bytes() -> None:
-    phases = Phases(convert(LeNet300100(784, 10), 0.1))
+    phases = Phases(convert(LeNet300100(784, 10), 0.1, products="sparse"))
     phases.start_task()
     phases.finish_task()
     served = Served(phases)
@@ -158,12 +159,12 @@ def test_a_kept_weight_takes_8_bytes() -> None:
 
 
 def test_dense_weights_are_made_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    served, made, make = Served(learned("small", products="dense")), [], exssnet.nn.masked_weight
-    monkeypatch.setattr(exssnet.nn, "masked_weight", lambda *a: made.append(a) or make(*a))
+    served, made, make = Served(learned("small", products="dense")), [], layers.masked_weight
+    monkeypatch.setattr(layers, "masked_weight", lambda *a: made.append(a) or make(*a))
     for _ in range(3):
         served(torch.randn(2, 1, 8, 8), [0, 1])
     assert len(made) == 2 * len(served._phases.layers)
-    dense = sum(4 * layer.weight.numel() for layer in served._phases.layers.values())
+    dense = sum(4 * layer.dense_weight.numel() for layer in served._phases.layers.values())
     assert served.nbytes > 2 * dense
 
 

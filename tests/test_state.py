@@ -132,7 +132,7 @@ def test_a_joint_phase_that_is_abandoned_after_a_restore_leaves_the_weights_befo
     torch.manual_seed(11)
     one.run(noisy_stream()[:1])
     for name, layer in one.phases.layers.items():
-        assert torch.equal(again.phases.layers[name].weight, layer.weight)
+        assert torch.equal(again.phases.layers[name].dense_weight, layer.dense_weight)
 
 
 def test_reports_come_back() -> None:

@@ -33,7 +33,7 @@ def by_autograd(learned: Learner, x: Tensor, tasks: Sequence[int], samples: int)
     alpha = torch.full((len(tasks),), 1 / len(tasks), dtype=torch.float64, requires_grad=True)
     weights = {
         f"{n}.weight": sum(
-            a * (layer.weight * phases.bank.mask(t, n)).double() for a, t in zip(alpha, tasks, strict=True)
+            a * (layer.dense_weight * phases.bank.mask(t, n)).double() for a, t in zip(alpha, tasks, strict=True)
         )
         for n, layer in phases.layers.items()
     }

@@ -21,11 +21,11 @@ def test_the_mask_rate_is_that_of_the_scores_and_the_weight_rate_that_of_the_wei
     tasks = stream(1, validation=0)
     for mask_lr, weight_lr in ((0.0, 0.01), (0.01, 0.0)):
         learned = learner(mask=PhaseOptions(2, mask_lr), weight=PhaseOptions(2, weight_lr))
-        weights = {n: layer.weight.clone() for n, layer in learned.phases.layers.items()}
+        weights = {n: layer.dense_weight.clone() for n, layer in learned.phases.layers.items()}
         learned.run(tasks)
         for name, scores in learned.phases.random_scores(0).items():
             assert torch.equal(learned.phases.scores[0][name], scores) == (mask_lr == 0)
-            assert torch.equal(learned.phases.layers[name].weight, weights[name]) == (weight_lr == 0)
+            assert torch.equal(learned.phases.layers[name].dense_weight, weights[name]) == (weight_lr == 0)
 
 
 @pytest.mark.parametrize("method", ["exssnet", "wsn"])
@@ -125,7 +125,7 @@ def test_each_phase_ends_at_its_best_epoch(monkeypatch: pytest.MonkeyPatch, resu
     kept = list(learned.phases.scores[0].values())
     assert all(torch.equal(a, b) for a, b in zip(kept, best_mask["masked"], strict=True))  # type: ignore[call-overload]
     for layer, values in zip(learned.phases.layers.values(), best_weight["masked"], strict=True):  # type: ignore[call-overload]
-        assert torch.equal(layer.weight[layer.mask()], values)
+        assert torch.equal(layer.dense_weight[layer.mask()], values)
     state = best_weight["state"]
     assert {"norm.running_mean", "norm.running_var", "norm.weight", "head.bias"} <= state.keys()  # type: ignore[attr-defined]
     for name, tensor in state.items():  # type: ignore[attr-defined]
@@ -137,10 +137,10 @@ def test_each_phase_ends_at_its_best_epoch(monkeypatch: pytest.MonkeyPatch, resu
 def test_a_weight_phase_that_does_not_improve_validation_is_undone() -> None:
     learned = Learner(bare_net(), mask=PhaseOptions(4, 0.03), weight=PhaseOptions(2, 1e3), batch_size=20)
     watching = watched(learned)
-    weights = {n: layer.weight.clone() for n, layer in learned.phases.layers.items()}
+    weights = {n: layer.dense_weight.clone() for n, layer in learned.phases.layers.items()}
     report = learned.learn(stream(1)[0])
     assert report.reverted
-    assert all(torch.equal(layer.weight, weights[n]) for n, layer in learned.phases.layers.items())
+    assert all(torch.equal(layer.dense_weight, weights[n]) for n, layer in learned.phases.layers.items())
     best = max(range(4), key=lambda i: watching.epochs[i].validation or 0)
     state = watching.snapshots[best]["state"]
     assert set(state) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}  # type: ignore[call-overload]
@@ -164,7 +164,7 @@ def test_without_validation_data_the_last_epoch_counts_and_nothing_is_undone() -
     assert [r.validation for r in report.history] == [None] * 5
     assert not report.reverted
     for layer, values in zip(learned.phases.layers.values(), watching.snapshots[-1]["masked"], strict=True):  # type: ignore[call-overload]
-        assert torch.equal(layer.weight[layer.mask()], values)
+        assert torch.equal(layer.dense_weight[layer.mask()], values)
         assert values.abs().max() > 100
     for name, tensor in watching.snapshots[-1]["state"].items():  # type: ignore[attr-defined]
         assert torch.equal(learned.model.state_dict()[name], tensor)

@@ -327,7 +327,6 @@ def test_masked_products_are_the_faster_of_the_kernel_and_of_a_written_weight(
 ) -> None:
     """Each operator, and each kind of mask, is measured once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("EXSSNET_MASKING")
     monkeypatch.setattr(measured, "_known", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: f"GPU {ratio}")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -1,14 +1,17 @@
 """Registration of operators with PyTorch's dispatcher, and the rules that all of them share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from exssnet.kernels import reference
 
 _library = torch.library.Library("exssnet", "DEF")
+_transforming = torch._C._are_functorch_transforms_active
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:
@@ -19,12 +22,14 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"exssnet::{name}", fake, lib=_library)
 
 
-def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[..., Tensor]:
+def differentiable(
+    name: str, gradients: Sequence[int], bias: int, plain: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     """A callable for operator `name` (tensors, bias, anything else), whose backward is the operator `<name>_backward`.
 
     The backward operator takes the output's gradient, then every argument of the forward but the bias, then an
     `output_mask`; it returns one gradient for each argument index in `gradients`. The bias, argument index `bias`,
-    has its gradient summed here.
+    has its gradient summed here. `plain` is the operator with its gradients in plain PyTorch, for `torch.func`.
     """
     forward_op = getattr(torch.ops.exssnet, name).default
     backward_op = getattr(torch.ops.exssnet, f"{name}_backward").default
@@ -44,9 +49,11 @@ def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[.
             needed = ctx.needs_input_grad
             result: list[Tensor | None] = [None] * len(needed)
             output_mask = [needed[i] for i in gradients]
+            refuse_tangents(name, [grad])
             if any(output_mask):
+                saved = ctx.saved_tensors  # may compute the forward again, which autograd has to see
                 with torch._C._AutoDispatchBelowAutograd():
-                    found = backward_op(grad, *ctx.saved_tensors, *ctx.others, output_mask)
+                    found = backward_op(grad, *saved, *ctx.others, output_mask)
                 for i, gradient in zip(gradients, found, strict=True):
                     result[i] = gradient if needed[i] else None
             if needed[bias]:
@@ -54,26 +61,43 @@ def differentiable(name: str, gradients: Sequence[int], bias: int) -> Callable[.
             return tuple(result)
 
     bind_gradient(name, Boundary)
+    return chosen(forward_op, Boundary.apply, plain)
 
-    def call(*args: Any) -> Tensor:
-        # The compiler traces the operator and finds the Function at its Autograd key. In eager mode, calling the
-        # Function directly saves one trip through the dispatcher into Python.
-        output: Tensor = forward_op(*args) if torch.compiler.is_compiling() else Boundary.apply(*args)
-        return output
+
+def chosen(operator: Callable[..., Any], apply: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A callable that is one of three, which do the same.
+
+    The compiler traces the operator and finds the Function at its Autograd key. In eager mode, calling the Function
+    directly saves one trip through the dispatcher into Python. The transforms of `torch.func` want PyTorch's own
+    operators, of which they know how to derive and batch each.
+    """
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        return plain(*args) if _transforming() else apply(*args)
 
     return call
 
 
-def register_gradient(name: str, call: Callable[..., Any]) -> None:
-    """Let operator `name`, where gradients are recorded, be a call that applies a Function."""
-    _library.impl(name, call, "Autograd")
-
-
-def bind_gradient(name: str, boundary: type[torch.autograd.Function]) -> None:
-    """Give operator `name` the gradient of a Function; its backward operator has none."""
+def bind_gradient(name: str, boundary: type[torch.autograd.Function], apply: Callable[..., Any] | None = None) -> None:
+    """Give operator `name` the gradient of a Function, which `apply` applies; its backward operator has none."""
     boundary.__name__ = boundary.__qualname__ = name
-    register_gradient(name, boundary.apply)
+    boundary.jvp = staticmethod(lambda ctx, *tangents: _no_tangents(name))  # type: ignore[assignment]
+    _library.impl(name, apply or boundary.apply, "Autograd")
     refuse_derivative(f"{name}_backward", "second-order gradients are not supported")
+
+
+def _no_tangents(name: str) -> None:
+    raise RuntimeError(f"exssnet::{name} takes no dual numbers: torch.func.jvp has its forward-mode derivative")
+
+
+def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Refuse dual numbers, whose tangents a kernel would drop."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        _no_tangents(name)
 
 
 def refuse_derivative(name: str, why: str) -> None:
@@ -81,7 +105,8 @@ def refuse_derivative(name: str, why: str) -> None:
     op = getattr(torch.ops.exssnet, name).default
 
     def refuse(*args: Any) -> Any:
-        tensors = (t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor))
+        tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+        refuse_tangents(name, tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(f"exssnet::{name} has no derivative: {why}")
         with torch._C._AutoDispatchBelowAutograd():
@@ -111,7 +136,9 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def same_kind(operator: str, x: Tensor, **others: Tensor | None) -> None:
-    """Refuse arguments on another device, or of another dtype, than x."""
+    """Refuse an x that is not real, and arguments on another device, or of another dtype, than x."""
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{operator}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     for name, t in others.items():
         if t is None:
             continue

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from exssnet.kernels.reference import bool_mask
 
 from .geometry import (
     CONV,
@@ -36,8 +39,28 @@ define(
     "bool[] output_mask) -> (Tensor, Tensor)",
     fake_backward,
 )
-_linear = differentiable("masked_linear", gradients=(0, 1), bias=4)
-_conv2d = differentiable("masked_conv2d", gradients=(0, 1), bias=4)
+
+
+def _plain_weight(weight: Tensor, mask: Tensor, free_mask: Tensor | None) -> Tensor:
+    """weight * mask, constant outside the free mask."""
+    mask = bool_mask(mask, weight)
+    free = mask if free_mask is None else mask & bool_mask(free_mask, weight)
+    return weight.where(free, weight.detach().where(mask, 0))
+
+
+def _plain_linear(x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.linear(x, _plain_weight(weight, mask, free_mask), bias)
+
+
+def _plain_conv2d(
+    x: Tensor, weight: Tensor, mask: Tensor, free_mask: Tensor | None, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return F.conv2d(x, _plain_weight(weight, mask, free_mask), bias, stride, padding, dilation, groups)
+
+
+_linear = differentiable("masked_linear", gradients=(0, 1), bias=4, plain=_plain_linear)
+_conv2d = differentiable("masked_conv2d", gradients=(0, 1), bias=4, plain=_plain_conv2d)
 
 
 def _check_masks(operator: str, weight: Tensor, **masks: Tensor | None) -> None:

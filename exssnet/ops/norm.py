@@ -7,7 +7,7 @@ from torch import Tensor
 
 from exssnet.kernels.reference import empty_batch_last
 
-from .library import bind_gradient, define, same_kind
+from .library import bind_gradient, chosen, define, refuse_tangents, same_kind
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -54,19 +54,38 @@ class _Boundary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
         if grad is None:
             return (None,) * 8
+        refuse_tangents("batch_norm_act", [grad])
         relu, needed = ctx.options[1], ctx.needs_input_grad[:4]
         output_mask = [needed[0], needed[1] and relu, needed[2], needed[3]]
         found: tuple[Tensor, ...] = (grad,) * 4
         if any(output_mask):
+            saved = ctx.saved_tensors  # may compute the forward again, which autograd has to see
             with torch._C._AutoDispatchBelowAutograd():
-                found = _backward(grad, *ctx.saved_tensors, *ctx.options, output_mask)
+                found = _backward(grad, *saved, *ctx.options, output_mask)
         gradients = [g if asked else None for g, asked in zip(found, output_mask, strict=True)]
         if needed[1] and not relu:
             gradients[1] = grad
         return *gradients, None, None, None, None
 
 
+def _plain(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, eps: float, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    channels = -1, *[1] * (x.dim() - 2)
+    if mean is None or var is None:
+        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+    else:
+        mean, var = mean.detach().clone(), var.detach().clone()
+    y = (x - mean.reshape(channels)) * (var + eps).rsqrt().reshape(channels)
+    y = y if weight is None else y * weight.reshape(channels)
+    y = y if bias is None else y + bias.reshape(channels)
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y, mean.detach(), var.detach()
+
+
 bind_gradient("batch_norm_act", _Boundary)
+_call = chosen(_forward, _Boundary.apply, _plain)
 
 
 def batch_norm_act(
@@ -100,6 +119,5 @@ def batch_norm_act(
             f"batch_norm_act: mean and var must be given together, got {'mean' if var is None else 'var'} alone"
         )
     same_kind("batch_norm_act", x, residual=residual, weight=weight, bias=bias, mean=mean, var=var)
-    call = _forward if torch.compiler.is_compiling() else _Boundary.apply
-    y, mean, var = call(x, residual, weight, bias, mean, var, eps, relu)
+    y, mean, var = _call(x, residual, weight, bias, mean, var, eps, relu)
     return y, mean, var

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from exssnet.kernels.reference import packed_masks
 
 from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, fake_backward, in_rows
 from .library import autocast, define, differentiable, same_kind
@@ -36,8 +39,34 @@ define(
     "(Tensor, Tensor)",
     fake_backward,
 )
-_linear = differentiable("packed_linear", gradients=(0, 1), bias=4)
-_conv2d = differentiable("packed_conv2d", gradients=(0, 1), bias=4)
+
+
+def _plain_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
+    """The weight that the values make, constant outside the free mask."""
+    mask, free = packed_masks(pattern, shape)
+    weight = free_values.new_zeros(math.prod(shape))
+    for at, values in ((free, free_values), (mask & ~free, frozen_values.detach())):
+        where = torch.nonzero_static(at.reshape(-1), size=values.numel()).squeeze(1)
+        weight = weight.index_put((where,), values)
+    return weight.reshape(shape)
+
+
+def _plain_linear(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int]
+) -> Tensor:
+    return F.linear(x, _plain_weight(free_values, frozen_values, pattern, shape), bias)
+
+
+def _plain_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    weight = _plain_weight(free_values, frozen_values, pattern, shape)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+_linear = differentiable("packed_linear", gradients=(0, 1), bias=4, plain=_plain_linear)
+_conv2d = differentiable("packed_conv2d", gradients=(0, 1), bias=4, plain=_plain_conv2d)
 
 
 class PackedPattern(NamedTuple):

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from exssnet.kernels import nan_flag
 
-from .library import define
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .library import FLOATS, define
 
 
 def new_masks(scores: Sequence[Tensor], packed: bool) -> list[Tensor]:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from exssnet.kernels.reference import empty_batch_last
+from exssnet.kernels.reference import dense_weight, empty_batch_last
 
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
 from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
@@ -53,8 +54,27 @@ define(
     _fake_backward,
 )
 refuse_derivative("sparse_conv2d_folded", "it is for inference")
-_linear = differentiable("sparse_linear", gradients=(0, 1), bias=9)
-_conv2d = differentiable("sparse_conv2d", gradients=(0, 1), bias=9)
+
+
+def _plain_linear(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return F.linear(x, dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, x.shape[1]), bias)
+
+
+def _plain_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
+    row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
+) -> Tensor:  # fmt: skip
+    columns = x.shape[1] * math.prod(kernel_size)
+    weight = dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, columns)
+    return F.conv2d(x, weight.reshape(-1, x.shape[1], *kernel_size), bias, stride, padding, dilation)
+
+
+_linear = differentiable("sparse_linear", gradients=(0, 1), bias=9, plain=_plain_linear)
+_conv2d = differentiable("sparse_conv2d", gradients=(0, 1), bias=9, plain=_plain_conv2d)
 
 
 class SparsePattern(NamedTuple):
@@ -140,7 +160,7 @@ def masked_weight(
     _check_values("masked_weight", pattern, free_values, frozen_values, shape[2:])
     same_kind("masked_weight", free_values, frozen_values=frozen_values)
     _check_shape("masked_weight", pattern, shape)
-    if free_values.numel() and frozen_values.numel():
+    if frozen_values.numel() and (free_values.numel() or free_values.requires_grad):
         values = torch.cat([free_values, frozen_values]).index_select(0, pattern.slot)
     else:
         values = free_values if free_values.numel() else frozen_values  # in walking order already

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from exssnet.kernels.reference import empty_batch_last
+from exssnet.kernels.reference import empty_batch_last, mask_of
 
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d, in_rows
-from .library import autocast, define, differentiable, same_kind
-from .selection import FLOATS, topk_select
+from .library import FLOATS, autocast, define, differentiable, same_kind
+from .selection import topk_select
 
 
 def _fake_linear(
@@ -54,8 +55,30 @@ define(
     "bool sparse, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-_linear = differentiable("supermask_linear", gradients=(0, 2, 1), bias=4)
-_conv2d = differentiable("supermask_conv2d", gradients=(0, 2, 1), bias=4)
+
+
+def plain_weight(weight: Tensor, scores: Tensor, selection: Tensor) -> Tensor:
+    """weight * mask, where the mask counts as abs(scores) to any transform of autograd."""
+    magnitude = scores.abs()
+    straight_through = (magnitude - magnitude.detach()).to(weight.dtype)  # zeros
+    return weight.where(mask_of(scores.detach(), selection), 0) + weight * straight_through
+
+
+def _plain_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
+) -> Tensor:
+    return F.linear(x, plain_weight(weight, scores, selection), bias)
+
+
+def _plain_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,
+) -> Tensor:  # fmt: skip
+    return F.conv2d(x, plain_weight(weight, scores, selection), bias, stride, padding, dilation, groups)
+
+
+_linear = differentiable("supermask_linear", gradients=(0, 2, 1), bias=4, plain=_plain_linear)
+_conv2d = differentiable("supermask_conv2d", gradients=(0, 2, 1), bias=4, plain=_plain_conv2d)
 
 
 def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, selection: Tensor | None) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import define, refuse_derivative, register_gradient
+from .library import bind_gradient, chosen, define, refuse_tangents
+from .supermask import plain_weight
 
 
 def _fresh(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -25,7 +26,6 @@ define(
         _fresh(weights) if output_mask[1] else [],
     ),
 )
-refuse_derivative("supermask_weights_backward", "second-order gradients are not supported")
 
 
 class _Boundary(torch.autograd.Function):
@@ -40,8 +40,9 @@ class _Boundary(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        count = ctx.count
-        lists = [list(ctx.saved_tensors[i : i + count]) for i in range(0, 3 * count, count)]
+        refuse_tangents("supermask_weights", grads)
+        count, saved = ctx.count, ctx.saved_tensors
+        lists = [list(saved[i : i + count]) for i in range(0, 3 * count, count)]
         of_weights, of_scores = (any(ctx.needs_input_grad[2 + i : 2 + i + count]) for i in (0, count))
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.exssnet.supermask_weights_backward(list(grads), *lists, [of_scores, of_weights])
@@ -55,7 +56,15 @@ def _differentiable(
     return list(_Boundary.apply(dtype, len(weights), *weights, *scores, *selections))
 
 
-register_gradient("supermask_weights", _differentiable)
+def _plain(
+    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None
+) -> list[Tensor]:
+    of_layers = zip(weights, scores, selections, strict=True)
+    return [plain_weight(w, s, m).to(dtype or w.dtype) for w, s, m in of_layers]
+
+
+bind_gradient("supermask_weights", _Boundary, _differentiable)
+_call = chosen(torch.ops.exssnet.supermask_weights.default, _differentiable, _plain)
 
 
 def supermask_weights(
@@ -84,5 +93,5 @@ def supermask_weights(
                 f"{tuple(w.shape)} on {w.device}, got {tuple(s.shape)} on {s.device} and {m.dtype} of "
                 f"{tuple(m.shape)} on {m.device}"
             )
-    found: list[Tensor] = torch.ops.exssnet.supermask_weights(list(weights), list(scores), list(selections), dtype)
+    found: list[Tensor] = _call(list(weights), list(scores), list(selections), dtype)
     return found

@@ -1,25 +1,23 @@
-"""Layers with a supermask, and `convert` for whole models."""
+"""Layers with a supermask: `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` of which a mask keeps a share of the weights."""
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatch
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import config as compiler
 from torch.nn import functional as F
 
-from . import blocks, layout
-from .beginning import allocate_density, signed_constant_
-from .choice import PRODUCTS, Products, fused_is_faster, sparse_is_faster, traced
-from .layout import TaskBatchNorm, TaskBatchNorm1d, TaskBatchNorm2d
-from .ops import (
+from ..choice import Products, fused_is_faster, sparse_is_faster, traced
+from ..layout import TaskBatchNorm
+from ..ops import (
     PackedPattern,
     SparsePattern,
     density_to_k,
     kept_weights,
     masked_weight,
+    pack_mask,
     packed_conv1d,
     packed_conv2d,
     packed_linear,
@@ -34,50 +32,60 @@ from .ops import (
     supermask_weights,
     topk_mask,
     topk_masks,
+    unpack_mask,
 )
-from .ops.library import product_dtype
-from .ops.packed import as_packed
-from .selecting import capturing, forget_selection, select_for_all
-
-__all__ = [
-    "SupermaskConv1d",
-    "SupermaskConv2d",
-    "SupermaskLayer",
-    "SupermaskLinear",
-    "TaskBatchNorm1d",
-    "TaskBatchNorm2d",
-    "allocate_density",
-    "convert",
-    "signed_constant_",
-    "supermask_layers",
-]
-
+from ..ops.library import product_dtype
+from ..ops.packed import as_packed
+from ..selecting import capturing, forwards, in_backward, recomputable
 
 PATTERN = SparsePattern._fields[:-1]
 """Names of the buffers that hold a layer's pattern."""
+NO_MASK = "this layer has neither scores nor a mask: start a task or activate one"
+TENSORS = (
+    "dense_weight", "scores", "free_values", "frozen_values", "packed_mask", "packed_free_mask", "kept", *PATTERN,
+)  # fmt: skip
+"""Names of all parameters and buffers that a layer has in place of the plain layer's weight."""
+MODE = (*(name for name in TENSORS if name not in ("dense_weight", "kept")), "_seen", "_made", "called", "recent")
+"""Names of what differs between the modes of a layer."""
+ATTRIBUTES = (
+    "selection", "masked", "recent", "called", "written", "k", "products", "_choices", "_seen", "_made", "_read",
+)  # fmt: skip
+"""Names of what else it has."""
+
+# One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
+compiler.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
 
 
 class SupermaskLayer(nn.Module):
     """What the supermask layers share: a dense weight that is no parameter, and one of three ways to use it.
 
     - Scores (the mask phase; how a new layer starts): `scores` is the parameter, the mask is their top k.
-    - Values (the weight phase): `free_values` is the parameter, the kept weights that may change; `frozen_values`
-      and the pattern are buffers. The rest of the weight is out of every optimizer's reach.
+    - Values (the weight phase): `free_values` is the parameter, the kept weights that may change; `frozen_values`,
+      `packed_mask`, `packed_free_mask` and the pattern are buffers. The rest of the weight is out of every optimizer's
+      reach.
     - A fixed mask (evaluation): values of which none is free.
 
-    `weight` is a buffer of the plain layer's shape in all of them. `products` chooses between sparse and dense
-    products, see `exssnet.choice.sparse_is_faster`.
+    `dense_weight` is a buffer of the plain layer's shape in all of them. `weight` is what the layer multiplies by,
+    ``dense_weight * mask`` with its gradient. A state dict of the layer holds which of the three it is in, and loading
+    it brings the layer there; the state dict of a plain layer loads into `dense_weight`. `products` chooses between
+    sparse and dense products, see `exssnet.choice.sparse_is_faster`.
     """
 
     products: Products
-    weight: Tensor
+    dense_weight: Tensor
     scores: nn.Parameter | None
     free_values: nn.Parameter | None
     frozen_values: Tensor | None
+    packed_mask: Tensor | None
+    packed_free_mask: Tensor | None
+    kept: Tensor  # k, for the state dict
     selection: Tensor | None  # row or packed mask, made by the converted model for all layers; valid for one forward
     masked: Tensor | None  # the masked weight in the dtype of the products, made likewise where they want it written
+    recent: Tensor | None  # the selection of the last forward, for activations that are computed again in its backward
+    called: bool  # whether the layer was used since it got its scores
     k: int
     _kept: dict[Any, Any] | None = None  # what follows from values that change no more, see exssnet.serving
+    _read: tuple[Tensor, int, object] | None = None  # `weight` as somebody outside of a forward got it
 
     def _own_weight(self, density: float, products: Products = "auto") -> None:
         """Turn the plain layer's weight into a buffer and start with random scores."""
@@ -85,64 +93,125 @@ class SupermaskLayer(nn.Module):
         self._choices: dict[tuple[Any, ...], bool] = {}
         self._seen: SparsePattern | None = None
         self._made: dict[str, tuple[SparsePattern, Any]] = {}
-        self.k = density_to_k(self.weight.numel(), density)
         weight = self._parameters.pop("weight")
         assert weight is not None
-        self.register_buffer("weight", weight.detach())
+        self.k = density_to_k(weight.numel(), density)
+        self.register_buffer("dense_weight", weight.detach())
+        self.register_buffer("kept", torch.tensor(self.k, device=weight.device))
         for name in ("scores", "free_values"):
             self.register_parameter(name, None)
+        for name in ("packed_mask", "packed_free_mask"):
+            self.register_buffer(name, None)
         for name in ("frozen_values", *PATTERN):
             self.register_buffer(name, None, persistent=False)
-        self.selection = self.masked = None
+        self.selection = self.masked = self.recent = None
         self.written = False  # whether this layer's products want the masked weight written
         self.use_scores(self.random_scores())
 
     @property
+    def weight(self) -> Tensor:
+        """The weight in effect, ``dense_weight * mask``, of the plain layer's shape, with its gradient.
+
+        For modules that multiply by it themselves. It is computed at each access: RuntimeError, at the next access or
+        forward, if something was written into it.
+        """
+        if "dense_weight" not in self._buffers:  # the plain layer is being built
+            if (own := self._parameters.get("weight")) is None:
+                raise AttributeError("weight")
+            return own
+        self._check_read()
+        weight = self._effective_weight()
+        if self.scores is not None:
+            self._note_call()
+        if not (traced() or forwards() or weight.is_inference()):
+            self._read = weight, weight._version, self._versions()
+        return weight
+
+    def _effective_weight(self) -> Tensor:
+        if self.scores is None:
+            return self._weight_of_values()
+        return supermask_weights([self.dense_weight], [self.scores], [self._selection()])[0]
+
+    def _check_read(self) -> None:
+        """RuntimeError if the weight that somebody got was written to: that would have no effect."""
+        if self._read is None:
+            return
+        (weight, version, versions), self._read = self._read, None
+        written = weight._version != version
+        if not written and versions == self._versions():  # `.data` is written to behind the version's back
+            with torch.no_grad():
+                written = not torch.allclose(weight, self._effective_weight(), rtol=0, atol=0, equal_nan=True)
+        if written:
+            raise RuntimeError(
+                f"the weight of {type(self).__name__} {tuple(self.dense_weight.shape)} was written to, without effect: "
+                "it is computed from dense_weight and the mask. Write to dense_weight, before the first task"
+            )
+
+    def _versions(self) -> object:
+        tensors = (self.dense_weight, self.scores, self.free_values, self.frozen_values)
+        return [(id(t), t.data_ptr(), t._version) for t in tensors if t is not None]
+
+    def _note_call(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.__dict__["called"] = True  # to set an attribute of a module is slow
+
+    @property
     def density(self) -> float:
         """Share of the weights that a mask keeps."""
-        return self.k / max(1, self.weight.numel())
+        return self.k / max(1, self.dense_weight.numel())
 
     def random_scores(self, generator: torch.Generator | None = None) -> Tensor:
         """Fresh scores, Kaiming-uniform with a = sqrt(5), drawn on the CPU so that every device starts alike."""
-        scores = torch.empty(self.weight.shape, device="cpu")
+        scores = torch.empty(self.dense_weight.shape, device="cpu")
         if scores.numel():
             nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
-        return scores.to(self.weight.device)
+        return scores.to(self.dense_weight.device)
 
     def use_scores(self, scores: Tensor) -> None:
         """Enter the mask phase from a copy of the given scores, of the weight's shape."""
         self._clear()
-        self.scores = nn.Parameter(scores.detach().to(self.weight.device, torch.float32, copy=True).contiguous())
+        self.scores = nn.Parameter(scores.detach().to(self.dense_weight.device, torch.float32, copy=True).contiguous())
 
     def use_values(self, mask: Tensor, free_mask: Tensor) -> None:
         """Fix a mask (bool, of the weight's shape); the kept weights inside free_mask become trainable."""
         pattern = sparse_pattern(mask, free_mask, getattr(self, "groups", 1))
         self._clear()
         if bool(free_mask.any()):
-            self.free_values = nn.Parameter(self.weight[free_mask])
-        self.frozen_values = self.weight[mask & ~free_mask]
+            self.free_values = nn.Parameter(self.dense_weight[free_mask])
+        self.frozen_values = self.dense_weight[mask & ~free_mask]
+        self.packed_mask, self.packed_free_mask = pack_mask(mask), pack_mask(free_mask)
         for name, tensor in zip(PATTERN, pattern.tensors, strict=True):
             setattr(self, name, tensor)
+
+    def hold(self) -> dict[str, Any]:
+        """The mode that the layer is in, for `put_back`."""
+        return {name: getattr(self, name) for name in MODE}
+
+    def put_back(self, held: Mapping[str, Any]) -> None:
+        """Return to a mode that the layer was in; its tensors are the same objects, as a CUDA graph may know them."""
+        for name, value in held.items():
+            own = self._parameters if name in self._parameters else self._buffers
+            (own if name in own else self.__dict__)[name] = value
 
     def store_values(self, free_mask: Tensor) -> None:
         """Scatter the trained values back into the weight; free_mask is the one of `use_values`."""
         if self.free_values is not None:
-            self.weight[free_mask] = self.free_values.detach()
+            self.dense_weight[free_mask] = self.free_values.detach()
 
     def mask(self) -> Tensor:
         """The current bool mask, of the weight's shape."""
         if self.scores is not None:
             return topk_mask(self.scores, self.k)
-        kept = torch.zeros(self.weight.numel(), dtype=torch.bool, device=self.weight.device)
-        kept[kept_weights(self._pattern(), self.weight.shape)] = True
-        return kept.reshape(self.weight.shape)
+        if self.packed_mask is None:
+            raise RuntimeError(NO_MASK)
+        return unpack_mask(self.packed_mask, self.dense_weight.shape)
 
     def _pattern(self) -> SparsePattern:
         buffers = self._buffers  # read at every step: `getattr` of a module is slow
         if buffers["frozen_values"] is None:
-            raise RuntimeError("this layer has neither scores nor a mask: start a task or activate one")
+            raise RuntimeError(NO_MASK)
         if torch.compiler.is_compiling() or self._seen is None or self._seen.row_ptr is not buffers["row_ptr"]:
-            self._seen = SparsePattern(*(buffers[name] for name in PATTERN), math.prod(self.weight.shape[2:]))  # type: ignore[arg-type, call-arg]
+            self._seen = SparsePattern(*(buffers[name] for name in PATTERN), math.prod(self.dense_weight.shape[2:]))  # type: ignore[arg-type, call-arg]
         return self._seen
 
     def _values(self) -> tuple[Tensor, Tensor, SparsePattern]:
@@ -158,21 +227,21 @@ class SupermaskLayer(nn.Module):
             self._kept[key] = make()
         return self._kept[key]
 
-    def _dense_weight(self) -> Tensor:
+    def _weight_of_values(self) -> Tensor:
         """The masked weight that the values make; where they belong is computed once for a pattern."""
 
         def make() -> Tensor:
             where = None
-            if not traced() and self._pattern().slot.numel() < self.weight.numel():
-                where = self._of_pattern("where", lambda pattern: kept_weights(pattern, self.weight.shape))
-            return masked_weight(*self._values(), self.weight.shape, where)
+            if not traced() and self._pattern().slot.numel() < self.dense_weight.numel():
+                where = self._of_pattern("where", lambda pattern: kept_weights(pattern, self.dense_weight.shape))
+            return masked_weight(*self._values(), self.dense_weight.shape, where)
 
         weight: Tensor = self._once(self, make)
         return weight
 
     def _packed_values(self) -> tuple[Tensor, Tensor, PackedPattern]:
         free, frozen, _ = self._values()
-        return free, frozen, self._of_pattern("packed", lambda p: as_packed(p, self.weight.shape, free.numel()))
+        return free, frozen, self._of_pattern("packed", lambda p: as_packed(p, self.dense_weight.shape, free.numel()))
 
     def _of_pattern(self, what: str, make: Callable[[SparsePattern], Any]) -> Any:
         """What follows from the pattern alone, made once for a pattern."""
@@ -189,7 +258,7 @@ class SupermaskLayer(nn.Module):
 
         def decide() -> bool:
             geometry = () if padding is None else self._geometry(padding)
-            return sparse_is_faster(x, self.weight, self.density, geometry, self.products)
+            return sparse_is_faster(x, self.dense_weight, self.density, geometry, self.products)
 
         return self._decided("sparse", decide, x, self.products, self.k)
 
@@ -201,7 +270,7 @@ class SupermaskLayer(nn.Module):
 
         def decide() -> bool:
             geometry = () if padding is None else self._geometry(padding)
-            return fused_is_faster(x, self.weight, dtype, geometry, density)
+            return fused_is_faster(x, self.dense_weight, dtype, geometry, density)
 
         fused = self._decided("fused", decide, x, x.stride(), dtype, density)
         if density is None and not traced():
@@ -219,34 +288,91 @@ class SupermaskLayer(nn.Module):
     def _masked_weight(self, x: Tensor) -> Tensor:
         """The weight under the mask of the scores, in the dtype of the products of x."""
         dtype = product_dtype(x)
-        if self.masked is not None and self.masked.dtype == dtype:
+        if self.masked is not None and self.masked.dtype == dtype and not recomputable():
             return self.masked
         assert self.scores is not None
-        selection = (
-            topk_masks([self.scores], [self.k], packed=True).masks[0] if self.selection is None else self.selection
-        )
-        return supermask_weights([self.weight], [self.scores], [selection], dtype)[0]
+        return supermask_weights([self.dense_weight], [self.scores], [self._selection()], dtype)[0]
+
+    def _selection(self) -> Tensor:
+        """The selection of the scores: the model's, or the layer's own."""
+        if (selection := self._selected()) is not None:
+            return selection
+        assert self.scores is not None
+        return topk_masks([self.scores], [self.k], packed=True).masks[0]
+
+    def _selected(self) -> Tensor | None:
+        """The selection that the model made for this forward, or for the one that is computed again; None without."""
+        if self.selection is None and self.recent is not None and in_backward():
+            return self.recent
+        return self.selection
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
         return self.stride, padding, self.dilation, self.groups
 
-    def _selected(self) -> dict[str, Any]:
-        return {"k": self.k} if self.selection is None else {"selection": self.selection}
+    def _scored(self) -> dict[str, Any]:
+        selection = self._selected()
+        return {"k": self.k} if selection is None else {"selection": selection}
 
     def _clear(self) -> None:
-        self._seen, self._made = None, {}
-        for name in ("scores", "free_values", "frozen_values", *PATTERN):
-            setattr(self, name, None)
+        self._seen, self._made, self._read, self.recent, self.called = None, {}, None, None, False
+        for name in MODE:
+            if name in TENSORS:
+                setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_choices": {}, "_made": {}}  # another machine may choose otherwise
+        """Without what was made here: another machine may choose otherwise."""
+        return {**self.__dict__, "_choices": {}, "_made": {}, "_read": None, "recent": None}
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Bring the layer to the mode of the state dict, then copy; a plain layer's weight goes to `dense_weight`."""
+        own = {key: t for key, t in state_dict.items() if key.startswith(prefix)}
+        given = {name: own[prefix + name] for name in ("weight", *TENSORS) if prefix + name in own}
+        if "weight" in given and "dense_weight" not in given:
+            own[f"{prefix}dense_weight"] = own.pop(f"{prefix}weight")
+            own |= {prefix + name: t for name in ("scores", "kept") if (t := getattr(self, name)) is not None}
+            wrong = "a plain weight was given, but the layer has a fixed mask" if self.packed_mask is not None else ""
+        else:
+            wrong = self._enter_mode_of(given)
+        if wrong:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {wrong}")
+            return
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # type: ignore[no-untyped-call]  # fmt: skip
+
+    def _enter_mode_of(self, given: Mapping[str, Tensor]) -> str:
+        """Make room for the tensors of a state dict; returns what is wrong with them, or ""."""
+        shape, dense = self.dense_weight.shape, given.get("dense_weight")
+        if "kept" in given and int(given["kept"]) != self.k:
+            return f"its masks keep {int(given['kept'])} weights, the layer's keep {self.k} of {shape.numel()}"
+        packed = {name: given[name] for name in ("packed_mask", "packed_free_mask") if name in given}
+        if dense is None or dense.shape != shape or any(t.shape != (-(-shape.numel() // 8),) for t in packed.values()):
+            return ""  # the caller tells of names and shapes
+        if "scores" in given:
+            if self.scores is None and given["scores"].shape == shape:
+                self.use_scores(given["scores"])
+        elif len(packed) == 2:
+            mask, free = (unpack_mask(t.to(self.dense_weight.device), shape) for t in packed.values())
+            if bool((free & ~mask).any()):
+                return "its free mask is not inside its mask"
+            with torch.no_grad():
+                self.dense_weight.copy_(dense)
+            have = (self.packed_mask, self.packed_free_mask)
+            if all(t is not None and t.equal(new.to(t.device)) for t, new in zip(have, packed.values(), strict=True)):
+                self.frozen_values = self.dense_weight[mask & ~free]  # parameters that an optimizer holds stay
+            else:
+                self.use_values(mask, free)
+        return ""
 
     def extra_repr(self) -> str:
         phase = "scores" if self.scores is not None else "values" if self.free_values is not None else "fixed mask"
-        return f"{super().extra_repr()}, k={self.k} of {self.weight.numel()}, {phase}"
+        return f"{super().extra_repr()}, k={self.k} of {self.dense_weight.numel()}, {phase}"
 
 
-class SupermaskLinear(SupermaskLayer, nn.Linear):
+class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]
     """`nn.Linear` of which only a supermask of the weights is used; see `SupermaskLayer` and `supermask_linear`.
 
     density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Linear`, by default without a
@@ -259,16 +385,18 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):
         self._own_weight(density)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_read()
         sparse = self._sparse(x)
         if self.scores is not None:
+            self._note_call()
             if not self._fused(x):
                 return F.linear(x, self._masked_weight(x), self.bias)
-            return supermask_linear(x, self.weight, self.scores, bias=self.bias, sparse=sparse, **self._selected())
+            return supermask_linear(x, self.dense_weight, self.scores, bias=self.bias, sparse=sparse, **self._scored())
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
         if self._fused(x):
             return packed_linear(x, *self._packed_values(), self.bias)
-        return F.linear(x, self._dense_weight(), self.bias)
+        return F.linear(x, self._weight_of_values(), self.bias)
 
 
 class _SupermaskConv(SupermaskLayer):
@@ -285,15 +413,17 @@ class _SupermaskConv(SupermaskLayer):
         self._own_weight(density)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_read()
         x, padding = self._padded(x)
         sparse = self._sparse(x, padding)
         if self.scores is not None:
+            self._note_call()
             if not self._fused(x, padding):
                 weight = self._masked_weight(x)
                 return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
             return self.supermask_product(
-                x, self.weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
-                dilation=self.dilation, groups=self.groups, sparse=sparse, **self._selected(),
+                x, self.dense_weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
+                dilation=self.dilation, groups=self.groups, sparse=sparse, **self._scored(),
             )  # fmt: skip
         if sparse:
             return self.sparse_product(
@@ -302,7 +432,7 @@ class _SupermaskConv(SupermaskLayer):
         geometry = self.bias, self.stride, padding, self.dilation, self.groups
         if self._fused(x, padding):
             return self.packed_product(x, *self._packed_values(), *geometry)
-        return self.dense_product(x, self._dense_weight(), *geometry)
+        return self.dense_product(x, self._weight_of_values(), *geometry)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
@@ -312,7 +442,7 @@ class _SupermaskConv(SupermaskLayer):
         return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0,) * len(self.kernel_size)  # type: ignore[arg-type]
 
 
-class SupermaskConv1d(_SupermaskConv, nn.Conv1d):
+class SupermaskConv1d(_SupermaskConv, nn.Conv1d):  # type: ignore[override]
     """`nn.Conv1d` of which only a supermask of the weights is used: x (N, C, L) to (N, O, L').
 
     density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv1d`, by default without a
@@ -325,7 +455,7 @@ class SupermaskConv1d(_SupermaskConv, nn.Conv1d):
     dense_product = staticmethod(F.conv1d)
 
 
-class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
+class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
     """`nn.Conv2d` of which only a supermask of the weights is used: x (N, C, H, W) to (N, O, H', W').
 
     density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv2d`, by default without a
@@ -365,133 +495,3 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):
             scale = scale * norm.weight
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
         return scale, -scale * mean if norm.bias is None else norm.bias - scale * mean
-
-
-MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
-    nn.Linear: SupermaskLinear,
-    nn.Conv1d: SupermaskConv1d,
-    nn.Conv2d: SupermaskConv2d,
-}
-
-
-def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
-    """Classes that `convert` puts in the place of others; torchvision's where somebody has imported it."""
-    found = {**layout.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
-    if "torchvision.models.resnet" in sys.modules:
-        from . import torchvision_blocks
-
-        found |= torchvision_blocks.SWAPPED
-    return found
-
-
-def _swapped(module: nn.Module) -> type[nn.Module]:
-    if type(module) is nn.Sequential and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module):
-        return nn.Sequential
-    return swaps().get(type(module), type(module))
-
-
-def supermask_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLayer]]:
-    """(name, layer) of every supermask layer of a model, in the order of `named_modules`."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, SupermaskLayer))
-
-
-def convert(
-    model: nn.Module,
-    density: float = 0.1,
-    include: Iterable[str | type[nn.Module]] | None = None,
-    exclude: Iterable[str | type[nn.Module]] = (),
-    weights: Literal["keep", "signed_constant"] = "keep",
-    init_scale: Literal["official", "density"] = "official",
-    allocation: Literal["uniform", "er"] = "uniform",
-    products: Products = "auto",
-) -> nn.Module:
-    """Put supermasks into any torch model, in place; returns the model.
-
-    `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms become per task and, like pools,
-    keep the layout of the sparse products; those of residual blocks (`exssnet.models`, torchvision) and in an
-    `nn.Sequential` take the addition and the ReLU that follow along, unless these have hooks. All modules keep their
-    identity, name and hooks.
-
-    density: share of the weights kept, in (0, 1]; allocation: how it is spread over layers, see `allocate_density`.
-    include, exclude: layers by name pattern ("encoder.*") or by type; all three types are included by default.
-    weights: "keep" what the model has (pretrained weights), or "signed_constant" for training from scratch, of
-        scale `init_scale`, see `signed_constant_`.
-    products: "sparse" or "dense" everywhere, or "auto", whichever is faster for a layer on this machine.
-    Biases, affine norms, embeddings and excluded layers have no mask: those that require a gradient become per task
-    under `Phases`, those that do not are frozen.
-    ValueError if nothing is to convert, or if a weight to be masked is tied to another module's.
-    """
-    wanted = tuple(MASKED) if include is None else tuple(include)
-
-    def chosen(name: str, module: nn.Module, by: Iterable[str | type[nn.Module]]) -> bool:
-        return any(fnmatch(name, p) if isinstance(p, str) else isinstance(module, p) for p in by)
-
-    layers = [
-        m
-        for name, m in model.named_modules()
-        if type(m) in MASKED and chosen(name, m, wanted) and not chosen(name, m, exclude)
-    ]
-    if not layers:
-        raise ValueError("convert: the model has no nn.Linear, nn.Conv1d or nn.Conv2d layer that was included")
-    if products not in PRODUCTS:
-        raise ValueError(f"convert: products must be one of {', '.join(PRODUCTS)}, got {products!r}")
-    if weights not in ("keep", "signed_constant"):
-        raise ValueError(f'convert: weights must be "keep" or "signed_constant", got {weights!r}')
-    _refuse_tied(model, layers)
-    densities = allocate_density([m.weight.shape for m in layers], density, allocation)  # type: ignore[misc]
-    for layer, layer_density in zip(layers, densities, strict=True):
-        layer.__class__ = MASKED[type(layer)]
-        assert isinstance(layer, SupermaskLayer)
-        layer._own_weight(layer_density, products)
-        if weights == "signed_constant":
-            signed_constant_(layer.weight, layer_density, init_scale)
-    for module in model.modules():
-        module.__class__ = _swapped(module)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its fast path would read the weights behind the masks' back
-    model._masked = [m for m in model.modules() if isinstance(m, SupermaskLayer)]  # type: ignore[assignment]
-    model._handed = None  # type: ignore[assignment]
-    model.register_buffer("selection_hint", None, persistent=False)
-    model.register_forward_pre_hook(select_for_all)
-    model.register_forward_hook(forget_selection, always_call=True)
-    return model
-
-
-def _refuse_tied(model: nn.Module, layers: list[nn.Module]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
-    for layer in layers:
-        names = owners[id(layer.weight)]
-        if len(names) > 1:
-            raise ValueError(f"convert: {' and '.join(names)} are one tensor; exclude tied layers or untie them")
-
-
-def unconvert(model: nn.Module) -> None:
-    """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
-    backward = {new: old for old, new in (MASKED | swaps()).items()}  # type: ignore[operator]
-    for _, layer in supermask_layers(model):
-        weight = layer.weight.where(layer.mask(), 0)
-        layer._clear()
-        for name in ("scores", "free_values"):
-            del layer._parameters[name]
-        for name in ("weight", "frozen_values", *PATTERN):
-            del layer._buffers[name]
-            layer._non_persistent_buffers_set.discard(name)
-        for name in ("selection", "masked", "written", "k", "products", "_choices", "_seen", "_made"):
-            delattr(layer, name)
-        layer.weight = nn.Parameter(weight)
-    for module in model.modules():
-        module.__class__ = backward.get(type(module), type(module))
-        for hooks, ours in (
-            (module._forward_pre_hooks, select_for_all),
-            (module._forward_hooks, forget_selection),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-        for name in ("_masked", "_handed"):
-            module.__dict__.pop(name, None)
-        module._buffers.pop("selection_hint", None)
-        module._non_persistent_buffers_set.discard("selection_hint")

@@ -1,0 +1,29 @@
+"""Supermask layers, `convert` for whole models, and norms that belong to one task at a time."""
+
+from ..beginning import allocate_density, signed_constant_
+from ..layout import TaskBatchNorm1d, TaskBatchNorm2d
+from .convert import convert, plain_state_dict, supermask_layers, swaps, unconvert
+from .evaluation import evaluation
+from .layers import PATTERN, TENSORS, SupermaskConv1d, SupermaskConv2d, SupermaskLayer, SupermaskLinear
+from .summary import Summary, summary
+
+__all__ = [
+    "PATTERN",
+    "TENSORS",
+    "Summary",
+    "SupermaskConv1d",
+    "SupermaskConv2d",
+    "SupermaskLayer",
+    "SupermaskLinear",
+    "TaskBatchNorm1d",
+    "TaskBatchNorm2d",
+    "allocate_density",
+    "convert",
+    "evaluation",
+    "plain_state_dict",
+    "signed_constant_",
+    "summary",
+    "supermask_layers",
+    "swaps",
+    "unconvert",
+]

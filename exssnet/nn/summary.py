@@ -1,0 +1,97 @@
+"""What of a converted model has a mask, what every task keeps a copy of, and what is frozen."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from .layers import SupermaskLayer
+
+Kind = Literal["masked", "per task", "frozen"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters of one kind in one module."""
+
+    name: str
+    type: str
+    kind: Kind
+    parameters: int
+    kept: int  # by a mask
+    bytes_per_task: int  # a packed mask, or a copy of the parameters and of the statistics
+    why: str  # it has no mask
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows of `summary`; ``print(summary(model))`` shows them as a table."""
+
+    rows: list[Row]
+
+    @property
+    def bytes_per_task(self) -> int:
+        """Bytes that every further task keeps, without scores; shared weights and frozen parameters are kept once."""
+        return sum(row.bytes_per_task for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("name", "type", "kind", "parameters", "kept", "bytes a task", "no mask, since")
+        cells: list[tuple[str, ...]] = [
+            (r.name or "(model)", r.type, r.kind, f"{r.parameters:,}", f"{r.kept:,}" if r.kept else "",
+             f"{r.bytes_per_task:,}" if r.bytes_per_task else "", r.why)
+            for r in self.rows
+        ]  # fmt: skip
+        for kind in ("masked", "per task", "frozen"):
+            rows = [r for r in self.rows if r.kind == kind]
+            numbers = (sum(r.parameters for r in rows), sum(r.kept for r in rows), sum(r.bytes_per_task for r in rows))
+            cells += [("all", "", kind, *(f"{n:,}" if n else "" for n in numbers), "")] if rows else []
+        widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                c.rjust(w) if 3 <= i <= 5 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in (head, *cells)
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """What of a converted model is masked, per task or frozen under `Phases`, with its bytes a task, and why.
+
+    One row for each module and kind: parameters that have a mask cost a task one bit each; those that train without a
+    mask, and statistics, cost a copy; those that require no gradient are shared and cost nothing.
+    ValueError for a model that was not converted.
+    """
+    selectors = [m._selector for m in model.modules() if hasattr(m, "_selector")]
+    if not selectors:
+        raise ValueError("summary: the model has no supermask layers: pass it through convert first")
+    reasons = {name: why for selector in selectors for name, why in selector.passed_over.items()}  # type: ignore[union-attr, operator]
+    rows = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        own = dict(module._parameters)
+        if isinstance(module, SupermaskLayer):
+            count = module.dense_weight.numel()
+            rows.append(Row(name, kind, "masked", count, module.k, -(-count // 8), ""))
+            own = {"bias": own.get("bias")}
+        trained = [p for p in own.values() if p is not None and p.requires_grad]
+        frozen = [p for p in own.values() if p is not None and not p.requires_grad]
+        state = [] if isinstance(module, SupermaskLayer) else [
+            b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
+        ]  # fmt: skip
+        why = "a bias" if isinstance(module, SupermaskLayer) else reasons.get(name, "")
+        if trained or state:
+            rows.append(
+                Row(
+                    name,
+                    kind,
+                    "per task",
+                    sum(p.numel() for p in trained),
+                    0,
+                    sum(t.nbytes for t in trained + state),
+                    why,
+                )
+            )
+        if frozen:
+            rows.append(Row(name, kind, "frozen", sum(p.numel() for p in frozen), 0, 0, why))
+    return Summary(rows)

@@ -1,0 +1,94 @@
+"""Which `Phases` a model belongs to, and what may then be loaded into the model itself."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .ops import unpack_mask
+from .stored import TaskStore
+
+_owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[TaskStore]]" = weakref.WeakKeyDictionary()
+KINDS = {"packed_mask": "fixed masks", "scores": "scores", "weight": "plain weights"}
+
+
+def own(phases: TaskStore) -> None:
+    """The model belongs to this `Phases` from now on."""
+    _owners[phases.model] = weakref.ref(phases)
+
+
+def check(phases: TaskStore, call: str) -> None:
+    """RuntimeError if the model belongs to another `Phases`."""
+    owner = _owners.get(phases.model)
+    if owner is None or owner() is not phases:
+        raise RuntimeError(f"{call}: another Phases was made for this model since, and owns it: use that one")
+
+
+def before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of the model's `load_state_dict`, called before anything is changed."""
+    owner = _owners.get(model)
+    phases = None if owner is None else owner()
+    if phases is not None:
+        given = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
+        _check_mode(phases, given)
+        _check_shared(phases, given)
+
+
+def _where(phases: TaskStore) -> str:
+    finished = f"{len(phases.bank)} tasks finished"
+    return finished if phases.phase == "idle" else f"{finished} in the {phases.phase} phase of task {phases.active}"
+
+
+def _name(layer: str, key: str) -> str:
+    return f"{layer}.{key}".lstrip(".")
+
+
+def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
+    """RuntimeError if the state dict is of another phase than the model is in."""
+    if phases.phase == "idle":
+        wanted = "packed_mask" if len(phases.bank) else None
+    else:
+        wanted = "packed_mask" if phases.phase == "weight" else "scores"
+    kinds = [kind for kind in KINDS if any(_name(layer, kind) in given for layer in phases.layers)]
+    if wanted is None and kinds in ([], ["weight"]):
+        return
+    if kinds != [wanted]:
+        raise RuntimeError(
+            f"load_state_dict: a state with {' and '.join(KINDS[k] for k in kinds) or 'no masks'} does not fit a model "
+            f"whose Phases has {_where(phases)}: load pretrained weights before the first task, other states by "
+            "Phases.load_state_dict or before Phases is made"
+        )
+
+
+def _check_shared(phases: TaskStore, given: Mapping[str, Any]) -> None:
+    """RuntimeError if the state dict would change what the open phase does not train, or what finished tasks have."""
+    trained = {_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(phases.initial)
+    named = {n for of in (phases.model.named_parameters, phases.model.named_buffers) for n, _ in of()}
+    expected = {n: t for n, t in phases.model.state_dict().items() if n in named}  # a module with two names once
+    if phases.phase == "idle" and phases.active is not None:
+        expected |= phases.initial | phases.states[phases.active]
+    changed = []
+    for name, live in expected.items():
+        new = given.get(name)
+        if new is None or (phases.phase == "idle" and not len(phases.bank)):
+            continue
+        layer, _, key = name.rpartition(".")
+        if phases.phase == "joint" and key == "dense_weight" and layer in phases.layers and new.shape == live.shape:
+            used = phases.bank.used_mask(layer)
+            if used is not None:
+                where = unpack_mask(used, live.shape)
+                changed += [] if _same(new[where.to(new.device)], live[where.to(live.device)]) else [name]
+        elif phases.phase == "idle" or name not in trained:
+            changed += [] if _same(new, live) else [name]
+    if changed:
+        raise RuntimeError(
+            f"load_state_dict: {changed[0]} differs from the model's, whose Phases has {_where(phases)}: what is "
+            "finished or fixed would change. Use Phases.load_state_dict"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, where NaN equals NaN."""
+    a = a.to(b.device)
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -1,0 +1,115 @@
+"""Tells of optimizers, schedulers and replicas that were made for an earlier phase, and would train nothing now."""
+
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+ANEW = "Make a new one for each phase: phases.optimizer(torch.optim.AdamW, lr=1e-3)"
+
+
+class Watched(Protocol):
+    """What says which parameters train at the moment: `Phases`."""
+
+    def masked_parameters(self) -> list[Tensor]: ...
+    def parameters(self) -> list[Tensor]: ...
+
+
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+_optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, "_Seen"] = weakref.WeakKeyDictionary()
+_phase = 0  # counts the changes of phase of all models
+_hooked = False
+
+
+class _Seen:
+    """An optimizer that stepped in a phase; doubtful are masked parameters that nothing has trained yet."""
+
+    def __init__(self, phase: int, owner: Watched | None, doubtful: Sequence[Tensor] = ()) -> None:
+        self.phase, self.doubtful = phase, [(p, p._version) for p in doubtful]
+        self.owner = None if owner is None else weakref.ref(owner)
+
+
+class _EndedGroup(dict[str, Any]):
+    """A parameter group of an optimizer whose phase has ended."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        warnings.warn(
+            f"{name} of an optimizer was set whose phase has ended, by a scheduler perhaps. {ANEW}", stacklevel=3
+        )
+
+
+def watch(owner: Watched) -> None:
+    """From now on, warn where an optimizer steps but nothing trains the masked parameters of `owner`."""
+    global _hooked
+    if not _hooked:
+        register_optimizer_step_pre_hook(_before_step)
+        _hooked = True
+    _watched.add(owner)
+
+
+def phase_changes(owner: Watched | None, ended: Iterable[Tensor], what: str) -> None:
+    """Parameters train no more: an optimizer that holds them must not step. what: their name in the message."""
+    global _phase
+    _phase += 1
+    for parameter in ended:
+        parameter.grad = None
+        parameter._exssnet_ended = what  # type: ignore[attr-defined]
+    for optimizer, seen in list(_optimizers.items()):
+        if owner is not None and seen.owner is not None and seen.owner() is owner:
+            optimizer.param_groups[:] = [_EndedGroup(group) for group in optimizer.param_groups]
+            del _optimizers[optimizer]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    seen = _optimizers.get(optimizer)
+    if seen is not None and seen.phase == _phase and not seen.doubtful:
+        return
+    if seen is None or seen.phase != _phase:
+        _optimizers[optimizer] = _meet(optimizer)
+        return
+    if not any(p._version != version for p, version in seen.doubtful):
+        if not any(p.grad is not None for p, _ in seen.doubtful):
+            return
+        warnings.warn(
+            f"no optimizer has trained the {len(seen.doubtful)} masked parameters since the phase began, though they "
+            f"have gradients. {ANEW}",
+            stacklevel=4,
+        )
+    seen.doubtful = []
+
+
+def _meet(optimizer: torch.optim.Optimizer) -> _Seen:
+    """An optimizer that steps for the first time in a phase. RuntimeError if the phase of its parameters has ended."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if (ended := getattr(parameter, "_exssnet_ended", None)) is not None:
+            raise RuntimeError(f"this optimizer holds {ended}: its step would train nothing. {ANEW}")
+    held = {id(p) for p in parameters}
+    for owner in _watched:
+        masked = owner.masked_parameters()
+        if held.isdisjoint(map(id, owner.parameters())):
+            continue
+        return _Seen(_phase, owner, masked if held.isdisjoint(map(id, masked)) else ())
+    return _Seen(_phase, None)
+
+
+def check_replicas(masked: Iterable[Tensor]) -> None:
+    """RuntimeError in a training forward of `DistributedDataParallel` that does not know the masked parameters."""
+    replicas = DistributedDataParallel._active_ddp_module
+    if replicas is None or not torch.is_grad_enabled() or replicas.__dict__.get("_exssnet_phase") == _phase:
+        return
+    known = {id(p) for p in replicas._module_parameters}
+    if strangers := sum(id(p) not in known for p in masked):
+        raise RuntimeError(
+            f"DistributedDataParallel was made before this phase: it does not know {strangers} of the parameters that "
+            "train now, and processes would drift apart. Wrap the model anew after start_task and start_weight_phase"
+        )
+    replicas.__dict__["_exssnet_phase"] = _phase
