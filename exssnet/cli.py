@@ -1,6 +1,7 @@
 """The command line: ``exssnet train``, ``reproduce``, ``inspect``, ``bench`` and ``info``; the wiring of a run."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -9,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from . import checkpoint, distributed, reproduce
+from . import __version__, checkpoint, distributed, reproduce
 from .bench import command as bench
 from .bench.timing import WrongResult
 from .choice import PRODUCTS
@@ -294,7 +295,38 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command ``exssnet``; returns the exit status."""
+    try:
+        status = _run(arguments)
+    except SystemExit:  # after help and version
+        if _nobody_reads():
+            return NOBODY_READS
+        raise
+    return NOBODY_READS if _nobody_reads() else status
+
+
+NOBODY_READS = 128 + 13
+"""The status of a process that SIGPIPE ended, as in ``exssnet info | head -1``."""
+
+
+def _nobody_reads(more: str = "") -> bool:
+    """Whether what reads our output has ended; then the rest goes nowhere, without complaints when Python ends.
+
+    more: is written first, for an unbuffered output, which has nothing left to fail at.
+    """
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser("exssnet", description="Sparse supermasks and continual learning for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"exssnet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser(
         "train",
@@ -320,10 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     given = vars(options)
     command = given.pop("command")
-    if command == "info":
-        print(describe())
-        return 0
     try:
+        if command == "info":
+            print(describe())
+            return 0
         if command == "bench":
             return int(bench.run(options))
         if command == "reproduce":
@@ -338,5 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen)) if resume is None else train(*_to_resume(resume, chosen))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads("\n"):
+            return NOBODY_READS
         print(f"exssnet: {error}", file=sys.stderr)
         return 2
