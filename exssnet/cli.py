@@ -1,7 +1,6 @@
 """The command line: ``exssnet train``, ``reproduce``, ``inspect``, ``bench`` and ``info``; the wiring of a run."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -10,10 +9,12 @@ from typing import Any, get_args
 
 import torch
 
-from . import __version__, checkpoint, distributed, reproduce
+from . import checkpoint, distributed, reproduce
 from .bench import command as bench
 from .bench.timing import WrongResult
 from .choice import PRODUCTS
+from .console import COMMANDS, NOBODY_READS, nobody_reads
+from .console import main as main
 from .info import describe
 from .kkt import RULES
 from .learner import OPTIMIZERS, Learner, PhaseOptions
@@ -293,65 +294,29 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
     return 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the command ``exssnet``; returns the exit status."""
-    try:
-        status = _run(arguments)
-    except SystemExit:  # after help and version
-        if _nobody_reads():
-            return NOBODY_READS
-        raise
-    return NOBODY_READS if _nobody_reads() else status
+def _options(command: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command; help and errors end the process."""
+    text = "Learn a stream of tasks; print, plot and save the outcome." if command == "train" else COMMANDS[command]
+    parser = argparse.ArgumentParser(f"exssnet {command}", description=text)
+    if command == "train":
+        parser.add_argument("--config", help="YAML file of the options below; options given here win")
+        parser.add_argument(
+            "--resume", nargs="?", const="", metavar="RUN",
+            help="go on from a checkpoint: its file, or its folder (default: OUT); the run keeps its options",
+        )  # fmt: skip
+        _add_options(parser)
+    elif command == "inspect":
+        parser.add_argument("file")
+        parser.add_argument("--verify", action="store_true", help="read all of it and compare its checksum")
+    elif command in ("bench", "reproduce"):
+        (bench if command == "bench" else reproduce).add_options(parser)
+    return parser.parse_args(arguments)
 
 
-NOBODY_READS = 128 + 13
-"""The status of a process that SIGPIPE ended, as in ``exssnet info | head -1``."""
-
-
-def _nobody_reads(more: str = "") -> bool:
-    """Whether what reads our output has ended; then the rest goes nowhere, without complaints when Python ends.
-
-    more: is written first, for an unbuffered output, which has nothing left to fail at.
-    """
-    try:
-        sys.stdout.write(more)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return True
-    return False
-
-
-def _run(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser("exssnet", description="Sparse supermasks and continual learning for PyTorch.")
-    parser.add_argument("--version", action="version", version=f"exssnet {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser(
-        "train",
-        help="learn a stream of tasks and report",
-        description="Learn a stream of tasks; print, plot and save the outcome.",
-    )
-    training.add_argument("--config", help="YAML file of the options below; options given here win")
-    training.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN",
-        help="go on from a checkpoint: its file, or its folder (default: OUT); the run keeps its options",
-    )  # fmt: skip
-    _add_options(training)
-    inspecting = commands.add_parser("inspect", help="describe a checkpoint or a saved model without loading it")
-    inspecting.add_argument("file")
-    inspecting.add_argument("--verify", action="store_true", help="read all of it and compare its checksum")
-    bench.add_options(
-        commands.add_parser("bench", help="measure speed and memory against plain PyTorch and other peers")
-    )
-    reproduce.add_options(
-        commands.add_parser("reproduce", help="run an experiment of the literature from a recipe, and report")
-    )
-    commands.add_parser("info", help="versions, hardware, and which kernel serves each operator")
-    options = parser.parse_args(arguments)
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run one of the commands; returns the exit status."""
+    options = _options(command, arguments)
     given = vars(options)
-    command = given.pop("command")
     try:
         if command == "info":
             print(describe())
@@ -370,7 +335,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen)) if resume is None else train(*_to_resume(resume, chosen))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads("\n"):
+        if isinstance(error, BrokenPipeError) and nobody_reads("\n"):
             return NOBODY_READS
         print(f"exssnet: {error}", file=sys.stderr)
         return 2

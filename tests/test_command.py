@@ -21,6 +21,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert (end.value.code, capsys.readouterr().out) == (0, f"exssnet {exssnet.__version__}\n")
+    assert f'version = "{exssnet.__version__}"\n' in (Path(__file__).parent.parent / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(
