@@ -199,8 +199,22 @@ def libraries() -> list[Extension]:
 
 extensions = libraries()
 setup(
-    packages=["exssnet", "exssnet.nn", "exssnet.ops", "exssnet.recipes", "exssnet.tasks", "exssnet.kernels", "exssnet.bench"],
-    package_dir={"exssnet.kernels": "kernels", "exssnet.bench": "benchmarks"},
+    packages=[
+        "exssnet",
+        "exssnet.nn",
+        "exssnet.ops",
+        "exssnet.recipes",
+        "exssnet.tasks",
+        "exssnet.console",
+        "exssnet.kernels",
+        "exssnet.bench",
+        "exssnet_console",
+    ],
+    package_dir={
+        "exssnet.kernels": "kernels",
+        "exssnet.bench": "benchmarks",
+        "exssnet_console": "exssnet/console",  # where the command starts: help and version without torch
+    },
     package_data={"exssnet": ["py.typed"], "exssnet.recipes": ["*.yaml"]},
     ext_modules=extensions,
     # Without a torch to compile against, the front end is asked to put one into the build environment.

@@ -1,5 +1,6 @@
 """Sparse supermasks for PyTorch: operators, layers, and exclusive training without forgetting."""
 
+from .console import VERSION
 from .freezing import freeze_weights
 from .kkt import transfer
 from .learner import Learner, PhaseOptions
@@ -22,7 +23,7 @@ from .phases import Phases
 from .resident import keep_freed_memory
 from .serving import Served
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "METHODS",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from . import checking, heads
 from .learner import Learner, PhaseOptions
 from .methods import Method
 from .nn import convert, evaluation
@@ -21,17 +22,28 @@ from .tasks import Relabelled, Task, loader
 class Sequential(Learner):
     """Fine-tunes one dense network on task after task, with a head and batch norms of its own for each task.
 
-    model: plain torch modules; its last `nn.Linear` is the head. weight: options of the training; the other options are
-    those of `Learner`. Everything but heads and norms is shared and overwritten: it forgets.
+    model: plain torch modules. weight: options of the training. head: name of the layer that each task has its own of;
+        None: the last `nn.Linear`, which must then return the model's output. The other options are those of `Learner`.
+    Everything but heads and norms is shared and overwritten: it forgets.
     """
 
-    def __init__(self, model: nn.Module, weight: PhaseOptions, **options: Any) -> None:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise ValueError("a dense baseline needs a model with an nn.Linear as its head, this one has none")
-        convert(model, 1.0, exclude=linear[-1:], products="dense")
+    def __init__(self, model: nn.Module, weight: PhaseOptions, *, head: str | None = None, **options: Any) -> None:
+        self._guessed = head is None
+        if head is None:
+            linear = heads.linear_layers(model)
+            if not linear:
+                raise ValueError(
+                    "a dense baseline gives each task a head of its own, and this model has no nn.Linear: name the "
+                    'layer, as in head="classifier"'
+                )
+            head = linear[-1]
+        heads.check_name(model, head)
+        own = [name for name, m in model.get_submodule(head).named_modules(prefix=head) if m._parameters]
+        if not own:
+            raise ValueError(f"head={head!r} has no parameters, which each task would have its own of")
+        convert(model, 1.0, exclude=own, products="dense")
         method = Method(type(self).__name__.lower(), mask_phase=False, weight_phase=True, exclusive=self._exclusive)
-        super().__init__(model, method, mask=PhaseOptions(0), weight=weight, keep_scores=None, **options)
+        super().__init__(model, method, mask=PhaseOptions(0), weight=weight, keep_scores=None, head=head, **options)
 
     _exclusive = False
 
@@ -39,6 +51,16 @@ class Sequential(Learner):
     def nbytes(self) -> int:
         """Bytes that are kept of all tasks: weights, and each task's head and norms; masks only where they differ."""
         return self.phases.nbytes - (0 if self._exclusive else self.phases.bank.nbytes)
+
+    def _check_model(self, task: Task, x: Tensor) -> None:
+        output, call = heads.forward(self.model, x)
+        checking.check_logits(task, output, len(x))
+        if self._guessed and (call is None or call.name != self.head):
+            found = "no linear layer does" if call is None else f"{call.name!r} does"
+            raise ValueError(
+                f"{task.name}: the last nn.Linear, {self.head!r}, was taken for the head, but its output is not the "
+                f'model\'s, {found}: name the head, as in head="classifier"'
+            )
 
 
 class EWC(Sequential):

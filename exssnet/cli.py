@@ -13,6 +13,8 @@ from . import checkpoint, distributed, reproduce
 from .bench import command as bench
 from .bench.timing import WrongResult
 from .choice import PRODUCTS
+from .console import COMMANDS, NOBODY_READS, nobody_reads
+from .console import main as main
 from .info import describe
 from .kkt import RULES
 from .learner import OPTIMIZERS, Learner, PhaseOptions
@@ -292,38 +294,33 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
     return 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the command ``exssnet``; returns the exit status."""
-    parser = argparse.ArgumentParser("exssnet", description="Sparse supermasks and continual learning for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser(
-        "train",
-        help="learn a stream of tasks and report",
-        description="Learn a stream of tasks; print, plot and save the outcome.",
-    )
-    training.add_argument("--config", help="YAML file of the options below; options given here win")
-    training.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN",
-        help="go on from a checkpoint: its file, or its folder (default: OUT); the run keeps its options",
-    )  # fmt: skip
-    _add_options(training)
-    inspecting = commands.add_parser("inspect", help="describe a checkpoint or a saved model without loading it")
-    inspecting.add_argument("file")
-    inspecting.add_argument("--verify", action="store_true", help="read all of it and compare its checksum")
-    bench.add_options(
-        commands.add_parser("bench", help="measure speed and memory against plain PyTorch and other peers")
-    )
-    reproduce.add_options(
-        commands.add_parser("reproduce", help="run an experiment of the literature from a recipe, and report")
-    )
-    commands.add_parser("info", help="versions, hardware, and which kernel serves each operator")
-    options = parser.parse_args(arguments)
+def _options(command: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command; help and errors end the process."""
+    text = "Learn a stream of tasks; print, plot and save the outcome." if command == "train" else COMMANDS[command]
+    parser = argparse.ArgumentParser(f"exssnet {command}", description=text)
+    if command == "train":
+        parser.add_argument("--config", help="YAML file of the options below; options given here win")
+        parser.add_argument(
+            "--resume", nargs="?", const="", metavar="RUN",
+            help="go on from a checkpoint: its file, or its folder (default: OUT); the run keeps its options",
+        )  # fmt: skip
+        _add_options(parser)
+    elif command == "inspect":
+        parser.add_argument("file")
+        parser.add_argument("--verify", action="store_true", help="read all of it and compare its checksum")
+    elif command in ("bench", "reproduce"):
+        (bench if command == "bench" else reproduce).add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run one of the commands; returns the exit status."""
+    options = _options(command, arguments)
     given = vars(options)
-    command = given.pop("command")
-    if command == "info":
-        print(describe())
-        return 0
     try:
+        if command == "info":
+            print(describe())
+            return 0
         if command == "bench":
             return int(bench.run(options))
         if command == "reproduce":
@@ -338,5 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen)) if resume is None else train(*_to_resume(resume, chosen))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads("\n"):
+            return NOBODY_READS
         print(f"exssnet: {error}", file=sys.stderr)
         return 2

@@ -30,10 +30,9 @@ def part() -> tuple[int, int]:
     return rank(), size()
 
 
-def share(number: int, batch_size: int, items: int) -> tuple[int, int]:
-    """How many of all items are in batch number `number`, and how many of these are this process'."""
-    batch = min(batch_size, items - number * batch_size)
-    return batch, len(range(rank(), batch, size()))
+def share(batch: int) -> int:
+    """How many items of a batch of so many are this process'."""
+    return len(range(rank(), batch, size()))
 
 
 def start() -> None:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import distributed
-from .nn import SupermaskLinear, evaluation
+from . import distributed, heads
+from .nn import evaluation
 from .ops import knn_classify
 from .phases import Phases
 from .tasks import stratified_split
@@ -38,26 +38,28 @@ def sample_share(images: int) -> float:
     return min(1.0, max(0.2, 500 / images))
 
 
-def penultimate_features(model: nn.Module, x: Tensor) -> Tensor:
-    """Penultimate activations, flat (B, d): ``model.penultimate(x)`` where it is defined, else the head's input.
+def penultimate_features(model: nn.Module, x: Tensor, head: str | None = None) -> Tensor:
+    """Penultimate activations of a batch x (B, ...), flat (B, d): the input of the head.
 
-    The head is the last `SupermaskLinear` of the model, or else its last `nn.Linear`.
+    head: its name; or None for ``model.penultimate(x)`` where that is defined, else for the linear layer whose output
+        is the model's output.
+    ValueError where there is none, and for features that are not those of B items.
     """
     penultimate: Any = getattr(model, "penultimate", None)
-    if callable(penultimate):
-        features: Tensor = penultimate(x)
-        return features.flatten(1)
-    every = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    linear = [m for m in every if isinstance(m, SupermaskLinear)] or every
-    if not linear:
-        raise ValueError("KKT needs a linear head, or a method `penultimate(x)` of the model: it has neither")
-    caught: list[Tensor] = []
-    handle = linear[-1].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    try:
-        model(x)
-    finally:
-        handle.remove()
-    return caught[-1].flatten(1)
+    if head is None and callable(penultimate):
+        features = penultimate(x)
+    else:
+        call = heads.forward(model, x, head).head
+        if call is None:
+            raise ValueError(
+                "KKT needs the features before the head, but no linear layer's output is the model's output: name the "
+                'head, as in head="classifier", or give the model a method `penultimate(x)`'
+            )
+        features = call.input
+    if not isinstance(features, Tensor) or features.dim() < 2 or len(features) != len(x):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"KKT needs features ({len(x)}, ...) of {len(x)} items, got {got}")
+    return features.flatten(1)
 
 
 def knn_accuracy(features: Tensor, labels: Tensor, classes: int, generator: torch.Generator) -> float:
@@ -75,7 +77,7 @@ def knn_accuracy(features: Tensor, labels: Tensor, classes: int, generator: torc
 
 def transfer(
     phases: Phases, x: Tensor | Callable[[], Iterable[Tensor]], labels: Tensor, classes: int, rule: Rule = "best",
-    seed: int = 0, batch_size: int = 256,
+    seed: int = 0, batch_size: int = 256, head: str | None = None,
 ) -> Transfer:  # fmt: skip
     """Choose the initial scores of a new task among those of all finished ones.
 
@@ -85,6 +87,7 @@ def transfer(
         them in any case; "all" takes the mean of all sources above chance; "rescaled" copies as "best", each layer's
         scores times the power of 2 that brings their size next to that of fresh ones. The mask is the same, but trained
         scores are so large that a new task hardly moves them (docs/results). Ties go to the earlier task.
+    head: name of the layer whose input the features are; None: see `penultimate_features`.
     Several processes share the sources; process 0 decides.
     Statistics, masks and scores of the sources are not touched. RuntimeError if their scores were dropped.
     Source: arXiv 2210.10209, section 3.3; "rescaled" is ours.
@@ -101,7 +104,7 @@ def transfer(
     for task in range(distributed.rank(), tasks, distributed.size()):
         with phases.using(task) as model, evaluation(model):
             parts = x.split(batch_size) if isinstance(x, Tensor) else x()
-            features = torch.cat([penultimate_features(model, part) for part in parts])
+            features = torch.cat([penultimate_features(model, part, head) for part in parts])
         # The same split for every source
         generator = torch.Generator().manual_seed(seed)
         mine[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)

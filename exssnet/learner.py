@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from . import distributed, state, stored
+from . import checking, distributed, heads, state, stored
 from .kernels import nan_flag
 from .kernels.native import is_served
 from .kkt import RULES, Rule, sample_share, transfer
@@ -22,7 +22,7 @@ from .nn import evaluation
 from .optim import ScoreAdam
 from .phases import Phases
 from .progress import EpochRecord, OpenTask, Stopwatch, TaskReport, Training
-from .tasks import Task, loader, stratified_split
+from .tasks import Task, batch_sizes, loader, stratified_split
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -58,8 +58,8 @@ class Observer(Protocol):
 class Learner:
     """Learns tasks one after another; what a method protects of earlier tasks stays bitwise what it was.
 
-    model: converted by `convert`, with a head of at least as many outputs as the largest task has classes; labels
-        restart from 0 in each task.
+    model: converted by `convert`; returns logits, at least as many as the largest task has classes. Labels restart
+        from 0 in each task.
     method: a preset's name ("supsup", "ssnet", "exssnet", "wsn") or a `Method`.
     mask, weight: options of the two phases; for a method without weight phase the epochs of both go to the masks.
         Parameters without a mask (biases, affine norms) are trained in both, and the dense weights of a joint phase,
@@ -67,6 +67,8 @@ class Learner:
     kkt: None, or the rule by which a new task's scores start from earlier ones ("best", "always", "all", "rescaled").
     all_outputs: let the loss and the prediction see all outputs of the head, not only the task's own.
     keep_scores: dtype of the scores kept for KKT, or None to drop them.
+    head: name of the layer whose input KKT compares; None: see `exssnet.kkt.penultimate_features`.
+    A last batch of one item joins the one before it if a batch norm could not be trained on it.
     Deterministic given seed and thread count.
     """
 
@@ -74,13 +76,17 @@ class Learner:
         self, model: nn.Module, method: str | Method = "exssnet", *,
         mask: PhaseOptions | None = None, weight: PhaseOptions | None = None, kkt: Rule | None = None,
         batch_size: int = 64, all_outputs: bool = False, seed: int = 0,
-        keep_scores: torch.dtype | None = torch.float32, observer: Observer | None = None,
+        keep_scores: torch.dtype | None = torch.float32, observer: Observer | None = None, head: str | None = None,
     ) -> None:  # fmt: skip
         self.method = preset(method) if isinstance(method, str) else method
         if kkt is not None and kkt not in RULES:
             raise ValueError(f"kkt must be None or one of {', '.join(RULES)}, got {kkt!r}")
         if kkt is not None and keep_scores is None:
             raise ValueError("kkt needs the scores of earlier tasks: keep_scores must be a dtype, not None")
+        if batch_size < 1:
+            raise ValueError(f"a batch needs at least 1 item, got batch_size={batch_size}")
+        if head is not None:
+            heads.check_name(model, head)
         self.model = model
         self.phases = Phases(model, keep_scores, seed)
         self.mask, self.weight = mask or PhaseOptions(), weight or PhaseOptions()
@@ -89,11 +95,13 @@ class Learner:
         self.all_outputs = all_outputs
         self.seed = seed
         self.observer = observer
+        self.head = head
         self.reports: list[TaskReport] = []
         self._rows: list[list[float]] = []
         self._stream: list[str] = []  # a fingerprint of each task that was begun
         self._open: OpenTask | None = None
         self._restored = False
+        self._checked: Sequence[Task] = ()  # of the run at hand
 
     @property
     def device(self) -> torch.device:
@@ -104,13 +112,13 @@ class Learner:
 
         After `restore`, the open task is learned on from where it was: ValueError for another one.
         """
-        self._check(task)
-        if self.phases.phase == "idle":
-            self._open = None  # also where a restored one was abandoned
+        self._refuse_left_open()
         if self._open is not None and self._open.task is not task:
             raise ValueError(
                 f"{task.name} cannot be learned while {self._open.task.name} is open: learn that one first"
             )
+        if not any(checked is task for checked in self._checked):
+            self._check([task])
         try:
             with self._divergence_told(task):
                 report = self._learn(self._open or self._begin(task))
@@ -124,15 +132,18 @@ class Learner:
 
         Entries of tasks not yet learned (j > i) are NaN. After `restore`, goes on from where training was.
         """
-        for task in tasks:
-            self._check(task)
+        self._refuse_left_open()
         done = len(self._rows)
         if self.reports and not (self._restored and done == len(self.reports)):
             raise RuntimeError(f"run: starts with the first task, but {len(self.reports)} tasks are learned already")
-        self._restored = False
-        for i in range(done, len(tasks)):
-            self.learn(tasks[i])
-            self._rows.append([self.evaluate(j, tasks[j].test) for j in range(i + 1)])
+        self._check(tasks)
+        self._restored, self._checked = False, tasks
+        try:
+            for i in range(done, len(tasks)):
+                self.learn(tasks[i])
+                self._rows.append([self.evaluate(j, tasks[j].test) for j in range(i + 1)])
+        finally:
+            self._checked = ()
         return self.accuracy
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -188,14 +199,37 @@ class Learner:
 
     # Inside
 
-    def _check(self, task: Task) -> None:
-        head = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
-        if head and head[-1].out_features < task.classes:
-            raise ValueError(
-                f"{task.name} has {task.classes} classes but the model's head has {head[-1].out_features} outputs"
+    def _refuse_left_open(self) -> None:
+        """RuntimeError for a task that an exception left open; what of it is learned may be half a step."""
+        if self.phases.phase == "idle":
+            self._open = None  # also where a restored one was abandoned
+        elif self._open is None:
+            raise RuntimeError(
+                f"task {len(self.phases.bank)} is still open in the {self.phases.phase} phase, from a call that did "
+                "not end: drop it with learner.phases.abandon_task()"
             )
-        if len(task.train) == 0:
-            raise ValueError(f"{task.name} has no training data")
+
+    def _check(self, tasks: Sequence[Task]) -> None:
+        """ValueError where data or model do not fit, before anything changes."""
+        for task in tasks:
+            checking.check_data(task)
+        bare = self.phases.phase == "idle" and self.phases.active is None
+        if bare:  # no layer has a mask yet
+            self.phases.start_task({name: torch.zeros(shape) for name, shape in self.phases.bank.shapes.items()})
+        try:
+            with checking.trial(self.model, self.device):
+                for task in tasks:
+                    x, processes = checking.sample(task, self.batch_size).to(self.device), distributed.size()
+                    self._check_model(task, x)
+                    if (items := min(self.batch_size, len(task.train))) < 2 * processes:
+                        checking.check_batch(task, self.model, x, items, processes)
+        finally:
+            if bare:
+                self.phases.abandon_task()
+
+    def _check_model(self, task: Task, x: Tensor) -> None:
+        """ValueError where the model cannot learn a task of which x is a batch."""
+        checking.check_logits(task, self.model(x), len(x))
 
     @contextmanager
     def _divergence_told(self, task: Task) -> Iterator[None]:
@@ -203,7 +237,8 @@ class Learner:
         try:
             yield
         except RuntimeError as error:
-            if all(bool(p.isfinite().all()) for p in self.phases.masked_parameters() + self.phases.dense_weights()):
+            trained = self.phases.masked_parameters() + self.phases.dense_weights()
+            if "NaN" not in str(error) or all(bool(p.isfinite().all()) for p in trained):
                 raise
             raise FloatingPointError(
                 f"{task.name}: the {self.phases.phase} phase diverged ({error}); {self._lower_the_rates()}"
@@ -266,7 +301,7 @@ class Learner:
         def batches() -> Iterator[Tensor]:
             return (x.to(self.device) for x, _ in loader(picked, 4 * self.batch_size))
 
-        found = transfer(self.phases, batches, picked.labels, task.classes, self.kkt, self.seed)
+        found = transfer(self.phases, batches, picked.labels, task.classes, self.kkt, self.seed, head=self.head)
         report.kkt = replace(found, scores=None)
         if found.scores is None:
             return None
@@ -308,7 +343,7 @@ class Learner:
         found = {
             "method": asdict(self.method), "mask": asdict(self.mask), "weight": asdict(self.weight), "kkt": self.kkt,
             "batch_size": self.batch_size, "all_outputs": self.all_outputs, "seed": self.seed,
-            "keep_scores": None if self.phases.keep_scores is None else str(self.phases.keep_scores),
+            "keep_scores": None if self.phases.keep_scores is None else str(self.phases.keep_scores), "head": self.head,
         }  # fmt: skip
         settings: dict[str, Any] = json.loads(json.dumps(found))
         return settings
@@ -356,13 +391,23 @@ class Learner:
         generator = self._generator(len(self.phases.bank), 2 if self.phases.phase == "weight" else 1)
         if order is not None:
             generator.set_state(order)
+        least = self._least(task)
         data = loader(
-            task.train, self.batch_size, shuffle=True, generator=generator, skip=skip, share=distributed.part()
-        )
+            task.train, self.batch_size, shuffle=True, generator=generator, skip=skip, share=distributed.part(),
+            least=least,
+        )  # fmt: skip
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(data))
-        return Training(
-            optimizer, schedule, data, generator, generator.get_state(), torch.zeros(2, device=self.device), batch=skip
-        )
+        sizes, sums = batch_sizes(len(task.train), self.batch_size, least), torch.zeros(2, device=self.device)
+        return Training(optimizer, schedule, data, sizes, generator, generator.get_state(), sums, batch=skip)
+
+    def _least(self, task: Task) -> int:
+        """The fewest items that the last batch of an epoch can be trained on: two a process, or one."""
+        last, two_each = len(task.train) % self.batch_size, 2 * distributed.size()
+        if not 0 < last < two_each or len(task.train) < self.batch_size:
+            return 1
+        with checking.trial(self.model, self.device):
+            x = checking.sample(task, self.batch_size).to(self.device)
+            return two_each if checking.lone_items_fail(self.model, x) else 1
 
     def _train(self, open_: OpenTask) -> None:
         """Train the open phase and leave it at its best epoch by validation (accuracy, then loss), or at its last.
@@ -382,8 +427,8 @@ class Learner:
             self.model.train()
             for x, y in training.data:
                 y = y.to(self.device)
-                batch, own = distributed.share(training.batch, self.batch_size, len(task.train))
-                processes = distributed.size()
+                batch, processes = training.sizes[training.batch], distributed.size()
+                own = distributed.share(batch)
                 loss, logits = self._loss(x, y, task.classes)
                 if processes > 1:
                     loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
@@ -441,8 +486,9 @@ class Learner:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
         right, loss, seen, size = 0, 0.0, 0, 4 * self.batch_size
         with evaluation(self.model):
-            for number, (x, y) in enumerate(loader(data, size, share=distributed.part())):
-                _, own = distributed.share(number, size, len(data))  # type: ignore[arg-type]
+            batches = loader(data, size, share=distributed.part())
+            for (x, y), batch in zip(batches, batch_sizes(len(data), size), strict=True):  # type: ignore[arg-type]
+                own = distributed.share(batch)
                 y = y.to(self.device)[:own]
                 logits = self._logits(x, classes)[:own]
                 right += int((logits.argmax(1) == y).sum())

@@ -62,6 +62,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     data: DataLoader[Any]
+    sizes: list[int]  # items of each batch, over all processes
     generator: torch.Generator  # of the order of the data
     order: Tensor  # the generator's state when the epoch began
     sums: Tensor  # of the epoch so far: loss, right answers; read once an epoch, so that nothing waits for a device

@@ -21,6 +21,9 @@ from .plotting import pyplot
 from .progress import EpochRecord, TaskReport
 from .tasks import Task
 
+HEAD = "head"
+"""The output layer of every network in `exssnet.models`."""
+
 
 def _line(record: EpochRecord) -> str:
     validation = "" if record.validation is None else f", validation {100 * record.validation:.2f} %"
@@ -102,7 +105,7 @@ def scores_of(learner: Learner) -> dict[str, float]:
 
 
 def _task_entry(learner: Learner, report: TaskReport) -> dict[str, Any]:
-    bank, head = learner.phases.bank, list(learner.phases.layers)[-1]
+    bank, head = learner.phases.bank, learner.head or HEAD
     total = bank.total(report.task)
     body = bank.total(report.task, [n for n in learner.phases.layers if n != head] or [head])
     return {

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from exssnet import PhaseOptions
 from exssnet.baselines import BASELINES, EWC, Multitask, PackNet, Replay, Sequential
 from exssnet.metrics import forgetting
-from exssnet.tasks import Relabelled
+from exssnet.tasks import Labelled, Relabelled, Task
 
 
 def baseline(name: str, epochs: int = 4, lr: float = 0.02, **more: Any) -> Sequential:
@@ -69,32 +69,45 @@ def test_fine_tuning_overwrites_shared_weights_and_keeps_each_head() -> None:
 # EWC
 
 
-def test_the_penalty_is_the_sum_over_tasks_of_fisher_times_squared_distance() -> None:
-    learned, tasks = baseline("ewc", 1, strength=3.0, samples=10), stream()
+def in_float64(task: Task) -> Task:
+    """The same task with images of float64."""
+
+    def doubled(data: Relabelled) -> Relabelled:
+        assert isinstance(data.dataset, Labelled)
+        return data.with_source(images=data.dataset.images.double())  # type: ignore[union-attr]
+
+    return replace(task, train=doubled(task.train), validation=None, test=doubled(task.test))
+
+
+def test_the_penalty_is_the_sum_over_tasks_of_fisher_times_squared_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    learned = EWC(SmallNet(2).double(), PhaseOptions(1, 0.02), strength=3.0, samples=10, batch_size=20)
     terms = []
-    for task in tasks[:2]:
+    for task in map(in_float64, stream()[:2]):
         before = {n: f.clone() for n, f in learned._fisher.items()}
         learned.learn(task)
         new = {n: f - before.get(n, torch.zeros_like(f)) for n, f in learned._fisher.items()}
         terms.append((new, {n: layer.dense_weight.flatten().clone() for n, layer in learned.phases.layers.items()}))
     learned.phases.start_task()
     learned.phases.start_weight_phase(exclusive=False)
-    x, y = tasks[2].train[range(8)]
-    gaps, expected = [], torch.zeros(())
+    nothing = torch.zeros((), dtype=torch.float64)
+    monkeypatch.setattr(Sequential, "_loss", lambda *_: (nothing, nothing))
+    gaps, largest = [], 0.0
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for layer in learned.phases.layers.values():
-                assert layer.free_values is not None
-                layer.free_values.copy_(torch.randn(layer.free_values.shape, generator=generator))
-            penalty = learned._loss(x, y, 2)[0] - F.cross_entropy(learned._logits(x, 2), y)
-            expected = sum(
-                (fisher[n].double() * (layer.free_values.double() - weights[n]).square()).sum()
-                for fisher, weights in terms
-                for n, layer in learned.phases.layers.items()
-            )
-        gaps.append(1.5 * float(expected) - float(penalty))
-    assert gaps[0] == pytest.approx(gaps[1], abs=1e-6 * float(expected))  # equal but for a constant
+        for layer in learned.phases.layers.values():
+            assert layer.free_values is not None
+            layer.free_values.data.copy_(torch.randn(layer.free_values.shape, generator=generator))
+        penalty = learned._loss(nothing, nothing, 2)[0].item()
+        expected = 1.5 * sum(
+            (fisher[n] * (layer.free_values.detach() - weights[n]).square()).sum().item()
+            for fisher, weights in terms
+            for n, layer in learned.phases.layers.items()
+        )
+        gaps.append(expected - penalty)
+        largest = max(largest, expected)
+    assert gaps[0] > 1e-6 * largest  # the constant: the weights moved between the tasks
+    assert gaps[0] == pytest.approx(gaps[1], rel=0, abs=1e-12 * largest)  # float64 has sixteen digits
 
 
 def test_the_fisher_information_is_the_mean_squared_gradient_of_drawn_labels() -> None:
@@ -287,12 +300,44 @@ def test_joined_data_is_the_parts_one_after_another_under_shifted_labels() -> No
     assert torch.equal(joined[1][0], tasks[0].train[1][0])
 
 
+# The head
+
+
+class Judged(SmallNet):
+    """Another linear layer is registered last, whose output is not the model's."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.judge = torch.nn.Linear(32, 1)
+
+
+def test_a_wrongly_guessed_head_is_refused_before_training() -> None:
+    learned = Sequential(Judged(), PhaseOptions(1))
+    sentence = "the last nn.Linear, 'judge', was taken for the head, but its output is not the model's, 'head' does"
+    before = picture(learned.phases)
+    with pytest.raises(ValueError, match=sentence):
+        learned.run(stream())
+    assert changes(before, picture(learned.phases)) in ([], [".selection_hint"])
+
+
+@pytest.mark.parametrize("name", ["sequential", "individual", "packnet"])
+def test_a_named_head_is_each_tasks_own(name: str) -> None:
+    more = {"tasks": 3} if name == "packnet" else {}
+    learned = BASELINES[name](Judged(), PhaseOptions(1), head="head", **more)
+    learned.run(stream())
+    assert set(learned.phases.layers) == {"conv", "grouped", "judge"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: Sequential(SmallNet(), PhaseOptions(), head="hat"),
+            "head='hat' is no module of the model; its linear",
+        ),
         (lambda: EWC(SmallNet(), PhaseOptions(), strength=-1), "strength of at least 0 .* got -1 and 500"),
         (lambda: Replay(SmallNet(), PhaseOptions(), memory=0), "at least 1 item a class, got 0"),
-        (lambda: Sequential(torch.nn.Conv2d(1, 1, 1), PhaseOptions()), "nn.Linear as its head, this one has none"),
+        (lambda: Sequential(torch.nn.Conv2d(1, 1, 1), PhaseOptions()), "this model has no nn.Linear: name the layer"),
     ],
 )
 def test_refused(make: Any, message: str) -> None:

@@ -164,6 +164,34 @@ def test_shares_of_a_batch_are_the_batch(method: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found["history"], alone["history"])
 
 
+def _batch_norm(batch_size: int) -> list[Any]:
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)), 0.4)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])) if m.training else None)
+    learned = Learner(model, "supsup", mask=PhaseOptions(1), weight=PhaseOptions(0), batch_size=batch_size)
+    try:
+        learned.learn(stream(1, per_class=8, validation=0)[0])
+    except ValueError as error:
+        return [str(error)]
+    return seen
+
+
+@pytest.mark.parametrize(("batch_size", "shares"), [(5, [[3, 3, 3], [2, 2, 3]]), (7, [[4, 5], [3, 4]])])
+def test_shares_of_one_item_are_not_trained_under_a_batch_norm(
+    batch_size: int, shares: list[list[int]], tmp_path: Path
+) -> None:
+    assert together(_batch_norm, tmp_path, batch_size) == shares
+
+
+def test_batches_that_leave_a_process_one_item_are_refused_under_a_batch_norm(tmp_path: Path) -> None:
+    sentence = (
+        "task 0: batch norm cannot be trained on one item, and a batch has 3 of 16 training items, shared by 2 "
+        "processes: at least 4 are needed"
+    )
+    assert together(_batch_norm, tmp_path, 3) == [[sentence]] * 2
+
+
 def _torchrun(out: Path, kill: bool) -> Path:
     """`exssnet train` in two processes; with `kill`, one of them is killed in a weight phase."""
     command = [

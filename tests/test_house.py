@@ -24,6 +24,7 @@ LAYERS = (
     (
         "beginning",
         "coding",
+        "console",
         "distributed",
         "freezing",
         "layout",
@@ -42,7 +43,7 @@ LAYERS = (
     ("torchvision_blocks",),
     ("selecting",),
     ("nn",),
-    ("stored", "optim"),
+    ("checking", "heads", "stored", "optim"),
     ("owners",),
     ("phases",),
     ("kkt", "serving"),
@@ -146,7 +147,11 @@ def test_packages_of_the_wheel_are_those_of_the_tree() -> None:
     folders = {module_name(file) for file in package_files().values() if file.name == "__init__.py"}
     listed = re.search(r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)
     assert listed is not None
-    assert set(re.findall(r'"([^"]+)"', listed[1])) == folders
+    assert set(re.findall(r'"([^"]+)"', listed[1])) == folders | {"exssnet_console"}  # the command starts there
+
+
+def test_the_command_starts_without_anything_but_python() -> None:
+    assert {i.split(".")[0] for i in imports("exssnet.console")} <= set(sys.stdlib_module_names)
 
 
 def test_type_hints_ship_with_the_package() -> None:

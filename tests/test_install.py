@@ -199,12 +199,24 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(pure: zipfile.ZipFil
     expected |= {f"exssnet/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     expected |= {f"exssnet/bench/{p.name}" for p in (ROOT / "benchmarks").glob("*.py") if p.name[:5] != "test_"}
     assert {"exssnet/py.typed", "exssnet/tasks/streams.py", "exssnet/ops/sparse.py"} <= inside
-    assert inside == expected | {"exssnet/py.typed"}
+    assert inside == expected | {"exssnet/py.typed", "exssnet_console/__init__.py"}
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--version"], 0), (["trian"], 2)])
+def test_help_version_and_wrong_commands_need_no_torch(
+    pure: zipfile.ZipFile, tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    pure.extractall(tmp_path)
+    code = f"import sys; sys.modules['torch'] = None; from exssnet_console import main; main({arguments})"
+    found, said, errors = python(code, tmp_path, [tmp_path])
+    assert found == status
+    assert "Traceback" not in errors
+    assert exssnet.__version__ in said or "reproduce" in said + errors
 
 
 def test_the_wheel_installs_the_command(pure: zipfile.ZipFile) -> None:
     (entry,) = [name for name in pure.namelist() if name.endswith("entry_points.txt")]
-    assert "exssnet = exssnet.cli:main" in pure.read(entry).decode()
+    assert "exssnet = exssnet_console:main" in pure.read(entry).decode()
     (told,) = [name for name in pure.namelist() if name.endswith("METADATA")]
     assert "Requires-Dist: torch>=2.10" in pure.read(told).decode()
     assert any(name.endswith("LICENSE") for name in pure.namelist())

@@ -1,15 +1,16 @@
 """KKT: which source is chosen, from which features, and that no source notices."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from networks import SmallNet, changes, images, picture, small_net
+from networks import SmallNet, changes, images, picture, small_net, stream
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exssnet import Phases, convert, kkt, transfer
+from exssnet import Learner, PhaseOptions, Phases, convert, kkt, transfer
 from exssnet.kernels import reference
 from exssnet.models import LeNet300100
 from exssnet.ops import topk_mask
@@ -332,18 +333,60 @@ def test_without_penultimate_the_features_are_the_input_of_the_head(converted: b
     assert not model.head._forward_pre_hooks
 
 
-@pytest.mark.parametrize(
-    ("masked", "head"),
-    [([], 4), (["0", "2", "4"], 4), (["0", "2"], 2)],
-    ids=["none masked", "all masked", "last plain"],
-)
-def test_the_head_is_the_last_masked_linear_layer_or_the_last_of_all(masked: list[str], head: int) -> None:
+@pytest.mark.parametrize("masked", [[], ["0", "2", "4"], ["0", "2"]], ids=["none masked", "all masked", "last plain"])
+def test_the_head_is_the_layer_that_returns_the_output_masked_or_not(masked: list[str]) -> None:
     layers = [nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7)]
     model = nn.Sequential(*layers)
     if masked:
         convert(model, 0.5, include=masked)
     x = torch.randn(4, 3)
-    assert torch.equal(kkt.penultimate_features(model, x), model[:head](x))
+    assert torch.equal(kkt.penultimate_features(model, x), model[:4](x))
+
+
+class Heads(nn.Module):
+    """Has a head for each task, and one that judges the features; in the order in which they are registered last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 5)
+        self.heads = nn.ModuleDict({name: nn.Linear(5, 3) for name in ("a", "b")})
+        self.judge = nn.Linear(6, 1)
+        self.task, self.judged = "a", torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.heads[self.task](self.body(x).relu())
+        self.judged = self.judge(x)
+        return out
+
+
+@pytest.mark.parametrize("task", ["a", "b"])
+def test_of_several_heads_the_one_that_is_called_counts(task: str) -> None:
+    model = convert(Heads(), 0.5)
+    model.task = task  # type: ignore[assignment]
+    x = torch.randn(4, 6)
+    assert torch.equal(kkt.penultimate_features(model, x), model.body(x).relu())  # type: ignore[operator]
+
+
+def test_a_model_with_several_heads_transfers() -> None:
+    phases = Phases(convert(Heads(), 0.5))
+    phases.start_task()
+    phases.finish_task()
+    assert len(transfer(phases, *sample(), 2).accuracies) == 1
+
+
+def test_a_named_head_wins_over_what_the_model_calls_penultimate() -> None:
+    model, x = LeNet300100(12, 4), torch.randn(5, 12)
+    assert torch.equal(kkt.penultimate_features(model, x, "head"), model.penultimate(x).relu())
+
+
+@pytest.mark.parametrize("head", ["hidden", None], ids=["named", "found"])
+def test_the_learners_head_reaches_the_transfer(head: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(kkt, "penultimate_features", lambda model, x, head: seen.append(head) or x.flatten(1))
+    model = convert(nn.Sequential(OrderedDict(flat=nn.Flatten(), hidden=nn.Linear(64, 5), out=nn.Linear(5, 2))), 0.5)
+    still = PhaseOptions(0)
+    Learner(model, "supsup", mask=still, weight=still, kkt="best", head=head).run(stream(2))
+    assert set(seen) == {head}
 
 
 def test_the_hook_goes_when_the_model_fails() -> None:
@@ -354,5 +397,13 @@ def test_the_hook_goes_when_the_model_fails() -> None:
 
 
 def test_a_model_without_features_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"linear head, or a method `penultimate\(x\)` of the model: it has neither"):
-        kkt.penultimate_features(nn.Conv1d(1, 1, 1), torch.zeros(1, 1, 1))
+    sentence = r'name the head, as in head="classifier", or give the model a method `penultimate\(x\)`$'
+    for model in (nn.Conv1d(1, 1, 1), nn.Sequential(nn.Linear(1, 2), nn.LogSoftmax(2))):
+        with pytest.raises(ValueError, match=sentence):
+            kkt.penultimate_features(model, torch.zeros(1, 1, 1))
+
+
+def test_features_of_another_number_of_items_are_refused() -> None:
+    crops = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2))  # of each item two
+    with pytest.raises(ValueError, match=r"KKT needs features \(4, \.\.\.\) of 4 items, got \(8, 3\)"):
+        kkt.penultimate_features(crops, torch.zeros(4, 2, 3))

@@ -1,5 +1,6 @@
 """Labelled data, its batches, and the streams of tasks cut from it."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -234,6 +235,52 @@ def test_labels_that_are_no_integers_are_refused():
     data = Lazy([0, 1], targets=[0.5, 1.5])
     with pytest.raises(ValueError, match=r"labels must be int64 of shape \(2,\), got torch.float32"):
         tasks.split_by_class(data, data, tasks=1)
+
+
+def test_labels_of_floating_point_are_not_cut_off():
+    data = TensorDataset(torch.zeros(2, 1), torch.tensor([0.4, 1.6]))
+    with pytest.raises(ValueError, match=r"labels must be int64 of shape \(2,\), got torch.float32"):
+        tasks.split_by_class(data, data, tasks=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["cat", "dog"], "'cat' of str"),
+        (np.array(["cat", "dog"]), ".*'cat'.* of str_"),
+        ([None, 1], "None of NoneType"),
+        ([{"id": 1}, {"id": 2}], "{'id': 1} of dict"),
+    ],
+)
+def test_labels_that_are_no_numbers_are_refused_by_the_first_one(labels, told):
+    for data in (Lazy(labels), Lazy([0, 1], targets=labels)):
+        with pytest.raises(ValueError, match=rf"^labels must be one integer per item, got {told}$"):
+            tasks.split_by_class(data, data, tasks=1)
+
+
+@pytest.mark.parametrize(
+    ("items", "least", "sizes"),
+    [
+        (0, 2, []), (1, 2, [1]), (4, 2, [4]), (5, 2, [5]), (5, 1, [4, 1]), (6, 2, [4, 2]), (9, 2, [4, 5]),
+        (11, 4, [4, 7]), (12, 4, [4, 4, 4]),
+    ],
+)  # fmt: skip
+def test_a_last_batch_of_too_few_items_joins_the_one_before(items, least, sizes):
+    assert tasks.batch_sizes(items, 4, least) == sizes
+    data = TensorDataset(torch.arange(float(items)), torch.zeros(items, dtype=torch.int64))
+    for found in (tasks.Relabelled.of(data), data):
+        batches = [x.tolist() for x, _ in tasks.loader(found, 4, least=least)]
+        assert [len(batch) for batch in batches] == sizes
+        assert [item for batch in batches for item in batch] == list(range(items))
+
+
+def test_an_epoch_leaves_its_generator_where_torchs_own_batches_leave_it():
+    data = TensorDataset(torch.arange(9.0), torch.zeros(9, dtype=torch.int64))
+    ours, theirs = torch.Generator(), torch.Generator()
+    found = [x for x, _ in tasks.loader(data, 4, shuffle=True, generator=ours)]
+    wanted = [x for x, _ in DataLoader(data, 4, shuffle=True, generator=theirs)]
+    assert all(map(torch.equal, found, wanted))
+    assert torch.equal(ours.get_state(), theirs.get_state())
 
 
 @pytest.mark.parametrize(

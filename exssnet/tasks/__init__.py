@@ -3,7 +3,7 @@
 Nothing here draws from the global random state: the same seeds and generators give the same stream, bit for bit.
 """
 
-from .data import Labelled, Relabelled, loader
+from .data import Labelled, Relabelled, batch_sizes, loader
 from .datasets import load, names
 from .features import TextFeatures, encoder, text_features
 from .named import stream, streams
@@ -17,6 +17,7 @@ __all__ = [
     "Task",
     "TextFeatures",
     "Texts",
+    "batch_sizes",
     "encoder",
     "in_one_task",
     "load",

@@ -1,8 +1,8 @@
 """Labelled data, in memory or lazily loaded, and its batches. N items, B a batch of them."""
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -25,6 +25,16 @@ class Items(Protocol):
 def _check_labels(labels: Tensor, items: int) -> None:
     if labels.dtype != torch.int64 or labels.shape != (items,):
         raise ValueError(f"labels must be int64 of shape ({items},), got {labels.dtype} of {tuple(labels.shape)}")
+
+
+def _integers(labels: Any) -> Tensor:
+    """Labels as int64, floating point ones as they are; ValueError for what is not numbers."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        first = next(iter(labels), None) if isinstance(labels, Iterable) else labels
+        raise ValueError(f"labels must be one integer per item, got {first!r} of {type(first).__name__}") from None
+    return found if found.is_floating_point() or found.is_complex() else found.long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +104,12 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
         if isinstance(dataset, Subset):
             return cls.of(dataset.dataset).select(torch.as_tensor(dataset.indices, dtype=torch.int64))
         if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-            dataset = Labelled(dataset.tensors[0], dataset.tensors[1].long())
+            dataset = Labelled(dataset.tensors[0], _integers(dataset.tensors[1]))
         if not isinstance(dataset, Sized):
             raise ValueError(f"{type(dataset).__name__} has no length: a map-style dataset is needed")
         found = getattr(dataset, "targets", getattr(dataset, "labels", None))
-        labels = torch.as_tensor([dataset[i][1] for i in range(len(dataset))] if found is None else found)
-        return cls(dataset, torch.arange(len(dataset)), labels if labels.is_floating_point() else labels.long())
+        labels = _integers([dataset[i][1] for i in range(len(dataset))] if found is None else found)
+        return cls(dataset, torch.arange(len(dataset)), labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -178,29 +188,44 @@ class _Joined(Dataset[tuple[Any, Tensor]]):
         return torch.cat(padded)[back], torch.cat([labels for _, labels in read])[back]
 
 
+def batch_sizes(items: int, batch_size: int, least: int = 1) -> list[int]:
+    """Sizes of the batches of one pass; a last one of fewer than `least` items joins the one before it."""
+    sizes = [min(batch_size, items - start) for start in range(0, items, batch_size)]
+    if len(sizes) > 1 and sizes[-1] < least:
+        sizes[-2:] = [sum(sizes[-2:])]
+    return sizes
+
+
 class _Batches(BatchSampler):
     """A share of each batch of indices; the first pass begins with batch number `skip`."""
 
-    def __init__(self, indices: Any, batch_size: int, skip: int, share: tuple[int, int]) -> None:
+    def __init__(self, indices: Any, batch_size: int, skip: int, share: tuple[int, int], least: int) -> None:
         super().__init__(indices, batch_size, drop_last=False)
+        self.sizes = batch_sizes(len(indices), batch_size, least)
         self.skip, self.share = skip, share
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
         skip, self.skip = self.skip, 0
         rank, size = self.share
-        for batch in islice(super().__iter__(), skip, None):
+        indices = list(self.sampler)  # to its end: its generator is where the next pass begins
+        for end, items in islice(zip(accumulate(self.sizes), self.sizes, strict=True), skip, None):
+            batch = indices[end - items : end]
             yield batch[rank::size] or batch[:1]
 
 
 def loader(
     dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None,
-    skip: int = 0, share: tuple[int, int] = (0, 1),
+    skip: int = 0, share: tuple[int, int] = (0, 1), least: int = 1,
 ) -> DataLoader[Any]:  # fmt: skip
     """Batches (x, labels) of a dataset, the last one possibly smaller; data in memory is indexed once per batch.
 
     generator: draws the order; required with shuffle (ValueError), so that the order can be repeated.
     skip: so many batches are left out of the first pass, without a look at their data.
     share: (r, s) leaves of each batch the items r, r + s, r + 2 s, ...; its first item where that is none.
+    least: a last batch of fewer items joins the one before it, see `batch_sizes`.
     """
     if shuffle and generator is None:
         raise ValueError("loader: shuffle=True needs a torch.Generator, so that the order can be repeated")
@@ -208,7 +233,7 @@ def loader(
     generator = generator or torch.Generator()
     assert isinstance(dataset, Sized)
     indices = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
-    batches = _Batches(indices, batch_size, skip, share)
+    batches = _Batches(indices, batch_size, skip, share, least)
     if not isinstance(dataset, Labelled | Relabelled):
         return DataLoader(dataset, batch_sampler=batches, generator=generator)
     return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)
