@@ -2,6 +2,7 @@
 
 from exssnet.kernels import native as _native
 
+from . import flops as _flops
 from .adam import adam_topk
 from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
@@ -32,6 +33,7 @@ from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
 from .weights import supermask_weights
 
 _native.load()
+_flops.register()
 
 __all__ = [
     "PackedPattern",

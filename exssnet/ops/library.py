@@ -94,10 +94,14 @@ def _no_tangents(name: str) -> None:
 
 def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
     """Refuse dual numbers, whose tangents a kernel would drop."""
-    if forward_ad._current_level < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if _has_tangents(tensors):
         _no_tangents(name)
+
+
+def _has_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def refuse_derivative(name: str, why: str) -> None:
@@ -106,8 +110,8 @@ def refuse_derivative(name: str, why: str) -> None:
 
     def refuse(*args: Any) -> Any:
         tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-        refuse_tangents(name, tensors)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if recorded or _has_tangents(tensors):
             raise RuntimeError(f"exssnet::{name} has no derivative: {why}")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
