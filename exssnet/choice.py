@@ -85,12 +85,14 @@ def _span(weight: Tensor, geometry: Sequence[Any]) -> int:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_served(operator: str, device: str) -> bool:
-    return native.is_served(operator, device)
+    served: bool = native.is_served(operator, device)
+    return served
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _known_crossover(*layer: Any) -> float | None:
-    return known(_crossover_key(*layer))
+    crossed: float | None = known(_crossover_key(*layer))
+    return crossed
 
 
 def _crossover_key(
@@ -148,7 +150,8 @@ def fused_is_faster(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _known_ratio(*layer: Any) -> float | None:
-    return known(_ratio_key(*layer))
+    ratio: float | None = known(_ratio_key(*layer))
+    return ratio
 
 
 def _ratio_key(what: str, device: torch.device, *layer: Any) -> str:

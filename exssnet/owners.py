@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import stale
 from .ops import unpack_mask
 from .stored import TaskStore
 
@@ -14,8 +15,9 @@ KINDS = {"packed_mask": "fixed masks", "scores": "scores", "weight": "plain weig
 
 
 def own(phases: TaskStore) -> None:
-    """The model belongs to this `Phases` from now on."""
+    """The model belongs to this `Phases` from now on, and its optimizers are watched."""
     _owners[phases.model] = weakref.ref(phases)
+    stale.watch(phases)
 
 
 def check(phases: TaskStore, call: str) -> None:

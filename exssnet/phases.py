@@ -66,14 +66,14 @@ class Phases:
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad} - masked
         self.initial = {n: t.detach().clone() for n, t in self._task_state().items()}
         self._hook_id = model.register_load_state_dict_pre_hook(owners.before_load).id
-        self._own()
+        owners.own(self)
         self._ended("scores from before Phases was made")
         for layer in self.layers.values():
             layer._clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._own()
+        owners.own(self)
 
     def __repr__(self) -> str:
         use = self.bank.total(len(self.bank) - 1) if len(self.bank) else None
@@ -430,10 +430,6 @@ class Phases:
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})
-
-    def _own(self) -> None:
-        owners.own(self)
-        stale.watch(self)
 
     def _ended(self, what: str) -> None:
         """What trains now is about to train no more."""
