@@ -144,3 +144,18 @@ def test_model_without_supermask_layers_is_refused() -> None:
         ValueError, match=r"^ScoreAdam: the model has no supermask layers: pass it through convert first$"
     ):
         ScoreAdam(model.parameters(), model)
+
+
+def test_averaged_scores_that_are_swapped_in_for_evaluation_select_their_own_mask() -> None:
+    model = small_net()
+    optimizer = ScoreAdam(model.parameters(), model)
+    model(images()).square().sum().backward()
+    optimizer.step()
+    layers = dict(supermask_layers(model))
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.scores.data.copy_(torch.randn(layer.scores.shape))  # type: ignore[union-attr]
+        found = model.eval()(images())
+    for layer in layers.values():
+        layer.use_scores(layer.scores.detach())  # type: ignore[union-attr]
+    assert torch.equal(found, model(images()))

@@ -274,7 +274,7 @@ def test_fixed_model_exports_for_any_batch() -> None:
     file = io.BytesIO()
     torch.export.save(exported(model), file)
     file.seek(0)
-    assert torch.equal(torch.export.load(file).module()(images(7)), expected)
+    torch.testing.assert_close(torch.export.load(file).module()(images(7)), expected)  # other products, other rounding
 
 
 @exporting
