@@ -55,9 +55,6 @@ ATTRIBUTES = (
 # One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
 compiler.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
 
-# One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
-torch.compiler.config.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
-
 
 class SupermaskLayer(nn.Module):
     """What the supermask layers share: a dense weight that is no parameter, and one of three ways to use it.
