@@ -53,8 +53,8 @@ def sparse_is_faster(
     if not _is_served(f"sparse_{'linear' if weight.dim() == 2 else 'conv2d'}", x.device.type):
         return False
     sure = on_cpu and density <= SURE_DENSITY and _span(weight, geometry) <= SURE_SPAN
-    if traced() and not all(map(has_static_value, x.shape)):
-        return sure
+    if traced() and (any(isinstance(n, Tensor) for n in x.shape) or not all(map(has_static_value, x.shape))):
+        return sure  # sizes that a trace keeps open
     if not x.numel():
         return False
     if weight.dim() == 2 and x.dim() not in (0, 2):
@@ -244,7 +244,12 @@ def _dense_step(x: Tensor, weight: Tensor, geometry: Sequence[Any], weight_gradi
 
 def traced() -> bool:
     """Whether operators are being recorded, so that a measurement would be recorded as well."""
-    return torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+    return recorded() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+
+
+def recorded() -> bool:
+    """Whether a graph is made, by the compiler or by `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def crossover(

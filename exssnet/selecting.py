@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import stale
 from .ops import supermask_weights, topk_masks, topk_select
-from .ops.library import product_dtype
+from .ops.library import product_dtype, transforming
 
 _running = threading.local()
 
@@ -39,8 +39,8 @@ class Selector:
         return [layer for layer in self.layers if layer._parameters["scores"] is not None]
 
     def hint_for(self, layers: Sequence[Any]) -> Tensor | None:
-        """The hint, on the device of the scores; None unless all layers have scores."""
-        if len(layers) != len(self.layers):
+        """The hint, on the device of the scores; None unless all layers have scores, and under `torch.func`."""
+        if len(layers) != len(self.layers) or transforming():
             return None
         device = layers[0].scores.device
         if self.hint.device != device:
@@ -113,6 +113,8 @@ def select_for_all(model: nn.Module, args: Any) -> None:
     if not layers:
         selector.handed = None
         return
+    if torch.compiler.is_exporting():
+        raise RuntimeError("torch.export takes the network of a finished task: its masks are fixed, scores select anew")
     for layer, selection in zip(layers, selector.selections(model, layers), strict=True):
         layer.selection = selection
     written = [layer for layer in layers if layer.written]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from exssnet import ops
 from exssnet.nn import SupermaskConv2d, SupermaskLayer, SupermaskLinear, TaskBatchNorm2d
+from exssnet.phases import Phases
 
 # PyTorch's forward mode compiles its decompositions by what it has deprecated itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -200,6 +201,20 @@ def test_gradients_of_each_sample_are_those_of_batches_of_one(name: str) -> None
         assert_exact({f"grad_{n}": t[i] for n, t in got.items()}, {n: t for n, t in expected.items() if n != "output"})
 
 
+@pytest.mark.parametrize("layer", [FEW[0], FEW[2], CONV1D], ids=lambda layer: layer.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_derivative_of_a_transform_is_that_of_the_plain_layer(family: str, layer: Layer) -> None:
+    p = problem(layer, torch.float64, integers=True)
+    leaves = FAMILIES[family].leaves(p)
+    tangents = {n: small_integers(*t.shape).double() for n, t in leaves.items()}
+
+    def curvature(function: LayerFunction) -> Results:
+        found: Results = jvp(grad(lambda t: function(t).square().sum()), (leaves,), (tangents,))[1]
+        return found
+
+    assert_exact(curvature(FAMILIES[family].public(p)), curvature(FAMILIES[family].plain(p)))
+
+
 @every_operator
 def test_dual_numbers_are_refused(name: str) -> None:
     function, leaves = CASES[name]()
@@ -260,14 +275,26 @@ def test_converted_model_has_gradients_of_each_sample(model: Callable[[], nn.Mod
         torch.testing.assert_close({n: t[i] for n, t in got.items()}, expected)
 
 
-exporting = pytest.mark.filterwarnings("ignore:The tensor attributes self.*_seen.* were assigned:UserWarning")
+def folded_net() -> nn.Module:
+    phases = Phases(small_net())
+    phases.start_task()
+    phases.start_weight_phase()
+    phases.finish_task()
+    return phases.fold(0).eval()
+
+
+def scripted(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, (images(4),)), file)
+    file.seek(0)
+    loaded: nn.Module = torch.jit.load(file)
+    return loaded
 
 
 def exported(model: nn.Module) -> Any:
     return torch.export.export(model, (images(4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-@exporting
 def test_fixed_model_exports_for_any_batch() -> None:
     model = fixed_net()
     expected = model(images(7))
@@ -277,10 +304,30 @@ def test_fixed_model_exports_for_any_batch() -> None:
     torch.testing.assert_close(torch.export.load(file).module()(images(7)), expected)  # other products, other rounding
 
 
-@exporting
+@pytest.mark.filterwarnings(r"ignore:`torch.jit.\w+` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings(r"ignore:`torch.jit.\w+` is deprecated:FutureWarning")
+@pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, scripted, lambda model: exported(model).module()],
+                         ids=["fx", "script", "export"])  # fmt: skip
+def test_folded_model_traces_as_any_plain_one(trace: Callable[[nn.Module], nn.Module]) -> None:
+    model = folded_net()
+    assert torch.equal(trace(model)(images(7)), model(images(7)))
+
+
 def test_export_leaves_the_model_as_it_was() -> None:
     model = fixed_net()
     expected, before = model(images(7)), copy.deepcopy(model.state_dict())
     exported(model)
     assert torch.equal(model(images(7)), expected)
     assert_exact(model.state_dict(), before)
+
+
+def test_export_of_a_mask_phase_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.export takes the network of a finished"):
+        exported(small_net())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_after_a_trace_is_right() -> None:
+    model = fixed_net()
+    torch.jit.trace(model, images(4))
+    torch.testing.assert_close(exported(model).module()(images(7)), model(images(7)))

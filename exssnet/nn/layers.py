@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import config as compiler
 from torch.nn import functional as F
 
-from ..choice import Products, fused_is_faster, sparse_is_faster, traced
+from ..choice import Products, fused_is_faster, recorded, sparse_is_faster, traced
 from ..layout import TaskBatchNorm
 from ..ops import (
     PackedPattern,
@@ -46,11 +46,8 @@ TENSORS = (
 )  # fmt: skip
 """Names of all parameters and buffers that a layer has in place of the plain layer's weight."""
 MODE = (*(name for name in TENSORS if name not in ("dense_weight", "kept")), "_seen", "_made", "called", "recent")
-"""Names of what differs between the modes of a layer."""
-ATTRIBUTES = (
-    "selection", "masked", "recent", "called", "written", "k", "products", "_choices", "_seen", "_made", "_read",
-)  # fmt: skip
-"""Names of what else it has."""
+"""Names of what differs between the modes of a layer; ATTRIBUTES: of all that a layer has beside tensors."""
+ATTRIBUTES = (*MODE[-4:], "selection", "masked", "written", "k", "products", "_choices", "_read")
 
 # One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
 compiler.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
@@ -210,8 +207,12 @@ class SupermaskLayer(nn.Module):
         buffers = self._buffers  # read at every step: `getattr` of a module is slow
         if buffers["frozen_values"] is None:
             raise RuntimeError(NO_MASK)
-        if torch.compiler.is_compiling() or self._seen is None or self._seen.row_ptr is not buffers["row_ptr"]:
-            self._seen = SparsePattern(*(buffers[name] for name in PATTERN), math.prod(self.dense_weight.shape[2:]))  # type: ignore[arg-type, call-arg]
+        if traced() or self._seen is None or self._seen.row_ptr is not buffers["row_ptr"]:
+            taps = math.prod(self.dense_weight.shape[2:])
+            pattern = SparsePattern(*(buffers[name] for name in PATTERN), taps)  # type: ignore[arg-type, call-arg]
+            if traced():
+                return pattern
+            self._seen = pattern
         return self._seen
 
     def _values(self) -> tuple[Tensor, Tensor, SparsePattern]:
@@ -278,10 +279,12 @@ class SupermaskLayer(nn.Module):
         return fused
 
     def _decided(self, what: str, decide: Callable[[], bool], x: Tensor, *more: Any) -> bool:
-        if traced():
+        if recorded():
             return decide()
         key = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
         if key not in self._choices:
+            if traced():
+                return decide()
             self._choices[key] = decide()
         return self._choices[key]
 

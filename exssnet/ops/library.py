@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from exssnet.kernels import reference
 
 _library = torch.library.Library("exssnet", "DEF")
-_transforming = torch._C._are_functorch_transforms_active
+transforming = torch._C._are_functorch_transforms_active
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -75,7 +75,7 @@ def chosen(operator: Callable[..., Any], apply: Callable[..., Any], plain: Calla
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return operator(*args)
-        return plain(*args) if _transforming() else apply(*args)
+        return plain(*args) if transforming() else apply(*args)
 
     return call
 
