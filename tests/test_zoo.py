@@ -264,6 +264,7 @@ def test_phases_come_back_in_another_process_of_the_same_network(own: Trained) -
         assert torch.equal(of_task(again, task, own.x), of_task(own.phases, task, own.x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, after a break of its graph
 @pytest.mark.parametrize("phase", ["mask", "weight"])
 def test_compiled_network_is_the_eager_one(own: Trained, phase: str) -> None:
     if not own.case.compiled:
