@@ -198,6 +198,7 @@ def test_a_wrong_mask_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_a_network_with_a_wrong_product_is_not_timed(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("EXSSNET_PRODUCTS", "sparse")  # the product that is made wrong
     monkeypatch.setattr(SupermaskConv2d, "sparse_product", staticmethod(off(SupermaskConv2d.sparse_product)))
     monkeypatch.setattr(timing, "alternate", None)
     assert main(["bench", kind, "--quick"]) == 2
