@@ -13,6 +13,7 @@ from .freezing import freeze_weights
 from .masks import MaskBank
 from .nn import TENSORS, SupermaskLayer, supermask_layers, unconvert
 from .ops import unpack_mask
+from .shared import SharedWeights
 
 Phase = Literal["idle", "mask", "weight", "joint"]
 PHASES: tuple[Phase, ...] = ("idle", "mask", "weight", "joint")
@@ -60,7 +61,7 @@ class Phases:
         self._open_masks: dict[str, Tensor] = {}
         self._open_free: dict[str, Tensor] = {}
         self._open_scores: dict[str, Tensor] = {}
-        self._weights_before: dict[str, Tensor] = {}  # of the joint phase, which trains them in place
+        self._weights = SharedWeights(self.layers)
         masked = {f"{name}.{key}".lstrip(".") for name in self.layers for key in TENSORS}
         self._trainable = {n for n, p in model.named_parameters() if p.requires_grad and n not in masked}
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad} - masked
@@ -90,7 +91,7 @@ class Phases:
         """Begin the mask phase of the next task and return the task's number.
 
         scores: initial scores by layer name, copied (KKT); None for random ones.
-        joint: train the dense weights together with the scores (WSN, Kang et al. 2022); the weights that earlier
+        joint: train copies of the dense weights together with the scores (WSN, Kang et al. 2022); those that earlier
             tasks use must then be guarded, see `guard`.
         """
         self._require("start_task", "idle")
@@ -115,13 +116,11 @@ class Phases:
                 'learn: initialise the layer, exclude it, or convert(..., weights="signed_constant")'
             )
         self._load_state({})
-        self._weights_before = (
-            {name: layer.dense_weight.clone() for name, layer in self.layers.items()} if joint else {}
-        )
         self._ended("values of an earlier task")
         for name, layer in self.layers.items():
             layer.use_scores(scores[name])
-            layer.dense_weight.requires_grad_(joint)
+        if joint:
+            self._weights.train_copies()
         self.phase, self.active = "joint" if joint else "mask", len(self.bank)
         return self.active
 
@@ -161,13 +160,14 @@ class Phases:
         """Store the task's weights, masks, scores and state; it stays active. Returns its number."""
         self._require("finish_task", "mask", "joint", "weight")
         self._check_finite("finish_task")
+        self._weights.put_back_used("finish_task", self.bank)
         if self.phase != "weight":
             self._fix_masks()
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, layer in self.layers.items():
             if self.phase == "weight":
                 layer.store_values(self._open_free[name])
-            layer.dense_weight.requires_grad_(False).grad = None
+        self._weights.end(store=True)
         state = {
             n: t.clone() for n, t in self._live_state().items() if not torch.equal(t, self.initial[n].to(t.device))
         }
@@ -182,11 +182,9 @@ class Phases:
         """Drop the open task and what it trained; the last finished task, if any, becomes active."""
         self._require("abandon_task", "mask", "joint", "weight")
         self._ended(f"parameters of task {self.active}, which was abandoned")
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             layer._clear()
-            layer.dense_weight.requires_grad_(False).grad = None
-            if name in self._weights_before:
-                layer.dense_weight.copy_(self._weights_before[name])
+        self._weights.end(store=False)
         self._close()
         self.phase, self.active = "idle", None
         self._load_state({})
@@ -227,6 +225,8 @@ class Phases:
         phase, active = self.phase, self.active
         self.phase = "idle"
         try:
+            for name, weight in self.weights_before().items():
+                self.layers[name].dense_weight = weight
             self.activate(task)
             yield self.model
         finally:
@@ -273,7 +273,7 @@ class Phases:
         return self._open_free[name]
 
     def dense_weights(self) -> list[Tensor]:
-        """The weights that the joint phase trains in place; none in other phases."""
+        """The copies of the weights that the joint phase trains; none in other phases."""
         return [layer.dense_weight for layer in self.layers.values()] if self.phase == "joint" else []
 
     def task_parameters(self) -> list[Tensor]:
@@ -285,12 +285,12 @@ class Phases:
         return {n: p for n, p in self.model.named_parameters() if n in self._frozen}
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer."""
+        """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer.
+
+        Without it earlier tasks keep theirs as well, but this one is trained with other weights than it ends with.
+        """
         self._require("guard", "joint")
-        used = {layer.dense_weight: self.bank.used_mask(name) for name, layer in self.layers.items()}
-        freeze_weights(
-            optimizer, {w: unpack_mask(bits.to(w.device), w.shape) for w, bits in used.items() if bits is not None}
-        )
+        freeze_weights(optimizer, self._weights.put_back_used("guard", self.bank))
 
     def random_scores(self, task: int) -> dict[str, Tensor]:
         """The random initial scores of a task."""
@@ -317,8 +317,8 @@ class Phases:
         self._write_state(snapshot["state"])
 
     def weights_before(self) -> dict[str, Tensor]:
-        """The weights as they were before the open task, by layer name, where the joint phase trains them in place."""
-        return dict(self._weights_before)
+        """The weights that finished tasks use, by layer name, in any phase and for any thread; no copies."""
+        return self._weights.tensors()
 
     def open_tensors(self) -> dict[str, Tensor]:
         """All that the open phase has beyond the finished tasks; these tensors themselves, no copies.
@@ -426,7 +426,7 @@ class Phases:
     # Inside
 
     def _close(self) -> None:
-        self._open_masks, self._open_free, self._open_scores, self._weights_before = {}, {}, {}, {}
+        self._open_masks, self._open_free, self._open_scores = {}, {}, {}
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})

@@ -152,8 +152,9 @@ class Served:
         state = network.module.state_dict()
         for name, value in (phases.initial | phases.states[task]).items():
             state[name].copy_(value)
+        weights = phases.weights_before()
         for name, layer in supermask_layers(network.module):
-            weight = phases.layers[name].dense_weight
+            weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
             pattern = sparse_pattern(mask, groups=getattr(layer, "groups", 1))
             layer.frozen_values = weight[mask]

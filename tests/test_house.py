@@ -43,7 +43,7 @@ LAYERS = (
     ("torchvision_blocks",),
     ("selecting",),
     ("nn",),
-    ("checking", "heads", "stored", "optim"),
+    ("checking", "heads", "shared", "stored", "optim"),
     ("owners",),
     ("phases",),
     ("kkt", "serving"),
