@@ -14,6 +14,7 @@ from .freezing import freeze_weights
 from .masks import MaskBank
 from .nn import SupermaskLayer, supermask_layers, unconvert
 from .ops import unpack_mask
+from .shared import SharedWeights
 from .task_state import TaskState
 
 Phase = Literal["idle", "mask", "weight", "joint"]
@@ -63,7 +64,7 @@ class Phases:
         self._open_masks: dict[str, Tensor] = {}
         self._open_free: dict[str, Tensor] = {}
         self._open_scores: dict[str, Tensor] = {}
-        self._weights_before: dict[str, Tensor] = {}  # of the joint phase, which trains them in place
+        self._weights = SharedWeights(self.layers)
         self.looking: list[int] = []  # threads that are in a block of `using`
         self.own = TaskState(model, self.layers)
         owners.own(self)
@@ -86,11 +87,12 @@ class Phases:
 
     # The phases
 
+    @torch.inference_mode(False)
     def start_task(self, scores: Mapping[str, Tensor] | None = None, joint: bool = False) -> int:
         """Begin the mask phase of the next task and return the task's number.
 
         scores: initial scores by layer name, copied (KKT); None for random ones.
-        joint: train the dense weights together with the scores (WSN, Kang et al. 2022); the weights that earlier
+        joint: train copies of the dense weights together with the scores (WSN, Kang et al. 2022); those that earlier
             tasks use must then be guarded, see `guard`.
         """
         self._require("start_task", "idle")
@@ -114,16 +116,15 @@ class Phases:
                 'learn: initialise the layer, exclude it, or convert(..., weights="signed_constant")'
             )
         self.own.write({})
-        self._weights_before = (
-            {name: layer.dense_weight.clone() for name, layer in self.layers.items()} if joint else {}
-        )
         self._ended("values of an earlier task")
         for name, layer in self.layers.items():
             layer.use_scores(scores[name])
-            layer.dense_weight.requires_grad_(joint)
+        if joint:
+            self._weights.train_copies()
         self.phase, self.active = "joint" if joint else "mask", len(self.bank)
         return self.active
 
+    @torch.inference_mode(False)
     def start_weight_phase(self, exclusive: bool = True) -> None:
         """Fix the masks and make the compact values trainable.
 
@@ -142,6 +143,7 @@ class Phases:
             layer.free_values = nn.Parameter(layer.dense_weight.new_empty(0))
         self.phase = "weight"
 
+    @torch.inference_mode(False)
     def prune(self, keep: Mapping[str, Tensor]) -> None:
         """In the weight phase: of the free weights keep those of the bool masks; the others leave the task's mask.
 
@@ -156,18 +158,20 @@ class Phases:
             self._open_masks[name], self._open_free[name] = self._open_masks[name] & ~dropped, free & ~dropped
             layer.use_values(self._open_masks[name], self._open_free[name])
 
+    @torch.inference_mode(False)
     def finish_task(self) -> int:
         """Store the task's weights, masks, scores and state; it stays active. Returns its number."""
         self._require("finish_task", "mask", "joint", "weight")
         self._check_finite("finish_task")
         self.own.check_extra("finish_task")
+        self._weights.put_back_used("finish_task", self.bank)
         if self.phase != "weight":
             self._fix_masks()
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, layer in self.layers.items():
             if self.phase == "weight":
                 layer.store_values(self._open_free[name])
-            layer.dense_weight.requires_grad_(False).grad = None
+        self._weights.end(store=True)
         kept = self.keep_scores is not None and len(self.scores) == len(self.bank)  # else those of earlier tasks lack
         scores = {name: s.to(self.keep_scores) for name, s in self._open_scores.items()} if kept else {}
         self.phase = "idle"
@@ -175,15 +179,14 @@ class Phases:
         self._close()
         return task
 
+    @torch.inference_mode(False)
     def abandon_task(self) -> None:
         """Drop the open task and what it trained; the last finished task, if any, becomes active."""
         self._require("abandon_task", "mask", "joint", "weight")
         self._ended(f"parameters of task {self.active}, which was abandoned")
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             layer._clear()
-            layer.dense_weight.requires_grad_(False).grad = None
-            if name in self._weights_before:
-                layer.dense_weight.copy_(self._weights_before[name])
+        self._weights.end(store=False)
         self._close()
         self.phase, self.active = "idle", None
         self.own.write({})
@@ -194,18 +197,19 @@ class Phases:
         """Append a task that is already learned, and activate it: its masks (bool or packed), state and scores."""
         return self.adopt_all([(masks, state, scores)])
 
+    @torch.inference_mode(False)
     def adopt_all(self, tasks: Sequence[stored.Learned]) -> int:
         """Append tasks that are already learned, each (masks, state, scores), and activate the last.
 
         Everything is copied. ValueError, before anything is changed, for what does not fit the model.
         """
         self._require("adopt", "idle")
-        adopted = stored.adopted(self, tasks)
-        self.bank, self.states, self.scores = adopted
+        self.bank, self.states, self.scores = stored.adopted(self, tasks)
         if tasks:
             self._activate(len(self.bank) - 1)
         return len(self.bank) - 1
 
+    @torch.inference_mode(False)
     def activate(self, task: int) -> None:
         """Make the model the network of a finished task: its masks, its batch norms, its biases."""
         self._require("activate", "idle")
@@ -218,8 +222,9 @@ class Phases:
 
     def _use_masks(self, task: int) -> None:
         masks = {name: self.bank.mask(task, name).to(layer.dense_weight.device) for name, layer in self.layers.items()}
-        for name, layer in self.layers.items():
-            layer.use_values(masks[name], torch.zeros_like(masks[name]))
+        with torch.inference_mode(False):
+            for name, layer in self.layers.items():
+                layer.use_values(masks[name], torch.zeros_like(masks[name]))
 
     @contextmanager
     def using(self, task: int) -> Iterator[nn.Module]:
@@ -233,6 +238,8 @@ class Phases:
         phase, active = self.phase, self.active
         self.looking.append(threading.get_ident())
         try:
+            for name, weight in self.weights_before().items():
+                self.layers[name].dense_weight = weight
             self._use_masks(task)
             with self.own.showing(self.states[task]):
                 self.phase, self.active = "idle", task
@@ -262,8 +269,7 @@ class Phases:
 
     def masked_parameters(self) -> list[Tensor]:
         """Scores (mask and joint phase), or free values (weight phase; possibly none)."""
-        found = (p for layer in self.layers.values() for p in (layer.scores, layer.free_values))
-        return [p for p in found if p is not None]
+        return [p for each in self.layers.values() for p in (each.scores, each.free_values) if p is not None]
 
     @property
     def nbytes(self) -> int:
@@ -281,7 +287,7 @@ class Phases:
         return self._open_free[name]
 
     def dense_weights(self) -> list[Tensor]:
-        """The weights that the joint phase trains in place; none in other phases."""
+        """The copies of the weights that the joint phase trains; none in other phases."""
         return [layer.dense_weight for layer in self.layers.values()] if self.phase == "joint" else []
 
     def task_parameters(self) -> list[Tensor]:
@@ -293,12 +299,12 @@ class Phases:
         return {n: p for n, p in self.model.named_parameters() if n in self.own.frozen}
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer."""
+        """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer.
+
+        Without it earlier tasks keep theirs as well, but this one is trained with other weights than it ends with.
+        """
         self._require("guard", "joint")
-        used = {layer.dense_weight: self.bank.used_mask(name) for name, layer in self.layers.items()}
-        freeze_weights(
-            optimizer, {w: unpack_mask(bits.to(w.device), w.shape) for w, bits in used.items() if bits is not None}
-        )
+        freeze_weights(optimizer, self._weights.put_back_used("guard", self.bank))
 
     def random_scores(self, task: int) -> dict[str, Tensor]:
         """The random initial scores of a task."""
@@ -308,13 +314,11 @@ class Phases:
     def snapshot(self) -> dict[str, Any]:
         """A copy of all that the open phase trains and of the task's state; `restore` puts it back."""
         self._require("snapshot", *PHASES)
-        return {
-            "phase": self.phase,
-            "task": self.active,
-            "masked": [p.detach().clone() for p in self.masked_parameters() + self.dense_weights()],
-            "state": {n: t.clone() for n, t in self.own.live().items()},
-        }
+        masked = [p.detach().clone() for p in self.masked_parameters() + self.dense_weights()]
+        state = {n: t.clone() for n, t in self.own.live().items()}
+        return {"phase": self.phase, "task": self.active, "masked": masked, "state": state}
 
+    @torch.inference_mode(False)
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Return to a snapshot of the same phase of the same task; RuntimeError, and no change, for another one."""
         self._require("restore", *PHASES)
@@ -334,8 +338,8 @@ class Phases:
         self.own.write(snapshot["state"])
 
     def weights_before(self) -> dict[str, Tensor]:
-        """The weights as they were before the open task, by layer name, where the joint phase trains them in place."""
-        return dict(self._weights_before)
+        """The weights that finished tasks use, by layer name, in any phase and for any thread; no copies."""
+        return self._weights.tensors()
 
     def open_tensors(self) -> dict[str, Tensor]:
         """All that the open phase has beyond the finished tasks; these tensors themselves, no copies.
@@ -387,6 +391,7 @@ class Phases:
         where = {"phase": self.phase, "active": self.active, "tasks": len(self.bank), "k": stored.kept(self)}
         return {**where, "tensors": tensors}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Return to a `state_dict` of a model with the same layers, whatever this one has learned since.
 
@@ -443,7 +448,7 @@ class Phases:
     # Inside
 
     def _close(self) -> None:
-        self._open_masks, self._open_free, self._open_scores, self._weights_before = {}, {}, {}, {}
+        self._open_masks, self._open_free, self._open_scores = {}, {}, {}
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})
@@ -473,9 +478,9 @@ class Phases:
 
     def _require(self, call: str, *phases: Phase, looking: bool = False) -> None:
         owners.check(self, call)
-        if self.looking and not (looking and self.looking[-1] == threading.get_ident()):
-            where = "this" if self.looking[-1] == threading.get_ident() else "another"
-            raise RuntimeError(f"{call}: {where} thread is in a block of `using`, which puts the model back at its end")
+        who = "this" if threading.get_ident() in self.looking else "another"
+        if self.looking and not (looking and who == "this"):
+            raise RuntimeError(f"{call}: {who} thread is in a block of `using`, which puts the model back at its end")
         if self.phase not in phases:
             raise RuntimeError(f"{call} belongs to the {' or '.join(phases)} phase, but the phase is {self.phase}")
         if call != "abandon_task":
@@ -486,6 +491,7 @@ class Phases:
         """What each task has its own of when it starts, by name: parameters without a mask, and buffers."""
         return self.own.initial
 
+    @torch.inference_mode(False)
     def reset_state(self) -> None:
         """Bring what each task has its own of to where the first task starts."""
         self._require("reset_state", "idle")

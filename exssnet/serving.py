@@ -148,8 +148,9 @@ class Served:
         shared = [t for n, t in self._blank.named_parameters() if n not in phases.initial]
         network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), 0)
         phases.own.write(phases.states[task], network.module)
+        weights = phases.weights_before()
         for name, layer in supermask_layers(network.module):
-            weight = phases.layers[name].dense_weight
+            weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
             pattern = sparse_pattern(mask, groups=getattr(layer, "groups", 1))
             layer.frozen_values = weight[mask]

@@ -77,8 +77,7 @@ class Pieces:
 
 def finished(phases: TaskStore) -> dict[str, Tensor]:
     """Weights, and of finished tasks masks (packed), states and scores; in an open task the weights before it."""
-    before = phases.weights_before()
-    tensors = {f"weight/{n}": before.get(n, layer.dense_weight.detach()) for n, layer in phases.layers.items()}
+    tensors = {f"weight/{n}": weight for n, weight in phases.weights_before().items()}
     for task in range(len(phases.bank)):
         tensors |= {f"mask/{task}/{n}": phases.bank.packed(task, n) for n in phases.layers}
         tensors |= {f"state/{task}/{n}": t for n, t in phases.states[task].items()}

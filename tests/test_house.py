@@ -43,7 +43,7 @@ LAYERS = (
     ("torchvision_blocks",),
     ("selecting",),
     ("nn",),
-    ("checking", "heads", "task_state", "optim"),
+    ("checking", "heads", "shared", "task_state", "optim"),
     ("stored",),
     ("owners",),
     ("phases",),

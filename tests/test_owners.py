@@ -411,3 +411,30 @@ def test_kept_scores_are_no_optimizers(two: tuple[Phases, Phases]) -> None:
         for p in parameters:
             p.add_(1)
     assert all(torch.equal(phases.scores[1][name], t) for name, t in kept.items())
+
+
+def test_inference_mode_around_the_phases_makes_nothing_that_cannot_train() -> None:
+    phases = Phases(_remembering())
+    modes = torch.inference_mode
+    with modes():
+        phases.start_task()
+    _train(phases, X)
+    with modes():
+        moment = phases.snapshot()
+        phases.restore(moment)
+        phases.start_weight_phase()
+    _train(phases, X)
+    with modes():
+        state = copy.deepcopy(phases.state_dict())
+        phases.finish_task()
+        expected = _logits(phases, 0)
+        phases.load_state_dict(state)
+    _train(phases, X)
+    with modes():
+        phases.abandon_task()
+        phases.load_state_dict(state)
+        phases.finish_task()
+    assert torch.equal(_logits(phases, 0), expected)
+    phases.model(X.clone().requires_grad_()).sum().backward()
+    _learn(phases, 1.0)
+    assert torch.equal(_logits(phases, 0), expected)

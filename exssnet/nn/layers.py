@@ -182,7 +182,7 @@ class SupermaskLayer(nn.Module):
 
     def hold(self) -> dict[str, Any]:
         """The mode that the layer is in, for `put_back`."""
-        return {name: getattr(self, name) for name in MODE}
+        return {name: getattr(self, name) for name in ("dense_weight", *MODE)}
 
     def put_back(self, held: Mapping[str, Any]) -> None:
         """Return to a mode that the layer was in; its tensors are the same objects, as a CUDA graph may know them."""
