@@ -142,12 +142,12 @@ class _Rehearsed(Phases):
     def finish_task(self) -> int:
         task = super().finish_task()
         self.states[task] = {n: self.states[task].get(n, t).clone() for n, t in self.initial.items()}
-        for name in self._trainable:
+        for name in self.own.trainable:
             self.states[task][name].requires_grad_()
         return task
 
     def _earlier(self) -> list[Tensor]:
-        return [state[name] for state in self.states for name in sorted(self._trainable)]
+        return [state[name] for state in self.states for name in sorted(self.own.trainable)]
 
 
 class Replay(Sequential):

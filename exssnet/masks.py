@@ -47,6 +47,11 @@ class MaskBank:
         self._packed: list[dict[str, Tensor]] = []
         self._used: dict[str, Tensor] = {}
 
+    def __copy__(self) -> "MaskBank":
+        other = MaskBank(self.shapes)
+        other.use, other._packed, other._used = list(self.use), list(self._packed), self._used
+        return other
+
     def __len__(self) -> int:
         return len(self._packed)
 

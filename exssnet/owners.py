@@ -15,26 +15,48 @@ KINDS = {"packed_mask": "fixed masks", "scores": "scores", "weight": "plain weig
 
 
 def own(phases: TaskStore) -> None:
-    """The model belongs to this `Phases` from now on, and its optimizers are watched."""
-    _owners[phases.model] = weakref.ref(phases)
+    """The model with all its modules belongs to this `Phases` from now on, and its optimizers are watched."""
+    for module in phases.model.modules():
+        _owners[module] = weakref.ref(phases)
+        if not any(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
+            module.register_load_state_dict_pre_hook(before_load)
     stale.watch(phases)
 
 
+def disown(model: nn.Module) -> None:
+    """Take the hooks from a copy of the model."""
+    for module in model.modules():
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if _is_ours(hook):
+                del module._load_state_dict_pre_hooks[key]
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "hook", None) is before_load
+
+
 def check(phases: TaskStore, call: str) -> None:
-    """RuntimeError if the model belongs to another `Phases`."""
-    owner = _owners.get(phases.model)
-    if owner is None or owner() is not phases:
-        raise RuntimeError(f"{call}: another Phases was made for this model since, and owns it: use that one")
+    """RuntimeError if the model, or a layer of it, belongs to another `Phases`."""
+    for module in (phases.model, *phases.layers.values()):
+        owner = _owners.get(module)
+        if owner is None or owner() is not phases:
+            raise RuntimeError(f"{call}: another Phases was made for this model since, and owns it: use that one")
 
 
-def before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """A hook of the model's `load_state_dict`, called before anything is changed."""
-    owner = _owners.get(model)
+def before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of `load_state_dict` of the model and of each module in it, called before anything is changed."""
+    owner = _owners.get(module)
     phases = None if owner is None else owner()
-    if phases is not None:
-        given = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
+    name = next((n for n, m in phases.model.named_modules() if m is module), None) if phases is not None else None
+    if phases is None or name is None or (name and prefix.endswith(f"{name}.")):  # the whole model has been looked at
+        return
+    within = f"{name}." if name else ""
+    given = {within + key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
+    if phases.looking:
+        raise RuntimeError("load_state_dict: in a block of `using` the model is put back after it: leave the block")
+    if any(layer.startswith(within) or layer == name for layer in phases.layers):
         _check_mode(phases, given)
-        _check_shared(phases, given)
+    _check_shared(phases, given)
 
 
 def _where(phases: TaskStore) -> str:

@@ -1,6 +1,7 @@
 """The phases of a task over a converted model: which task is active, and which parameters it may train."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from . import owners, stale, stored
 from .freezing import freeze_weights
 from .masks import MaskBank
-from .nn import TENSORS, SupermaskLayer, supermask_layers, unconvert
+from .nn import SupermaskLayer, supermask_layers, unconvert
 from .ops import unpack_mask
+from .shared import SharedWeights
+from .task_state import TaskState
 
 Phase = Literal["idle", "mask", "weight", "joint"]
 PHASES: tuple[Phase, ...] = ("idle", "mask", "weight", "joint")
@@ -22,10 +25,10 @@ class Phases:
     """Takes a converted model from task to task: ``start_task`` -> ``start_weight_phase`` -> ``finish_task``.
 
     Everything that is not a supermask layer's weight belongs to one task: the parameters that require a gradient when
-    this object is made (biases, affine norms), and the persistent buffers (batch norm statistics). They start anew
-    for each task from what they are when the first one starts, are stored when it is finished, and come back with
-    ``activate``. Parameters that require none are frozen. So nothing that two tasks share can change, except the free
-    weights of the task at hand. Pretrained weights are loaded before the first task. A layer that is not called while a
+    this object is made (biases, affine norms), and the buffers (batch norm statistics). They start anew for each task
+    from what they are when the first one starts, are stored when it is finished, and come back with ``activate``.
+    Parameters that require none are frozen. So nothing that two tasks share can change, except the free weights of the
+    task at hand. Pretrained weights are loaded before the first task. A layer that is not called while a
     task is learned (the head of another task) keeps nothing in the task's mask.
 
         phases = Phases(convert(model, density=0.05))
@@ -41,8 +44,9 @@ class Phases:
         to drop them.
     seed: of the random scores; task t's depend on seed and t alone.
     Calls out of order raise RuntimeError and change nothing. So does an optimizer's step after its phase has ended, and
-    `load_state_dict` of the model where it would change finished tasks: see `state_dict`. Of several `Phases` of one
-    model the last one made is its owner; the others refuse every call.
+    `load_state_dict` of the model where it would change finished tasks: see `state_dict`. Modules that are put in,
+    replaced or removed later are refused. Of several `Phases` of one model, or of models that share layers, the last
+    one made is the owner; the others refuse every call.
     """
 
     def __init__(self, model: nn.Module, keep_scores: torch.dtype | None = torch.float32, seed: int = 0) -> None:
@@ -60,12 +64,9 @@ class Phases:
         self._open_masks: dict[str, Tensor] = {}
         self._open_free: dict[str, Tensor] = {}
         self._open_scores: dict[str, Tensor] = {}
-        self._weights_before: dict[str, Tensor] = {}  # of the joint phase, which trains them in place
-        masked = {f"{name}.{key}".lstrip(".") for name in self.layers for key in TENSORS}
-        self._trainable = {n for n, p in model.named_parameters() if p.requires_grad and n not in masked}
-        self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad} - masked
-        self.initial = {n: t.detach().clone() for n, t in self._task_state().items()}
-        self._hook_id = model.register_load_state_dict_pre_hook(owners.before_load).id
+        self._weights = SharedWeights(self.layers)
+        self.looking: list[int] = []  # threads that are in a block of `using`
+        self.own = TaskState(model, self.layers)
         owners.own(self)
         self._ended("scores from before Phases was made")
         for layer in self.layers.values():
@@ -86,18 +87,18 @@ class Phases:
 
     # The phases
 
+    @torch.inference_mode(False)
     def start_task(self, scores: Mapping[str, Tensor] | None = None, joint: bool = False) -> int:
         """Begin the mask phase of the next task and return the task's number.
 
         scores: initial scores by layer name, copied (KKT); None for random ones.
-        joint: train the dense weights together with the scores (WSN, Kang et al. 2022); the weights that earlier
+        joint: train copies of the dense weights together with the scores (WSN, Kang et al. 2022); those that earlier
             tasks use must then be guarded, see `guard`.
         """
         self._require("start_task", "idle")
-        self._refuse_strangers()
         if not len(self.bank):
             self._check_finite("start_task")
-            self.initial = {n: t.detach().clone() for n, t in self._task_state().items()}
+            self.own.capture()
         if scores is None:
             scores = self.random_scores(len(self.bank))
         if set(scores) != set(self.layers):
@@ -114,17 +115,16 @@ class Phases:
                 f"start_task: all weights of {zero[0]} are zero, so neither its scores nor what comes before it would "
                 'learn: initialise the layer, exclude it, or convert(..., weights="signed_constant")'
             )
-        self._load_state({})
-        self._weights_before = (
-            {name: layer.dense_weight.clone() for name, layer in self.layers.items()} if joint else {}
-        )
+        self.own.write({})
         self._ended("values of an earlier task")
         for name, layer in self.layers.items():
             layer.use_scores(scores[name])
-            layer.dense_weight.requires_grad_(joint)
+        if joint:
+            self._weights.train_copies()
         self.phase, self.active = "joint" if joint else "mask", len(self.bank)
         return self.active
 
+    @torch.inference_mode(False)
     def start_weight_phase(self, exclusive: bool = True) -> None:
         """Fix the masks and make the compact values trainable.
 
@@ -143,6 +143,7 @@ class Phases:
             layer.free_values = nn.Parameter(layer.dense_weight.new_empty(0))
         self.phase = "weight"
 
+    @torch.inference_mode(False)
     def prune(self, keep: Mapping[str, Tensor]) -> None:
         """In the weight phase: of the free weights keep those of the bool masks; the others leave the task's mask.
 
@@ -157,83 +158,97 @@ class Phases:
             self._open_masks[name], self._open_free[name] = self._open_masks[name] & ~dropped, free & ~dropped
             layer.use_values(self._open_masks[name], self._open_free[name])
 
+    @torch.inference_mode(False)
     def finish_task(self) -> int:
         """Store the task's weights, masks, scores and state; it stays active. Returns its number."""
         self._require("finish_task", "mask", "joint", "weight")
         self._check_finite("finish_task")
+        self.own.check_extra("finish_task")
+        self._weights.put_back_used("finish_task", self.bank)
         if self.phase != "weight":
             self._fix_masks()
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, layer in self.layers.items():
             if self.phase == "weight":
                 layer.store_values(self._open_free[name])
-            layer.dense_weight.requires_grad_(False).grad = None
-        state = {
-            n: t.clone() for n, t in self._live_state().items() if not torch.equal(t, self.initial[n].to(t.device))
-        }
-        keep = self.keep_scores
-        scores = {} if keep is None else {name: s.to(keep) for name, s in self._open_scores.items()}
+        self._weights.end(store=True)
+        kept = self.keep_scores is not None and len(self.scores) == len(self.bank)  # else those of earlier tasks lack
+        scores = {name: s.to(self.keep_scores) for name, s in self._open_scores.items()} if kept else {}
         self.phase = "idle"
-        task = self.adopt(self._open_masks, state, scores)
+        task = self.adopt(self._open_masks, self.own.changed(), scores)
         self._close()
         return task
 
+    @torch.inference_mode(False)
     def abandon_task(self) -> None:
         """Drop the open task and what it trained; the last finished task, if any, becomes active."""
         self._require("abandon_task", "mask", "joint", "weight")
         self._ended(f"parameters of task {self.active}, which was abandoned")
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             layer._clear()
-            layer.dense_weight.requires_grad_(False).grad = None
-            if name in self._weights_before:
-                layer.dense_weight.copy_(self._weights_before[name])
+        self._weights.end(store=False)
         self._close()
         self.phase, self.active = "idle", None
-        self._load_state({})
+        self.own.write({})
         if len(self.bank):
-            self.activate(len(self.bank) - 1)
+            self._activate(len(self.bank) - 1)
 
     def adopt(self, masks: Mapping[str, Tensor], state: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> int:
         """Append a task that is already learned, and activate it: its masks (bool or packed), state and scores."""
         return self.adopt_all([(masks, state, scores)])
 
+    @torch.inference_mode(False)
     def adopt_all(self, tasks: Sequence[stored.Learned]) -> int:
-        """Append tasks that are already learned, each (masks, state, scores), and activate the last."""
+        """Append tasks that are already learned, each (masks, state, scores), and activate the last.
+
+        Everything is copied. ValueError, before anything is changed, for what does not fit the model.
+        """
         self._require("adopt", "idle")
-        for masks, state, scores in tasks:
-            self.bank.add(masks)
-            self.states.append(dict(state))
-            if scores:
-                self.scores.append(dict(scores))
+        self.bank, self.states, self.scores = stored.adopted(self, tasks)
         if tasks:
-            self.activate(len(self.bank) - 1)
+            self._activate(len(self.bank) - 1)
         return len(self.bank) - 1
 
+    @torch.inference_mode(False)
     def activate(self, task: int) -> None:
         """Make the model the network of a finished task: its masks, its batch norms, its biases."""
         self._require("activate", "idle")
-        masks = {name: self.bank.mask(task, name).to(layer.dense_weight.device) for name, layer in self.layers.items()}
-        for name, layer in self.layers.items():
-            layer.use_values(masks[name], torch.zeros_like(masks[name]))
-        self._load_state(self.states[task])
+        self._activate(task)
+
+    def _activate(self, task: int) -> None:
+        self._use_masks(task)
+        self.own.write(self.states[task])
         self.active = task
+
+    def _use_masks(self, task: int) -> None:
+        masks = {name: self.bank.mask(task, name).to(layer.dense_weight.device) for name, layer in self.layers.items()}
+        with torch.inference_mode(False):
+            for name, layer in self.layers.items():
+                layer.use_values(masks[name], torch.zeros_like(masks[name]))
 
     @contextmanager
     def using(self, task: int) -> Iterator[nn.Module]:
-        """The network of a finished task for the length of a block, in any phase; then all is as it was."""
-        self._require("using", *PHASES)
+        """The network of a finished task for the length of a block, in any phase; then all is as it was.
+
+        Within the block only `using` and `fold` may be called. It belongs to one thread at a time: see
+        `exssnet.serving.Served` for several. A backward pass may follow of a forward that went before.
+        """
+        self._require("using", *PHASES, looking=True)
         held = {name: layer.hold() for name, layer in self.layers.items()}
-        state = {n: t.clone() for n, t in self._live_state().items()}
         phase, active = self.phase, self.active
-        self.phase = "idle"
+        self.looking.append(threading.get_ident())
         try:
-            self.activate(task)
-            yield self.model
+            for name, weight in self.weights_before().items():
+                self.layers[name].dense_weight = weight
+            self._use_masks(task)
+            with self.own.showing(self.states[task]):
+                self.phase, self.active = "idle", task
+                yield self.model
         finally:
-            self._write_state(state)
             for name, layer in self.layers.items():
                 layer.put_back(held[name])
             self.phase, self.active = phase, active
+            self.looking.pop()
 
     # What is trained
 
@@ -254,8 +269,7 @@ class Phases:
 
     def masked_parameters(self) -> list[Tensor]:
         """Scores (mask and joint phase), or free values (weight phase; possibly none)."""
-        found = (p for layer in self.layers.values() for p in (layer.scores, layer.free_values))
-        return [p for p in found if p is not None]
+        return [p for each in self.layers.values() for p in (each.scores, each.free_values) if p is not None]
 
     @property
     def nbytes(self) -> int:
@@ -273,24 +287,24 @@ class Phases:
         return self._open_free[name]
 
     def dense_weights(self) -> list[Tensor]:
-        """The weights that the joint phase trains in place; none in other phases."""
+        """The copies of the weights that the joint phase trains; none in other phases."""
         return [layer.dense_weight for layer in self.layers.values()] if self.phase == "joint" else []
 
     def task_parameters(self) -> list[Tensor]:
         """Parameters without a mask, which each task has its own of."""
-        return [p for n, p in self.model.named_parameters() if n in self._trainable]
+        return [p for n, p in self.model.named_parameters() if n in self.own.trainable]
 
     def frozen_parameters(self) -> dict[str, Tensor]:
         """Parameters without a mask that never train, by name: the same for all tasks."""
-        return {n: p for n, p in self.model.named_parameters() if n in self._frozen}
+        return {n: p for n, p in self.model.named_parameters() if n in self.own.frozen}
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer."""
+        """In the joint phase: hold the weights that earlier tasks use through every step of the optimizer.
+
+        Without it earlier tasks keep theirs as well, but this one is trained with other weights than it ends with.
+        """
         self._require("guard", "joint")
-        used = {layer.dense_weight: self.bank.used_mask(name) for name, layer in self.layers.items()}
-        freeze_weights(
-            optimizer, {w: unpack_mask(bits.to(w.device), w.shape) for w, bits in used.items() if bits is not None}
-        )
+        freeze_weights(optimizer, self._weights.put_back_used("guard", self.bank))
 
     def random_scores(self, task: int) -> dict[str, Tensor]:
         """The random initial scores of a task."""
@@ -299,26 +313,33 @@ class Phases:
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of all that the open phase trains and of the task's state; `restore` puts it back."""
-        return {
-            "phase": self.phase,
-            "masked": [p.detach().clone() for p in self.masked_parameters() + self.dense_weights()],
-            "state": {n: t.clone() for n, t in self._live_state().items()},
-        }
+        self._require("snapshot", *PHASES)
+        masked = [p.detach().clone() for p in self.masked_parameters() + self.dense_weights()]
+        state = {n: t.clone() for n, t in self.own.live().items()}
+        return {"phase": self.phase, "task": self.active, "masked": masked, "state": state}
 
+    @torch.inference_mode(False)
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Return to a snapshot of the same phase."""
-        if snapshot["phase"] != self.phase:
-            raise RuntimeError(f"restore: the snapshot is of the {snapshot['phase']} phase, this is {self.phase}")
+        """Return to a snapshot of the same phase of the same task; RuntimeError, and no change, for another one."""
+        self._require("restore", *PHASES)
+        parameters, values = self.masked_parameters() + self.dense_weights(), snapshot["masked"]
+        taken, now = (
+            f"task {task}'s {phase} phase with {sum(t.numel() for t in tensors)} masked parameters"
+            for task, phase, tensors in (
+                (snapshot["task"], snapshot["phase"], values),
+                (self.active, self.phase, parameters),
+            )
+        )
+        if taken != now or [t.shape for t in values] != [p.shape for p in parameters]:
+            raise RuntimeError(f"restore: the snapshot is of {taken}, this is {now}")
         with torch.no_grad():
-            for parameter, value in zip(
-                self.masked_parameters() + self.dense_weights(), snapshot["masked"], strict=True
-            ):
+            for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
-        self._write_state(snapshot["state"])
+        self.own.write(snapshot["state"])
 
     def weights_before(self) -> dict[str, Tensor]:
-        """The weights as they were before the open task, by layer name, where the joint phase trains them in place."""
-        return dict(self._weights_before)
+        """The weights that finished tasks use, by layer name, in any phase and for any thread; no copies."""
+        return self._weights.tensors()
 
     def open_tensors(self) -> dict[str, Tensor]:
         """All that the open phase has beyond the finished tasks; these tensors themselves, no copies.
@@ -334,7 +355,7 @@ class Phases:
                 found[f"free/{name}"] = layer.free_values.detach()
             if self.phase == "joint":
                 found[f"weight/{name}"] = layer.dense_weight.detach()
-        return found | {f"state/{n}": t.detach() for n, t in self._live_state().items()}
+        return found | stored.state_tensors(self, self.own.live(), "state/")
 
     def reopen(self, phase: Phase, scores: Mapping[str, Tensor], called: Tensor, exclusive: bool = True) -> None:
         """Open a task again in a phase, from the scores of `open_tensors`; its other tensors are then to be filled."""
@@ -349,7 +370,7 @@ class Phases:
         with self.using(task):
             plain = copy.deepcopy(self.model)
         unconvert(plain)
-        plain._load_state_dict_pre_hooks.pop(self._hook_id, None)
+        owners.disown(plain)
         return plain
 
     # State
@@ -370,6 +391,7 @@ class Phases:
         where = {"phase": self.phase, "active": self.active, "tasks": len(self.bank), "k": stored.kept(self)}
         return {**where, "tensors": tensors}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Return to a `state_dict` of a model with the same layers, whatever this one has learned since.
 
@@ -399,7 +421,7 @@ class Phases:
             for layer in self.layers.values():
                 layer._clear()
         elif phase == "idle":
-            self.activate(active)
+            self._activate(active)
         else:
             self._put_open(phase, opened)
 
@@ -414,19 +436,19 @@ class Phases:
                     unpack_mask(opened[f"{kind}/{name}"], layer.dense_weight.shape).to(layer.dense_weight.device)
                     for kind in ("mask", "free_mask")
                 )
-                self._open_scores[name] = scores[name].detach().to(layer.dense_weight.device)
+                self._open_scores[name] = scores[name].detach().to(layer.dense_weight.device, copy=True)
                 layer.use_values(self._open_masks[name], self._open_free[name])
                 if layer.free_values is not None:
                     layer.free_values.data.copy_(opened[f"free/{name}"])
             elif phase == "joint":
                 layer.dense_weight.data.copy_(opened[f"weight/{name}"])
         self.phase = phase
-        self._write_state({n: opened[f"state/{n}"] for n in self.initial})
+        self.own.write({n.removeprefix("state/"): t for n, t in opened.items() if n.startswith("state/")})
 
     # Inside
 
     def _close(self) -> None:
-        self._open_masks, self._open_free, self._open_scores, self._weights_before = {}, {}, {}, {}
+        self._open_masks, self._open_free, self._open_scores = {}, {}, {}
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})
@@ -438,7 +460,7 @@ class Phases:
     def _check_finite(self, call: str) -> None:
         kinds = ("scores", "free_values", "dense_weight")
         trained = {f"{name}.{kind}": getattr(layer, kind) for name, layer in self.layers.items() for kind in kinds}
-        stored.check_finite(call, trained | self._task_state())
+        stored.check_finite(call, trained | self.own.live())
 
     def _fix_masks(self) -> None:
         """The masks of the scores; layers that the task never called, while it called others, keep nothing."""
@@ -450,51 +472,27 @@ class Phases:
             name: torch.zeros_like(layer.dense_weight, dtype=torch.bool) if name in unused else layer.mask()
             for name, layer in self.layers.items()
         }
-        self._open_scores = {
-            name: layer.scores.detach() for name, layer in self.layers.items() if layer.scores is not None
+        self._open_scores = {  # copies: an optimizer may still hold the parameters
+            name: layer.scores.detach().clone() for name, layer in self.layers.items() if layer.scores is not None
         }
 
-    def _require(self, call: str, *phases: Phase) -> None:
+    def _require(self, call: str, *phases: Phase, looking: bool = False) -> None:
         owners.check(self, call)
+        who = "this" if threading.get_ident() in self.looking else "another"
+        if self.looking and not (looking and who == "this"):
+            raise RuntimeError(f"{call}: {who} thread is in a block of `using`, which puts the model back at its end")
         if self.phase not in phases:
             raise RuntimeError(f"{call} belongs to the {' or '.join(phases)} phase, but the phase is {self.phase}")
+        if call != "abandon_task":
+            self.own.check(call)
 
-    def _refuse_strangers(self) -> None:
-        masked = {id(p) for layer in self.layers.values() for p in (layer.scores, layer.free_values)}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and name not in self._trainable and id(parameter) not in masked:
-                raise RuntimeError(
-                    f"parameter {name} was not trainable when Phases was made: shared by all tasks, it would make them "
-                    "forget. Set requires_grad before, or freeze it"
-                )
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """What each task has its own of when it starts, by name: parameters without a mask, and buffers."""
+        return self.own.initial
 
-    def _task_state(self) -> dict[str, Tensor]:
-        """What each task has its own of: parameters that train without a mask, and persistent buffers."""
-        state: dict[str, Tensor] = {}
-        for prefix, module in self.model.named_modules():
-            kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-            own = TENSORS if isinstance(module, SupermaskLayer) else ()
-            for key, tensor in (module._parameters | kept).items():
-                name = f"{prefix}.{key}".lstrip(".")
-                if tensor is not None and key not in own and name not in self._frozen:
-                    state[name] = tensor.detach()
-        return state
-
-    def _live_state(self) -> dict[str, Tensor]:
-        """The task's own parameters and buffers, as they are in the model now."""
-        state = self._task_state()
-        return {n: state[n] for n in self.initial}
-
+    @torch.inference_mode(False)
     def reset_state(self) -> None:
         """Bring what each task has its own of to where the first task starts."""
-        self._load_state({})
-
-    def _load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._write_state(self.initial | dict(state))
-
-    def _write_state(self, state: Mapping[str, Tensor]) -> None:
-        live = self._live_state()
-        with torch.no_grad():
-            for name, value in state.items():
-                live[name].copy_(value)
-        torch.clear_autocast_cache()  # it knows parameters by identity
+        self._require("reset_state", "idle")
+        self.own.write({})

@@ -145,15 +145,12 @@ class Served:
         """The task's network; what all tasks share it has not of its own."""
         phases = self._phases
         owners.check(phases, "Served")
-        live = self._blank.state_dict(keep_vars=True)
-        own = {id(live[name]) for name in phases.initial}
-        shared = [t for t in self._blank.parameters() if id(t) not in own]
+        shared = [t for n, t in self._blank.named_parameters() if n not in phases.initial]
         network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), 0)
-        state = network.module.state_dict()
-        for name, value in (phases.initial | phases.states[task]).items():
-            state[name].copy_(value)
+        phases.own.write(phases.states[task], network.module)
+        weights = phases.weights_before()
         for name, layer in supermask_layers(network.module):
-            weight = phases.layers[name].dense_weight
+            weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
             pattern = sparse_pattern(mask, groups=getattr(layer, "groups", 1))
             layer.frozen_values = weight[mask]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .nn import SupermaskLayer
 from .phases import Phase, Phases
 from .progress import OpenTask, Result, Stopwatch, TaskReport, Training
-from .stored import FLOATS, Pieces, check_layers
+from .stored import FLOATS, Pieces, check_layers, state_tensors, take_all_state
 from .tasks import Task
 from .typed import alike, typed
 
@@ -152,7 +152,7 @@ def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[st
     tensors |= {"epoch/order": training.order, "epoch/sums": training.sums}
     if training.kept is not None:
         tensors |= {f"kept/masked/{i}": t for i, t in enumerate(training.kept["masked"])}
-        tensors |= {f"kept/state/{n}": t for n, t in training.kept["state"].items()}
+        tensors |= state_tensors(phases, training.kept["state"], "kept/state/")
     if (random := open_.task.train.random) is not None:
         tensors["random/augmentation"] = random.get_state()
     optimizer, moments = training.optimizer, []
@@ -178,9 +178,9 @@ def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, expected: Sequence[st
     called = pieces.take("open/called", (len(shapes),), torch.bool)
     phases.reopen(phase, scores, called, exclusive)
     for name, target in phases.open_tensors().items():
-        kind = name.partition("/")[0]
-        if kind not in ("scores", "called"):
-            target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=kind != "state"))
+        if name.partition("/")[0] not in ("scores", "called", "state"):
+            target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=True))
+    phases.own.write(take_all_state(phases, pieces, "open/state/"))
 
 
 def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Training, epochs: int) -> None:
@@ -195,11 +195,9 @@ def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Train
     training.sums.copy_(pieces.take("epoch/sums", (2,), torch.float32))
     if meta.kept is not None:
         snapshot = phases.snapshot()
-        for kind, parts in (("masked", dict(enumerate(snapshot["masked"]))), ("state", snapshot["state"])):
-            for name, target in parts.items():
-                finite = kind == "masked"
-                target.copy_(pieces.take(f"kept/{kind}/{name}", target.shape, target.dtype, finite=finite))
-        training.kept = snapshot
+        for i, target in enumerate(snapshot["masked"]):
+            target.copy_(pieces.take(f"kept/masked/{i}", target.shape, target.dtype, finite=True))
+        training.kept = {**snapshot, "state": take_all_state(phases, pieces, "kept/state/")}
     _put_optimizer(pieces, meta, training)
 
 

@@ -1,6 +1,7 @@
 """Finished tasks as named tensors, and back: each piece is checked for what it should be before anything changes."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .masks import MaskBank
 from .nn import SupermaskLayer
 from .ops import pack_mask, unpack_mask
+from .task_state import TaskState
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -22,7 +24,8 @@ class TaskStore(Protocol):
     bank: MaskBank
     states: list[dict[str, Tensor]]
     scores: list[dict[str, Tensor]]
-    initial: dict[str, Tensor]
+    own: TaskState
+    looking: list[int]
     active: int | None
     phase: Any
 
@@ -30,6 +33,8 @@ class TaskStore(Protocol):
     def parameters(self) -> list[Tensor]: ...
     def weights_before(self) -> dict[str, Tensor]: ...
     def frozen_parameters(self) -> dict[str, Tensor]: ...
+    @property
+    def initial(self) -> dict[str, Tensor]: ...
     def reset_state(self) -> None: ...
     def adopt_all(self, tasks: Sequence["Learned"]) -> int: ...
 
@@ -72,14 +77,14 @@ class Pieces:
 
 def finished(phases: TaskStore) -> dict[str, Tensor]:
     """Weights, and of finished tasks masks (packed), states and scores; in an open task the weights before it."""
-    before = phases.weights_before()
-    tensors = {f"weight/{n}": before.get(n, layer.dense_weight.detach()) for n, layer in phases.layers.items()}
+    tensors = {f"weight/{n}": weight for n, weight in phases.weights_before().items()}
     for task in range(len(phases.bank)):
         tensors |= {f"mask/{task}/{n}": phases.bank.packed(task, n) for n in phases.layers}
         tensors |= {f"state/{task}/{n}": t for n, t in phases.states[task].items()}
     for task, scores in enumerate(phases.scores):
         tensors |= {f"scores/{task}/{n}": s for n, s in scores.items()}
-    tensors |= {f"initial/{n}": t for n, t in phases.initial.items()}
+    stored = {n for state in phases.states for n in state}
+    tensors |= {f"initial/{n}": t for n, t in phases.initial.items() if n not in phases.own.transient or n in stored}
     return tensors | {f"frozen/{n}": p.detach() for n, p in phases.frozen_parameters().items()}
 
 
@@ -120,9 +125,11 @@ def take_finished(phases: TaskStore, pieces: Pieces, tasks: int) -> Finished:
     shared = ("weight/", "frozen/", "initial/")
     if more := sorted(k for k in pieces.left if k.startswith(shared) and k not in targets):
         raise ValueError(f"the state holds {', '.join(more)}, which has no place in the model")
+    transient = {f"initial/{n}" for n in phases.own.transient}
     values = [
         (target, pieces.take(key, target.shape, target.dtype, finite=key.startswith("weight/")))
         for key, target in targets.items()
+        if key in pieces.left or key not in transient
     ]
     return Finished(values, [_task(phases, pieces, task) for task in range(tasks)])
 
@@ -147,14 +154,58 @@ def _task(phases: TaskStore, pieces: Pieces, task: int) -> Learned:
     layers = phases.layers
     shapes = {n: layer.dense_weight.shape for n, layer in layers.items()}
     masks = {n: pieces.mask(f"mask/{task}/{n}", shape) for n, shape in shapes.items()}
-    names = [n for n in pieces.names(f"state/{task}/") if n in phases.initial]
-    like = phases.initial
-    state = {n: pieces.take(f"state/{task}/{n}", like[n].shape, like[n].dtype) for n in names}
+    state = take_state(phases, pieces, f"state/{task}/", pieces.names(f"state/{task}/"))
     scores: dict[str, Tensor] = {}
     if pieces.names(f"scores/{task}/"):
         scores = {n: pieces.take(f"scores/{task}/{n}", s, *FLOATS, finite=True) for n, s in shapes.items()}
     masks, scores = ({n: t.to(layers[n].dense_weight.device) for n, t in part.items()} for part in (masks, scores))
     return masks, state, scores
+
+
+def state_tensors(phases: TaskStore, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Values of a task's own tensors under their names in a state: without non-persistent buffers that are as ever."""
+    own = phases.own
+    return {f"{prefix}{n}": t for n, t in state.items() if n not in own.transient or not own.is_initial(n, t)}
+
+
+def take_state(phases: TaskStore, pieces: Pieces, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """Values of a task's own tensors; only a buffer that may be made or change its shape in training has any shape."""
+    own, state = phases.own, {}
+    for name in names:
+        like, key = own.initial.get(name), f"{prefix}{name}"
+        if like is not None and name not in own.transient:
+            state[name] = pieces.take(key, like.shape, like.dtype)
+        elif own.has(name):
+            state[name] = pieces.take(key, pieces.left[key].shape, *([] if like is None else [like.dtype]))
+    return state
+
+
+def take_all_state(phases: TaskStore, pieces: Pieces, prefix: str) -> dict[str, Tensor]:
+    """Values of all that an open task has of its own."""
+    names = {*pieces.names(prefix), *phases.initial.keys() - phases.own.transient}
+    return take_state(phases, pieces, prefix, names)
+
+
+def adopted(
+    phases: TaskStore, tasks: Sequence[Learned]
+) -> tuple[MaskBank, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Masks, states and scores of the finished tasks with copies of more. ValueError for what does not fit."""
+    bank, states, scores = copy.copy(phases.bank), list(phases.states), list(phases.scores)
+    shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
+    device = next(iter(phases.layers.values())).dense_weight.device
+    for number, (masks, state, task_scores) in enumerate(tasks, len(bank)):
+        bank.add({n: t.detach().clone() for n, t in masks.items()})
+        pieces = Pieces(dict(state))
+        states.append({n: t.detach().clone() for n, t in take_state(phases, pieces, "", state).items()})
+        pieces.end()
+        if task_scores:
+            pieces = Pieces(dict(task_scores))
+            taken = {n: pieces.take(n, shape, *FLOATS, finite=True) for n, shape in shapes.items()}
+            pieces.end()
+            scores.append({n: t.detach().to(device, copy=True) for n, t in taken.items()})
+        if scores and len(scores) != len(bank):
+            raise ValueError(f"adopt: {len(scores)} of {len(bank)} tasks have scores, task {number} must have them too")
+    return bank, states, scores
 
 
 def check_finite(call: str, tensors: Mapping[str, Tensor | None]) -> None:
@@ -185,6 +236,4 @@ def take_open(phases: TaskStore, pieces: Pieces, phase: str) -> dict[str, Tensor
             count = int(unpack_mask(free, shape).sum())
             if count or f"open/free/{name}" in pieces.left:
                 found[f"free/{name}"] = pieces.take(f"open/free/{name}", (count,), dtype, finite=True)
-    for name, like in phases.initial.items():
-        found[f"state/{name}"] = pieces.take(f"open/state/{name}", like.shape, like.dtype)
-    return found
+    return found | {f"state/{n}": t for n, t in take_all_state(phases, pieces, "open/state/").items()}

@@ -64,8 +64,9 @@ class TaskInference:
         for name in parameters.keys() & self.phases.initial.keys():
             states = [self.phases.states[t].get(name, self.phases.initial[name]) for t in tasks]
             parameters[name].copy_(torch.stack([s.detach() for s in states]).mean(0))
+        weights = self.phases.weights_before()
         for name, module in self._weights.items():
-            weight = self.phases.layers[name].dense_weight
+            weight = weights[name]
             times = torch.zeros_like(weight)
             for task in tasks:
                 times += bank.mask(task, name).to(weight.device)
@@ -78,9 +79,7 @@ class TaskInference:
         finally:
             for module in self._weights.values():
                 module.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
-        towards = {
-            name: g * self.phases.layers[name].dense_weight for name, g in zip(self._weights, gradients, strict=True)
-        }
+        towards = {name: g * weights[name] for name, g in zip(self._weights, gradients, strict=True)}
         return [
             sum(float(t[bank.mask(task, name).to(t.device)].sum(dtype=torch.float64)) for name, t in towards.items())
             for task in tasks

@@ -280,7 +280,7 @@ def test_a_snapshot_of_another_phase_is_refused() -> None:
     phases.start_task()
     kept = phases.snapshot()
     phases.start_weight_phase()
-    with pytest.raises(RuntimeError, match="snapshot is of the mask phase, this is weight"):
+    with pytest.raises(RuntimeError, match=r"snapshot is of task 0.s mask phase .*, this is task 0.s weight phase"):
         phases.restore(kept)
 
 

@@ -182,7 +182,7 @@ class SupermaskLayer(nn.Module):
 
     def hold(self) -> dict[str, Any]:
         """The mode that the layer is in, for `put_back`."""
-        return {name: getattr(self, name) for name in MODE}
+        return {name: getattr(self, name) for name in ("dense_weight", *MODE)}
 
     def put_back(self, held: Mapping[str, Any]) -> None:
         """Return to a mode that the layer was in; its tensors are the same objects, as a CUDA graph may know them."""
@@ -258,8 +258,7 @@ class SupermaskLayer(nn.Module):
         """Whether to multiply only what is kept, see `sparse_is_faster`; decided once for a shape of x."""
 
         def decide() -> bool:
-            geometry = () if padding is None else self._geometry(padding)
-            return sparse_is_faster(x, self.dense_weight, self.density, geometry, self.products)
+            return sparse_is_faster(x, self.dense_weight, self.density, self._geometry(padding), self.products)
 
         return self._decided("sparse", decide, x, self.products, self.k)
 
@@ -270,8 +269,7 @@ class SupermaskLayer(nn.Module):
         dtype, density = product_dtype(x), None if self.scores is not None else self.density
 
         def decide() -> bool:
-            geometry = () if padding is None else self._geometry(padding)
-            return fused_is_faster(x, self.dense_weight, dtype, geometry, density)
+            return fused_is_faster(x, self.dense_weight, dtype, self._geometry(padding), density)
 
         fused = self._decided("fused", decide, x, x.stride(), dtype, density)
         if density is None and not traced():
@@ -310,11 +308,10 @@ class SupermaskLayer(nn.Module):
         return self.selection
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
-        return self.stride, padding, self.dilation, self.groups
+        return () if padding is None else (self.stride, padding, self.dilation, self.groups)
 
     def _scored(self) -> dict[str, Any]:
-        selection = self._selected()
-        return {"k": self.k} if selection is None else {"selection": selection}
+        return {"k": self.k} if (selection := self._selected()) is None else {"selection": selection}
 
     def _clear(self) -> None:
         self._seen, self._made, self._read, self.recent, self.called = None, {}, None, None, False
@@ -331,6 +328,9 @@ class SupermaskLayer(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """Bring the layer to the mode of the state dict, then copy; a plain layer's weight goes to `dense_weight`."""
+        hooks, messages = self._load_state_dict_pre_hooks, (missing_keys, unexpected_keys, error_msgs)
+        for hook in hooks.values():  # they may refuse, before the mode is another one
+            hook(state_dict, prefix, local_metadata, strict, *messages)
         own = {key: t for key, t in state_dict.items() if key.startswith(prefix)}
         given = {name: own[prefix + name] for name in ("weight", *TENSORS) if prefix + name in own}
         if "weight" in given and "dense_weight" not in given:
@@ -342,9 +342,9 @@ class SupermaskLayer(nn.Module):
         if wrong:
             error_msgs.append(f"{prefix.removesuffix('.')}: {wrong}")
             return
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )  # type: ignore[no-untyped-call]  # fmt: skip
+        self._load_state_dict_pre_hooks = type(hooks)()
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, *messages)  # type: ignore[no-untyped-call]
+        self._load_state_dict_pre_hooks = hooks
 
     def _enter_mode_of(self, given: Mapping[str, Tensor]) -> str:
         """Make room for the tensors of a state dict; returns what is wrong with them, or ""."""
