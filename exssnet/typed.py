@@ -1,6 +1,7 @@
 """JSON and YAML read as annotated Python values: the right types everywhere, or one sentence that names the place."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePath
 from types import UnionType
@@ -9,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 LARGEST = 1 << 62
+BRACKETS: dict[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), set: ("{", "}"), dict: ("{", "}")}
 YAML_BYTES, YAML_VALUES, YAML_DEPTH = 100_000, 10_000, 50
 """The largest YAML file: its size, its values, with those that aliases repeat, and how deep they are nested."""
 
@@ -39,8 +41,8 @@ def _printable(text: str) -> str:
 
 def _parts(value: Any, most: int) -> Iterator[str]:
     """The parts of `repr(value)`, none of which is much longer than `most`."""
-    if type(value) in (list, tuple, set, dict) and value:
-        start, end = {list: "[]", tuple: "()"}.get(type(value), "{}")
+    if type(value) in BRACKETS and value:
+        start, end = BRACKETS[type(value)]
         yield start
         for number, member in enumerate(value):
             if number:
@@ -134,9 +136,9 @@ def _check_size(text: str) -> None:
                 raise ValueError(f"its values are nested deeper than {YAML_DEPTH} levels")
             continue
         if isinstance(event, yaml.AliasEvent):
-            anchor, count = "", values.get(event.anchor)
-            if count is None:
+            if event.anchor not in values:
                 raise ValueError(f"the alias {shown(event.anchor)} stands for nothing that is finished before it")
+            anchor, count = "", values[event.anchor]
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, count = open_values.pop()
             count += 1
@@ -152,23 +154,23 @@ def _check_size(text: str) -> None:
 
 
 def fitting(kind: Any, value: Any) -> Any:
-    """`value`, which came from YAML, as a `kind`: a plain type, an optional one, a list as a tuple; else ValueError.
+    """`value`, which came from YAML, as a `kind`: a plain type, one of several, a list as a tuple; else ValueError.
 
     YAML reads 1e-2 as a string: numbers may be strings where a float is wanted. Integers beyond 2^62 are refused.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        (other,) = (a for a in arguments if a is not type(None))
-        return None if value is None else fitting(other, value)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(fitting(arguments[0], v) for v in value)
-    small = not (isinstance(value, int) and abs(value) > LARGEST)
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool) and small:
+        for other in arguments:
+            with suppress(ValueError):
+                return fitting(other, value)
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(fitting(arguments[0], v) for v in value)
+    elif isinstance(value, int) and (isinstance(value, bool) is not (kind is bool) or abs(value) > LARGEST):
+        pass
+    elif kind is float and isinstance(value, int | float | str):
         return float(value)
-    if (
-        isinstance(value, origin or kind) and origin is not tuple and small
-        and (kind is bool or not isinstance(value, bool))
-    ):  # fmt: skip
+    elif isinstance(value, origin or kind):
         return value
     raise ValueError(f"{shown(value)} is no {_name(kind)}")
 

@@ -303,5 +303,5 @@ def load(name: str | Path, root: str | Path | None = None) -> tuple[Labelled, La
     except ValueError as error:
         raise ValueError(f"{shown(path)}: {error}") from None
     evenly = torch.arange(0, len(train), -(-len(train) // 1000))
-    mean, std = _moments(train.images[evenly] if isinstance(train.images, ImageFiles) else train.images)
+    mean, std = _moments(train.images if isinstance(train.images, Tensor) else train.images[evenly])
     return replace(train, mean=mean, std=std), replace(test, mean=mean, std=std)

@@ -244,14 +244,14 @@ def _crc(file: IO[bytes], start: int) -> int:
 
 def _read(path: Path, key: str) -> TextFeatures:
     """Features out of a file; ValueError or SafetensorError if it is not what was written."""
-    with safe_open(path, framework="pt") as found, open(path, "rb") as file:
+    with safe_open(path, framework="pt") as kept, open(path, "rb") as file:
         length = 8 + int.from_bytes(file.read(8), "little")
         crc = _crc(file, length)
-        features, offsets = found.get_tensor("features"), found.get_tensor("offsets")
+        features, offsets = kept.get_tensor("features"), kept.get_tensor("offsets")
         file.seek(0)
-        if features.dim() != 2 or offsets.dim() != 1 or len(features) != offsets[-1:].sum() or (
-            file.read(length) != _header(*features.shape, len(offsets) - 1, key, crc)
-        ):  # fmt: skip
+        tokens, width = features.shape if features.dim() == 2 else (0, 0)
+        expected = _header(tokens, width, len(offsets) - 1 if offsets.dim() == 1 else 0, key, crc)
+        if file.read(length) != expected or tokens != offsets[-1]:
             raise ValueError(f"its header does not fit its content, of key {key} and crc32 {crc:08x}")
         return TextFeatures(features, offsets, key)
 

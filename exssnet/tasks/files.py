@@ -44,7 +44,7 @@ class Unpacked(io.RawIOBase):
     """What is in a gzip file; reading raises ValueError, without the file's name, for a damaged or a hostile one."""
 
     def __init__(self, path: Path) -> None:
-        self._file = gzip.open(path)
+        self._file = gzip.open(path)  # noqa: SIM115
         self._packed, self._done = path.stat().st_size, 0
 
     def readable(self) -> bool:

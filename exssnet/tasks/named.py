@@ -144,10 +144,7 @@ class _Table:
 
     def _columns(self, file: Path) -> tuple[Column, Sequence[Column], Column | None]:
         """Label, text and pair: by the names in the first row, or where there are none by position."""
-        if file.is_dir():
-            first = saved(file).column_names
-        else:
-            first = next(rows(file), [])
+        first = saved(file).column_names if file.is_dir() else next(rows(file), [])
         label = next((name for name in LABELS if name in first), None)
         if label is None:  # the published tables without names; CoLA's are source, label, star, sentence
             if self.name == "cola" and len(first) == 4:
