@@ -169,7 +169,8 @@ def fitting(kind: Any, value: Any) -> Any:
     elif isinstance(value, int) and (isinstance(value, bool) is not (kind is bool) or abs(value) > LARGEST):
         pass
     elif kind is float and isinstance(value, int | float | str):
-        return float(value)
+        with suppress(ValueError):
+            return float(value)
     elif isinstance(value, origin or kind):
         return value
     raise ValueError(f"{shown(value)} is no {_name(kind)}")

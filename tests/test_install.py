@@ -1,6 +1,6 @@
 """Installation: what is in a wheel, what happens without a compiler or the library, and which backend runs."""
 
-import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -113,7 +113,7 @@ def test_triton_is_interpreted_as_triton_itself_reads_it(
 def test_an_unknown_switch_of_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXSSNET_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "perhaps")
-    with pytest.raises(ValueError, match="TRITON_INTERPRET must be one of 1, true, .*, n, got 'perhaps'"):
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET must be one of 1, true, .*, n, got 'perhaps'"):
         triton_backend._key()
 
 
@@ -186,7 +186,9 @@ def test_cuda_kernels_alone_cannot_be_asked_for(sources: Path, tmp_path: Path, n
 
 @pytest.mark.parametrize("name", ["FORCE_CUDA", "EXSSNET_NATIVE"])
 def test_a_switch_that_is_neither_on_nor_off_is_refused(sources: Path, tmp_path: Path, name: str) -> None:
-    status, said, errors = build(sources, tmp_path, **{"FORCE_CUDA": "0", "EXSSNET_NATIVE": "0"} | {name: "perhaps\x1b"})
+    status, said, errors = build(
+        sources, tmp_path, **{"FORCE_CUDA": "0", "EXSSNET_NATIVE": "0"} | {name: "perhaps\x1b"}
+    )
     assert (status, said) == (1, "")
     known = "1, true, yes, on, 0, false, no, off"
     assert errors == f"exssnet: {name} must be one of {known}, got 'perhaps\\x1b'.\n"

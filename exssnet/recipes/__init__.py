@@ -239,4 +239,7 @@ def _fill(kind: Any, values: Any, where: str) -> Any:
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [n for n in needed if n not in made]:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
-    return kind(**made)
+    try:
+        return kind(**made)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('recipe: ')}") from None

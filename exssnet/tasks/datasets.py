@@ -169,7 +169,7 @@ def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], li
     with opened(annotations, encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\r\n").split("\t") for line in file]
     for number, line in enumerate(lines, 1):
-        if len(line) < 2 or line[1] not in classes or line[0] != Path(line[0]).name:
+        if len(line) < 2 or line[1] not in classes or line[0] != Path(line[0]).name or len(line[0]) > 255:
             raise ValueError(
                 f"{annotations}, line {number}: the name of an image and one of the {len(classes)} classes of the "
                 f"training data are needed, got {shown(line[:2])}"

@@ -151,7 +151,8 @@ class WordVectors:
                 if len(values) != width or not width:
                     raise ValueError(f"{where}: expected {width or 'at least 1'} numbers, got {len(values)}")
                 try:
-                    found.append(np.array(values, dtype=np.float32))
+                    with np.errstate(over="ignore"):
+                        found.append(np.array(values, dtype=np.float32))
                 except ValueError:
                     raise ValueError(f"{where}: a word and {width} numbers are needed") from None
                 if not np.isfinite(found[-1]).all():
