@@ -189,7 +189,7 @@ def read(name: str) -> Recipe:
         return recipe(read_yaml(name), name)
     if name not in names():
         raise ValueError(f"recipe {name} is none of {', '.join(names())} and no .yaml file")
-    return recipe(from_yaml(files(__name__).joinpath(f"{name}.yaml").read_text(), name), name)
+    return recipe(from_yaml(files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name), name)
 
 
 def recipe(values: dict[str, Any], where: str) -> Recipe:
