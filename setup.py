@@ -4,8 +4,9 @@ There are two: _native for CPUs; and _cuda, which a torch for CPUs alone cannot 
 are found.
 
 Environment: EXSSNET_NATIVE=0 skips both; FORCE_CUDA=1 makes a build without CUDA kernels an error, FORCE_CUDA=0 does
-without them; TORCH_CUDA_ARCH_LIST names the chips, as in "8.0;9.0+PTX" (default: this machine's, or all that are
-supported); CUDA_HOME is where nvcc is; MAX_JOBS limits the compilers that run at once; CXX names the C++ compiler.
+without them (each may be 1, true, yes, on, 0, false, no or off); TORCH_CUDA_ARCH_LIST names the chips, as in
+"8.0;9.0+PTX" (default: this machine's, or all that are supported); CUDA_HOME is where nvcc is; MAX_JOBS limits the
+compilers that run at once; CXX names the C++ compiler.
 """
 
 import importlib.util
@@ -27,6 +28,16 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020a000000000000"  # 2.10: the library uses no symbol that is newer
 CHIPS = "8.0;9.0;10.0;12.0+PTX"  # code for 8.0 runs on 8.6 and 8.9 as well
+
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def switch(name: str) -> bool | None:
+    """Whether the environment says yes or no, in capitals or not; None where it says nothing."""
+    value = os.environ.get(name, "").strip()
+    if value and value.lower() not in SWITCH:
+        raise SystemExit(f"exssnet: {name} must be one of {', '.join(SWITCH)}, got {value[:80]!r}.")
+    return SWITCH.get(value.lower())
 
 
 def find_torch() -> Path | None:
@@ -120,7 +131,7 @@ class Build(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             run_nvcc("-shared", *objects, "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda")
         except Exception as error:
-            if os.environ.get("FORCE_CUDA") == "1":
+            if switch("FORCE_CUDA"):
                 raise SystemExit(f"exssnet: FORCE_CUDA=1, but the CUDA kernels did not compile: {error}.") from error
             print(f"exssnet: installed without CUDA kernels, which did not compile: {error}", file=sys.stderr)
 
@@ -167,12 +178,12 @@ def run_nvcc(*arguments: str) -> None:
 
 
 def libraries() -> list[Extension]:
-    cuda = os.environ.get("FORCE_CUDA")
-    if os.environ.get("EXSSNET_NATIVE") == "0":
-        if cuda == "1":
+    cuda = switch("FORCE_CUDA")
+    if switch("EXSSNET_NATIVE") is False:
+        if cuda:
             raise SystemExit("exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.")
         return []
-    if cuda == "1":  # before minutes of compiling
+    if cuda:  # before minutes of compiling
         if find_nvcc() is None:
             raise SystemExit("exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.")
         try:
@@ -186,12 +197,12 @@ def libraries() -> list[Extension]:
     everything = sorted({p for paths in files.values() for p in paths})  # a source distribution holds what it names
     found = [("_native", [*entries, *files["csrc/cpu/*.cpp"]])]
     torch = find_torch()
-    if cuda == "1" or (cuda != "0" and find_nvcc() is not None and torch is not None and cuda_of(torch) is not None):
+    if cuda or (cuda is None and find_nvcc() is not None and torch is not None and cuda_of(torch) is not None):
         found.append(("_cuda", [*glue, *files["csrc/cuda/*.cu"]]))
     return [
         Extension(
             f"exssnet.kernels.{name}", sources, depends=everything, language="c++",
-            optional=name == "_cuda" and cuda != "1",
+            optional=name == "_cuda" and not cuda,
         )
         for name, sources in found
     ]  # fmt: skip

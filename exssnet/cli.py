@@ -25,7 +25,7 @@ from .report import Report, observer
 from .resident import keep_freed_memory
 from .saving import Saver, Stopped
 from .tasks import Task, load, names, permuted_pixels, rotated, split_by_class, stream, streams
-from .typed import fitting, from_yaml
+from .typed import fitting, read_yaml, shown
 
 
 def _option(default: Any, help_: str, **more: Any) -> Any:
@@ -114,17 +114,17 @@ def _checked(path: str | Path, read: dict[Any, Any]) -> dict[str, Any]:
     known = {f.name: f for f in fields(TrainOptions)}
     options = {}
     for key, value in read.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_") if isinstance(key, str) else ""
         if name not in known:
-            raise ValueError(f"{path}: unknown option {key!r}; known are {', '.join(known)}")
+            raise ValueError(f"{path}: unknown option {shown(key)}; known are {', '.join(known)}")
         f = known[name]
         try:
             value = fitting(f.type, value)
         except ValueError:
-            raise ValueError(f"{path}: {key} must be {_kind(f).__name__}, got {value!r}") from None
+            raise ValueError(f"{path}: {key} must be {_kind(f).__name__}, got {shown(value)}") from None
         choices = f.metadata.get("choices")
         if choices and value not in choices:
-            raise ValueError(f"{path}: {key} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(f"{path}: {key} must be one of {', '.join(choices)}, got {shown(value)}")
         options[name] = value
     return options
 
@@ -331,11 +331,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
             return 0
         resume = given.pop("resume")
         config = given.pop("config")
-        chosen = _checked(config, from_yaml(Path(config).read_text(), config)) if config else {}
+        chosen = _checked(config, read_yaml(config)) if config else {}
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen)) if resume is None else train(*_to_resume(resume, chosen))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
         if isinstance(error, BrokenPipeError) and nobody_reads("\n"):
             return NOBODY_READS
-        print(f"exssnet: {error}", file=sys.stderr)
+        print(f"exssnet: {shown(error, 2000)}", file=sys.stderr)
         return 2

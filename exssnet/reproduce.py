@@ -249,7 +249,8 @@ def reproduce(
         raise ValueError(f"{out} holds results of another recipe or another --scale: give another --out")
     file.write_text(json.dumps(described, indent=1))
     began = time.time()
-    tasks_of(Job(made, root, made.runs()[0], Rates(0, 0)))  # missing data is told here, texts are encoded once
+    first = Job(made, root, made.runs()[0], Rates(1, 1, 1))
+    learner_of(first, tasks_of(first))  # missing data and a wrong model are told here, texts are encoded once
     rates = tune(made, root, out, processes, tell)
     runs = made.runs()
     jobs = [Job(made, root, run, rates[replace(run.group, method=run.base)]) for run in runs]

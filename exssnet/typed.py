@@ -1,13 +1,63 @@
 """JSON and YAML read as annotated Python values: the right types everywhere, or one sentence that names the place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 LARGEST = 1 << 62
+BRACKETS: dict[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), set: ("{", "}"), dict: ("{", "}")}
+YAML_BYTES, YAML_VALUES, YAML_DEPTH = 100_000, 10_000, 50
+"""The largest YAML file: its size, its values, with those that aliases repeat, and how deep they are nested."""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """How messages show what came from outside: in one line of printable characters, at most so many.
+
+    Paths are shown whole and as they are, errors as their text, all other values as Python writes them. No more of a
+    value is read than is shown.
+    """
+    if isinstance(value, PurePath):
+        return _printable(str(value))
+    if isinstance(value, BaseException):
+        text = " ".join(str(value).split()) or type(value).__name__
+    else:
+        text = ""
+        for part in _parts(value, most):
+            text += part
+            if len(text) > most:
+                break
+    text = _printable(text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _parts(value: Any, most: int) -> Iterator[str]:
+    """The parts of `repr(value)`, none of which is much longer than `most`."""
+    if type(value) in BRACKETS and value:
+        start, end = BRACKETS[type(value)]
+        yield start
+        for number, member in enumerate(value):
+            if number:
+                yield ", "
+            yield from _parts(member, most)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _parts(value[member], most)
+        yield f",{end}" if type(value) is tuple and len(value) == 1 else end
+    elif isinstance(value, str | bytes):
+        yield repr(value[:most])
+    elif isinstance(value, int) and value.bit_length() > 4 * most:
+        yield f"an integer of {value.bit_length()} bits"
+    else:
+        yield repr(value)
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
@@ -31,12 +81,12 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     elif origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(typed(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
     elif origin in (dict, Mapping) and isinstance(value, dict):
-        return {name: typed(arguments[1], v, f"{where}.{name}") for name, v in value.items()}
+        return {name: typed(arguments[1], v, f"{where}.{shown(name)[1:-1]}") for name, v in value.items()}
     elif kind in (int, float) and type(value) in (int, kind) and not (type(value) is int and abs(value) > LARGEST):
         return kind(value)
     elif kind in (str, bool, dict) and type(value) is kind:
         return value
-    raise ValueError(f"{where} must be {_name(kind)}, got {_short(value)}")
+    raise ValueError(f"{where} must be {_name(kind)}, got {shown(value)}")
 
 
 def alike(old: Any, new: Any, where: str) -> Any:
@@ -46,45 +96,87 @@ def alike(old: Any, new: Any, where: str) -> Any:
     if isinstance(old, bool) or not isinstance(old, int | float):
         if type(new) is type(old) and not isinstance(new, list | dict):
             return new
-        raise ValueError(f"{where} must be like {_short(old)}, got {_short(new)}")
+        raise ValueError(f"{where} must be like {shown(old)}, got {shown(new)}")
     return typed(int if type(old) is type(new) is int else float, new, where)
 
 
-def from_yaml(text: str, where: str) -> dict[Any, Any]:
-    """The `name: value` lines of a YAML text; ValueError for any other."""
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """The `name: value` lines of a YAML file; ValueError, naming the file, for any other. OSError if there is none."""
+    path = Path(path)
+    with path.open("rb") as file:
+        content = file.read(YAML_BYTES + 1)
     try:
-        read = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(read, dict):
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(path)} is not YAML: {shown(error)}") from None
+    return from_yaml(text, shown(path))
+
+
+def from_yaml(text: str, where: str) -> dict[Any, Any]:
+    """The `name: value` lines of a YAML text; ValueError for any other, and for one that is too large."""
+    try:
+        _check_size(text)
+        read = yaml.safe_load(text)
+    except Exception as error:  # YAML's readers of numbers and dates raise many kinds
+        raise ValueError(f"{where} is not YAML: {shown(error, 300)}") from None
+    if not isinstance(read, dict | None):
         raise ValueError(f"{where}: expected options as `name: value` lines, got {type(read).__name__}")
-    return read
+    return read or {}
+
+
+def _check_size(text: str) -> None:
+    """ValueError, before anything is built, for what is too large, too deep, or repeats too much by aliases."""
+    if len(text) > YAML_BYTES:
+        raise ValueError(f"it is larger than {YAML_BYTES} bytes")
+    open_values, values = [("", 0)], {"": 0}  # anchor and values of each level; values below each finished anchor
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_values.append((event.anchor or "", 0))
+            if len(open_values) > YAML_DEPTH:
+                raise ValueError(f"its values are nested deeper than {YAML_DEPTH} levels")
+            continue
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in values:
+                raise ValueError(f"the alias {shown(event.anchor)} stands for nothing that is finished before it")
+            anchor, count = "", values[event.anchor]
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, count = open_values.pop()
+            count += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, count = event.anchor or "", 1
+        else:
+            continue
+        values[anchor] = count
+        outer, before = open_values.pop()
+        if before + count > YAML_VALUES:
+            raise ValueError(f"it holds more than {YAML_VALUES} values, with those that aliases repeat")
+        open_values.append((outer, before + count))
 
 
 def fitting(kind: Any, value: Any) -> Any:
-    """`value`, which came from YAML, as a `kind`: a plain type, an optional one, a list as a tuple; else ValueError.
+    """`value`, which came from YAML, as a `kind`: a plain type, one of several, a list as a tuple; else ValueError.
 
-    YAML reads 1e-2 as a string: numbers may be strings where a float is wanted.
+    YAML reads 1e-2 as a string: numbers may be strings where a float is wanted. Integers beyond 2^62 are refused.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        (other,) = (a for a in arguments if a is not type(None))
-        return None if value is None else fitting(other, value)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(fitting(arguments[0], v) for v in value)
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, origin or kind) and origin is not tuple and (kind is bool or not isinstance(value, bool)):
+        for other in arguments:
+            with suppress(ValueError):
+                return fitting(other, value)
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(fitting(arguments[0], v) for v in value)
+    elif isinstance(value, int) and (isinstance(value, bool) is not (kind is bool) or abs(value) > LARGEST):
+        pass
+    elif kind is float and isinstance(value, int | float | str):
+        with suppress(ValueError):
+            return float(value)
+    elif isinstance(value, origin or kind):
         return value
-    raise ValueError(f"{value!r} is no {_name(kind)}")
+    raise ValueError(f"{shown(value)} is no {_name(kind)}")
 
 
 def _name(kind: Any) -> str:
     return f"an object of {', '.join(f.name for f in fields(kind))}" if is_dataclass(kind) else getattr(
         kind, "__name__", str(kind)
     )  # fmt: skip
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

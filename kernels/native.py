@@ -23,7 +23,7 @@ def load() -> None:
     global missing, missing_cuda
     backend = os.environ.get("EXSSNET_BACKEND", "native")
     if backend not in BACKENDS:
-        raise ValueError(f"EXSSNET_BACKEND must be one of {', '.join(BACKENDS)}, got {backend}")
+        raise ValueError(f"EXSSNET_BACKEND must be one of {', '.join(BACKENDS)}, got {backend[:80]!r}")
     if backend != "native":
         missing = missing_cuda = f"EXSSNET_BACKEND={backend}"
         triton_backend.load()

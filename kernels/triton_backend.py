@@ -30,6 +30,8 @@ OPERATORS = {
 }
 """Operator -> the module whose function of that name is its kernel."""
 
+YES, NO = ("1", "true", "yes", "on", "y"), ("0", "false", "no", "off", "n")
+"""What Triton takes for yes, and what can only be meant as no."""
 missing: str | None = "not loaded yet"
 _library: torch.library.Library | None = None
 
@@ -51,8 +53,12 @@ def _kernel(name: str) -> Callable[..., Any]:
 
 def _key() -> str:
     """The dispatch key to serve: CUDA, which ROCm has too; in Triton's interpreter, when asked for Triton, the CPU."""
-    asked = os.environ.get("EXSSNET_BACKEND") == "triton"
-    return "CPU" if asked and os.environ.get("TRITON_INTERPRET") == "1" else "CUDA"
+    if os.environ.get("EXSSNET_BACKEND") != "triton":
+        return "CUDA"
+    interpret = os.environ.get("TRITON_INTERPRET", "")
+    if interpret.lower() not in (*YES, *NO, ""):
+        raise ValueError(f"TRITON_INTERPRET must be one of {', '.join((*YES, *NO))}, got {interpret[:80]!r}")
+    return "CPU" if interpret.lower() in YES else "CUDA"
 
 
 def load() -> None:

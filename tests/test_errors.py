@@ -260,7 +260,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXSSNET_BACKEND", "fast")
-    with pytest.raises(ValueError, match=r"^EXSSNET_BACKEND must be one of reference, native, triton, got fast$"):
+    with pytest.raises(ValueError, match=r"^EXSSNET_BACKEND must be one of reference, native, triton, got 'fast'$"):
         native_library.load()
 
 

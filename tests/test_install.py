@@ -1,5 +1,6 @@
 """Installation: what is in a wheel, what happens without a compiler or the library, and which backend runs."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import torch
 
 import exssnet
 from exssnet import bench, kernels
+from exssnet.kernels import triton_backend
 from exssnet.kernels.native import BACKENDS
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +94,27 @@ def test_the_reference_backend_needs_no_library_and_does_not_warn(tmp_path: Path
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
     status, _, errors = python("import exssnet", tmp_path, EXSSNET_BACKEND="cuda")
     assert status == 1
-    assert errors.splitlines()[-1] == f"ValueError: EXSSNET_BACKEND must be one of {', '.join(BACKENDS)}, got cuda"
+    assert errors.splitlines()[-1] == f"ValueError: EXSSNET_BACKEND must be one of {', '.join(BACKENDS)}, got 'cuda'"
+
+
+@pytest.mark.parametrize(
+    ("interpret", "key"), [("1", "CPU"), ("True", "CPU"), ("yes", "CPU"), ("0", "CUDA"), ("OFF", "CUDA"), ("", "CUDA")]
+)
+def test_triton_is_interpreted_as_triton_itself_reads_it(
+    monkeypatch: pytest.MonkeyPatch, interpret: str, key: str
+) -> None:
+    monkeypatch.setenv("EXSSNET_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert triton_backend._key() == key
+    if importlib.util.find_spec("triton"):
+        assert importlib.import_module("triton.knobs").runtime.interpret == (key == "CPU")
+
+
+def test_an_unknown_switch_of_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXSSNET_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "perhaps")
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET must be one of 1, true, .*, n, got 'perhaps'"):
+        triton_backend._key()
 
 
 def test_info_is_a_module_command_too(tmp_path: Path) -> None:
@@ -155,10 +177,21 @@ def test_chips_without_the_kernels_are_refused(sources: Path, tmp_path: Path, as
     assert errors == f"exssnet: FORCE_CUDA=1, but {sentence}.\n"
 
 
-def test_cuda_kernels_alone_cannot_be_asked_for(sources: Path, tmp_path: Path) -> None:
-    status, said, errors = build(sources, tmp_path, FORCE_CUDA="1", EXSSNET_NATIVE="0")
+@pytest.mark.parametrize(("native", "cuda"), [("0", "1"), ("false", "yes"), (" No", "TRUE"), ("off", "on")])
+def test_cuda_kernels_alone_cannot_be_asked_for(sources: Path, tmp_path: Path, native: str, cuda: str) -> None:
+    status, said, errors = build(sources, tmp_path, FORCE_CUDA=cuda, EXSSNET_NATIVE=native)
     assert (status, said) == (1, "")
     assert errors == "exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.\n"
+
+
+@pytest.mark.parametrize("name", ["FORCE_CUDA", "EXSSNET_NATIVE"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(sources: Path, tmp_path: Path, name: str) -> None:
+    status, said, errors = build(
+        sources, tmp_path, **{"FORCE_CUDA": "0", "EXSSNET_NATIVE": "0"} | {name: "perhaps\x1b"}
+    )
+    assert (status, said) == (1, "")
+    known = "1, true, yes, on, 0, false, no, off"
+    assert errors == f"exssnet: {name} must be one of {known}, got 'perhaps\\x1b'.\n"
 
 
 def test_a_missing_compiler_is_told_in_one_sentence(sources: Path, tmp_path: Path) -> None:

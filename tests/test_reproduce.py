@@ -15,7 +15,7 @@ from exssnet import cli, recipes
 from exssnet.comparison import _pace, groups_of, paired, paired_difference
 from exssnet.models import MODELS
 from exssnet.recipes import Rates, Run, read, recipe
-from exssnet.reproduce import Job, learner_of, perform, tasks_of, tune
+from exssnet.reproduce import Job, learner_of, perform, reproduce, tasks_of, tune
 from exssnet.tasks import streams
 
 SMALL: dict[str, Any] = {
@@ -85,15 +85,34 @@ def test_given_rates_are_not_tuned() -> None:
         ({"method": ["supsup"]}, "test: unknown key method; known are title"),
         ({"methods": ["supsub"]}, "method must be one of ewc, exssnet, .* got 'supsub'"),
         ({"methods": ["ewc+kkt"]}, "got 'ewc\\+kkt'"),
-        ({"densities": [0]}, r"densities must be in \(0, 1\], got \[0.0\]"),
+        ({"densities": [0]}, r"densities must be in \(0, 1\], got 0.0"),
         ({"densities": ["a"]}, "test: densities must be tuple.*, got .'a'."),
-        ({"seeds": 0}, "seeds, epochs, .* at least 1, got 0, 1, 1, 1"),
+        ({"seeds": 0}, "seeds, epochs, .* at least 1, got 0, 1, 64, 20, 1"),
         ({"seeds": "3"}, "test: seeds must be int, got '3'"),
         ({"kkt": "worst"}, "kkt must be one of best, always, all, rescaled, got 'worst'"),
         ({"scale": 2}, r"scale must be in \(0, 1\], got 2.0"),
         ({"tuning": {"rate": 1}}, "test: tuning: unknown key rate"),
         ({"rates": {"ewc": {"mask": 1}}}, "test: rates.ewc: weight must be given"),
         ({"tuning": 3}, "test: tuning: expected `key: value` lines, got int"),
+        ({"rates": [1]}, "test: rates: expected `key: value` lines, got list"),
+        ({"rates": {"exsnet": {"mask": 1, "weight": 1}}}, "the method of rates must be one of ewc, .* got 'exsnet'"),
+        ({"rates": {"ewc": {"mask": 1, "weight": 1}}}, r"test: rates\.ewc\.strength must be given"),
+        ({"rates": {"wsn": {"mask": 0, "weight": "nan"}}}, "rates must be above 0 and finite, got 0.01, 0.0, nan"),
+        ({"options": {"task": 2}}, "test: options: unknown key task; known are tasks"),
+        ({"options": {"tasks": "two"}}, "test: options: tasks must be int | tuple.*, got 'two'"),
+        ({"options": {"encoder": 3}}, "test: options: encoder must be str | None, got 3"),
+        ({"options": {3: 1}}, "test: options: unknown key 3"),
+        ({3: 1, "x\x1b": 2}, "test: unknown key 3"),
+        ({"x\x1b" * 100: 2}, r"test: unknown key 'x.x1bx.*\.\.\.$"),
+        ({"model": "resnet-19"}, "test: model must be one of lenet-300-100, .* got 'resnet-19'"),
+        ({"stream": "mnist"}, "test: stream must be one of split-mnist, .* got 'mnist'"),
+        ({"init_scales": ["none"]}, "init_scale must be one of official, density, got 'none'"),
+        ({"methods": []}, "the numbers of methods, .* must be at least 1, got 0, 1, 1, 1, 2, 1"),
+        ({"batch_size": 0}, "seeds, epochs, batch_size, .* at least 1, got 2, 1, 0, 20, 1"),
+        ({"validation": 1}, r"test: validation must be in \[0, 1\), got 1.0"),
+        ({"tuning": {"validation": 0}}, r"tuning.validation must be in \(0, 1\), got 0.0"),
+        ({"seeds": 10**9}, "the number of runs must be at most 100000, got 3000000000"),
+        ({"title": "a\x1b[2J"}, r"title must be printable, got 'a.x1b\[2J'"),
     ],
 )
 def test_a_recipe_is_refused(change: dict[str, Any], message: str) -> None:
@@ -109,6 +128,15 @@ def test_missing_keys_are_named() -> None:
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"recipe split-mnits is none of .*split-mnist.* and no .yaml file"):
         read("split-mnits")
+
+
+@pytest.mark.parametrize("method", ["supsup", "ewc"])
+def test_a_model_that_does_not_fit_the_stream_is_told_before_anything_runs(
+    root: Path, tmp_path: Path, method: str
+) -> None:
+    made = recipe({**SMALL, "model": "text-cnn", "methods": [method]}, "test")
+    with pytest.raises(ValueError, match=r"text-cnn is for texts \(L, E \+ 1\), got items of shape \(1, 28, 28\)"):
+        reproduce(made, str(root), tmp_path, 1, lambda line: pytest.fail(line))
 
 
 # Runs

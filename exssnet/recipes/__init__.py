@@ -1,6 +1,7 @@
 """Recipes of experiments: YAML files that say which methods learn which stream how, and the runs they stand for."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.resources import files
@@ -10,9 +11,13 @@ from typing import Any
 from ..baselines import BASELINES
 from ..kkt import RULES
 from ..methods import METHODS
-from ..typed import fitting, from_yaml
+from ..models import MODELS
+from ..tasks import streams
+from ..typed import fitting, from_yaml, read_yaml, shown
 
 KKT = "+kkt"
+SCALES = ("official", "density")
+MOST_RUNS = 100_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,23 @@ class Tuning:
     tasks: int = 3
     seeds: tuple[int, ...] = (1000,)
     validation: float = 0.1
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """The arguments of `exssnet.tasks.stream` that a recipe may give."""
+
+    tasks: int | tuple[int, ...] | None = None
+    task_order: int | tuple[int, ...] | None = None
+    class_order: int | tuple[int, ...] | None = None
+    validation: float | None = None
+    augment: bool | str | None = None
+    per_class: int | None = None
+    test_per_class: int | None = None
+    seed: int = 0
+    encoder: str | None = None
+    max_tokens: int = 64
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,21 +119,37 @@ class Recipe:
     scale: float = 1.0  # of epochs and training data: a smoke test where it is less than 1
 
     def __post_init__(self) -> None:
-        known = {*METHODS, *(m + KKT for m in METHODS), *BASELINES}
-        for method in self.methods:
-            if method not in known:
-                raise ValueError(f"recipe: method must be one of {', '.join(sorted(known))}, got {method!r}")
-        if not all(0 < d <= 1 for d in self.densities):
-            raise ValueError(f"recipe: densities must be in (0, 1], got {list(self.densities)}")
-        if self.seeds < 1 or self.epochs < 1 or self.tuning.tasks < 1 or not self.tuning.rates:
-            raise ValueError(
-                f"recipe: seeds, epochs, tuning.tasks and the number of tuning.rates must be at least 1, got "
-                f"{self.seeds}, {self.epochs}, {self.tuning.tasks}, {len(self.tuning.rates)}"
-            )
-        if self.kkt not in RULES:
-            raise ValueError(f"recipe: kkt must be one of {', '.join(RULES)}, got {self.kkt!r}")
-        if not 0 < self.scale <= 1:
-            raise ValueError(f"recipe: scale must be in (0, 1], got {self.scale}")
+        bases, tuning, rates = {*METHODS, *BASELINES}, self.tuning, self.rates.values()
+        for name, given, known in (
+            ("stream", [self.stream], streams()), ("model", [self.model], MODELS), ("kkt", [self.kkt], RULES),
+            ("method", self.methods, sorted({*bases, *(m + KKT for m in METHODS)})),
+            ("the method of rates", self.rates, sorted(bases)), ("init_scale", self.init_scales, SCALES),
+        ):  # fmt: skip
+            if strange := [value for value in given if value not in known]:
+                raise ValueError(f"recipe: {name} must be one of {', '.join(known)}, got {shown(strange[0])}")
+        if "ewc" in self.rates and self.rates["ewc"].strength is None:
+            raise ValueError("recipe: rates.ewc.strength must be given")
+        lists = self.methods, self.densities, self.init_scales, tuning.rates, tuning.strengths, tuning.seeds
+        runs = self.seeds * len(self.methods) * len(self.densities) * len(self.init_scales)
+        for name, values, fits, wanted in (
+            ("densities", self.densities, lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("scale", [self.scale], lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("validation", [self.validation], lambda x: 0 <= x < 1, "in [0, 1)"),
+            ("tuning.validation", [tuning.validation], lambda x: 0 < x < 1, "in (0, 1)"),
+            ("seeds, epochs, batch_size, memory and tuning.tasks",
+             [self.seeds, self.epochs, self.batch_size, self.memory, tuning.tasks], lambda x: x >= 1, "at least 1"),
+            ("the numbers of methods, densities, init_scales, tuning.rates, tuning.strengths and tuning.seeds",
+             [*map(len, lists)], lambda x: x >= 1, "at least 1"),
+            ("the number of runs", [runs], lambda x: x <= MOST_RUNS, f"at most {MOST_RUNS}"),
+            ("rates", [*tuning.rates, *(r for given in rates for r in (given.mask, given.weight))],
+             lambda x: 0 < x < math.inf, "above 0 and finite"),
+            ("strengths", [*tuning.strengths, *(given.strength or 0 for given in rates)],
+             lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+        ):  # fmt: skip
+            if not all(map(fits, values)):
+                raise ValueError(f"recipe: {name} must be {wanted}, got {shown(list(values))[1:-1]}")
+        if not self.title.strip().isprintable():
+            raise ValueError(f"recipe: title must be printable, got {shown(self.title)}")
 
     @property
     def scaled_epochs(self) -> int:
@@ -147,21 +185,22 @@ def names() -> list[str]:
 
 def read(name: str) -> Recipe:
     """The recipe of that name, or in that YAML file; ValueError for unknown names, keys and wrong values."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        text = path.read_text()
-    elif name in names():
-        text = files(__name__).joinpath(f"{name}.yaml").read_text()
-    else:
+    if Path(name).suffix in (".yaml", ".yml"):
+        return recipe(read_yaml(name), name)
+    if name not in names():
         raise ValueError(f"recipe {name} is none of {', '.join(names())} and no .yaml file")
-    return recipe(from_yaml(text, name), name)
+    return recipe(from_yaml(files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name), name)
 
 
 def recipe(values: dict[str, Any], where: str) -> Recipe:
     """A recipe from what YAML or JSON gave."""
     values = dict(values)
     values["tuning"] = _fill(Tuning, values.get("tuning", {}), f"{where}: tuning")
-    values["rates"] = {m: _fill(Rates, given, f"{where}: rates.{m}") for m, given in values.get("rates", {}).items()}
+    given = _lines(values.get("rates", {}), f"{where}: rates")
+    values["rates"] = {m: _fill(Rates, rates, f"{where}: rates.{m}") for m, rates in given.items()}
+    options = values.get("options", {})
+    filled = _fill(StreamOptions, options, f"{where}: options")
+    values["options"] = {name: getattr(filled, name) for name in options}
     made: Recipe = _fill(Recipe, values, where)
     return made
 
@@ -171,13 +210,21 @@ def as_json(made: Recipe) -> dict[str, Any]:
     return asdict(made)
 
 
-def _fill(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass with these values."""
+def _lines(values: Any, where: str) -> dict[str, Any]:
+    """The values, by name; ValueError for what is not that, and for names that no field and no method can have."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected `key: value` lines, got {type(values).__name__}")
+    for name in values:
+        if not isinstance(name, str) or not name.isprintable() or len(name) > 80:
+            raise ValueError(f"{where}: unknown key {shown(name)}")
+    return values
+
+
+def _fill(kind: Any, values: Any, where: str) -> Any:
+    """A dataclass with these values."""
     known = {f.name: f for f in fields(kind)}
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{where}: unknown key {', '.join(map(str, unknown))}; known are {', '.join(known)}")
+    if unknown := [name for name in _lines(values, where) if name not in known]:
+        raise ValueError(f"{where}: unknown key {unknown[0]}; known are {', '.join(known)}")
     made = {}
     for name, value in values.items():
         kind_of = known[name].type
@@ -187,9 +234,12 @@ def _fill(kind: Any, values: Any, where: str) -> Any:
             value = fitting(kind_of, value)
         except ValueError:
             wanted = str(kind_of).removeprefix("<class '").removesuffix("'>")
-            raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}") from None
+            raise ValueError(f"{where}: {name} must be {wanted}, got {shown(value)}") from None
         made[name] = value
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [n for n in needed if n not in made]:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
-    return kind(**made)
+    try:
+        return kind(**made)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('recipe: ')}") from None

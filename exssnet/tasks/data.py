@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset, default_collate
 
+from ..typed import shown
+
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -33,7 +35,7 @@ def _integers(labels: Any) -> Tensor:
         found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         first = next(iter(labels), None) if isinstance(labels, Iterable) else labels
-        raise ValueError(f"labels must be one integer per item, got {first!r} of {type(first).__name__}") from None
+        raise ValueError(f"labels must be one integer per item, got {shown(first)} of {type(first).__name__}") from None
     return found if found.is_floating_point() or found.is_complex() else found.long()
 
 

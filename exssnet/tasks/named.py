@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..typed import shown
 from .data import Labelled, Relabelled
-from .datasets import load, package
+from .datasets import load
 from .features import Encoder, encoder, text_features
 from .streams import Augmentation, Task, in_one_task, in_order, permuted_pixels, rotated, split_by_class
-from .text import FORMATS, Column, Texts, class_ids, read_texts, rows
+from .text import FORMATS, Column, Texts, class_ids, read_texts, rows, saved
 
 Order = Sequence[int] | int | None
 Progress = Callable[[str, int, int], None]
@@ -41,7 +42,7 @@ class Options:
         order = _permutation(self.task_order, list(range(known)))
         first = len(order) if self.tasks is None else self.tasks
         if not isinstance(first, int) or not 1 <= first <= len(order):
-            raise ValueError(f"tasks must be a number from 1 to {len(order)}, got {first}")
+            raise ValueError(f"tasks must be a number from 1 to {len(order)}, got {shown(first)}")
         return order[:first]
 
 
@@ -49,7 +50,7 @@ def _permutation(order: Order, known: Sequence[int]) -> list[int]:
     """Ids in the order wanted: some or all of those known, or all shuffled by a seed."""
     found = in_order(order, known)
     if isinstance(order, Sequence) and (not found or not set(found) <= set(known) or len(set(found)) != len(found)):
-        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {found}")
+        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {shown(found)}")
     return found
 
 
@@ -104,7 +105,7 @@ class _Images:
             return [self.classes] * min(self.tasks, classes // self.classes), options
         sizes = list(options.tasks)
         if min(sizes, default=0) < 1 or sum(sizes) > classes:
-            raise ValueError(f"tasks must have at least 1 class each and at most {classes} in all, got {sizes}")
+            raise ValueError(f"tasks must have at least 1 class each and at most {classes} in all, got {shown(sizes)}")
         return sizes, replace(options, tasks=None)
 
 
@@ -132,7 +133,10 @@ class _Table:
                 for split in splits:
                     for file in (folder / split, *(folder / f"{split}{ending}" for ending in FORMATS)):
                         if file.exists():
-                            return read_texts(file, *self._columns(file))
+                            texts = read_texts(file, *self._columns(file))
+                            if not len(texts):
+                                raise ValueError(f"{shown(file)} holds no texts")
+                            return texts
         raise FileNotFoundError(
             f"put {' or '.join(splits)} of {self.name} as a table ({', '.join(FORMATS[::2])}, gzipped or not) into "
             f"{root / self.name}, with columns label and {'text_a, text_b' if self.pair else 'text'}"
@@ -140,10 +144,7 @@ class _Table:
 
     def _columns(self, file: Path) -> tuple[Column, Sequence[Column], Column | None]:
         """Label, text and pair: by the names in the first row, or where there are none by position."""
-        if file.is_dir():
-            first = package("datasets", "datasets").load_from_disk(str(file)).column_names
-        else:
-            first = next(rows(file), [])
+        first = saved(file).column_names if file.is_dir() else next(rows(file), [])
         label = next((name for name in LABELS if name in first), None)
         if label is None:  # the published tables without names; CoLA's are source, label, star, sentence
             if self.name == "cola" and len(first) == 4:
@@ -155,7 +156,7 @@ class _Table:
         texts = [name for name in TEXTS if name in first]
         if self.pair or not texts:
             expected = " or ".join(", ".join(pair) for pair in PAIRS) if self.pair else ", ".join(TEXTS)
-            raise ValueError(f"{file}: no columns of text among {first}; expected {expected}")
+            raise ValueError(f"{shown(file)}: no columns of text among {shown(first, 200)}; expected {expected}")
         return label, texts, None
 
 
@@ -180,7 +181,10 @@ class _Tables:
         read = [(table.read(root, ("train",)), table.read(root, self.test)) for table in tables]
         stream = []
         for table, (train, test) in zip(tables, read, strict=True):
-            _, y_train, y_test = class_ids(train.labels, test.labels)
+            try:
+                _, y_train, y_test = class_ids(train.labels, test.labels)
+            except ValueError as error:
+                raise ValueError(f"{table.name} in {shown(root)}: {error}") from None
             parts = [
                 self._features(f"{table.name}, {split}", texts, labels, most, encode, options)
                 for split, texts, labels, most in (

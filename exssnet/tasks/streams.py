@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from ..typed import shown
 from .data import Labelled, Relabelled, Transform
 
 Augmentation: TypeAlias = Literal["crop-flip", "flip"]
@@ -132,7 +133,7 @@ def _augmented(stream: Sequence[Task], augment: bool | Augmentation, seed: int) 
             raise ValueError(f"augment=True is for colour images of shape (3, H, W), got {shape}")
         augment = "crop-flip" if shape[1:] == (32, 32) else "flip"
     if augment not in AUGMENTATIONS:
-        raise ValueError(f"augment must be True, False or one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
+        raise ValueError(f"augment must be True, False or one of {', '.join(AUGMENTATIONS)}, got {shown(augment)}")
     seeds = torch.randint(2**62, (len(stream),), generator=torch.Generator().manual_seed(seed)).tolist()
     padding = AUGMENTATIONS[augment]
     return [
@@ -162,7 +163,7 @@ def split_by_class(
     known = _classes(train.labels)
     order = in_order(order, known)
     if not set(order) <= set(known) or len(set(order)) != len(order):
-        raise ValueError(f"order must hold different ids of the {len(known)} known classes, got {list(order)}")
+        raise ValueError(f"order must hold different ids of the {len(known)} known classes, got {shown(list(order))}")
     if isinstance(tasks, int):
         if tasks < 1 or len(order) % tasks or not order:
             raise ValueError(
@@ -171,7 +172,9 @@ def split_by_class(
             )
         tasks = [len(order) // tasks] * tasks
     if min(tasks, default=0) < 1 or sum(tasks) > len(order):
-        raise ValueError(f"tasks must have at least 1 class each and at most {len(order)} in all, got {list(tasks)}")
+        raise ValueError(
+            f"tasks must have at least 1 class each and at most {len(order)} in all, got {shown(list(tasks))}"
+        )
     groups = [group.tolist() for group in torch.split(torch.tensor(order[: sum(tasks)]), list(tasks))]
     return _augmented(_stream(train, test, groups, validation, seed), augment, seed)
 

@@ -1,18 +1,19 @@
 """Labelled texts, read from tables and from Hugging Face `datasets`."""
 
 import csv
-import gzip
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .datasets import package
+from ..typed import shown
+from .files import opened, package
 
 Column: TypeAlias = str | int
 
@@ -40,12 +41,6 @@ class Texts:
         return Texts([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
 
 
-def _opened(path: Path) -> IO[str]:
-    """Text with the ends of its lines as they are; without a byte order mark."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="" if ".csv" in path.suffixes else "\n")  # type: ignore[no-any-return]
-
-
 def rows(path: str | Path) -> Iterator[list[str]]:
     """The rows of a table, the one with the names of the columns first.
 
@@ -55,10 +50,11 @@ def rows(path: str | Path) -> Iterator[list[str]]:
     """
     path = Path(path)
     if not path.name.endswith(FORMATS):
-        raise ValueError(f"{path} must be a table, {', '.join(FORMATS[::2])}, gzipped or not")
+        raise ValueError(f"{shown(path)} must be a table, {', '.join(FORMATS[::2])}, gzipped or not")
     number = 0
     try:
-        with _opened(path) as file:
+        # the ends of lines stay as they are; a byte order mark is left out
+        with opened(path, encoding="utf-8-sig", newline="" if ".csv" in path.suffixes else "\n") as file:
             lines: Iterable[list[str]]
             if ".csv" in path.suffixes:
                 lines = csv.reader(file, strict=True)
@@ -69,23 +65,37 @@ def rows(path: str | Path) -> Iterator[list[str]]:
             for number, row in enumerate(lines, 1):  # noqa: B007
                 if row:
                     yield row
-    except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, KeyError, EOFError, gzip.BadGzipFile) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} cannot be read after row {number}: {reason}") from None
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} cannot be read after row {number}: {shown(error, 200)}") from None
 
 
 def _objects(lines: Iterable[str]) -> Iterator[list[str]]:
     keys: list[str] = []
     for line in lines:
         found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError(f"an object is needed, got {shown(found)}")
         if not keys:
             keys = list(found)
             yield keys
-        yield [_string(found[key]) for key in keys]
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"there is no {shown(missing[0])}")
+        row = [_string(found[key]) for key in keys]
+        "".join(row).encode()  # ValueError for half a surrogate pair, which no encoder takes
+        yield row
 
 
 def _string(value: Any) -> str:
     return "" if value is None else str(value)
+
+
+def saved(folder: str | Path) -> Any:
+    """The data set of Hugging Face that `save_to_disk` wrote into a folder; ValueError, naming it, for any other."""
+    library = package("datasets", "datasets")
+    try:
+        return library.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow and json raise many kinds for damaged files
+        raise ValueError(f"{shown(Path(folder))} is no saved data set: {shown(error, 200)}") from None
 
 
 def read_texts(source: Any, label: Column, text: Column | Sequence[Column], pair: Column | None = None) -> Texts:
@@ -102,23 +112,23 @@ def read_texts(source: Any, label: Column, text: Column | Sequence[Column], pair
     wanted = [label, *(column for part in parts for column in part)]
     named = isinstance(label, str)
     if any(isinstance(column, str) != named for column in wanted):
-        raise ValueError(f"columns must be all names or all positions, got {wanted}")
+        raise ValueError(f"columns must be all names or all positions, got {shown(wanted)}")
     if not hasattr(source, "column_names") and Path(source).is_dir():
-        source = package("datasets", "datasets").load_from_disk(str(source))
+        source = saved(source)
     labels: list[str] = []
     texts: list[tuple[str, ...]] = []
     if hasattr(source, "column_names"):
         if missing := [c for c in wanted if c not in source.column_names]:
-            raise ValueError(f"the data set has no columns {missing}, but {source.column_names}")
+            raise ValueError(f"the data set has no columns {missing}, but {shown(source.column_names)}")
         table: Iterable[Sequence[Any]] = zip(*(source[c] for c in wanted), strict=True)
         at, where = list(range(len(wanted))), "the data set"
     else:
-        table, where = rows(source), str(source)
+        table, where = rows(source), shown(Path(source))
         at = [column for column in wanted if isinstance(column, int)]
         if named:
             names = next(table, [])  # type: ignore[call-overload]
             if missing := [c for c in wanted if c not in names]:
-                raise ValueError(f"{where} has no columns {missing} in its first row, but {names[:20]}")
+                raise ValueError(f"{where} has no columns {missing} in its first row, but {shown(names, 200)}")
             at = [names.index(str(column)) for column in wanted]
     left_out = 0
     for row in table:
@@ -136,12 +146,14 @@ def read_texts(source: Any, label: Column, text: Column | Sequence[Column], pair
 def class_ids(train: Sequence[str], test: Sequence[str]) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """The classes among the training labels, ascending (as numbers, if all are), and both splits' ids (N,) int64.
 
+    Labels are classes as they are written: "01" and "1" are two, in this order.
+
     Raises ValueError for test labels that no training text has.
     """
     found = set(train)
     if strange := sorted(set(test) - found):
-        raise ValueError(f"test texts have labels that no training text has: {strange[:5]}")
-    numbers = all(label.lstrip("-").isdecimal() for label in found)
-    names = sorted(found, key=int) if numbers else sorted(found)
+        raise ValueError(f"test texts have labels that no training text has: {shown(strange[:5])}")
+    numbers = all(re.fullmatch(r"-?\d{1,1000}", label) for label in found)  # Python reads no longer ones
+    names = sorted(found, key=lambda label: (int(label) if numbers else 0, label))
     ids = {name: i for i, name in enumerate(names)}
     return tuple(names), *(torch.tensor([ids[label] for label in part], dtype=torch.int64) for part in (train, test))  # type: ignore[return-value]

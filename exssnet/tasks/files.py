@@ -1,0 +1,107 @@
+"""Files of data sets, which come from elsewhere: unpacked within bounds, images as 8 bits a channel."""
+
+import gzip
+import importlib
+import importlib.util
+import io
+import sys
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..typed import shown
+
+UNPACKED_BYTES, UNPACKED_RATIO = 1 << 28, 100
+"""A file may unpack to so many bytes, and to more only where it is at least a hundredth as large itself."""
+
+
+def package(module: str, package: str) -> Any:
+    """A module of an optional dependency; ModuleNotFoundError says what to install."""
+    if module == "transformers":
+        # It takes any module `kernels` for the package of that name: a checkout of ours has one.
+        kernels = importlib.util.find_spec("kernels")
+        if kernels is not None and (Path(str(kernels.origin)).parents[1] / "exssnet").is_dir():
+            sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"this data set is read with {package}: pip install {package}") from None
+
+
+def check_unpacked(unpacked: int, packed: int) -> None:
+    """ValueError for a file of `packed` bytes that unpacks to so many that it was made to fill the memory."""
+    if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * packed):
+        raise ValueError(
+            f"its {packed} bytes unpack to {unpacked} or more, which is over {UNPACKED_RATIO} times as much: if this "
+            "is right, store it unpacked"
+        )
+
+
+class Unpacked(io.RawIOBase):
+    """What is in a gzip file; reading raises ValueError, without the file's name, for a damaged or a hostile one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = gzip.open(path)  # noqa: SIM115
+        self._packed, self._done = path.stat().st_size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            count = self._file.readinto(buffer)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(str(error)) from None
+        self._done += count
+        check_unpacked(self._done, self._packed)
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def opened(path: Path, **how: Any) -> io.TextIOWrapper:
+    """A text file, gzipped if its name ends in .gz. how: encoding and newline."""
+    file: Any = io.BufferedReader(Unpacked(path), 1 << 16) if path.suffix == ".gz" else path.open("rb")
+    return io.TextIOWrapper(file, **how)
+
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What an image file may hold, whatever its name says. Others are not tried: some start programs."""
+
+
+def read_image(file: Path, mode: str) -> Any:
+    """The image of PIL in a file, in the mode "L" or "RGB"; transparency is left out, of 16 bits the upper 8 are taken.
+
+    Raises ValueError, naming the file, for what is no image, is damaged, has too many pixels for PIL's limit, or has
+    pixels whose range is not known; OSError for a file that cannot be opened.
+    """
+    pil = package("PIL.Image", "pillow")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pil.DecompressionBombWarning)
+            with pil.open(file, formats=IMAGE_FORMATS) as image:
+                image.load()
+        image.info.pop("transparency", None)
+        return _eight_bits(image, pil).convert(mode)
+    except Exception as error:  # PIL raises many kinds for a damaged file
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"{shown(file)} is no image that can be read: {shown(error, 300)}") from None
+
+
+def _eight_bits(image: Any, pil: Any) -> Any:
+    """The image, grey ones of 16 bits with their upper 8 bits, as PIL reads colours of 16 bits."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        tags = getattr(image, "tag_v2", {})  # of a TIFF: BitsPerSample, which may be 12, and whether 0 is black
+        if tags.get(262, 1) != 1:
+            raise ValueError("it has 16 bits a pixel with 0 for white: invert it")
+        return pil.fromarray((np.array(image) >> tags.get(258, (16,))[0] - 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating point numbers"
+        raise ValueError(f"its pixels are {kind}, whose range is not known: store it with 8 or 16 bits a channel")
+    return image
