@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import container, state, stored
+from . import container, owners, state, stored
 from .coding import decode, encode
 from .container import CHECKSUM, Container
 from .kernels.measured import cpu_model
@@ -43,6 +43,7 @@ def save(phases: Phases, path: str | Path, notes: Mapping[str, Any] | None = Non
     it cannot be written. Keys: weight/LAYER, mask/TASK/LAYER (see `exssnet.coding`), state/TASK/NAME,
     scores/TASK/LAYER; initial/NAME and frozen/NAME for what has no mask.
     """
+    owners.check(phases, "save")
     if phases.phase != "idle":
         raise RuntimeError(f"save: a task is open in the {phases.phase} phase; finish it first")
     _write(Path(path), stored.finished(phases), Meta(len(phases.bank), stored.kept(phases), notes), {})

@@ -20,7 +20,7 @@ from .kkt import RULES, Rule, sample_share, transfer
 from .methods import Method, preset
 from .nn import evaluation
 from .optim import ScoreAdam
-from .phases import Phases
+from .phases import PHASES, Phases
 from .progress import EpochRecord, OpenTask, Stopwatch, TaskReport, Training
 from .tasks import Task, batch_sizes, loader, stratified_split
 
@@ -153,6 +153,7 @@ class Learner:
         write or copy them before training goes on. RuntimeError for a task that was not opened by this learner.
         """
         phases, open_ = self.phases, self._open
+        phases.require("state", *PHASES)
         tensors, meta = stored.finished(phases) | state.random_states(), None
         if phases.phase != "idle":
             if open_ is None or open_.training is None:

@@ -95,7 +95,7 @@ class Phases:
         joint: train copies of the dense weights together with the scores (WSN, Kang et al. 2022); those that earlier
             tasks use must then be guarded, see `guard`.
         """
-        self._require("start_task", "idle")
+        self.require("start_task", "idle")
         if not len(self.bank):
             self._check_finite("start_task")
             self.own.capture()
@@ -131,7 +131,7 @@ class Phases:
         exclusive: only the free weights, mask and not used before (ExSSNeT); else the whole mask, which overwrites
         earlier tasks' weights (SSNeT).
         """
-        self._require("start_weight_phase", "mask")
+        self.require("start_weight_phase", "mask")
         self._check_finite("start_weight_phase")
         self._fix_masks()
         self._ended(f"the scores of task {self.active}'s mask phase")
@@ -149,7 +149,7 @@ class Phases:
 
         Training goes on with what is left (PackNet, Mallya & Lazebnik, CVPR 2018). Optimizers must be made anew.
         """
-        self._require("prune", "weight")
+        self.require("prune", "weight")
         self._ended(f"values of task {self.active} from before pruning")
         for name, layer in self.layers.items():
             free = self._open_free[name]
@@ -161,28 +161,29 @@ class Phases:
     @torch.inference_mode(False)
     def finish_task(self) -> int:
         """Store the task's weights, masks, scores and state; it stays active. Returns its number."""
-        self._require("finish_task", "mask", "joint", "weight")
+        self.require("finish_task", "mask", "joint", "weight")
         self._check_finite("finish_task")
         self.own.check_extra("finish_task")
         self._weights.put_back_used("finish_task", self.bank)
         if self.phase != "weight":
             self._fix_masks()
-        self._ended(f"parameters of task {self.active}'s {self.phase} phase")
-        for name, layer in self.layers.items():
-            if self.phase == "weight":
-                layer.store_values(self._open_free[name])
-        self._weights.end(store=True)
         kept = self.keep_scores is not None and len(self.scores) == len(self.bank)  # else those of earlier tasks lack
         scores = {name: s.to(self.keep_scores) for name, s in self._open_scores.items()} if kept else {}
+        learned, task = (self._open_masks, self.own.changed(), scores), len(self.bank)
+        self.bank, self.states, self.scores = stored.adopted(self, [learned])
+        self._ended(f"parameters of task {self.active}'s {self.phase} phase")
+        for name, free in self._open_free.items():
+            self.layers[name].store_values(free)
+        self._weights.end(store=True)
         self.phase = "idle"
-        task = self.adopt(self._open_masks, self.own.changed(), scores)
         self._close()
+        self._activate(task)
         return task
 
     @torch.inference_mode(False)
     def abandon_task(self) -> None:
         """Drop the open task and what it trained; the last finished task, if any, becomes active."""
-        self._require("abandon_task", "mask", "joint", "weight")
+        self.require("abandon_task", "mask", "joint", "weight")
         self._ended(f"parameters of task {self.active}, which was abandoned")
         for layer in self.layers.values():
             layer._clear()
@@ -203,7 +204,7 @@ class Phases:
 
         Everything is copied. ValueError, before anything is changed, for what does not fit the model.
         """
-        self._require("adopt", "idle")
+        self.require("adopt", "idle")
         self.bank, self.states, self.scores = stored.adopted(self, tasks)
         if tasks:
             self._activate(len(self.bank) - 1)
@@ -212,7 +213,7 @@ class Phases:
     @torch.inference_mode(False)
     def activate(self, task: int) -> None:
         """Make the model the network of a finished task: its masks, its batch norms, its biases."""
-        self._require("activate", "idle")
+        self.require("activate", "idle")
         self._activate(task)
 
     def _activate(self, task: int) -> None:
@@ -233,7 +234,7 @@ class Phases:
         Within the block only `using` and `fold` may be called. It belongs to one thread at a time: see
         `exssnet.serving.Served` for several. A backward pass may follow of a forward that went before.
         """
-        self._require("using", *PHASES, looking=True)
+        self.require("using", *PHASES, looking=True)
         held = {name: layer.hold() for name, layer in self.layers.items()}
         phase, active = self.phase, self.active
         self.looking.append(threading.get_ident())
@@ -261,7 +262,7 @@ class Phases:
 
         To be made in each phase. In the joint phase it holds the weights that earlier tasks use, see `guard`.
         """
-        self._require("optimizer", "mask", "joint", "weight")
+        self.require("optimizer", "mask", "joint", "weight")
         made = kind(self.parameters(), **options)
         if self.phase == "joint":
             self.guard(made)
@@ -283,7 +284,7 @@ class Phases:
 
     def free_mask(self, name: str) -> Tensor:
         """In the weight phase: where a layer's free values lie, bool of its weight's shape, in flat order."""
-        self._require("free_mask", "weight")
+        self.require("free_mask", "weight")
         return self._open_free[name]
 
     def dense_weights(self) -> list[Tensor]:
@@ -303,7 +304,7 @@ class Phases:
 
         Without it earlier tasks keep theirs as well, but this one is trained with other weights than it ends with.
         """
-        self._require("guard", "joint")
+        self.require("guard", "joint")
         freeze_weights(optimizer, self._weights.put_back_used("guard", self.bank))
 
     def random_scores(self, task: int) -> dict[str, Tensor]:
@@ -313,7 +314,7 @@ class Phases:
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of all that the open phase trains and of the task's state; `restore` puts it back."""
-        self._require("snapshot", *PHASES)
+        self.require("snapshot", *PHASES)
         masked = [p.detach().clone() for p in self.masked_parameters() + self.dense_weights()]
         state = {n: t.clone() for n, t in self.own.live().items()}
         return {"phase": self.phase, "task": self.active, "masked": masked, "state": state}
@@ -321,7 +322,7 @@ class Phases:
     @torch.inference_mode(False)
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Return to a snapshot of the same phase of the same task; RuntimeError, and no change, for another one."""
-        self._require("restore", *PHASES)
+        self.require("restore", *PHASES)
         parameters, values = self.masked_parameters() + self.dense_weights(), snapshot["masked"]
         taken, now = (
             f"task {task}'s {phase} phase with {sum(t.numel() for t in tensors)} masked parameters"
@@ -380,7 +381,7 @@ class Phases:
 
         The model's own `state_dict` is the network of the active or open task alone.
         """
-        self._require("state_dict", *PHASES)
+        self.require("state_dict", *PHASES)
         tensors = stored.finished(self)
         if self.phase != "idle":
             tensors |= {f"open/{n}": t for n, t in self.open_tensors().items()}
@@ -397,7 +398,7 @@ class Phases:
 
         Optimizers are to be made anew. ValueError, before anything is changed, for what does not fit.
         """
-        self._require("load_state_dict", *PHASES)
+        self.require("load_state_dict", *PHASES)
         names = ("phase", "active", "tasks", "k", "tensors")
         if not isinstance(state, Mapping) or set(state) != set(names):
             got = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
@@ -476,7 +477,8 @@ class Phases:
             name: layer.scores.detach().clone() for name, layer in self.layers.items() if layer.scores is not None
         }
 
-    def _require(self, call: str, *phases: Phase, looking: bool = False) -> None:
+    def require(self, call: str, *phases: Phase, looking: bool = False) -> None:
+        """RuntimeError unless this object owns the model as it was, in one of the phases, and no `using` is open."""
         owners.check(self, call)
         who = "this" if threading.get_ident() in self.looking else "another"
         if self.looking and not (looking and who == "this"):
@@ -488,11 +490,11 @@ class Phases:
 
     @property
     def initial(self) -> dict[str, Tensor]:
-        """What each task has its own of when it starts, by name: parameters without a mask, and buffers."""
+        """What each task has its own of when it starts, by name."""
         return self.own.initial
 
     @torch.inference_mode(False)
     def reset_state(self) -> None:
         """Bring what each task has its own of to where the first task starts."""
-        self._require("reset_state", "idle")
+        self.require("reset_state", "idle")
         self.own.write({})

@@ -145,6 +145,7 @@ class Served:
         """The task's network; what all tasks share it has not of its own."""
         phases = self._phases
         owners.check(phases, "Served")
+        phases.own.check("Served")
         shared = [t for n, t in self._blank.named_parameters() if n not in phases.initial]
         network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), 0)
         phases.own.write(phases.states[task], network.module)

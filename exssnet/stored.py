@@ -168,15 +168,21 @@ def state_tensors(phases: TaskStore, state: Mapping[str, Tensor], prefix: str) -
     return {f"{prefix}{n}": t for n, t in state.items() if n not in own.transient or not own.is_initial(n, t)}
 
 
-def take_state(phases: TaskStore, pieces: Pieces, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """Values of a task's own tensors; only a buffer that may be made or change its shape in training has any shape."""
+def take_state(
+    phases: TaskStore, pieces: Pieces, prefix: str, names: Iterable[str], *casts: torch.dtype
+) -> dict[str, Tensor]:
+    """Values of a task's own tensors; only a buffer that may be made or change its shape in training has any shape.
+
+    casts: dtypes that floating point values may have as well.
+    """
     own, state = phases.own, {}
     for name in names:
         like, key = own.initial.get(name), f"{prefix}{name}"
+        dtypes = () if like is None else (like.dtype, *(casts if like.is_floating_point() else ()))
         if like is not None and name not in own.transient:
-            state[name] = pieces.take(key, like.shape, like.dtype)
+            state[name] = pieces.take(key, like.shape, *dtypes)
         elif own.has(name):
-            state[name] = pieces.take(key, pieces.left[key].shape, *([] if like is None else [like.dtype]))
+            state[name] = pieces.take(key, pieces.left[key].shape, *dtypes)
     return state
 
 
@@ -196,7 +202,7 @@ def adopted(
     for number, (masks, state, task_scores) in enumerate(tasks, len(bank)):
         bank.add({n: t.detach().clone() for n, t in masks.items()})
         pieces = Pieces(dict(state))
-        states.append({n: t.detach().clone() for n, t in take_state(phases, pieces, "", state).items()})
+        states.append({n: t.detach().clone() for n, t in take_state(phases, pieces, "", state, *FLOATS).items()})
         pieces.end()
         if task_scores:
             pieces = Pieces(dict(task_scores))

@@ -286,7 +286,7 @@ WRONG = {
         masks, state, {n: t for n, t in scores.items() if n != "head"}),
     r"\(3,\) for norm.bias": lambda masks, state, scores: (masks, {**state, "norm.bias": torch.ones(3)}, scores),
     "expected torch.float32": lambda masks, state, scores: (
-        masks, {**state, "norm.bias": torch.ones(8, dtype=torch.float64)}, scores),
+        masks, {**state, "norm.bias": torch.ones(8, dtype=torch.int32)}, scores),
     "NaN": lambda masks, state, scores: (masks, state, {**scores, "head": scores["head"] * torch.nan}),
     "expected masks of the layers": lambda masks, state, scores: ({"head": masks["head"]}, state, scores),
     "1 of 2 tasks have scores": lambda masks, state, scores: (masks, state, {}),
@@ -438,3 +438,42 @@ def test_inference_mode_around_the_phases_makes_nothing_that_cannot_train() -> N
     phases.model(X.clone().requires_grad_()).sum().backward()
     _learn(phases, 1.0)
     assert torch.equal(_logits(phases, 0), expected)
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["mask", "joint"])
+@pytest.mark.parametrize("end", ["finish_task", "abandon_task"])
+def test_a_task_goes_on_after_a_cast(joint: bool, end: str) -> None:
+    phases = Phases(_remembering())
+    _learn(phases, 0.0)
+    phases.start_task(joint=joint)
+    phases.model.to(torch.float64)
+    before = _logits(phases, 0, X.double())
+    weights = [layer.dense_weight.detach().clone() for layer in phases.layers.values()]
+    _train(phases, X.double() + 1)
+    live = [layer.dense_weight for layer in phases.layers.values()]
+    assert any(not torch.equal(a, b) for a, b in zip(live, weights, strict=True)) == joint
+    copy.deepcopy(phases.model)
+    getattr(phases, end)()
+    if end == "finish_task":
+        with evaluation(phases.model):
+            now = phases.model(X.double())
+        assert torch.equal(_logits(phases, 1, X.double()), now)
+    assert torch.equal(_logits(phases, 0, X.double()), before)
+
+
+def test_what_does_not_own_the_model_saves_and_serves_nothing(two: tuple[Phases, Phases], tmp_path: Any) -> None:
+    phases = two[0]
+    served = Served(phases)
+    Phases(phases.model)
+    with pytest.raises(RuntimeError, match="save: another Phases was made"):
+        checkpoint.save(phases, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="Served: another Phases was made"):
+        served(images(), [0] * 24)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_with_a_stranger_is_not_served(two: tuple[Phases, Phases]) -> None:
+    served = Served(two[0])
+    two[0].model.pool = nn.BatchNorm2d(8, affine=False)
+    with pytest.raises(RuntimeError, match="Served: the module 'pool' was put in"):
+        served(images(), [0] * 24)

@@ -4,7 +4,8 @@ from ..beginning import allocate_density, signed_constant_
 from ..layout import TaskBatchNorm1d, TaskBatchNorm2d
 from .convert import convert, plain_state_dict, supermask_layers, swaps, unconvert
 from .evaluation import evaluation
-from .layers import PATTERN, TENSORS, SupermaskConv1d, SupermaskConv2d, SupermaskLayer, SupermaskLinear
+from .layers import PATTERN, TENSORS, SupermaskLayer
+from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
 from .summary import Summary, summary
 
 __all__ = [

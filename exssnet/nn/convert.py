@@ -13,7 +13,8 @@ from .. import blocks, layout, stale
 from ..beginning import allocate_density, signed_constant_
 from ..choice import PRODUCTS, Products
 from ..selecting import Selector, forget_selection, select_for_all
-from .layers import ATTRIBUTES, TENSORS, SupermaskConv1d, SupermaskConv2d, SupermaskLayer, SupermaskLinear
+from .layers import ATTRIBUTES, TENSORS, SupermaskLayer
+from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
 from .summary import summary
 
 MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {

@@ -1,4 +1,4 @@
-"""Layers with a supermask: `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` of which a mask keeps a share of the weights."""
+"""What layers with a supermask share: a dense weight, of which a mask keeps a share, and the ways to use it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import config as compiler
-from torch.nn import functional as F
 
 from ..choice import Products, fused_is_faster, recorded, sparse_is_faster, traced
-from ..layout import TaskBatchNorm
 from ..ops import (
     PackedPattern,
     SparsePattern,
@@ -18,17 +16,7 @@ from ..ops import (
     kept_weights,
     masked_weight,
     pack_mask,
-    packed_conv1d,
-    packed_conv2d,
-    packed_linear,
-    sparse_conv1d,
-    sparse_conv2d,
-    sparse_conv2d_folded,
-    sparse_linear,
     sparse_pattern,
-    supermask_conv1d,
-    supermask_conv2d,
-    supermask_linear,
     supermask_weights,
     topk_mask,
     topk_masks,
@@ -319,6 +307,14 @@ class SupermaskLayer(nn.Module):
             if name in TENSORS:
                 setattr(self, name, None)
 
+    def _apply(self, *how: Any) -> "SupermaskLayer":
+        """Moves and casts: a weight that trains, in a joint phase, stays a leaf."""
+        trains = self.dense_weight.requires_grad
+        with torch.no_grad():
+            super()._apply(*how)  # type: ignore[no-untyped-call]
+        self.dense_weight.requires_grad_(trains)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what was made here: another machine may choose otherwise."""
         return {**self.__dict__, "_choices": {}, "_made": {}, "_read": None, "recent": None}
@@ -373,128 +369,3 @@ class SupermaskLayer(nn.Module):
     def extra_repr(self) -> str:
         phase = "scores" if self.scores is not None else "values" if self.free_values is not None else "fixed mask"
         return f"{super().extra_repr()}, k={self.k} of {self.dense_weight.numel()}, {phase}"
-
-
-class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]
-    """`nn.Linear` of which only a supermask of the weights is used; see `SupermaskLayer` and `supermask_linear`.
-
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Linear`, by default without a
-    bias. The bias, if any, has no mask. x (..., in_features) to (..., out_features). ValueError for a wrong density.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *options: Any, density: float = 0.1,
-                 **more: Any) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias, *options, **more)
-        self._own_weight(density)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_read()
-        sparse = self._sparse(x)
-        if self.scores is not None:
-            self._note_call()
-            if not self._fused(x):
-                return F.linear(x, self._masked_weight(x), self.bias)
-            return supermask_linear(x, self.dense_weight, self.scores, bias=self.bias, sparse=sparse, **self._scored())
-        if sparse:
-            return sparse_linear(x, *self._values(), self.bias)
-        if self._fused(x):
-            return packed_linear(x, *self._packed_values(), self.bias)
-        return F.linear(x, self._weight_of_values(), self.bias)
-
-
-class _SupermaskConv(SupermaskLayer):
-    """What both convolutions share; they name the operators."""
-
-    supermask_product: Callable[..., Tensor]
-    sparse_product: Callable[..., Tensor]
-    packed_product: Callable[..., Tensor]
-    dense_product: Callable[..., Tensor]
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], *geometry: Any,
-                 density: float = 0.1, bias: bool = False, **options: Any) -> None:  # fmt: skip
-        super().__init__(in_channels, out_channels, kernel_size, *geometry, bias=bias, **options)  # type: ignore[call-arg]
-        self._own_weight(density)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_read()
-        x, padding = self._padded(x)
-        sparse = self._sparse(x, padding)
-        if self.scores is not None:
-            self._note_call()
-            if not self._fused(x, padding):
-                weight = self._masked_weight(x)
-                return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
-            return self.supermask_product(
-                x, self.dense_weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
-                dilation=self.dilation, groups=self.groups, sparse=sparse, **self._scored(),
-            )  # fmt: skip
-        if sparse:
-            return self.sparse_product(
-                x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
-            )  # fmt: skip
-        geometry = self.bias, self.stride, padding, self.dilation, self.groups
-        if self._fused(x, padding):
-            return self.packed_product(x, *self._packed_values(), *geometry)
-        return self.dense_product(x, self._weight_of_values(), *geometry)
-
-    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
-        """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
-        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            return x, self.padding
-        mode = "constant" if self.padding_mode == "zeros" else str(self.padding_mode)
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0,) * len(self.kernel_size)  # type: ignore[arg-type]
-
-
-class SupermaskConv1d(_SupermaskConv, nn.Conv1d):  # type: ignore[override]
-    """`nn.Conv1d` of which only a supermask of the weights is used: x (N, C, L) to (N, O, L').
-
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv1d`, by default without a
-    bias. See `SupermaskLayer` and `supermask_conv1d`.
-    """
-
-    supermask_product = staticmethod(supermask_conv1d)
-    sparse_product = staticmethod(sparse_conv1d)
-    packed_product = staticmethod(packed_conv1d)
-    dense_product = staticmethod(F.conv1d)
-
-
-class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
-    """`nn.Conv2d` of which only a supermask of the weights is used: x (N, C, H, W) to (N, O, H', W').
-
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv2d`, by default without a
-    bias. See `SupermaskLayer` and `supermask_conv2d`.
-    """
-
-    supermask_product = staticmethod(supermask_conv2d)
-    sparse_product = staticmethod(sparse_conv2d)
-    packed_product = staticmethod(packed_conv2d)
-    dense_product = staticmethod(F.conv2d)
-
-    def normalised(self, x: Tensor, norm: TaskBatchNorm, residual: Tensor | None, relu: bool) -> Tensor | None:
-        """``norm(self(x), residual, relu)`` in one operation; None in training, and where it cannot be had.
-
-        The norm's statistics become a scale and a bias of the output, see `sparse_conv2d_folded`.
-        """
-        if self.frozen_values is None or norm.training or norm.running_var is None or norm.running_mean is None:
-            return None
-        if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
-            return None
-        if residual is not None and (residual.dtype != x.dtype or residual.dim() != 4):
-            return None
-        x, padding = self._padded(x)
-        if not self._sparse(x, padding):
-            return None
-        scale, bias = self._once((self, norm), lambda: self._folded(norm))
-        return sparse_conv2d_folded(
-            x, *self._values(), self.kernel_size, scale, bias, residual, relu, self.stride, padding, self.dilation
-        )  # type: ignore[arg-type]
-
-    def _folded(self, norm: TaskBatchNorm) -> tuple[Tensor, Tensor]:
-        """Scale and bias of the product that the bias and a norm in evaluation amount to."""
-        assert norm.running_var is not None
-        assert norm.running_mean is not None
-        scale = (norm.running_var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        return scale, -scale * mean if norm.bias is None else norm.bias - scale * mean
