@@ -1,7 +1,9 @@
 """The networks of all finished tasks at once, for inference: a task number with every sample."""
 
 import copy
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,19 @@ class _Network:
     counted: int = 0  # entries of `kept` in size
 
 
+_all: "weakref.WeakSet[Served]" = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """In a forked child, which has none of the threads that may have held the locks."""
+    for served in _all:
+        served._lock, served._making = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
+
+
 class Served:
     """The finished tasks' networks: ``served(x, task_ids)`` answers each sample by the network of its task.
 
@@ -40,16 +55,19 @@ class Served:
     cache: bytes that the networks may take together; the one not used for the longest time is dropped first, and made
         again when asked for. A kept float32 weight takes 8: 5 % of a ResNet-18 of 11 M weights are 4.5 MB a task.
     Threads may call it at the same time, with the results of one call after another; only the look-up of networks is
-    locked. ValueError for tasks that are not finished.
+    locked. ValueError for tasks that are not finished, and for a bound that is no whole number of bytes.
     """
 
     def __init__(self, phases: Phases, tasks: Iterable[int] | None = None, cache: int = 256 << 20) -> None:
+        if isinstance(cache, bool) or not isinstance(cache, int) or cache < 0:
+            raise ValueError(f"Served: cache must be a whole number of bytes, at least 0, got {repr(cache)[:50]}")
         self._phases, self._cache = phases, cache
         self._tasks = None if tasks is None else sorted(set(tasks))
         for task in self._tasks or ():
             _check_known(task, range(len(phases.bank)))
         self._networks: OrderedDict[int, _Network] = OrderedDict()  # the last used one last
         self._lock, self._making = threading.Lock(), threading.Lock()
+        _all.add(self)
         self._blank = _without_weights(phases)
         # Values lie in the pattern's order, so the slots of all layers count from 0 on.
         layers = phases.layers.values()
@@ -149,6 +167,7 @@ class Served:
         network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), 0)
         phases.own.write(phases.states[task], network.module)
         weights = phases.weights_before()
+        choices = {name: layer._choices for name, layer in supermask_layers(self._blank)}  # made once for all tasks
         for name, layer in supermask_layers(network.module):
             weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
@@ -160,7 +179,7 @@ class Served:
             )  # fmt: skip
             for key, tensor in zip(PATTERN, tensors, strict=True):
                 setattr(layer, key, tensor)
-            layer._kept = network.kept
+            layer._kept, layer._choices = network.kept, choices[name]
         found = (*network.module.parameters(), *network.module.buffers())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
         for t in (*shared, self._slots):

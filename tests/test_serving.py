@@ -1,18 +1,24 @@
 """Served: every sample by the network of its task, bit for bit as the task's own network answers, in any thread."""
 
+import os
+import random
 import re
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from accuracy import assert_accurate
 from networks import SmallNet, changes, picture
+from processes import in_child
 from torch import Tensor, nn
 
-from exssnet import Phases, Served, convert
+from exssnet import Phases, Served, choice, convert
 from exssnet.models import LeNet300100, ResNet18
+from exssnet.kernels import measured
 from exssnet.nn import evaluation, layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. masks cover")  # small embeddings are a large share here
@@ -166,6 +172,83 @@ def test_dense_weights_are_made_once_and_counted(monkeypatch: pytest.MonkeyPatch
     assert len(made) == 2 * len(served._phases.layers)
     dense = sum(4 * layer.dense_weight.numel() for layer in served._phases.layers.values())
     assert served.nbytes > 2 * dense
+
+
+def test_200_batch_sizes_are_measured_as_few_for_all_tasks_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "_known", {})
+    asked: list[object] = []
+    measurements: list[object] = []
+    monkeypatch.setattr(choice, "crossover", lambda *layer: measurements.append(layer) or 0.5)
+    monkeypatch.setattr(layers, "sparse_is_faster", lambda *a: asked.append(a) or choice.sparse_is_faster(*a))
+    served = Served(learned("lenet"))
+    asked.clear()
+    for count in range(1, 201):
+        served(torch.randn(count, 20), [count % 3] * count)
+        served(torch.randn(count, 20), [(count + 1) % 3] * count)
+    assert 0 < len(measurements) <= 9 * len(served._phases.layers)  # 1, 2, 4 ... 256
+    assert len(asked) == 200 * len(served._phases.layers)
+
+
+@pytest.mark.usefixtures("native")
+def test_the_slowest_calls_of_mixed_sizes_take_at_most_5_times_the_median(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The 99th percentile of the calling thread's own time, in the best of five rounds, after a few sizes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "_known", {})
+    served, draw = Served(learned("lenet")), random.Random(0)
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        served(torch.randn(count, 20), [i % 3 for i in range(count)])
+        for task in range(3):
+            served(torch.randn(count, 20), [task] * count)
+
+    def ratio() -> float:
+        seconds = []
+        for _ in range(200):
+            count = draw.randint(1, 64)
+            x, ids = torch.randn(count, 20), [draw.randrange(3) for _ in range(count)]
+            start = time.thread_time()
+            served(x, ids)
+            seconds.append(time.thread_time() - start)
+        seconds.sort()
+        return seconds[197] / seconds[99]
+
+    first = ratio()  # of sizes that are new
+    assert first < 5 or min(ratio() for _ in range(4)) < 5
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_answers_that_was_forked_while_another_thread_made_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, x = Served(learned("lenet", 2)), torch.randn(3, 20)
+    expected = served(x, [1] * 3)
+    served = Served(served._phases)
+    begun, ends, make = threading.Event(), threading.Event(), served._make
+
+    def slowly(task: int) -> object:
+        begun.set()
+        ends.wait(60)
+        return make(task)
+
+    monkeypatch.setattr(served, "_make", slowly)
+    maker = threading.Thread(target=lambda: served(x, [0] * 3))
+    maker.start()
+    begun.wait(60)
+    monkeypatch.setattr(served, "_make", make)
+    with served._lock:
+        status = in_child(lambda: torch.equal(served(x, [1] * 3), expected))
+    ends.set()
+    maker.join()
+    assert status == 0
+
+
+@pytest.mark.parametrize("cache", [-1, 0.5, float("nan"), float("inf"), True, None, "1 GB", 1e9])
+def test_a_bound_that_is_no_number_of_bytes_is_refused(cache: object) -> None:
+    with pytest.raises(ValueError, match=r"^Served: cache must be a whole number of bytes, at least 0, got [^\n]+$"):
+        Served(learned("lenet", 1), cache=cache)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("phase", ["mask", "weight", "joint", "idle"])
