@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import owners, stale, stored
+from . import owners, resident, stale, stored
 from .freezing import freeze_weights
 from .masks import MaskBank
 from .nn import SupermaskLayer, supermask_layers, unconvert
@@ -168,9 +168,8 @@ class Phases:
         if self.phase != "weight":
             self._fix_masks()
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
-        for name, layer in self.layers.items():
-            if self.phase == "weight":
-                layer.store_values(self._open_free[name])
+        for name, free in self._open_free.items():
+            self.layers[name].store_values(free)
         self._weights.end(store=True)
         kept = self.keep_scores is not None and len(self.scores) == len(self.bank)  # else those of earlier tasks lack
         scores = {name: s.to(self.keep_scores) for name, s in self._open_scores.items()} if kept else {}
@@ -449,6 +448,7 @@ class Phases:
 
     def _close(self) -> None:
         self._open_masks, self._open_free, self._open_scores = {}, {}, {}
+        resident.give_back_freed_memory()
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})

@@ -196,28 +196,26 @@ def test_200_batch_sizes_are_measured_as_few_for_all_tasks_together(
 def test_the_slowest_calls_of_mixed_sizes_take_at_most_5_times_the_median(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The 99th percentile of the calling thread's own time, in the best of five rounds, after a few sizes."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(measured, "_known", {})
-    served, draw = Served(learned("lenet")), random.Random(0)
-    for count in (1, 2, 4, 8, 16, 32, 64):
-        served(torch.randn(count, 20), [i % 3 for i in range(count)])
-        for task in range(3):
-            served(torch.randn(count, 20), [task] * count)
+    """The 99th percentile of the calling thread's own time, over sizes that are new, in the best of a few trials."""
+    phases, draw = learned("lenet"), random.Random(0)
 
-    def ratio() -> float:
+    def ratio(trial: int) -> float:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(trial)))
+        monkeypatch.setattr(measured, "_known", {})
+        served = Served(phases)
+        for count in (1, 2, 4, 8, 16, 32, 64):
+            for ids in ([0] * count, [1] * count, [2] * count, [i % 3 for i in range(count)]):
+                served(torch.randn(count, 20), ids)
         seconds = []
-        for _ in range(200):
-            count = draw.randint(1, 64)
-            x, ids = torch.randn(count, 20), [draw.randrange(3) for _ in range(count)]
+        for count in draw.choices(range(1, 65), k=200):
+            x, ids = torch.randn(count, 20), draw.choices(range(3), k=count)
             start = time.thread_time()
             served(x, ids)
             seconds.append(time.thread_time() - start)
         seconds.sort()
         return seconds[197] / seconds[99]
 
-    first = ratio()  # of sizes that are new
-    assert first < 5 or min(ratio() for _ in range(4)) < 5
+    assert any(ratio(trial) < 5 for trial in range(5))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
