@@ -58,7 +58,7 @@ _after_trim = 0  # bytes that were resident
 
 
 def give_back_freed_memory() -> None:
-    """Give freed memory back to the system, where glibc allocates, if this process has grown by a tenth since last time.
+    """Give freed memory back to the system, where glibc allocates, if the process has grown by a tenth since last time.
 
     glibc keeps what lies between blocks that stay, and does not fill it with tensors again: 500 tasks of LeNet-300-100,
     18 MB, had 870 MB. `keep_freed_memory` is about the steps of one task.

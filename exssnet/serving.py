@@ -21,7 +21,8 @@ from .phases import Phases
 @dataclass
 class _Network:
     module: nn.Module
-    size: int  # bytes of its own
+    history: Tensor  # see Served._history
+    size: int = 0  # bytes of its own
     kept: dict[Any, Any] = field(default_factory=dict)  # what its layers keep, see SupermaskLayer._once
     counted: int = 0  # entries of `kept` in size
 
@@ -68,7 +69,7 @@ class Served:
         self._networks: OrderedDict[int, _Network] = OrderedDict()  # the last used one last
         self._lock, self._making = threading.Lock(), threading.Lock()
         _all.add(self)
-        self._blank = _without_weights(phases)
+        self._blank, self._blank_of = _without_weights(phases), self._history()
         # Values lie in the pattern's order, so the slots of all layers count from 0 on.
         layers = phases.layers.values()
         device = next(iter(layers)).dense_weight.device
@@ -142,13 +143,22 @@ class Served:
 
     def _found(self, task: int) -> _Network | None:
         with self._lock:
-            if task in self._networks:
-                self._networks.move_to_end(task)
-            return self._networks.get(task)
+            network = self._networks.get(task)
+            if network is None or network.history is not self._history():
+                return None
+            self._networks.move_to_end(task)
+            return network
+
+    def _history(self) -> Tensor | None:
+        """The first task's mask, which is another tensor when `Phases.load_state_dict` brings other tasks."""
+        bank, name = self._phases.bank, next(iter(self._phases.layers))
+        return bank.packed(0, name) if len(bank) else None
 
     def _keep(self, task: int, network: _Network) -> None:
         """Count the network as it is now, and drop others, or itself, until all that are left fit."""
         with self._lock:
+            if network.history is not self._history():
+                return
             kept = list(network.kept.values())
             more = (t for made in kept[network.counted :] for t in (made if isinstance(made, tuple) else (made,)))
             network.size += sum(t.nbytes for t in more)
@@ -163,8 +173,12 @@ class Served:
         """The task's network; what all tasks share it has not of its own."""
         phases = self._phases
         owners.check(phases, "Served")
+        history = self._history()
+        assert history is not None
+        if history is not self._blank_of:
+            self._blank, self._blank_of = _without_weights(phases), history
         shared = [t for n, t in self._blank.named_parameters() if n not in phases.initial]
-        network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), 0)
+        network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), history)
         phases.own.write(phases.states[task], network.module)
         weights = phases.weights_before()
         choices = {name: layer._choices for name, layer in supermask_layers(self._blank)}  # made once for all tasks

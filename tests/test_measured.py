@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from processes import in_child
 
 from exssnet.kernels import measured

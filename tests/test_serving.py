@@ -6,8 +6,8 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from processes import in_child
 from torch import Tensor, nn
 
 from exssnet import Phases, Served, choice, convert
-from exssnet.models import LeNet300100, ResNet18
 from exssnet.kernels import measured
+from exssnet.models import LeNet300100, ResNet18
 from exssnet.nn import evaluation, layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. masks cover")  # small embeddings are a large share here
@@ -274,6 +274,30 @@ def test_answers_stay_when_the_model_learns_on() -> None:
     phases.finish_task()
     assert torch.equal(served(x, [0] * 3), before)
     assert not torch.equal(served(x, [1] * 3), before)
+
+
+def test_after_load_state_dict_the_tasks_that_it_brought_are_answered() -> None:
+    phases, x = learned("conv1d", 2), torch.randint(30, (6, 9))
+    others = learned("conv1d", 2)
+    ids = torch.tensor([0, 1] * 3)
+    served, unused = Served(phases), Served(phases)
+    before = served(x, ids)
+    phases.load_state_dict(others.state_dict())
+    expected = alone(others, x, ids)
+    assert not torch.equal(before, expected)
+    assert torch.equal(served(x, ids), expected)
+    assert torch.equal(unused(x, ids), expected)
+
+
+def test_weights_that_are_loaded_before_the_first_task_are_served() -> None:
+    torch.manual_seed(1)
+    phases, x = Phases(convert(Sentences(), 0.3)), torch.randint(30, (6, 9))
+    served = Served(phases)
+    with torch.no_grad():
+        phases.model.frozen.weight.add_(1.0)
+    phases.start_task()
+    phases.finish_task()
+    assert torch.equal(served(x, [0] * 6), alone(phases, x, torch.zeros(6, dtype=torch.int64)))
 
 
 def test_frozen_parameters_are_one_for_all_tasks() -> None:
