@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from .kernels import native
-from .kernels.measured import asked_masking, finish_on, known, measured, of_gpu, times
+from .kernels.measured import asked_masking, finish_on, known, measured, of_gpu, order, rounded, times
 from .ops import kept_weights, masked_weight, pack_mask, packed_pattern, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
@@ -37,7 +37,8 @@ def sparse_is_faster(
     geometry: (stride, padding, dilation, groups) of a convolution, in one dimension for x (N, C, L).
     products: "sparse" or "dense" decide alone, and so does the environment's EXSSNET_PRODUCTS over "auto". Otherwise
         the layer's crossover decides: the density at which output and input gradient cost the same either way,
-        measured when a shape is first met, and kept in a file of the user's cache folder.
+        measured when a shape is first met, and kept in a file of the user's cache folder. Sizes of batches and images
+        count there as the nearest powers of two.
     Dense without a kernel for the sparse products on x's device, for an empty x, and where these refuse the layer.
     On a CPU tiny layers, see `TINY_WORK`, and large ones of low density, see `SURE_WORK`, are sparse without a
     measurement. While operators are traced nothing is measured: what is known decides; where nothing is, or sizes
@@ -100,7 +101,7 @@ def _crossover_key(
 ) -> str:
     on_cpu = device.type == "cpu"
     where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
-    return " ".join(map(str, (*x, "to", *weight, *geometry, where, dtype)))
+    return " ".join(map(str, (*rounded(x), "to", *weight, *geometry, where, dtype)))
 
 
 def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Any]]:
@@ -137,7 +138,7 @@ def fused_is_faster(
         x = x.reshape(-1, x.shape[-1])
     x, weight, geometry = _as_images(x, weight, geometry)
     what = "masking" if density is None else f"values {density:.3f}"
-    layer = what, x.device, *x.shape, x.stride(), "to", weight.dtype, *weight.shape, *geometry, dtype
+    layer = what, x.device, x.shape, x.stride(), "to", weight.dtype, *weight.shape, *geometry, dtype
     try:
         if traced():
             ratio = _known_ratio(*layer)
@@ -154,8 +155,8 @@ def _known_ratio(*layer: Any) -> float | None:
     return ratio
 
 
-def _ratio_key(what: str, device: torch.device, *layer: Any) -> str:
-    return " ".join(map(str, (what, *layer, *of_gpu(device))))
+def _ratio_key(what: str, device: torch.device, x: Sequence[int], stride: Sequence[int], *layer: Any) -> str:
+    return " ".join(map(str, (what, *rounded(x), order(stride), *layer, *of_gpu(device))))
 
 
 def fused_over_written(

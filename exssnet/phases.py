@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import owners, stale, stored
+from . import owners, resident, stale, stored
 from .freezing import freeze_weights
 from .masks import MaskBank
 from .nn import SupermaskLayer, supermask_layers, unconvert
@@ -170,11 +170,12 @@ class Phases:
         kept = self.keep_scores is not None and len(self.scores) == len(self.bank)  # else those of earlier tasks lack
         scores = {name: s.to(self.keep_scores) for name, s in self._open_scores.items()} if kept else {}
         learned, task = (self._open_masks, self.own.changed(), scores), len(self.bank)
-        self.bank, self.states, self.scores = stored.adopted(self, [learned])
+        bank, states, scores_of = stored.adopted(self, [learned])
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, free in self._open_free.items():
             self.layers[name].store_values(free)
         self._weights.end(store=True)
+        self.states, self.scores, self.bank = states, scores_of, bank  # the bank last: other threads may serve
         self.phase = "idle"
         self._close()
         self._activate(task)
@@ -205,7 +206,8 @@ class Phases:
         Everything is copied. ValueError, before anything is changed, for what does not fit the model.
         """
         self.require("adopt", "idle")
-        self.bank, self.states, self.scores = stored.adopted(self, tasks)
+        bank, self.states, self.scores = stored.adopted(self, tasks)
+        self.bank = bank  # last: other threads may serve
         if tasks:
             self._activate(len(self.bank) - 1)
         return len(self.bank) - 1
@@ -399,15 +401,7 @@ class Phases:
         Optimizers are to be made anew. ValueError, before anything is changed, for what does not fit.
         """
         self.require("load_state_dict", *PHASES)
-        names = ("phase", "active", "tasks", "k", "tensors")
-        if not isinstance(state, Mapping) or set(state) != set(names):
-            got = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"load_state_dict: expected a state of Phases with {', '.join(names)}, got {got}")
-        phase, active, tasks = state["phase"], state["active"], state["tasks"]
-        stored.check_layers(state["k"], self)
-        within = (None, *range(tasks)) if phase == "idle" else (tasks,)
-        if phase not in PHASES or active not in within:
-            raise ValueError(f"load_state_dict: task {active} cannot be in the {phase} phase after {tasks} tasks")
+        phase, active, tasks = stored.parse(self, state, PHASES)
         pieces = stored.Pieces(state["tensors"])
         found = stored.take_finished(self, pieces, tasks)
         opened = stored.take_open(self, pieces, phase)
@@ -450,6 +444,7 @@ class Phases:
 
     def _close(self) -> None:
         self._open_masks, self._open_free, self._open_scores = {}, {}, {}
+        resident.give_back_freed_memory()
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})

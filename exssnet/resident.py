@@ -44,11 +44,34 @@ def keep_freed_memory() -> bool:
 
     Otherwise glibc gives activations back to the kernel after a step, which clears every page of 4 KB that the next one
     asks for, at about 2 us. It is for the process and for good, in tensors of up to 32 MB, as by
-    ``MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824`` in the environment. False where the C library
-    is not glibc.
+    ``MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824`` in the environment. False where memory is not
+    allocated by glibc: with another C library, or with jemalloc, tcmalloc or another allocator in its place.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not _glibc_allocates():
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, 1 << 30))
+
+
+_after_trim = 0  # bytes that were resident
+
+
+def give_back_freed_memory() -> None:
+    """Give freed memory back to the system, where glibc allocates, if the process has grown by a tenth since last time.
+
+    glibc keeps what lies between blocks that stay, and does not fill it with tensors again: 500 tasks of LeNet-300-100,
+    18 MB, had 870 MB. `keep_freed_memory` is about the steps of one task.
+    """
+    global _after_trim
+    if resident() > 1.1 * _after_trim and _glibc_allocates():
+        ctypes.CDLL(None).malloc_trim(0)
+        _after_trim = resident()
+
+
+def _glibc_allocates() -> bool:
+    """Whether malloc is glibc's own: another allocator that is linked or preloaded takes its place."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    used, own = (ctypes.cast(library.malloc, ctypes.c_void_p) for library in map(ctypes.CDLL, (None, "libc.so.6")))
+    return used.value == own.value

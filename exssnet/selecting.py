@@ -19,6 +19,7 @@ class Handed(NamedTuple):
 
     state: list[tuple[int, ...]]
     selections: Sequence[Tensor]
+    scores: Sequence[Tensor]  # held, so that no others have their identity
 
 
 class Selector:
@@ -33,6 +34,10 @@ class Selector:
         self.passed_over = dict(passed_over)
         self.hint = torch.full((len(self.layers), 2), -1, dtype=torch.int64, device="cpu")  # -1: nothing known
         self.handed: Handed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was handed over, which is of these scores and of no copies."""
+        return {**self.__dict__, "handed": None}
 
     def scored(self) -> list[Any]:
         """The layers that have scores, in the order of the model's modules."""
@@ -50,7 +55,7 @@ class Selector:
 
     def hand_over(self, layers: Sequence[Any], selections: Sequence[Tensor]) -> None:
         """Let the next training forward use selections of the scores as they are now."""
-        self.handed = Handed(_state(layers), selections)
+        self.handed = Handed(_state(layers), selections, [layer.scores for layer in layers])
 
     def selections(self, model: nn.Module, layers: Sequence[Any]) -> Sequence[Tensor]:
         """A selection for each of the layers with scores."""

@@ -1,7 +1,9 @@
 """The networks of all finished tasks at once, for inference: a task number with every sample."""
 
 import copy
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +21,23 @@ from .phases import Phases
 @dataclass
 class _Network:
     module: nn.Module
-    size: int  # bytes of its own
+    history: Tensor  # see Served._history
+    size: int = 0  # bytes of its own
     kept: dict[Any, Any] = field(default_factory=dict)  # what its layers keep, see SupermaskLayer._once
     counted: int = 0  # entries of `kept` in size
+
+
+_all: "weakref.WeakSet[Served]" = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """In a forked child, which has none of the threads that may have held the locks."""
+    for served in _all:
+        served._lock, served._making = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 class Served:
@@ -40,17 +56,20 @@ class Served:
     cache: bytes that the networks may take together; the one not used for the longest time is dropped first, and made
         again when asked for. A kept float32 weight takes 8: 5 % of a ResNet-18 of 11 M weights are 4.5 MB a task.
     Threads may call it at the same time, with the results of one call after another; only the look-up of networks is
-    locked. ValueError for tasks that are not finished.
+    locked. ValueError for tasks that are not finished, and for a bound that is no whole number of bytes.
     """
 
     def __init__(self, phases: Phases, tasks: Iterable[int] | None = None, cache: int = 256 << 20) -> None:
+        if isinstance(cache, bool) or not isinstance(cache, int) or cache < 0:
+            raise ValueError(f"Served: cache must be a whole number of bytes, at least 0, got {repr(cache)[:50]}")
         self._phases, self._cache = phases, cache
         self._tasks = None if tasks is None else sorted(set(tasks))
         for task in self._tasks or ():
             _check_known(task, range(len(phases.bank)))
         self._networks: OrderedDict[int, _Network] = OrderedDict()  # the last used one last
         self._lock, self._making = threading.Lock(), threading.Lock()
-        self._blank = _without_weights(phases)
+        _all.add(self)
+        self._blank, self._blank_of = _without_weights(phases), self._history()
         # Values lie in the pattern's order, so the slots of all layers count from 0 on.
         layers = phases.layers.values()
         device = next(iter(layers)).dense_weight.device
@@ -124,13 +143,22 @@ class Served:
 
     def _found(self, task: int) -> _Network | None:
         with self._lock:
-            if task in self._networks:
-                self._networks.move_to_end(task)
-            return self._networks.get(task)
+            network = self._networks.get(task)
+            if network is None or network.history is not self._history():
+                return None
+            self._networks.move_to_end(task)
+            return network
+
+    def _history(self) -> Tensor | None:
+        """The first task's mask, which is another tensor when `Phases.load_state_dict` brings other tasks."""
+        bank, name = self._phases.bank, next(iter(self._phases.layers))
+        return bank.packed(0, name) if len(bank) else None
 
     def _keep(self, task: int, network: _Network) -> None:
         """Count the network as it is now, and drop others, or itself, until all that are left fit."""
         with self._lock:
+            if network.history is not self._history():
+                return
             kept = list(network.kept.values())
             more = (t for made in kept[network.counted :] for t in (made if isinstance(made, tuple) else (made,)))
             network.size += sum(t.nbytes for t in more)
@@ -146,10 +174,15 @@ class Served:
         phases = self._phases
         owners.check(phases, "Served")
         phases.own.check("Served")
+        history = self._history()
+        assert history is not None
+        if history is not self._blank_of:
+            self._blank, self._blank_of = _without_weights(phases), history
         shared = [t for n, t in self._blank.named_parameters() if n not in phases.initial]
-        network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), 0)
+        network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), history)
         phases.own.write(phases.states[task], network.module)
         weights = phases.weights_before()
+        choices = {name: layer._choices for name, layer in supermask_layers(self._blank)}  # made once for all tasks
         for name, layer in supermask_layers(network.module):
             weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
@@ -161,7 +194,7 @@ class Served:
             )  # fmt: skip
             for key, tensor in zip(PATTERN, tensors, strict=True):
                 setattr(layer, key, tensor)
-            layer._kept = network.kept
+            layer._kept, layer._choices = network.kept, choices[name]
         found = (*network.module.parameters(), *network.module.buffers())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
         for t in (*shared, self._slots):

@@ -31,9 +31,11 @@ class SharedWeights:
 
     def train_copies(self) -> None:
         """Give the layers copies, which require a gradient."""
-        self._originals = self.tensors()
-        for layer in self._layers.values():
-            layer.dense_weight = layer.dense_weight.clone().requires_grad_()
+        originals = self.tensors()
+        copies = {name: weight.detach().clone().requires_grad_() for name, weight in originals.items()}
+        self._originals = originals
+        for name, layer in self._layers.items():
+            layer.dense_weight = copies[name]
 
     def put_back_used(self, call: str, bank: MaskBank) -> dict[Tensor, Tensor]:
         """Undo what was changed, in copies, of weights that finished tasks use, with a warning.

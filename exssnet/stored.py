@@ -101,6 +101,20 @@ def check_layers(k: Mapping[str, int], phases: TaskStore) -> None:
 Learned = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, state and scores of a task
 
 
+def parse(phases: TaskStore, state: Any, known: Sequence[str]) -> tuple[Any, int | None, int]:
+    """Phase, active task and number of finished tasks of a `Phases.state_dict`. ValueError for what does not fit."""
+    names = ("phase", "active", "tasks", "k", "tensors")
+    if not isinstance(state, Mapping) or set(state) != set(names):
+        got = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"load_state_dict: expected a state of Phases with {', '.join(names)}, got {got}")
+    phase, active, tasks = state["phase"], state["active"], state["tasks"]
+    check_layers(state["k"], phases)
+    within = (None, *range(tasks)) if phase == "idle" else (tasks,)
+    if phase not in known or active not in within:
+        raise ValueError(f"load_state_dict: task {active} cannot be in the {phase} phase after {tasks} tasks")
+    return phase, active, tasks
+
+
 @dataclass
 class Finished:
     """Finished tasks that were read and fit a `Phases`."""

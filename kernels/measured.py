@@ -7,7 +7,7 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,16 @@ _known: dict[str, float] = {}
 _measuring = threading.Lock()  # threads that meet a shape together measure it once, and choose alike
 
 
+def _free_lock() -> None:
+    """In a forked child, which has none of the threads that may have held the lock."""
+    global _measuring
+    _measuring = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_lock)
+
+
 def measured(key: str, on_gpu: bool, measure: Callable[[], float]) -> float | None:
     """What was measured for a key, in this run or an earlier one, or else now; None while a CUDA graph is captured."""
     if known(key) is None:
@@ -40,6 +50,19 @@ def measured(key: str, on_gpu: bool, measure: Callable[[], float]) -> float | No
                     _known[key] = measure()
                     _write()
     return _known[key]
+
+
+def rounded(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape (N, C, ...) of what is multiplied, but for its channels rounded to powers of two.
+
+    By it times are kept, so that batches and images of any sizes lead to few measurements.
+    """
+    return tuple(size if i == 1 else 1 << (size * size).bit_length() // 2 for i, size in enumerate(shape))
+
+
+def order(stride: Sequence[int]) -> tuple[int, ...]:
+    """The dimensions from the outermost in memory to the innermost."""
+    return tuple(sorted(range(len(stride)), key=lambda i: -stride[i]))
 
 
 def known(key: str) -> float | None:

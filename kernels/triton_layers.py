@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .measured import asked_masking, finish_on, measured, of_gpu, times
+from .measured import asked_masking, finish_on, measured, of_gpu, order, rounded, times
 from .triton_mask import Gradients, Mask, OutputParts, finish, given, selected
 from .triton_product import Geometry, Weight, product, weight_gradients
 
@@ -72,8 +72,9 @@ def or_written(kernel: Kernel) -> Kernel:
         if (asked := asked_masking()) != "auto" or not _can_be_timed(x):
             return asked != "written"
         what = x.device, *of_gpu(x.device), *(
-            (a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
-            for a in args
+            (a.dtype, *((rounded(a.shape), order(a.stride())) if name in ("x", "grad") else (a.shape, a.stride())))
+            if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
+            for name, a in zip(names, args, strict=True)
         )  # fmt: skip
         if what not in chosen:
             key = " ".join(map(str, (kernel.__name__, *what[1:])))

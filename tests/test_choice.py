@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,31 @@ def test_threads_batch_and_shape_are_measured_apart(monkeypatch: pytest.MonkeyPa
     torch.set_num_threads(2)
     choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
     assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("native")
+def test_200_batch_sizes_are_measured_as_nine_and_the_file_is_written_as_often(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    calls, writes, replace = measured_as(monkeypatch, 0.3), [], os.replace
+    monkeypatch.setattr(os, "replace", lambda part, file: writes.append(file) or replace(part, file))
+    for n in range(1, 201):
+        assert choice.sparse_is_faster(torch.zeros(n, 512), torch.zeros(256, 512), 0.2)
+    assert (len(calls), len(writes)) == (9, 9)  # 1, 2, 4 ... 256
+    monkeypatch.setattr(measured, "_known", {})  # another process
+    for n in range(1, 201):
+        assert choice.sparse_is_faster(torch.zeros(n, 512), torch.zeros(256, 512), 0.2)
+    assert (len(calls), len(writes)) == (9, 9)
+
+
+@pytest.mark.usefixtures("native", "cache")
+def test_images_and_sentences_of_many_sizes_are_measured_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = measured_as(monkeypatch, 0.3)
+    for size in range(20, 60):
+        choice.sparse_is_faster(torch.zeros(4, 32, size, size + 1), W, 0.2, GEOMETRY)
+        choice.sparse_is_faster(torch.zeros(4, 32, size), W[..., 0], 0.2, ((1,), (1,), (1,), 1))
+        choice.sparse_is_faster(torch.zeros(3, size, 512), torch.zeros(256, 512), 0.2)
+    assert len(calls) <= 12
 
 
 @pytest.mark.usefixtures("native")

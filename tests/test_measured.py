@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from processes import in_child
 
 from exssnet.kernels import measured
 
@@ -103,3 +105,38 @@ def test_nobody_waits_for_children_that_were_forked_during_a_measurement(cache: 
     with cache.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(copies[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.usefixtures("cache")
+def test_a_child_measures_that_was_forked_while_another_thread_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "PATIENCE", 0.05)  # for the file's lock, which the other thread holds on
+    begun, ends = threading.Event(), threading.Event()
+
+    def slowly() -> float:
+        begun.set()
+        ends.wait(60)
+        return 0.3
+
+    other = threading.Thread(target=lambda: measured.measured("other", False, slowly))
+    other.start()
+    begun.wait(60)
+    status = in_child(lambda: ask() == 0.3)
+    ends.set()
+    other.join()
+    assert status == 0
+
+
+def test_sizes_are_rounded_to_powers_of_two_and_channels_are_not() -> None:
+    sizes = {size: measured.rounded((size, 7))[0] for size in range(1, 1025)}
+    assert all(2 * size * size >= near * near and near * near * 2 >= size * size for size, near in sizes.items())
+    assert sorted(set(sizes.values())) == [2**i for i in range(11)]
+    assert measured.rounded((3, 3, 224, 9)) == (4, 3, 256, 8)
+
+
+def test_order_tells_layouts_apart_whatever_the_sizes() -> None:
+    shapes = [(n, 3, 5, 4) for n in (2, 7)]
+    plain = {measured.order(torch.empty(s).stride()) for s in shapes}
+    last = {measured.order(torch.empty(s).to(memory_format=torch.channels_last).stride()) for s in shapes}
+    batch = {measured.order(torch.empty(*s[1:], s[0]).movedim(-1, 0).stride()) for s in shapes}
+    assert (plain, last, batch) == ({(0, 1, 2, 3)}, {(0, 2, 3, 1)}, {(1, 2, 3, 0)})

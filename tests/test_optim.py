@@ -1,6 +1,8 @@
 """ScoreAdam: torch.optim.Adam for a whole model, whose selection the next forward takes."""
 
 import copy
+import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -88,6 +90,20 @@ def test_selection_handed_over_is_that_of_the_scores() -> None:
     model(images())
     for name, layer in supermask_layers(model):
         assert torch.equal(taken[name], ops.topk_select([layer.scores], [layer.k])[0][0])
+
+
+def test_no_other_scores_can_have_the_identity_of_those_that_a_selection_was_handed_over_for() -> None:
+    model = small_net()
+    steps(model, ScoreAdam(groups(model), model, 0.1), 1)
+    scores = weakref.ref(model.conv.scores)
+    assert copy.deepcopy(model)._selector.handed is None
+    for _, layer in supermask_layers(model):
+        layer.use_scores(layer.random_scores())
+    gc.collect()
+    assert scores() is not None
+    model(images())
+    gc.collect()
+    assert scores() is None
 
 
 @pytest.mark.parametrize("case", ["two groups", "no gradient", "lr is a tensor", "a copy of the optimizer"])

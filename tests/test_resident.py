@@ -1,10 +1,17 @@
 """What the process does with freed memory."""
 
+import ctypes
+import os
 import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from torch import nn
+
+from exssnet import Phases, convert, resident
 
 STEPS = """
 import ctypes, resource, sys, torch
@@ -49,6 +56,50 @@ def test_freed_memory_is_kept_for_the_next_step(what: str) -> None:
     assert int(faults) < 30
     if what == "blocks":  # of tensors, what lies behind them in the heap may keep them there by chance
         assert int(said("as it is")[0]) > 100
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator keeps freed memory")
+def test_a_finished_task_gives_freed_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks of 100 kB every tenth stays, so that the others lie between."""
+    c = ctypes.CDLL(None)
+    c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    phases = Phases(convert(nn.Sequential(nn.Linear(4, 3)), 0.5))
+    phases.start_task()
+    blocks = [c.malloc(ctypes.c_size_t(100 << 10)) for _ in range(2000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100 << 10)
+    for number, block in enumerate(blocks):
+        if number % 10:
+            c.free(block)
+    before = resident.resident()
+    monkeypatch.setattr(resident, "_after_trim", 0)
+    phases.finish_task()
+    assert before - resident.resident() > 100 << 20
+    for block in blocks[::10]:
+        c.free(block)
+
+
+PRELOADED = """
+#include <stddef.h>
+extern void *__libc_malloc(size_t);
+void *malloc(size_t size) { return __libc_malloc(size); }
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc loads allocators in place of its own")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_another_allocator_is_told(tmp_path: Path) -> None:
+    (tmp_path / "other.c").write_text(PRELOADED)
+    subprocess.run(["cc", "-shared", "-fPIC", "other.c", "-o", "other.so"], cwd=tmp_path, check=True)
+    script = f"import runpy; print(runpy.run_path({resident.__file__!r})['keep_freed_memory']())"
+
+    def said(**environment: str) -> str:
+        command = [sys.executable, "-c", script]
+        env = os.environ | environment
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.strip()
+
+    assert said() == "True"
+    assert said(LD_PRELOAD=str(tmp_path / "other.so")) == "False"
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

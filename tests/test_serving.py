@@ -1,17 +1,23 @@
 """Served: every sample by the network of its task, bit for bit as the task's own network answers, in any thread."""
 
+import os
+import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from accuracy import assert_accurate
 from networks import SmallNet, changes, picture
+from processes import in_child
 from torch import Tensor, nn
 
-from exssnet import Phases, Served, convert
+from exssnet import Phases, Served, choice, convert
+from exssnet.kernels import measured
 from exssnet.models import LeNet300100, ResNet18
 from exssnet.nn import evaluation, layers
 
@@ -168,6 +174,81 @@ def test_dense_weights_are_made_once_and_counted(monkeypatch: pytest.MonkeyPatch
     assert served.nbytes > 2 * dense
 
 
+def test_200_batch_sizes_are_measured_as_few_for_all_tasks_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "_known", {})
+    asked: list[object] = []
+    measurements: list[object] = []
+    monkeypatch.setattr(choice, "crossover", lambda *layer: measurements.append(layer) or 0.5)
+    monkeypatch.setattr(layers, "sparse_is_faster", lambda *a: asked.append(a) or choice.sparse_is_faster(*a))
+    served = Served(learned("lenet"))
+    asked.clear()
+    for count in range(1, 201):
+        served(torch.randn(count, 20), [count % 3] * count)
+        served(torch.randn(count, 20), [(count + 1) % 3] * count)
+    assert 0 < len(measurements) <= 9 * len(served._phases.layers)  # 1, 2, 4 ... 256
+    assert len(asked) == 200 * len(served._phases.layers)
+
+
+@pytest.mark.usefixtures("native")
+def test_the_slowest_calls_of_mixed_sizes_take_at_most_5_times_the_median(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The 99th percentile of the calling thread's own time, over sizes that are new, in the best of a few trials."""
+    phases, draw = learned("lenet"), random.Random(0)
+
+    def ratio(trial: int) -> float:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(trial)))
+        monkeypatch.setattr(measured, "_known", {})
+        served = Served(phases)
+        for count in (1, 2, 4, 8, 16, 32, 64):
+            for ids in ([0] * count, [1] * count, [2] * count, [i % 3 for i in range(count)]):
+                served(torch.randn(count, 20), ids)
+        seconds = []
+        for count in draw.choices(range(1, 65), k=200):
+            x, ids = torch.randn(count, 20), draw.choices(range(3), k=count)
+            start = time.thread_time()
+            served(x, ids)
+            seconds.append(time.thread_time() - start)
+        seconds.sort()
+        return seconds[197] / seconds[99]
+
+    assert any(ratio(trial) < 5 for trial in range(5))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_answers_that_was_forked_while_another_thread_made_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, x = Served(learned("lenet", 2)), torch.randn(3, 20)
+    expected = served(x, [1] * 3)
+    served = Served(served._phases)
+    begun, ends, make = threading.Event(), threading.Event(), served._make
+
+    def slowly(task: int) -> object:
+        begun.set()
+        ends.wait(60)
+        return make(task)
+
+    monkeypatch.setattr(served, "_make", slowly)
+    maker = threading.Thread(target=lambda: served(x, [0] * 3))
+    maker.start()
+    begun.wait(60)
+    monkeypatch.setattr(served, "_make", make)
+    with served._lock:
+        status = in_child(lambda: torch.equal(served(x, [1] * 3), expected))
+    ends.set()
+    maker.join()
+    assert status == 0
+
+
+@pytest.mark.parametrize("cache", [-1, 0.5, float("nan"), float("inf"), True, None, "1 GB", 1e9])
+def test_a_bound_that_is_no_number_of_bytes_is_refused(cache: object) -> None:
+    with pytest.raises(ValueError, match=r"^Served: cache must be a whole number of bytes, at least 0, got [^\n]+$"):
+        Served(learned("lenet", 1), cache=cache)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("phase", ["mask", "weight", "joint", "idle"])
 def test_the_model_and_its_phases_are_untouched_in_the(phase: str) -> None:
     phases = learned("small")
@@ -193,6 +274,30 @@ def test_answers_stay_when_the_model_learns_on() -> None:
     phases.finish_task()
     assert torch.equal(served(x, [0] * 3), before)
     assert not torch.equal(served(x, [1] * 3), before)
+
+
+def test_after_load_state_dict_the_tasks_that_it_brought_are_answered() -> None:
+    phases, x = learned("conv1d", 2), torch.randint(30, (6, 9))
+    others = learned("conv1d", 2)
+    ids = torch.tensor([0, 1] * 3)
+    served, unused = Served(phases), Served(phases)
+    before = served(x, ids)
+    phases.load_state_dict(others.state_dict())
+    expected = alone(others, x, ids)
+    assert not torch.equal(before, expected)
+    assert torch.equal(served(x, ids), expected)
+    assert torch.equal(unused(x, ids), expected)
+
+
+def test_weights_that_are_loaded_before_the_first_task_are_served() -> None:
+    torch.manual_seed(1)
+    phases, x = Phases(convert(Sentences(), 0.3)), torch.randint(30, (6, 9))
+    served = Served(phases)
+    with torch.no_grad():
+        phases.model.frozen.weight.add_(1.0)
+    phases.start_task()
+    phases.finish_task()
+    assert torch.equal(served(x, [0] * 6), alone(phases, x, torch.zeros(6, dtype=torch.int64)))
 
 
 def test_frozen_parameters_are_one_for_all_tasks() -> None:
