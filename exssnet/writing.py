@@ -71,7 +71,7 @@ def locked(path: Path, waits: Callable[[], bool] = lambda: False, needed: bool =
     lock to be had, as on some network file systems; else the file is then not locked. A lock ends with its process.
     """
     while True:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as file:
             while not _locks(file, needed):
                 if not waits():
                     yield None
