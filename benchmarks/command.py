@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from exssnet import keep_freed_memory
+from exssnet.writing import write_text
 
 from . import ceilings, memory, ops, serving, sweep, timing, training
 
@@ -80,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
             if share < 0.9 and options.device == "cpu":
                 print(f"\nThe machine was busy: this run had {share:.2f} of a core. Compare the ratios alone.")
             if options.json:
-                options.json.write_text(json.dumps(found, indent=1))
+                write_text(options.json.resolve(), json.dumps(found, indent=1))
     finally:
         torch.set_num_threads(threads_before)
     return 0

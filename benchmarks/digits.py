@@ -11,6 +11,7 @@ import itertools
 import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from exssnet.methods import METHODS
 from exssnet.metrics import average_accuracy, forgetting
 from exssnet.models import LeNet300100
 from exssnet.tasks import Task, load, split_by_class
+from exssnet.writing import write_text
 
 GRID = (1e-3, 3e-3, 1e-2)
 TUNING_SEEDS = (1000, 1001, 1002)
@@ -98,8 +100,7 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"options": vars(options), "rows": rows}, file, indent=2)
+        write_text(Path(options.json).resolve(), json.dumps({"options": vars(options), "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

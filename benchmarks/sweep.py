@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from exssnet.plotting import pyplot
+from exssnet.plotting import pyplot, save
 
 from .networks import NETWORKS, PEERS, Start
 from .timing import Timing, alternate, milliseconds, percent, table, tick
@@ -124,5 +124,4 @@ def plot(network: str, runs: list[dict[str, Any]], file: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    save(figure, file, dpi=150)

@@ -19,7 +19,7 @@ from .kernels.measured import cpu_model
 from .learner import Learner
 from .phases import Phases
 from .tasks import Task
-from .typed import typed
+from .typed import printable, shown, typed
 
 FORMAT, FIRST = "exssnet-2", "exssnet-1"
 
@@ -138,8 +138,7 @@ def describe(path: str | Path, verify: bool = False) -> str:
     ]  # fmt: skip
     if isinstance(options := notes.get("options"), dict):
         rows.append(("options", ", ".join(f"{name} {value}" for name, value in options.items())))
-    text = "\n".join(f"{name:<12}{value}" for name, value in rows if value)
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return "\n".join(printable(f"{name:<12}{value}") for name, value in rows if value)
 
 
 # Inside
@@ -171,7 +170,7 @@ def _named(path: str | Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"load: {path}: {error}") from error
+        raise ValueError(f"load: {shown(Path(path))}: {shown(error, 1000)}") from error
 
 
 def _meta(found: Container) -> Meta:
@@ -191,6 +190,15 @@ def _meta(found: Container) -> Meta:
     if isinstance(described, dict) and described.keys() == {"tasks", "k", "notes"}:  # as the first format has it
         described |= {"learner": None, "versions": {}}
     meta: Meta = typed(Meta, described, "the description")
+    weights = {n: math.prod(found.entries[f"weight/{n}"].shape) for n in meta.k if f"weight/{n}" in found.entries}
+    masks = sum(key.startswith("mask/") for key in found.entries)
+    if meta.k.keys() != weights.keys() or meta.tasks * max(1, len(meta.k)) != masks:
+        raise ValueError(
+            f"its description tells of {len(meta.k)} layers and {meta.tasks} tasks, it holds {len(weights)} of their "
+            f"weights and {masks} masks"
+        )
+    if wrong := [f"{k} of {weights[n]} weights in {n}" for n, k in meta.k.items() if not 0 <= k <= weights[n]]:
+        raise ValueError(f"its description tells of masks that keep {wrong[0]}")
     return meta
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +26,8 @@ from .report import Report, observer
 from .resident import keep_freed_memory
 from .saving import Saver, Stopped
 from .tasks import Task, load, names, permuted_pixels, rotated, split_by_class, stream, streams
-from .typed import fitting, read_yaml, shown
+from .typed import fitting, printable, read_yaml, shown
+from .writing import alone_in
 
 
 def _option(default: Any, help_: str, **more: Any) -> Any:
@@ -88,7 +90,9 @@ class TrainOptions:
 
 
 CHECKPOINT = "checkpoint.safetensors"
-FREE = ("root", "threads", "every", "every_minutes", "out")
+MODEL = "model.safetensors"
+MOST_THREADS = 1024
+FREE = ("root", "cache", "threads", "every", "every_minutes", "out")
 """Options that a resumed run may be given anew."""
 
 
@@ -164,9 +168,11 @@ def _to_resume(text: str, chosen: dict[str, Any]) -> tuple[TrainOptions, Path]:
             "N steps, and when SIGINT or SIGTERM stops it"
         )
     notes = checkpoint.header(path).notes
-    if not isinstance(notes, dict) or not isinstance(notes.get("options"), dict):
+    if not _of_run(notes):
         raise ValueError(f"{path} is of no run of `exssnet train`: load it with exssnet.checkpoint")
-    options = _checked(path, notes["options"])
+    options, learned = _checked(path, notes["options"]), len(notes["classes"])
+    if options.get("tasks") not in (None, learned):
+        raise ValueError(f"{path} is damaged: it tells of {options['tasks']} tasks, and of the classes of {learned}")
     for name, value in chosen.items():
         if name not in FREE and value != options.get(name):
             raise ValueError(
@@ -174,23 +180,44 @@ def _to_resume(text: str, chosen: dict[str, Any]) -> tuple[TrainOptions, Path]:
                 "leave it out, a resumed run keeps its options"
             )
     options |= {"out": str(path.parent)} | {name: value for name, value in chosen.items() if name in FREE}
+    cache = options.get("cache")
+    if cache is not None and "cache" not in chosen and not Path(cache).is_dir():
+        raise ValueError(f"the run in {path} keeps features of texts in {cache}, which is no folder: give --cache")
     return TrainOptions(**options), path
 
 
-def _make_room(path: Path) -> None:
-    """Remove the checkpoint of a run that was finished; ValueError for one that could go on."""
-    try:
-        meta = checkpoint.header(path)
-        tasks = len(meta.notes["classes"])
-        unfinished = meta.tasks < tasks
-    except (ValueError, KeyError, TypeError, OSError):
-        return  # nothing there, or nothing that can be read
-    if unfinished:
-        raise ValueError(
-            f"{path.parent} holds a run that stopped after {meta.tasks} of {tasks} tasks: go on with "
-            f"`exssnet train --resume {path.parent}`, give another --out, or delete {path}"
-        )
-    path.unlink()
+def _of_run(notes: Any) -> bool:
+    kinds = {"options": dict, "classes": list}
+    return isinstance(notes, dict) and all(isinstance(notes.get(name), kind) for name, kind in kinds.items())
+
+
+def _began(path: Path, options: TrainOptions) -> bool:
+    """Whether the checkpoint, if there is one, is of a run of these options."""
+    notes: Any = checkpoint.header(path).notes if path.exists() else None
+    asked = {name: value for name, value in asdict(options).items() if name not in FREE}
+    return _of_run(notes) and asked.items() <= notes["options"].items()
+
+
+def _check_room(out: Path, resume: Path | None) -> None:
+    """ValueError for a run in the folder that could go on, and for files of our names that this version cannot read.
+
+    resume: the checkpoint from which the run goes on, which may lie there.
+    """
+    instead = "give another --out, or move it away"
+    for path in (out / CHECKPOINT, out / MODEL):
+        if not path.exists() or (resume is not None and path.samefile(resume)):
+            continue
+        try:
+            meta = checkpoint.header(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; a new run would replace it: {instead}") from None
+        if path.name == CHECKPOINT and (meta.learner is None or not _of_run(meta.notes)):
+            raise ValueError(f"{path} is of no run of `exssnet train`, and a new run would replace it: {instead}")
+        if path.name == CHECKPOINT and meta.tasks < len(meta.notes["classes"]):
+            raise ValueError(
+                f"{out} holds a run that stopped after {meta.tasks} of {len(meta.notes['classes'])} tasks: go on with "
+                f"`exssnet train --resume {out}`, give another --out, or delete {path}"
+            )
 
 
 def _resume(learner: Learner, path: Path, tasks: Sequence[Any]) -> None:
@@ -201,7 +228,7 @@ def _resume(learner: Learner, path: Path, tasks: Sequence[Any]) -> None:
     then, now = checkpoint.header(path).versions, checkpoint.versions()
     for name in ("exssnet", "torch", "cpu"):
         if then.get(name) != now[name]:
-            told = f"the checkpoint is from {name} {then.get(name)}, this is {now[name]}"
+            told = f"the checkpoint is from {name} {printable(str(then.get(name)))}, this is {now[name]}"
             print(f"exssnet: {told}: results may differ in rounding", file=sys.stderr)
     done = len(learner.reports)
     if done == len(tasks):
@@ -218,16 +245,22 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
     """
     distributed.start()
     keep_freed_memory()
+    with alone_in(Path(options.out)) if distributed.rank() == 0 else nullcontext():
+        return _train(options, resume)
+
+
+def _train(options: TrainOptions, resume: Path | None) -> int:
+    """What `train` does while no other process may write into the folder."""
     threads, kept = options.threads, Path(options.out) / CHECKPOINT
-    if distributed.restarted() and kept.exists():
+    if distributed.restarted() and _began(kept, options):
         resume = kept
-    if resume is None and distributed.rank() == 0:
-        _make_room(kept)
+    if distributed.rank() == 0:
+        _check_room(kept.parent, resume)
     if resume is not None and threads is None:
         threads = checkpoint.header(resume).notes.get("threads")
     if threads is not None:
-        if not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads must be in [1, {MOST_THREADS}], got {shown(threads)}")
         torch.set_num_threads(threads)
     if (options.every is not None and options.every < 1) or not options.every_minutes >= 0:
         raise ValueError(
@@ -265,6 +298,7 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
         saver.learner = learner
         if resume is not None:
             _resume(learner, resume, tasks)
+        saver.replaces = resume != saver.path and saver.path.exists()
         stopped: BaseException | None = None
         try:
             with saver.at_signals():
@@ -278,7 +312,7 @@ def train(options: TrainOptions, resume: Path | None = None) -> int:
         learner.phases.abandon_task()
     if learner.reports:
         notes["classes"] = [r.classes for r in learner.reports]
-        checkpoint.save(learner.phases, report.out / "model.safetensors", notes)
+        checkpoint.save(learner.phases, report.out / MODEL, notes)
     if stopped is None and (saver.path.exists() or options.every):
         saver.write()
     report.show(learner)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .metrics import epochs_to_reach
-from .plotting import pyplot
+from .plotting import pyplot, save
 from .recipes import KKT, recipe
+from .writing import write_text
 
 Runs = list[dict[str, Any]]
 
@@ -62,9 +63,9 @@ def groups_of(report: dict[str, Any]) -> Groups:
 
 def write_report(report: dict[str, Any], out: Path) -> None:
     """Write report.json, report.md and, where matplotlib is installed, the plots it shows."""
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     plots = [f"![{title}]({file})" for title, file in _plots(groups_of(report), out)]
-    (out / "report.md").write_text("\n\n".join([*_text(report), *plots]) + "\n")
+    write_text(out / "report.md", "\n\n".join([*_text(report), *plots]) + "\n")
 
 
 def _text(report: dict[str, Any]) -> list[str]:
@@ -264,8 +265,7 @@ def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
     for title, file, draw in PLOTS if plt is not None and groups else ():
         figure = draw(plt, groups)
         if figure is not None:
-            figure.savefig(out / file, dpi=120)
-            plt.close(figure)
+            save(figure, out / file)
             drawn.append((title, file))
     return drawn
 

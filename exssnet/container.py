@@ -13,6 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from . import writing
 from .typed import typed
 
 CHECKSUM = "checksum"
@@ -101,7 +102,7 @@ def opened(path: str | Path) -> Iterator[Container]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors on the CPU, contiguous, and a checksum, atomically and onto the disk; OSError changes nothing."""
+    """Write tensors on the CPU, contiguous, and a checksum, as `exssnet.writing.replacing` does."""
     # The widest first: then every tensor lies at a multiple of its entries' size.
     order = sorted(tensors, key=lambda key: -tensors[key].element_size())
     sizes = [tensors[key].numel() * tensors[key].element_size() for key in order]
@@ -115,34 +116,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
 
-    def parts() -> Iterator[bytes | memoryview]:
-        yield len(header).to_bytes(8, "little")
-        yield header
-        for key in order:
-            yield tensors[key].reshape(-1).view(torch.uint8).numpy().data
-
-    _replace(path, parts())
-
-
-def _replace(path: Path, parts: Iterator[bytes | memoryview]) -> None:
-    """Write bytes and their SHA-256 beside the file, onto the disk, then put them in its place."""
-    part = path.with_name(path.name + ".part")
-    found = hashlib.sha256()
-    try:
-        with open(part, "wb") as file:
-            for data in parts:
-                found.update(data)
-                file.write(data)
-            file.write(found.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # that the new name stays, too, needs the folder on the disk
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little"), header]
+    parts += [tensors[key].reshape(-1).view(torch.uint8).numpy().data for key in order]
+    digest = hashlib.sha256()
+    with writing.replacing(path) as file:
+        for data in parts:
+            digest.update(data)
+            file.write(data)
+        file.write(digest.digest())

@@ -1,6 +1,9 @@
 """Matplotlib, where it is installed."""
 
+from pathlib import Path
 from typing import Any
+
+from .writing import replacing
 
 
 def pyplot() -> Any:
@@ -13,3 +16,12 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def save(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Replace an image file by a figure, in the format that the file's name tells, and close the figure."""
+    import matplotlib.pyplot as plt
+
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or None, dpi=dpi)
+    plt.close(figure)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import distributed, metrics
 from .learner import Learner, Observer
-from .plotting import pyplot
+from .plotting import pyplot, save
 from .progress import EpochRecord, TaskReport
 from .tasks import Task
+from .writing import write_text
 
 HEAD = "head"
 """The output layer of every network in `exssnet.models`."""
@@ -138,9 +139,8 @@ class Report:
         """result.json, metrics.jsonl, accuracy.png and curves.png, for the tasks learned so far."""
         from . import __version__
 
-        with open(self.out / "metrics.jsonl", "w") as file:
-            for report in learner.reports:
-                file.writelines(json.dumps(asdict(record)) + "\n" for record in report.history)
+        records = (record for report in learner.reports for record in report.history)
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(asdict(record)) + "\n" for record in records))
         done = len(learner.accuracy) > 0
         result = {
             "options": self.options,
@@ -152,7 +152,7 @@ class Report:
             "tasks": [_task_entry(learner, report) for report in learner.reports],
             "mask_bytes": learner.phases.bank.nbytes,
         }
-        (self.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_text(self.out / "result.json", json.dumps(result, indent=2) + "\n")
         if done:
             self._plot(learner)
 
@@ -213,8 +213,7 @@ class Report:
             xticks=range(tasks), yticks=range(tasks),
         )  # fmt: skip
         figure.colorbar(image, label="accuracy (%)")
-        figure.savefig(self.out / "accuracy.png", dpi=120)
-        plt.close(figure)
+        save(figure, self.out / "accuracy.png")
 
         figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
         start = 0
@@ -234,5 +233,4 @@ class Report:
         below.set(xlabel="epoch", ylabel=f"{'validation' if validated else 'training'} accuracy (%)")
         if tasks <= 6 and below.lines:
             below.legend(fontsize="x-small", ncols=2)
-        figure.savefig(self.out / "curves.png", dpi=120)
-        plt.close(figure)
+        save(figure, self.out / "curves.png")

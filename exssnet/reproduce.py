@@ -29,6 +29,8 @@ from .recipes import KKT, Rates, Recipe, Run, as_json, names, read, recipe
 from .resident import keep_freed_memory, peak, resident, restart_peak
 from .task_inference import RULES, TaskInference, evaluate_without_task
 from .tasks import Task, stratified_split, stream
+from .typed import shown, typed
+from .writing import alone_in, write_text
 
 
 class RunFailed(Exception):
@@ -171,9 +173,7 @@ def _end_with_parent() -> None:
 def _perform_to_file(job: Job, file: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()  # nobody waits for a run whose command was killed
     keep_freed_memory()
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(perform(job)))
-    os.replace(part, file)
+    write_text(file, json.dumps(perform(job)))
 
 
 def perform_all(jobs: Iterable[Job], out: Path, processes: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -204,7 +204,16 @@ def perform_all(jobs: Iterable[Job], out: Path, processes: int, tell: Callable[[
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [json.loads((out / job.file).read_text()) for job in jobs]
+    return [_read_json(out / job.file) for job in jobs]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError, naming the file, for any other."""
+    try:
+        found = typed(dict, json.loads(file.read_bytes()), "its content")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged, delete it to make it again: {shown(error)}") from None
+    return found  # type: ignore[no-any-return]
 
 
 def tune(made: Recipe, root: str, out: Path, processes: int, tell: Callable[[str], None]) -> dict[Run, Rates]:
@@ -242,15 +251,16 @@ def reproduce(
 
     ValueError if `out` holds results of another recipe.
     """
-    out.mkdir(parents=True, exist_ok=True)
     described = json.loads(json.dumps(as_json(made)))
     file = out / "recipe.json"
-    if file.exists() and json.loads(file.read_text()) != described:
+    before = _read_json(file) if file.exists() else described
+    if before.keys() != described.keys() or (before != described and any(out.glob("*/*.json"))):
         raise ValueError(f"{out} holds results of another recipe or another --scale: give another --out")
-    file.write_text(json.dumps(described, indent=1))
     began = time.time()
     first = Job(made, root, made.runs()[0], Rates(1, 1, 1))
     learner_of(first, tasks_of(first))  # missing data and a wrong model are told here, texts are encoded once
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(described, indent=1))
     rates = tune(made, root, out, processes, tell)
     runs = made.runs()
     jobs = [Job(made, root, run, rates[replace(run.group, method=run.base)]) for run in runs]
@@ -296,6 +306,8 @@ def run(options: argparse.Namespace) -> int:
     if options.processes < 1:
         raise ValueError(f"processes must be at least 1, got {options.processes}")
     out = options.out or Path("runs") / Path(options.recipe).stem
-    reproduce(recipe(made, options.recipe), options.root, out, options.processes, lambda line: print(line, flush=True))
-    print(f"\n{(out / 'report.md').read_text()}\nPlots and numbers are in {out}")
+    whole = recipe(made, options.recipe)
+    with alone_in(out):
+        reproduce(whole, options.root, out, options.processes, lambda line: print(line, flush=True))
+    print(f"\n{(out / 'report.md').read_text(encoding='utf-8')}\nPlots and numbers are in {out}")
     return 0

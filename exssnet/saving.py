@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checkpoint, distributed
 from .learner import Learner, Observer
 from .progress import EpochRecord
+from .typed import shown
 
 
 class Stopped(KeyboardInterrupt):
@@ -38,12 +39,13 @@ class Saver:
         self.learner: Learner | None = None
         self.coded: dict[str, Tensor] = {}
         self.signal = 0
+        self.replaces = False  # the file of an earlier run, which stays until this one has made a step
         self.steps, self.written = 0, time.monotonic()
 
     def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
         self.watching.on_step(task, phase, step, steps, loss)
         self.steps += 1
-        due = self.every and self.steps % self.every == 0
+        due = self.replaces or (self.every and self.steps % self.every == 0)
         if self.signal:
             self.stop(f"task {task}, {phase} phase, step {step} of {steps}")
         elif due or (self.seconds and time.monotonic() - self.written >= self.seconds):
@@ -65,10 +67,11 @@ class Saver:
         try:
             checkpoint.save_run(self.learner, self.path, self.notes, self.coded)
         except (OSError, ValueError) as error:
-            print(f"exssnet: no checkpoint was written, the one before it is whole: {error}", file=sys.stderr)
+            told = f"a checkpoint could not be saved, the file is whole: {shown(error, 500)}"
+            print(f"exssnet: {told}", file=sys.stderr)
             return False
         finally:
-            self.written = time.monotonic()
+            self.written, self.replaces = time.monotonic(), False
         return True
 
     def stop(self, where: str) -> None:

@@ -192,7 +192,7 @@ def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Train
         )
     training.epoch, training.waited = meta.epoch, meta.waited
     training.clock, training.epoch_clock = Stopwatch(meta.seconds), Stopwatch(meta.epoch_seconds)
-    training.sums.copy_(pieces.take("epoch/sums", (2,), torch.float32))
+    training.sums.copy_(pieces.take("epoch/sums", (2,), training.sums.dtype))
     if meta.kept is not None:
         snapshot = phases.snapshot()
         for i, target in enumerate(snapshot["masked"]):

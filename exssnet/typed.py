@@ -22,7 +22,7 @@ def shown(value: Any, most: int = 80) -> str:
     value is read than is shown.
     """
     if isinstance(value, PurePath):
-        return _printable(str(value))
+        return printable(str(value))
     if isinstance(value, BaseException):
         text = " ".join(str(value).split()) or type(value).__name__
     else:
@@ -31,11 +31,12 @@ def shown(value: Any, most: int = 80) -> str:
             text += part
             if len(text) > most:
                 break
-    text = _printable(text[: most + 1])
+    text = printable(text[: most + 1])
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """A text in one line, without what terminals obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -4,21 +4,17 @@ import json
 import math
 import os
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows: processes that meet a shape together may measure it each
-    fcntl = None  # type: ignore[assignment]
+from exssnet.writing import locked, write_text
 
 MASKING = ("auto", "fused", "written")
 KERNELS_VERSION = 2  # of what is kept: raise it when products become faster
@@ -148,16 +144,8 @@ def _read() -> dict[str, float]:
 def _write() -> None:
     """Keep what was measured, beside that of other machines; where nothing can be written, it is measured again."""
     with suppress(OSError, RuntimeError, ValueError):
-        file = _file()
         everything = _everything() | {_machine(): _read() | _known}
-        handle, part = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
-        try:
-            with open(handle, "w") as opened:
-                json.dump(everything, opened, indent=1)
-            os.replace(part, file)
-        except BaseException:
-            os.unlink(part)
-            raise
+        write_text(_file(), json.dumps(everything, indent=1), lasting=False)  # nothing waits for the disk here
 
 
 @contextmanager
@@ -167,24 +155,7 @@ def _alone(key: str) -> Iterator[None]:
         with suppress(OSError, RuntimeError):
             file = _file()
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(open(file.with_suffix(".lock"), "a"))
             until = time.monotonic() + PATIENCE
-            while not _locks(lock) and time.monotonic() < until and known(key) is None:
-                time.sleep(0.01)
-            held.callback(_unlocks, lock)  # children that were forked meanwhile would hold it
+            lock = file.with_suffix(".lock")
+            held.enter_context(locked(lock, lambda: time.monotonic() < until and known(key) is None))
         yield
-
-
-def _locks(file: IO[str]) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlocks(file: IO[str]) -> None:
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_UN)

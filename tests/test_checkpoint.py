@@ -1,7 +1,6 @@
 """Checkpoints: everything comes back bit for bit, or one sentence says why not and nothing has changed."""
 
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import exssnet
-from exssnet import Learner, Phases, checkpoint, container, convert, stored
+from exssnet import Learner, Phases, checkpoint, convert, stored
 from exssnet.coding import decode
 from exssnet.nn import plain_state_dict
 
@@ -144,32 +143,6 @@ def test_an_open_task_is_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
-@pytest.mark.parametrize("when", ["write", "fsync", "replace"])
-def test_a_save_that_is_interrupted_leaves_the_old_file_alone(
-    saved: tuple[Learner, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, when: str
-) -> None:
-    path = tmp_path / "model"
-    path.write_bytes(b"the old file")
-
-    def fail(*_: object) -> None:
-        raise error
-
-    def half(file: Path, mode: str) -> io.BytesIO:
-        assert mode == "wb"
-        Path(file).write_bytes(b"half of the new")
-        return type("Full", (io.BytesIO,), {"write": fail})()  # type: ignore[no-any-return]
-
-    if when == "write":
-        monkeypatch.setattr(container, "open", half, raising=False)
-    else:
-        monkeypatch.setattr(os, when, fail)
-    with pytest.raises(type(error)):
-        checkpoint.save(saved[0].phases, path)
-    assert path.read_bytes() == b"the old file"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of file sizes are POSIX's")
 def test_a_full_disk_leaves_the_old_file_alone(saved: tuple[Learner, Path], tmp_path: Path) -> None:
     path = tmp_path / "model"
@@ -191,17 +164,6 @@ except OSError as error:
     assert "File too large" in run.stdout, run.stderr
     assert path.read_bytes() == saved[1].read_bytes()
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(
-    saved: tuple[Learner, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
-    checkpoint.save(saved[0].phases, tmp_path / "model")
-    assert calls == ["fsync", "replace", "fsync"]
 
 
 def test_a_model_with_nan_is_not_written(tmp_path: Path) -> None:

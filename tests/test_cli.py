@@ -406,7 +406,7 @@ def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str], argumen
         (["--data", "digits", "--batch-size", "0"], "got batch_size=0"),
         (["--data", "digits", "--keep-scores", "none"], "kkt needs the scores of earlier tasks"),
         (["--data", "digits", "--augment"], "augment=True is for colour images of shape (3, H, W), got (1, 8, 8)"),
-        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be in [1, 1024], got 0"),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else "",
 )

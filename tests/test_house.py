@@ -18,6 +18,7 @@ from exssnet.kernels import KERNELS, OPERATORS, REFERENCE, native, reference
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
+    ("writing",),
     ("kernels",),
     ("ops",),
     ("choice",),
@@ -133,9 +134,9 @@ def test_package_itself_does_not_import_the_command_line() -> None:
     assert "cli" not in ours("exssnet")
 
 
-@members("metrics", "tasks", "models", "typed")
-def test_stands_alone_but_for_how_values_are_shown(name: str) -> None:
-    assert ours(name) <= {"typed"}
+@members("metrics", "tasks", "models", "typed", "writing")
+def test_stands_alone_but_for_values_and_files(name: str) -> None:
+    assert ours(name) <= {"typed", "writing"}
 
 
 @members("kernels", "ops")
@@ -212,6 +213,13 @@ def test_table_of_kernels_is_what_the_dispatcher_has(operator: str, kind: str) -
 def test_no_source_file_has_more_than_500_lines() -> None:
     lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in tracked() if f.suffix in SOURCES}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_files_are_written_in_one_way() -> None:
+    """By `exssnet.writing`, so that each is replaced whole; it and the kernel's own files are left out."""
+    write = re.compile(r"\.write_(text|bytes)\(|\bopen\([^)]*\"[wxa]|os\.(replace|rename)|savefig\((?!file, format)")
+    wrong = {name for name, file in package_files().items() if write.search(file.read_text())}
+    assert wrong == {"exssnet.writing", "exssnet.resident"}
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

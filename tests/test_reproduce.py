@@ -15,8 +15,9 @@ from exssnet import cli, recipes
 from exssnet.comparison import _pace, groups_of, paired, paired_difference
 from exssnet.models import MODELS
 from exssnet.recipes import Rates, Run, read, recipe
-from exssnet.reproduce import Job, learner_of, perform, reproduce, tasks_of, tune
+from exssnet.reproduce import Job, RunFailed, learner_of, perform, reproduce, tasks_of, tune
 from exssnet.tasks import streams
+from exssnet.writing import alone_in
 
 SMALL: dict[str, Any] = {
     "title": "a test", "stream": "split-mnist", "model": "lenet-300-100", "methods": ["supsup", "exssnet+kkt", "ewc"],
@@ -235,6 +236,66 @@ def test_missing_data_fails_with_what_to_put_where(tmp_path: Path, capfd: pytest
     file.write_text(json.dumps({**SMALL, "methods": ["supsup"]}))
     assert cli.main(["reproduce", str(file), "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "put the idx files" in capfd.readouterr().err
+
+
+def test_what_a_failed_recipe_leaves_does_not_block_the_corrected_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {**SMALL, "methods": ["supsup"]}
+    ways: list[tuple[dict[str, Any], Path]] = [(made, tmp_path / "nowhere"), (made, root), ({**made, "seeds": 1}, root)]
+    performed: list[int] = []
+
+    def fail(jobs: Any, *_: Any) -> None:
+        performed.append(len(jobs))
+        raise RunFailed("a run failed before any was finished")
+
+    monkeypatch.setattr("exssnet.reproduce.perform_all", fail)
+    file, out = tmp_path / "small.yaml", tmp_path / "out"
+    for values, data in ways:
+        file.write_text(json.dumps(values))
+        assert cli.main(["reproduce", str(file), "--root", str(data), "--out", str(out)]) == 2
+        assert out.exists() == (data == root)  # nothing is left of a recipe whose data is missing
+    assert len(performed) == 2
+    assert json.loads((out / "recipe.json").read_text())["seeds"] == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "{"])
+@pytest.mark.parametrize("name", ["recipe.json", "runs/supsup-0.1-official-seed0.json"])
+def test_a_damaged_file_of_an_experiment_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    values = {**SMALL, "methods": ["supsup"], "seeds": 1, "rates": {"supsup": {"mask": 1, "weight": 1}}}
+    file, damaged = tmp_path / "small.yaml", tmp_path / "out" / name
+    file.write_text(json.dumps(values))
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text(content)
+    arguments = ["reproduce", str(file), "--root", str(root), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"exssnet: {damaged} is damaged, delete it to make it again: ")
+    assert len(said.splitlines()) == 1
+    assert damaged.read_text() == content
+
+
+def test_a_file_of_another_kind_is_no_recipe_to_replace(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(SMALL))
+    (tmp_path / "recipe.json").write_text('{"flour": 500}')
+    assert cli.main(["reproduce", str(file), "--root", str(root), "--out", str(tmp_path)]) == 2
+    assert "holds results of another recipe" in capsys.readouterr().err
+    assert (tmp_path / "recipe.json").read_text() == '{"flour": 500}'
+
+
+def test_a_second_experiment_in_a_folder_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(SMALL))
+    with alone_in(tmp_path):
+        assert cli.main(["reproduce", str(file), "--root", str(root), "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} is in use by process " in capsys.readouterr().err
 
 
 def _runs(pid: int) -> bool:

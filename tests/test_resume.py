@@ -6,20 +6,22 @@ EXSSNET_KILLS sets how often the run is killed.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from learning import acting
 
 import exssnet
-from exssnet import checkpoint, cli, saving
+from exssnet import checkpoint, cli, container, saving
 from exssnet.cli import main
 from exssnet.learner import Learner
 
@@ -197,7 +199,7 @@ def test_where_no_checkpoint_can_be_written_training_goes_on_and_says_so(
     monkeypatch.setattr(saving.checkpoint, "save_run", full)
     assert main([*RUN, "--every", "30", "--out", str(tmp_path)]) == 0
     assert results(tmp_path) == straight
-    said = "exssnet: no checkpoint was written, the one before it is whole: [Errno 28] No space left on device"
+    said = "exssnet: a checkpoint could not be saved, the file is whole: [Errno 28] No space left on device"
     assert capsys.readouterr().err.splitlines()[0] == said
 
 
@@ -273,6 +275,144 @@ def test_a_new_run_does_not_write_over_one_that_could_go_on(stopped: Path, capsy
         f"{stopped} holds a run that stopped after 1 of 2 tasks: go on with `exssnet train --resume "
     )
     assert (stopped / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The checkpoint of a finished run with other options."""
+    out = tmp_path_factory.mktemp("finished")
+    assert main([*RUN, "--epochs", "1", "--weight-epochs", "1", "--every", "1000", "--out", str(out)]) == 0
+    return (out / "checkpoint.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--data", "none"], ["--density", "7"], ["--batch-size", "0"], ["--mask-lr", "-1"], ["--threads", "9999"]],
+    ids=" ".join,
+)
+def test_a_new_run_that_is_refused_leaves_the_finished_checkpoint(
+    finished: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(finished)
+    refused(capsys, *RUN[1:], *wrong, "--out", str(tmp_path))
+    assert path.read_bytes() == finished
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_new_run_replaces_the_finished_checkpoint_after_its_first_step(
+    finished: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)  # a worker may die before the first step
+    path, seen = tmp_path / "checkpoint.safetensors", list[tuple[int, str]]()
+    path.write_bytes(finished)
+    monkeypatch.setattr(cli, "observer", acting(0, "mask", 2, lambda: seen.append(position(path))))
+    assert main([*RUN, "--every-minutes", "0", "--out", str(tmp_path)]) == 0
+    assert seen == [(1, "mask")]
+    assert checkpoint.header(path).tasks == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("content", ["text", "newer", "damaged"])
+def test_a_file_of_our_name_that_is_not_ours_is_not_replaced(
+    finished: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    path = tmp_path / name
+    newer = finished.replace(b'"exssnet-2"', b'"exssnet-3"')
+    path.write_bytes({"text": b"mine", "newer": newer, "damaged": finished[:-1]}[content])
+    before = path.read_bytes()
+    said = refused(capsys, *RUN[1:], "--out", str(tmp_path))
+    assert str(path) in said
+    assert said.endswith("; a new run would replace it: give another --out, or move it away")
+    assert path.read_bytes() == before
+
+
+def test_a_finished_model_of_our_name_is_not_replaced_by_a_checkpoint(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes((stopped / "model.safetensors").read_bytes())
+    assert "is of no run of `exssnet train`, and a new run would replace it" in refused(
+        capsys, *RUN[1:], "--out", str(tmp_path)
+    )
+
+
+def test_a_resumed_run_does_not_write_over_another_one(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes((stopped / "checkpoint.safetensors").read_bytes())
+    said = refused(capsys, "--resume", str(stopped), "--out", str(tmp_path))
+    assert said.startswith(f"{tmp_path} holds a run that stopped after 1 of 2 tasks")
+
+
+@pytest.mark.parametrize("second", [RUN[1:], ["--resume"]], ids=["train", "resume"])
+def test_a_second_run_in_a_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], second: list[str]
+) -> None:
+    said: list[str] = []
+    again = [*second, "--out", str(tmp_path)]
+    monkeypatch.setattr(cli, "observer", acting(0, "mask", 7, lambda: said.append(refused(capsys, *again))))
+    assert main([*RUN, "--epochs", "2", "--weight-epochs", "1", "--every", "1", "--out", str(tmp_path)]) == 0
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
+    assert not (tmp_path / "exssnet.lock").exists()
+
+
+def forged(stopped: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The checkpoint of a stopped run with another description and a checksum that fits."""
+    with container.opened(stopped / "checkpoint.safetensors") as found:
+        meta, tensors = json.loads(found.metadata["exssnet"]), found.tensors()
+        change(meta)
+        path = folder / "checkpoint.safetensors"
+        container.write(path, tensors, found.metadata | {"exssnet": json.dumps(meta)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda meta: meta["notes"]["options"].update(stream="permuted", tasks=1 << 40), "it tells of 1099511627776 t"),
+        (lambda meta: meta["notes"]["options"].update(threads=1 << 40), r"in \[1, 1024\], got 1099511627776"),
+        (lambda meta: meta.update(tasks=1 << 40), "tells of 3 layers and 1099511627776 tasks, it holds 3 of their wei"),
+        (lambda meta: meta.update(k=dict.fromkeys(meta["k"], 1 << 40)), "keep 1099511627776 of 19200 weights in "),
+        (lambda meta: meta["k"].update({"\x1b[2J": 1}), "tells of 4 layers and 1 tasks, it holds 3 of their weights"),
+        (lambda meta: meta["learner"]["choices"][0].update(layer="\x1b[2J" * 999), r"of kernels for \\x1b\[2J"),
+        (lambda meta: meta["notes"]["options"].update(seed="\x1b[2J"), "seed must be int, got"),
+        (lambda meta: meta["learner"].update(settings={"\x1b]0;": "\n\n"}), r"is of a learner with \\x1b\]0; "),
+    ],
+    ids=["tasks of the stream", "threads", "tasks", "k", "layers", "choice", "option", "setting"],
+)
+def test_a_forged_checkpoint_is_refused_in_a_short_printable_sentence(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Any], object], sentence: str
+) -> None:
+    path = forged(stopped, tmp_path, change)
+    said = refused(capsys, "--resume", str(path), "--out", str(tmp_path / "new" / "out"))
+    assert re.search(sentence, said)
+    assert said.isprintable()
+    assert len(said) < 2100
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_forged_checkpoint_makes_no_folder_for_features(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "elsewhere"
+    path = forged(stopped, tmp_path, lambda meta: meta["notes"]["options"].update(cache=str(cache)))
+    said = refused(capsys, "--resume", str(path))
+    assert said == f"the run in {path} keeps features of texts in {cache}, which is no folder: give --cache"
+    assert not cache.exists()
+
+
+def test_versions_of_a_forged_checkpoint_cannot_move_the_cursor(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = forged(stopped, tmp_path, lambda meta: meta["versions"].update(torch="\x1b[2J\nexssnet: all is well"))
+    assert main(["train", "--resume", str(path)]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"exssnet: the checkpoint is from torch \\x1b[2J\\nexssnet: all is well, this is {torch.__version__}: "
+        "results may differ in rounding"
+    ]
 
 
 def test_a_damaged_checkpoint_is_refused(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """The state of a learner: taken at any step, another learner goes on from it bit for bit, or refuses it whole."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +77,21 @@ def test_a_run_goes_on_bit_for_bit_from_a_step_of_every_kind(method: str, optimi
     for step in (3, 5, 8, 17, 20, len(states)):
         found = continued(states[step - 1], method=method, optimizer=optimizer)
         assert changes(expected, found) in ([], [".selection_hint"])
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64_by_default")
+@pytest.mark.parametrize("method", ["exssnet", "wsn"])
+def test_a_run_in_float64_goes_on_bit_for_bit(method: str) -> None:
+    states, expected = recorded(made(method), noisy_stream())
+    for step in (2, len(states)):
+        assert changes(expected, continued(states[step - 1], method=method)) in ([], [".selection_hint"])
 
 
 def test_a_state_that_was_on_the_cpu_goes_on_bit_for_bit_on(device: str) -> None:

