@@ -96,7 +96,7 @@ class SparsePattern(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All but `taps`, as the raw operators take them. What is compiled slices: torch 2.10 reads no property here."""
+        """All but `taps`, as the raw operators take them. Compiled code slices: torch 2.10 cannot read a property."""
         return self[:-1]
 
 
