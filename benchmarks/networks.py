@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from exssnet import Phases, convert
@@ -114,6 +113,8 @@ class Start:
         finished = how.startswith("dense")
         model = (self.phases.fold(0).eval() if finished else copy.deepcopy(self.plain)).to(dtype)
         if how == "dense, folded":  # the norms in the convolutions, as `torch.nn.utils.fuse_conv_bn_eval` does it
+            from torch.fx.experimental.optimization import fuse  # the module warns in torch 2.10
+
             model = fuse(model)
         if channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,6 +14,10 @@
 
 #include "cpu/floats.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has it without the message of what went wrong
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace exssnet {
 
 using torch::headeronly::ScalarType;

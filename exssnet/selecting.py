@@ -13,6 +13,10 @@ from .ops.library import product_dtype, transforming
 
 _running = threading.local()
 
+# Private names of torch. Where one is missing, nothing is taken from an earlier forward.
+_graph_task = getattr(torch._C, "_current_graph_task_id", None)
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 class Handed(NamedTuple):
     """Selections of scores in the state that they were in."""
@@ -98,14 +102,20 @@ def forwards() -> int:
 
 def in_backward() -> bool:
     """Whether this thread runs a backward pass, in which checkpointed activations are computed again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and _graph_task is not None and _graph_task() != -1
 
 
 def recomputable() -> bool:
     """Whether what is computed now may be computed again, or is: then it must not depend on tensors made before."""
     if torch.compiler.is_compiling():
         return False
-    return in_backward() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _graph_task is None or _top_hooks is None or in_backward() or _top_hooks(True) is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _exporting() -> bool:
+    """Whether `torch.export` traces; under the compiler of torch 2.10, `is_exporting` itself is always true."""
+    return torch.compiler.is_exporting()
 
 
 def select_for_all(model: nn.Module, args: Any) -> None:
@@ -118,7 +128,7 @@ def select_for_all(model: nn.Module, args: Any) -> None:
     if not layers:
         selector.handed = None
         return
-    if torch.compiler.is_exporting():
+    if _exporting():
         raise RuntimeError("torch.export takes the network of a finished task: its masks are fixed, scores select anew")
     for layer, selection in zip(layers, selector.selections(model, layers), strict=True):
         layer.selection = selection

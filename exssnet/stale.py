@@ -103,7 +103,7 @@ def _meet(optimizer: torch.optim.Optimizer) -> _Seen:
 
 def check_replicas(masked: Iterable[Tensor]) -> None:
     """RuntimeError in a training forward of `DistributedDataParallel` that does not know the masked parameters."""
-    replicas = DistributedDataParallel._active_ddp_module
+    replicas = getattr(DistributedDataParallel, "_active_ddp_module", None)  # private: may be missing
     if replicas is None or not torch.is_grad_enabled() or replicas.__dict__.get("_exssnet_phase") == _phase:
         return
     known = {id(p) for p in replicas._module_parameters}

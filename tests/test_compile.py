@@ -98,18 +98,33 @@ def test_after_the_second_task_nothing_is_compiled_again(products: str) -> None:
     assert counts[1] < torch._dynamo.config.recompile_limit
 
 
-def test_one_graph_evaluates_all_tasks() -> None:
-    phases = in_phase(small_net(), "fixed")
+@pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_one_graph_evaluates_all_tasks(products: str, cast: bool) -> None:
+    phases, x = Phases(convert(Mixer(), 0.3, products=products)), torch.randn(2, 5, 16)
+    for _ in range(2):
+        phases.start_task()
+        with torch.no_grad():
+            for p in phases.task_parameters():
+                p.add_(torch.randn_like(p))
+        phases.finish_task()
     phases.model.eval()
     compiled = torch.compile(phases.model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        compiled(images(6))
+
+    def expected() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast, cache_enabled=False):
+            logits: Tensor = phases.model(x)
+        return logits
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        compiled(x)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for task in (0, 1):
                 phases.activate(task)
-                torch.testing.assert_close(compiled(images(6)), phases.model(images(6)))
+                assert torch.equal(compiled(x), expected())
                 with phases.using(1 - task):
-                    torch.testing.assert_close(compiled(images(6)), phases.model(images(6)))
+                    assert torch.equal(compiled(x), expected())
+                assert torch.equal(compiled(x), expected())
 
 
 def test_a_smaller_batch_is_compiled_once_for_all_sizes() -> None:

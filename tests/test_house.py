@@ -210,6 +210,21 @@ def test_table_of_kernels_is_what_the_dispatcher_has(operator: str, kind: str) -
         assert serving == KERNELS[operator, kind][0]
 
 
+RUNS = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+CALLS = {"eval", "exec", "__import__", "torch.load", "torch.jit.load", "np.load", "yaml.load", "yaml.unsafe_load",
+         "yaml.full_load", "os.system", "os.popen"}  # fmt: skip
+OPTIONS = {("shell", True), ("allow_pickle", True), ("trust_remote_code", True), ("weights_only", False)}
+
+
+@members()
+def test_nothing_is_called_that_runs_what_a_file_holds(name: str) -> None:
+    assert {i.split(".")[0] for i in imports(name)} & RUNS == set()
+    calls = [n for n in ast.walk(ast.parse(package_files()[name].read_text())) if isinstance(n, ast.Call)]
+    assert {ast.unparse(call.func) for call in calls} & CALLS == set()
+    options = {(k.arg, k.value.value) for call in calls for k in call.keywords if isinstance(k.value, ast.Constant)}
+    assert options & OPTIONS == set()
+
+
 def test_no_source_file_has_more_than_500_lines() -> None:
     lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in tracked() if f.suffix in SOURCES}
     assert {name: length for name, length in lengths.items() if length > 500} == {}

@@ -20,9 +20,10 @@ def test_commands_set_up_a_bare_machine() -> None:
     assert [c.rsplit("/", 1)[1] for c in commands] == ["exssnet train", "python -m pytest"]
 
 
-def test_every_test_that_a_promise_names_exists() -> None:
+@pytest.mark.parametrize("page", ["docs/promises.md", "SECURITY.md"])
+def test_every_test_that_a_promise_names_exists(page: str) -> None:
     tests = Path(__file__).parent
-    named = set(re.findall(r"`(test_\w+)`", (tests.parent / "docs/promises.md").read_text()))
+    named = set(re.findall(r"`(test_\w+)`", (tests.parent / page).read_text()))
     defined = {
         name for file in tests.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
     }

@@ -25,7 +25,7 @@ from exssnet.nn import SupermaskConv2d, SupermaskLayer, SupermaskLinear, TaskBat
 from exssnet.phases import Phases
 
 # PyTorch's forward mode compiles its decompositions by what it has deprecated itself.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 CONV1D = Layer("conv1d", (4, 4, 9), (6, 2, 3), stride=2, padding=1, groups=2)
 FAMILIES = {
@@ -295,6 +295,7 @@ def exported(model: nn.Module) -> Any:
     return torch.export.export(model, (images(4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.10's own reader
 def test_fixed_model_exports_for_any_batch() -> None:
     model = fixed_net()
     expected = model(images(7))

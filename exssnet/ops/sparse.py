@@ -96,8 +96,8 @@ class SparsePattern(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All but `taps`, as the raw operators take them."""
-        return self[:6]
+        """All but `taps`, as the raw operators take them. Compiled code slices: torch 2.10 cannot read a property."""
+        return self[:-1]
 
 
 def check_masks(operator: str, mask: Tensor, free_mask: Tensor) -> None:
@@ -226,7 +226,7 @@ def sparse_linear(
     check_linear("sparse_linear", x, out_features, in_features, bias)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
     same_kind("sparse_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
-    return in_rows(_linear, x, free_values, frozen_values, *pattern.tensors, bias)
+    return in_rows(_linear, x, free_values, frozen_values, *pattern[:-1], bias)
 
 
 def sparse_conv2d(
@@ -245,7 +245,7 @@ def sparse_conv2d(
     check_bias("sparse_conv2d", bias, pattern.row_ptr.numel() - 1)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
     same_kind("sparse_conv2d", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
-    return _conv2d(x, free_values, frozen_values, *pattern.tensors, bias, taps, *geometry)
+    return _conv2d(x, free_values, frozen_values, *pattern[:-1], bias, taps, *geometry)
 
 
 def sparse_conv1d(
@@ -285,6 +285,6 @@ def sparse_conv2d_folded(
         residual=residual,
     )  # fmt: skip
     y: Tensor = torch.ops.exssnet.sparse_conv2d_folded(
-        x, free_values, frozen_values, *pattern.tensors, scale, bias, residual, relu, taps, *geometry
+        x, free_values, frozen_values, *pattern[:-1], scale, bias, residual, relu, taps, *geometry
     )
     return y
