@@ -119,7 +119,7 @@ def test_a_state_between_tasks_goes_on_with_the_next() -> None:
     state = copied(learned.state())
     straight = made()
     straight.run(noisy_stream()[:1])
-    straight._restored = True
+    straight._goes_on = True
     straight.run(noisy_stream())
     assert changes(outcome(straight), continued(state)) in ([], [".selection_hint"])
 

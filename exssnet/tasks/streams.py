@@ -30,6 +30,11 @@ class Task:
     validation: Relabelled | None
     test: Relabelled
 
+    def __post_init__(self) -> None:
+        for field, kind in (("train", "training"), ("validation", "validation"), ("test", "test")):
+            if (data := getattr(self, field)) is not None:
+                object.__setattr__(self, field, replace(data, name=f"{self.name}, {kind} data"))
+
 
 class CropFlip:
     """Random crop after zero-padding each side, and horizontal flip with probability 1/2, for batches (B, C, H, W).
