@@ -8,6 +8,7 @@ from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .console import secondary
 from .metrics import epochs_to_reach
 from .plotting import pyplot
 from .recipes import KKT, recipe
@@ -64,7 +65,7 @@ def write_report(report: dict[str, Any], out: Path) -> None:
     """Write report.json, report.md and, where matplotlib is installed, the plots it shows."""
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     plots = [f"![{title}]({file})" for title, file in _plots(groups_of(report), out)]
-    (out / "report.md").write_text("\n\n".join([*_text(report), *plots]) + "\n")
+    (out / "report.md").write_text("\n\n".join([*_text(report), *plots]) + "\n", encoding="utf-8")
 
 
 def _text(report: dict[str, Any]) -> list[str]:
@@ -258,15 +259,17 @@ def _inferred(groups: Groups) -> str:
 
 
 def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
-    """(title, file) of each plot that was drawn; none without matplotlib."""
-    plt = pyplot()
-    drawn = []
+    """(title, file) of each plot that was drawn; none without matplotlib. Why one was not is told on stderr."""
+    plt, drawn = None, []
+    with secondary("no plots were drawn"):
+        plt = pyplot()
     for title, file, draw in PLOTS if plt is not None and groups else ():
-        figure = draw(plt, groups)
-        if figure is not None:
-            figure.savefig(out / file, dpi=120)
-            plt.close(figure)
-            drawn.append((title, file))
+        with secondary(f"{file} was not written"):
+            figure = draw(plt, groups)
+            if figure is not None:
+                figure.savefig(out / file, dpi=120)
+                plt.close(figure)
+                drawn.append((title, file))
     return drawn
 
 

@@ -70,10 +70,9 @@ class Learner:
     head: name of the layer whose input KKT compares; None: see `exssnet.kkt.penultimate_features`.
     A last batch of one item joins the one before it if a batch norm could not be trained on it.
     Deterministic given seed and thread count.
-    After an exception the finished tasks stay as they are. The task at hand stays open. If the exception came between
-    two steps, as one of the data or of the observer does, `state` can still be taken, and `learn` or `run` with the
-    same tasks goes on with the next step. After any other, a step may be half done: they raise RuntimeError until
-    `phases.abandon_task()`; then `run` goes on with the task that was dropped, from its beginning.
+    After an exception finished tasks are as before, and the task at hand is open. If no step is half done, as after an
+    error of the data or the observer, `state` can be taken, and `learn` or `run` goes on with the next step. Otherwise
+    both refuse until `phases.abandon_task()`; then the task is learned anew.
     """
 
     def __init__(
@@ -114,8 +113,7 @@ class Learner:
     def learn(self, task: Task) -> TaskReport:
         """Learn one task through all phases of the method; the model is its network afterwards.
 
-        After `restore`, the open task is learned on from where it was: ValueError for another one. After an exception
-        too, where that left no step half done.
+        After `restore`, or an exception between two steps, goes on with the open task: ValueError for another one.
         """
         self._refuse_left_open()
         if self._open is not None and self._open.task is not task:
@@ -163,9 +161,8 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that training goes on from, as named tensors and an object that JSON can hold: see `restore`.
 
-        Whole between two tasks, within one whenever the observer is called, and after an exception between two steps;
-        RuntimeError elsewhere, and for a task that was not opened by this learner. The tensors are those of the model:
-        write or copy them before training goes on.
+        RuntimeError unless `whole`: between tasks, whenever the observer is called, and after an error between two
+        steps. The tensors are those of the model: write or copy them before training goes on.
         """
         phases, open_ = self.phases, self._open
         tensors, meta = stored.finished(phases) | state.random_states(), None
@@ -178,9 +175,14 @@ class Learner:
             tensors |= more
         found = state.LearnerMeta(
             len(phases.bank), stored.kept(phases), self._settings(),
-            self._stream[: len(phases.bank) + (meta is not None)], self.reports, self._rows, state.choices(phases), meta,
+            self._stream[: len(phases.bank) + bool(meta)], self.reports, self._rows, state.choices(phases), meta,
         )  # fmt: skip
         return tensors, found.as_json()
+
+    @property
+    def whole(self) -> bool:
+        """Whether `state` can be taken."""
+        return self.phases.phase == "idle" or getattr(self._open, "training", None) is not None
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> None:
         """Return to a `state` of a learner with the same options and model; `run` then goes on, bit for bit.
@@ -252,12 +254,11 @@ class Learner:
         try:
             yield
         except (RuntimeError, FloatingPointError) as error:
-            told: object = error
+            trained, told = self.phases.masked_parameters() + self.phases.dense_weights(), str(error)
             if isinstance(error, RuntimeError):
-                trained = self.phases.masked_parameters() + self.phases.dense_weights()
-                if "NaN" not in str(error) or all(bool(p.isfinite().all()) for p in trained):
+                if "NaN" not in told or all(bool(p.isfinite().all()) for p in trained):
                     raise
-                told = f"the {self.phases.phase} phase diverged ({error})"
+                told = f"the {self.phases.phase} phase diverged ({told})"
             rates = f"lower the learning rates, mask {self.mask.lr} and weight {self.weight.lr}"
             raise FloatingPointError(f"{task.name}: {told}; {rates}") from error
 
@@ -320,10 +321,9 @@ class Learner:
         if found.scores is None:
             return None
         scores = dict(found.scores)
-        report.initial_accuracy = (
-            self._initial_accuracy(task, report.kkt.sources[0], scores),
-            self._initial_accuracy(task, report.kkt.sources[0], self.phases.random_scores(report.task)),
-        )
+        starts = scores, self.phases.random_scores(report.task)
+        learned, random = (self._initial_accuracy(task, report.kkt.sources[0], start) for start in starts)
+        report.initial_accuracy = learned, random
         return scores
 
     def _initial_accuracy(self, task: Task, source: int, scores: dict[str, Tensor]) -> float:
@@ -359,8 +359,7 @@ class Learner:
             "batch_size": self.batch_size, "all_outputs": self.all_outputs, "seed": self.seed,
             "keep_scores": None if self.phases.keep_scores is None else str(self.phases.keep_scores), "head": self.head,
         }  # fmt: skip
-        settings: dict[str, Any] = json.loads(json.dumps(found))
-        return settings
+        return dict(json.loads(json.dumps(found)))
 
     def _put(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Take a state over, except for random states; returns the global ones."""

@@ -297,5 +297,5 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"processes must be at least 1, got {options.processes}")
     out = options.out or Path("runs") / Path(options.recipe).stem
     reproduce(recipe(made, options.recipe), options.root, out, options.processes, lambda line: print(line, flush=True))
-    print(f"\n{(out / 'report.md').read_text()}\nPlots and numbers are in {out}")
+    print(f"\n{(out / 'report.md').read_text(encoding='utf-8')}\nPlots and numbers are in {out}")
     return 0

@@ -39,9 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             err.end()
     if isinstance(out.error, BrokenPipeError):
         return NOBODY_READS
+    if out.error is not None and out.needed:
+        return 2
     if ended is not None:
         raise ended
-    return 2 if out.error is not None and out.needed else status
+    return status
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -71,8 +73,9 @@ class Output:
     """
 
     def __init__(self, stream: Any, needed: bool = True) -> None:
-        self.stream = open(os.devnull, "w") if stream is None else stream  # None: the caller closed it
-        self.needed, self.error = needed, None
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  # None: the caller closed it
+        self.needed = needed
+        self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
