@@ -161,7 +161,7 @@ def _to_resume(text: str, chosen: dict[str, Any]) -> tuple[TrainOptions, Path]:
     if not path.is_file():
         raise ValueError(
             f"there is no checkpoint {path}: a run writes one every 10 minutes (--every-minutes), with --every N after "
-            "N steps, and when SIGINT or SIGTERM stops it"
+            "N steps, and when SIGINT, SIGTERM or SIGHUP stops it"
         )
     notes = checkpoint.header(path).notes
     if not isinstance(notes, dict) or not isinstance(notes.get("options"), dict):

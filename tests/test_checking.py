@@ -317,6 +317,20 @@ def test_scores_that_became_nan_are_told_as_a_task_left_open_as_well() -> None:
         learned.run(tasks)
 
 
+def test_values_that_finish_task_refuses_are_told_with_the_task() -> None:
+    learned = learner()
+
+    def diverge(*now: object) -> None:
+        if now == (0, "weight", 6):  # the last step
+            next(iter(learned.phases.layers.values())).free_values.data[0] = math.nan  # type: ignore[union-attr]
+
+    watched(learned).at_step = diverge
+    with pytest.raises(
+        FloatingPointError, match=r"^task 0: finish_task: 1 of .* lower the learning rates, mask 0\.03 "
+    ):
+        learned.learn(stream(validation=0)[0])
+
+
 def test_another_error_is_not_called_a_divergence() -> None:
     learned = learner()
 

@@ -254,6 +254,9 @@ def test_without_matplotlib_a_run_ends_well_and_says_what_is_missing(
 # Interruption
 
 
+DIVERGED = "exssnet: task 1: it diverged; lower the learning rates, mask 0.01 and weight 0.01\n"
+
+
 def interrupting(
     monkeypatch: pytest.MonkeyPatch, task: int, phase: str, error: BaseException
 ) -> Callable[[object], object]:
@@ -271,14 +274,7 @@ def interrupting(
 @pytest.mark.parametrize("phase", ["mask", "weight"])
 @pytest.mark.parametrize(
     ("error", "status", "sentence"),
-    [
-        (KeyboardInterrupt(), 130, ""),
-        (
-            FloatingPointError("it diverged"),
-            2,
-            "exssnet: task 1: it diverged; lower the learning rates, mask 0.01 and weight 0.01\n",
-        ),
-    ],
+    [(KeyboardInterrupt(), 130, ""), (FloatingPointError("it diverged"), 2, DIVERGED)],
     ids=["Ctrl-C", "divergence"],
 )
 def test_a_run_that_stops_leaves_the_results_of_the_finished_tasks(

@@ -12,6 +12,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from ..typed import shown
 
+from ..typed import shown
+
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -150,7 +152,7 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
                 place = f"item {i} of the data set" + (f" ({file})" if file and file not in str(error) else "")
                 break
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        return f"{place}: {kind}{' '.join(str(error).split())[:300]}"
+        return f"{place}: {kind}{shown(error, 300)}"
 
     @classmethod
     def join(cls, parts: Sequence["Relabelled"], offsets: Sequence[int]) -> "Relabelled":

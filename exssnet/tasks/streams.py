@@ -31,9 +31,12 @@ class Task:
     test: Relabelled
 
     def __post_init__(self) -> None:
-        for field, kind in (("train", "training"), ("validation", "validation"), ("test", "test")):
-            if (data := getattr(self, field)) is not None:
-                object.__setattr__(self, field, replace(data, name=f"{self.name}, {kind} data"))
+        kinds = {"train": "training", "validation": "validation", "test": "test"}
+        names = {field: f"{self.name}, {kind} data" for field, kind in kinds.items()}
+        for field, name in names.items():
+            data = getattr(self, field)
+            if data is not None and data.name not in names.values():
+                object.__setattr__(self, field, replace(data, name=name))
 
 
 class CropFlip:
