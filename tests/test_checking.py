@@ -321,7 +321,7 @@ def test_values_that_finish_task_refuses_are_told_with_the_task() -> None:
     learned = learner()
 
     def diverge(*now: object) -> None:
-        if now == (0, "weight", 6):  # the last step
+        if now == (0, "weight", 8):  # the last step
             next(iter(learned.phases.layers.values())).free_values.data[0] = math.nan  # type: ignore[union-attr]
 
     watched(learned).at_step = diverge
