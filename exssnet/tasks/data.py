@@ -12,8 +12,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from ..typed import shown
 
-from ..typed import shown
-
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 
