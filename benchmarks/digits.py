@@ -94,13 +94,13 @@ def main() -> None:
             "rates": rates,
         }
         rows.append(row)
+        if options.json:
+            write_text(Path(options.json).resolve(), json.dumps({"options": vars(options), "rows": rows}, indent=2))
         print(
             f"{row['method']:<16}{density:>8g}{row['mean']:>12.2f}{row['std']:>7.2f}{row['forgetting']:>14.2f}"
             f"{row['seconds']:>7.1f}  {rates[0]:g}, {rates[1]:g}",
             flush=True,
         )
-    if options.json:
-        write_text(Path(options.json).resolve(), json.dumps({"options": vars(options), "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from exssnet.console import secondary
 from exssnet.plotting import pyplot, save
 
 from .networks import NETWORKS, PEERS, Start
@@ -42,7 +43,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     network = options.network or ("resnet18-4" if options.quick else "resnet18-20")
     runs = [measure(network, sorted(set(options.densities)), threads, options.quick) for threads in options.threads]
     if options.plot:
-        plot(network, runs, options.plot)
+        with secondary(f"{options.plot} was not written"):
+            plot(network, runs, options.plot)
     return {"network": network, "runs": runs}
 
 

@@ -223,10 +223,11 @@ class PackNet(Sequential):
         return options, epochs // 2 if self._pruned else epochs - epochs // 2
 
     def _train_weights(self, open_: OpenTask) -> None:
-        self._train(open_)
-        share = 1 / (self.tasks - open_.report.task)
-        self.phases.prune({name: self._largest(name, share) for name in self.phases.layers})
-        self._pruned, open_.best = True, None  # the pruned network's best epoch is another matter
+        if not self._pruned:
+            self._train(open_)
+            share = 1 / (self.tasks - open_.report.task)
+            self.phases.prune({name: self._largest(name, share) for name in self.phases.layers})
+            self._pruned, open_.best = True, None  # the pruned network's best epoch is another matter
         self._train(open_)
 
     def _largest(self, name: str, share: float) -> Tensor:

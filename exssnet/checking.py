@@ -78,6 +78,15 @@ def lone_items_fail(model: nn.Module, x: Tensor) -> bool:
     return any(few)
 
 
+def least_items(task: Task, model: nn.Module, batch_size: int, device: torch.device) -> int:
+    """The fewest items that the last batch of an epoch can be trained on: two a process, or one."""
+    last, two_each = len(task.train) % batch_size, 2 * distributed.size()
+    if not 0 < last < two_each or len(task.train) < batch_size:
+        return 1
+    with trial(model, device):
+        return two_each if lone_items_fail(model, sample(task, batch_size).to(device)) else 1
+
+
 def check_batch(task: Task, model: nn.Module, x: Tensor, items: int, processes: int) -> None:
     """ValueError where batches of so many items are too small for a batch norm. x: a batch (B, ...)."""
     if lone_items_fail(model, x):

@@ -1,7 +1,7 @@
 """The command line: ``exssnet train``, ``reproduce``, ``inspect``, ``bench`` and ``info``; the wiring of a run."""
 
 import argparse
-import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -14,7 +14,7 @@ from . import checkpoint, distributed, reproduce
 from .bench import command as bench
 from .bench.timing import WrongResult
 from .choice import PRODUCTS
-from .console import COMMANDS, NOBODY_READS, nobody_reads
+from .console import COMMANDS, results_are_files, secondary, warn
 from .console import main as main
 from .info import describe
 from .kkt import RULES
@@ -165,7 +165,7 @@ def _to_resume(text: str, chosen: dict[str, Any]) -> tuple[TrainOptions, Path]:
     if not path.is_file():
         raise ValueError(
             f"there is no checkpoint {path}: a run writes one every 10 minutes (--every-minutes), with --every N after "
-            "N steps, and when SIGINT or SIGTERM stops it"
+            "N steps, and when SIGINT, SIGTERM or SIGHUP stops it"
         )
     notes = checkpoint.header(path).notes
     if not _of_run(notes):
@@ -229,7 +229,7 @@ def _resume(learner: Learner, path: Path, tasks: Sequence[Any]) -> None:
     for name in ("exssnet", "torch", "cpu"):
         if then.get(name) != now[name]:
             told = f"the checkpoint is from {name} {printable(str(then.get(name)))}, this is {now[name]}"
-            print(f"exssnet: {told}: results may differ in rounding", file=sys.stderr)
+            warn(f"{told}: results may differ in rounding")
     done = len(learner.reports)
     if done == len(tasks):
         print(f"The run of {path} is finished: {done} of {done} tasks are learned; its results are written again.")
@@ -298,34 +298,63 @@ def _train(options: TrainOptions, resume: Path | None) -> int:
         saver.learner = learner
         if resume is not None:
             _resume(learner, resume, tasks)
+            if saver.path.exists() and saver.path.samefile(resume):
+                saver.tasks = len(learner.reports)
         saver.replaces = resume != saver.path and saver.path.exists()
         stopped: BaseException | None = None
-        try:
-            with saver.at_signals():
+        with saver.at_signals():  # the first signal does not disturb the saving
+            try:
                 learner.run(tasks)
-        except (KeyboardInterrupt, FloatingPointError) as error:
-            stopped = error
+            except BaseException as error:
+                stopped = error
+                traceback.clear_frames(error.__traceback__)  # what a step held in memory is free for saving
+            if distributed.rank() == 0:
+                unsaved = _save(learner, saver, report.out / MODEL, notes, stopped)
     if distributed.rank() > 0:
+        if stopped is not None and not isinstance(stopped, KeyboardInterrupt | FloatingPointError):
+            raise stopped
         return 0 if stopped is None else 1
+    # What lasts is saved. The rest is only told where it fails.
     report.write(learner)
-    if learner.phases.phase != "idle":
-        learner.phases.abandon_task()
-    if learner.reports:
-        notes["classes"] = [r.classes for r in learner.reports]
-        checkpoint.save(learner.phases, report.out / MODEL, notes)
-    if stopped is None and (saver.path.exists() or options.every):
+    with secondary("the results were not shown"):
+        report.show(learner)
+    if unsaved is not None:
+        if stopped is None:
+            raise unsaved
+        warn(f"the model was not saved: {unsaved or type(unsaved).__name__}")
+    return 0 if stopped is None else _stopped(stopped, learner, saver, len(tasks))
+
+
+def _save(
+    learner: Learner, saver: Saver, file: Path, notes: dict[str, Any], stopped: BaseException | None
+) -> Exception | None:
+    """Save the run's checkpoint and the model of the finished tasks, whatever ended the run; returns why not."""
+    unsaved = None
+    try:
+        if stopped is not None:
+            saver.rescue()
+        if learner.reports:
+            checkpoint.save(learner.phases, file, notes | {"classes": [r.classes for r in learner.reports]})
+    except Exception as error:
+        unsaved = error
+    if stopped is None and (saver.path.exists() or saver.every or unsaved):
         saver.write()
-    report.show(learner)
-    if stopped is None:
-        return 0
+    return unsaved
+
+
+def _stopped(stopped: BaseException, learner: Learner, saver: Saver, tasks: int) -> int:
+    """Say what is left of a run that ended early; returns the exit status, or raises the error that ended it."""
+    out = saver.path.parent
     if learner.reports:
-        print(f"Stopped after {len(learner.reports)} of {len(tasks)} tasks; what was learned is in {options.out}.")
-    if isinstance(stopped, FloatingPointError):
-        raise stopped
+        print(f"Stopped after {len(learner.reports)} of {tasks} tasks; what was learned is in {out}.")
     if isinstance(stopped, Stopped):
         print(stopped)
         return stopped.status
-    return 130
+    if saver.tasks is not None and not isinstance(stopped, FloatingPointError):
+        print(f"Go on with: exssnet train --resume {out}", flush=True)
+    if isinstance(stopped, KeyboardInterrupt):
+        return 130
+    raise stopped
 
 
 def _options(command: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -351,6 +380,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the commands; returns the exit status."""
     options = _options(command, arguments)
     given = vars(options)
+    if command in ("train", "reproduce") or given.get("json"):
+        results_are_files()
     try:
         if command == "info":
             print(describe())
@@ -369,7 +400,5 @@ def run(command: str, arguments: Sequence[str]) -> int:
         chosen.update({name: value for name, value in given.items() if value is not None})
         return train(TrainOptions(**chosen)) if resume is None else train(*_to_resume(resume, chosen))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, WrongResult, reproduce.RunFailed) as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads("\n"):
-            return NOBODY_READS
-        print(f"exssnet: {shown(error, 2000)}", file=sys.stderr)
+        warn(shown(error, 2000))
         return 2

@@ -8,6 +8,7 @@ from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .console import secondary
 from .metrics import epochs_to_reach
 from .plotting import pyplot, save
 from .recipes import KKT, recipe
@@ -259,14 +260,16 @@ def _inferred(groups: Groups) -> str:
 
 
 def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
-    """(title, file) of each plot that was drawn; none without matplotlib."""
-    plt = pyplot()
-    drawn = []
+    """(title, file) of each plot that was drawn; none without matplotlib. Why one was not is told on stderr."""
+    plt, drawn = None, []
+    with secondary("no plots were drawn"):
+        plt = pyplot()
     for title, file, draw in PLOTS if plt is not None and groups else ():
-        figure = draw(plt, groups)
-        if figure is not None:
-            save(figure, out / file)
-            drawn.append((title, file))
+        with secondary(f"{file} was not written"):
+            figure = draw(plt, groups)
+            if figure is not None:
+                save(figure, out / file)
+                drawn.append((title, file))
     return drawn
 
 

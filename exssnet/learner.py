@@ -70,6 +70,9 @@ class Learner:
     head: name of the layer whose input KKT compares; None: see `exssnet.kkt.penultimate_features`.
     A last batch of one item joins the one before it if a batch norm could not be trained on it.
     Deterministic given seed and thread count.
+    After an exception finished tasks are as before, and the task at hand is open. If no step is half done, as after an
+    error of the data or the observer, `state` can be taken, and `learn` or `run` goes on with the next step. Otherwise
+    both refuse until `phases.abandon_task()`; then the task is learned anew.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Learner:
         self._rows: list[list[float]] = []
         self._stream: list[str] = []  # a fingerprint of each task that was begun
         self._open: OpenTask | None = None
-        self._restored = False
+        self._goes_on = False  # a state was restored, or an exception ended `run`
         self._checked: Sequence[Task] = ()  # of the run at hand
 
     @property
@@ -110,63 +113,75 @@ class Learner:
     def learn(self, task: Task) -> TaskReport:
         """Learn one task through all phases of the method; the model is its network afterwards.
 
-        After `restore`, the open task is learned on from where it was: ValueError for another one.
+        After `restore`, or an exception between two steps, goes on with the open task: ValueError for another one.
         """
         self._refuse_left_open()
         if self._open is not None and self._open.task is not task:
             raise ValueError(
-                f"{task.name} cannot be learned while {self._open.task.name} is open: learn that one first"
+                f"{task.name} cannot be learned while {self._open.task.name} is open: learn that one first, or drop it "
+                "with learner.phases.abandon_task()"
             )
         if not any(checked is task for checked in self._checked):
             self._check([task])
         try:
             with self._divergence_told(task):
                 report = self._learn(self._open or self._begin(task))
-        finally:
-            self._open = None  # what an exception left may be half a step
+        except BaseException as error:
+            whole = self._open is not None and self._open.training is not None and self._open.training.whole
+            if not whole or isinstance(error, FloatingPointError) or not isinstance(error, Exception):
+                self._open = None
+            raise
+        self._open = None
         self.reports.append(report)
         return report
 
     def run(self, tasks: Sequence[Task]) -> Tensor:
         """Learn all tasks; returns accuracy (T, T), entry [i, j] on task j's test data after learning task i.
 
-        Entries of tasks not yet learned (j > i) are NaN. After `restore`, goes on from where training was.
+        Entries of tasks not yet learned (j > i) are NaN. After `restore` or an exception, goes on from where it was;
+        ValueError where a task is not the one that was learned.
         """
         self._refuse_left_open()
-        done = len(self._rows)
-        if self.reports and not (self._restored and done == len(self.reports)):
-            raise RuntimeError(f"run: starts with the first task, but {len(self.reports)} tasks are learned already")
+        done = len(self.reports)
+        if done and not (self._goes_on and done - len(self._rows) <= 1):
+            raise RuntimeError(f"run: starts with the first task, but {done} tasks are learned already")
+        state.check_stream(tasks, self._stream[: done + (self._open is not None)])
         self._check(tasks)
-        self._restored, self._checked = False, tasks
+        self._goes_on, self._checked = True, tasks
         try:
-            for i in range(done, len(tasks)):
-                self.learn(tasks[i])
+            for i in range(len(self._rows), len(tasks)):
+                if i == len(self.reports):
+                    self.learn(tasks[i])
                 self._rows.append([self.evaluate(j, tasks[j].test) for j in range(i + 1)])
         finally:
             self._checked = ()
+        self._goes_on = False
         return self.accuracy
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that training goes on from, as named tensors and an object that JSON can hold: see `restore`.
 
-        Whole between two tasks, and within one whenever the observer is called. The tensors are those of the model:
-        write or copy them before training goes on. RuntimeError for a task that was not opened by this learner.
+        RuntimeError unless `whole`: between tasks, whenever the observer is called, and after an error between two
+        steps. The tensors are those of the model: write or copy them before training goes on.
         """
         phases, open_ = self.phases, self._open
         phases.require("state", *PHASES)
         tensors, meta = stored.finished(phases) | state.random_states(), None
         if phases.phase != "idle":
             if open_ is None or open_.training is None:
-                raise RuntimeError(
-                    f"state: a task is open in the {phases.phase} phase, but not in this learner's hands"
-                )
+                raise RuntimeError(f"state: a task is open in the {phases.phase} phase, but not by this learner")
             more, meta = state.opened(phases, open_, open_.training)
             tensors |= more
         found = state.LearnerMeta(
-            len(phases.bank), stored.kept(phases), self._settings(), self._stream, self.reports, self._rows,
-            state.choices(phases), meta,
+            len(phases.bank), stored.kept(phases), self._settings(),
+            self._stream[: len(phases.bank) + bool(meta)], self.reports, self._rows, state.choices(phases), meta,
         )  # fmt: skip
         return tensors, found.as_json()
+
+    @property
+    def whole(self) -> bool:
+        """Whether `state` can be taken."""
+        return self.phases.phase == "idle" or getattr(self._open, "training", None) is not None
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> None:
         """Return to a `state` of a learner with the same options and model; `run` then goes on, bit for bit.
@@ -181,7 +196,7 @@ class Learner:
         trial._put(tensors, meta, tasks)  # whatever is wrong shows here and not in this learner
         random = self._put(tensors, meta, tasks)
         state.set_random(random, None if self._open is None else self._open.task.train.random)
-        self._restored = True
+        self._goes_on = True
 
     @property
     def accuracy(self) -> Tensor:
@@ -234,19 +249,17 @@ class Learner:
 
     @contextmanager
     def _divergence_told(self, task: Task) -> Iterator[None]:
-        """Names the task and the learning rates where the selection finds NaN among the scores."""
+        """Names the task and the learning rates where training, or the selection, finds NaN or infinity."""
         try:
             yield
-        except RuntimeError as error:
-            trained = self.phases.masked_parameters() + self.phases.dense_weights()
-            if "NaN" not in str(error) or all(bool(p.isfinite().all()) for p in trained):
-                raise
-            raise FloatingPointError(
-                f"{task.name}: the {self.phases.phase} phase diverged ({error}); {self._lower_the_rates()}"
-            ) from error
-
-    def _lower_the_rates(self) -> str:
-        return f"lower the learning rates, mask {self.mask.lr} and weight {self.weight.lr}"
+        except (RuntimeError, FloatingPointError) as error:
+            trained, told = self.phases.masked_parameters() + self.phases.dense_weights(), str(error)
+            if isinstance(error, RuntimeError):
+                if "NaN" not in told or all(bool(p.isfinite().all()) for p in trained):
+                    raise
+                told = f"the {self.phases.phase} phase diverged ({told})"
+            rates = f"lower the learning rates, mask {self.mask.lr} and weight {self.weight.lr}"
+            raise FloatingPointError(f"{task.name}: {told}; {rates}") from error
 
     def _generator(self, task: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + task) * 8 + purpose)
@@ -307,10 +320,9 @@ class Learner:
         if found.scores is None:
             return None
         scores = dict(found.scores)
-        report.initial_accuracy = (
-            self._initial_accuracy(task, report.kkt.sources[0], scores),
-            self._initial_accuracy(task, report.kkt.sources[0], self.phases.random_scores(report.task)),
-        )
+        starts = scores, self.phases.random_scores(report.task)
+        learned, random = (self._initial_accuracy(task, report.kkt.sources[0], start) for start in starts)
+        report.initial_accuracy = learned, random
         return scores
 
     def _initial_accuracy(self, task: Task, source: int, scores: dict[str, Tensor]) -> float:
@@ -346,8 +358,7 @@ class Learner:
             "batch_size": self.batch_size, "all_outputs": self.all_outputs, "seed": self.seed,
             "keep_scores": None if self.phases.keep_scores is None else str(self.phases.keep_scores), "head": self.head,
         }  # fmt: skip
-        settings: dict[str, Any] = json.loads(json.dumps(found))
-        return settings
+        return dict(json.loads(json.dumps(found)))
 
     def _put(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Take a state over, except for random states; returns the global ones."""
@@ -392,23 +403,10 @@ class Learner:
         generator = self._generator(len(self.phases.bank), 2 if self.phases.phase == "weight" else 1)
         if order is not None:
             generator.set_state(order)
-        least = self._least(task)
-        data = loader(
-            task.train, self.batch_size, shuffle=True, generator=generator, skip=skip, share=distributed.part(),
-            least=least,
-        )  # fmt: skip
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(data))
+        least = checking.least_items(task, self.model, self.batch_size, self.device)
         sizes, sums = batch_sizes(len(task.train), self.batch_size, least), torch.zeros(2, device=self.device)
-        return Training(optimizer, schedule, data, sizes, generator, generator.get_state(), sums, batch=skip)
-
-    def _least(self, task: Task) -> int:
-        """The fewest items that the last batch of an epoch can be trained on: two a process, or one."""
-        last, two_each = len(task.train) % self.batch_size, 2 * distributed.size()
-        if not 0 < last < two_each or len(task.train) < self.batch_size:
-            return 1
-        with checking.trial(self.model, self.device):
-            x = checking.sample(task, self.batch_size).to(self.device)
-            return two_each if checking.lone_items_fail(self.model, x) else 1
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(sizes))
+        return Training(optimizer, schedule, least, sizes, generator, generator.get_state(), sums, batch=skip)
 
     def _train(self, open_: OpenTask) -> None:
         """Train the open phase and leave it at its best epoch by validation (accuracy, then loss), or at its last.
@@ -423,10 +421,16 @@ class Learner:
         training = open_.training
         if training is None:
             return
-        optimizer, schedule, steps = training.optimizer, training.schedule, epochs * len(training.data)
+        optimizer, schedule, steps = training.optimizer, training.schedule, epochs * len(training.sizes)
+        training.generator.set_state(training.order)
+        data = loader(
+            task.train, self.batch_size, shuffle=True, generator=training.generator, skip=training.batch,
+            share=distributed.part(), least=training.least,
+        )  # fmt: skip
         while training.epoch < epochs and (options.patience is None or training.waited < options.patience):
             self.model.train()
-            for x, y in training.data:
+            for x, y in data:
+                training.whole = False
                 y = y.to(self.device)
                 batch, processes = training.sizes[training.batch], distributed.size()
                 own = distributed.share(batch)
@@ -442,9 +446,9 @@ class Learner:
                 optimizer.step()
                 schedule.step()
                 training.sums += sums * processes
-                training.batch += 1
+                training.batch, training.whole = training.batch + 1, True
                 if self.observer is not None:
-                    step = training.epoch * len(training.data) + training.batch
+                    step = training.epoch * len(training.sizes) + training.batch
                     self.observer.on_step(open_.report.task, phase, step, steps, sums[0] * processes / batch)
             self._end_epoch(open_, training, epochs)
         if training.kept is not None:
@@ -457,14 +461,9 @@ class Learner:
         task, phase, number = open_.task, self.phases.phase, training.epoch + 1
         mean_loss, accuracy = (total / len(task.train) for total in training.sums.tolist())
         if nan_flag.seen(training.sums.device):
-            raise FloatingPointError(
-                f"{task.name}: scores became NaN in epoch {number} of the {phase} phase; {self._lower_the_rates()}"
-            )
+            raise FloatingPointError(f"scores became NaN in epoch {number} of the {phase} phase")
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                f"{task.name}: the mean loss became {mean_loss} in epoch {number} of the {phase} phase; "
-                f"{self._lower_the_rates()}"
-            )
+            raise FloatingPointError(f"the mean loss became {mean_loss} in epoch {number} of the {phase} phase")
         result = None
         if task.validation is not None:
             validated, validation_loss = self.validate(task)
@@ -473,6 +472,7 @@ class Learner:
             open_.report.task, phase, number, epochs, mean_loss, accuracy, result[0] if result else None,
             training.epoch_clock.seconds,
         )  # fmt: skip
+        training.whole = False
         open_.report.history.append(record)
         if result is not None:
             if open_.best is None or result > open_.best:

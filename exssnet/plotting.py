@@ -1,5 +1,6 @@
 """Matplotlib, where it is installed."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,16 @@ from .writing import replacing
 
 def pyplot() -> Any:
     """`matplotlib.pyplot` that draws into files; None without matplotlib."""
+    asked = os.environ.pop("MPLBACKEND", None)  # a notebook's, say: importing fails where it is not installed here
     try:
         import matplotlib
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
         return None
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from .kkt import Transfer
 from .masks import LayerUse
@@ -61,13 +60,14 @@ class Training:
 
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    data: DataLoader[Any]
+    least: int  # items of the last batch of an epoch
     sizes: list[int]  # items of each batch, over all processes
     generator: torch.Generator  # of the order of the data
     order: Tensor  # the generator's state when the epoch began
     sums: Tensor  # of the epoch so far: loss, right answers; read once an epoch, so that nothing waits for a device
     epoch: int = 0
     batch: int = 0  # batches of the epoch that are learned
+    whole: bool = True  # no step, and no end of an epoch, is half done
     kept: dict[str, Any] | None = None  # snapshot of the best epoch, or of the beginning while none is better
     waited: int = 0  # epochs since the best
     clock: Stopwatch = field(default_factory=Stopwatch)
@@ -77,7 +77,7 @@ class Training:
         self.epoch, self.batch = self.epoch + 1, 0
         self.order = self.generator.get_state()
         self.sums = torch.zeros_like(self.sums)
-        self.epoch_clock = Stopwatch()
+        self.epoch_clock, self.whole = Stopwatch(), True
 
 
 @dataclass

@@ -3,9 +3,10 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import distributed, metrics
+from .console import secondary
 from .learner import Learner, Observer
 from .plotting import pyplot, save
 from .progress import EpochRecord, TaskReport
@@ -136,25 +138,36 @@ class Report:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def write(self, learner: Learner) -> None:
-        """result.json, metrics.jsonl, accuracy.png and curves.png, for the tasks learned so far."""
+        """Write metrics.jsonl, result.json, accuracy.png and curves.png for the tasks learned so far.
+
+        A file that cannot be written is told on stderr and left out.
+        """
+        files: dict[str, Callable[[Learner, Path], None]] = {"metrics.jsonl": _metrics, "result.json": self._result}
+        if len(learner.accuracy):
+            with secondary("no plots were drawn"):
+                if plt := pyplot():
+                    files["accuracy.png"] = partial(self._plot_accuracy, plt)
+                    files["curves.png"] = partial(_plot_curves, plt)
+                else:
+                    print("No plots: matplotlib is not installed (pip install 'exssnet[plots]').")
+        for name, put in files.items():
+            with secondary(f"{name} was not written"):
+                put(learner, self.out / name)
+
+    def _result(self, learner: Learner, file: Path) -> None:
         from . import __version__
 
-        records = (record for report in learner.reports for record in report.history)
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(asdict(record)) + "\n" for record in records))
-        done = len(learner.accuracy) > 0
         result = {
             "options": self.options,
             "model": self.model,
             "versions": {"exssnet": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "threads": torch.get_num_threads(),
             "accuracy": [[None if a != a else a for a in row] for row in learner.accuracy.tolist()],
-            "metrics": scores_of(learner) if done else {},
+            "metrics": scores_of(learner) if len(learner.accuracy) else {},
             "tasks": [_task_entry(learner, report) for report in learner.reports],
             "mask_bytes": learner.phases.bank.nbytes,
         }
-        write_text(self.out / "result.json", json.dumps(result, indent=2) + "\n")
-        if done:
-            self._plot(learner)
+        write_text(file, json.dumps(result, indent=2) + "\n")
 
     def show(self, learner: Learner) -> None:
         """The accuracy matrix, the metrics, and what each task uses, as tables on the terminal."""
@@ -193,11 +206,7 @@ class Report:
         console.print(use)
         console.print(f"Results, plots and the model are in {self.out}")
 
-    def _plot(self, learner: Learner) -> None:
-        plt = pyplot()
-        if plt is None:
-            print("No plots: matplotlib is not installed (pip install 'exssnet[plots]').")
-            return
+    def _plot_accuracy(self, plt: Any, learner: Learner, file: Path) -> None:
         accuracy = 100 * learner.accuracy
         tasks = len(accuracy)
         figure, axes = plt.subplots(figsize=(1.2 + 0.7 * max(5, tasks), 1 + 0.6 * max(5, tasks)), layout="constrained")
@@ -213,24 +222,32 @@ class Report:
             xticks=range(tasks), yticks=range(tasks),
         )  # fmt: skip
         figure.colorbar(image, label="accuracy (%)")
-        save(figure, self.out / "accuracy.png")
+        save(figure, file)
 
-        figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-        start = 0
-        for report in learner.reports:
-            shown: list[tuple[int, EpochRecord]] = [(start + i + 1, r) for i, r in enumerate(report.history)]
-            color = f"C{report.task % 10}"
-            for phase, style in (("mask", "--"), ("joint", "--"), ("weight", "-")):
-                part = [(i, r) for i, r in shown if r.phase == phase]
-                label = f"{report.name}, {phase} phase" if tasks <= 6 else None
-                above.plot([i for i, _ in part], [r.loss for _, r in part], style, color=color, marker=".")
-                if part:
-                    best = [100 * (r.accuracy if r.validation is None else r.validation) for _, r in part]
-                    below.plot([i for i, _ in part], best, style, color=color, marker=".", label=label)
-            start += len(report.history)
-        validated = any(r.validation is not None for report in learner.reports for r in report.history)
-        above.set(ylabel="training loss", yscale="log", title="Learning curves of all tasks, one after another")
-        below.set(xlabel="epoch", ylabel=f"{'validation' if validated else 'training'} accuracy (%)")
-        if tasks <= 6 and below.lines:
-            below.legend(fontsize="x-small", ncols=2)
-        save(figure, self.out / "curves.png")
+
+def _metrics(learner: Learner, file: Path) -> None:
+    """One line of JSON an epoch."""
+    lines = (json.dumps(asdict(record)) + "\n" for report in learner.reports for record in report.history)
+    write_text(file, "".join(lines))
+
+
+def _plot_curves(plt: Any, learner: Learner, file: Path) -> None:
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    start = 0
+    for report in learner.reports:
+        shown: list[tuple[int, EpochRecord]] = [(start + i + 1, r) for i, r in enumerate(report.history)]
+        color = f"C{report.task % 10}"
+        for phase, style in (("mask", "--"), ("joint", "--"), ("weight", "-")):
+            part = [(i, r) for i, r in shown if r.phase == phase]
+            label = f"{report.name}, {phase} phase" if len(learner.accuracy) <= 6 else None
+            above.plot([i for i, _ in part], [r.loss for _, r in part], style, color=color, marker=".")
+            if part:
+                best = [100 * (r.accuracy if r.validation is None else r.validation) for _, r in part]
+                below.plot([i for i, _ in part], best, style, color=color, marker=".", label=label)
+        start += len(report.history)
+    validated = any(r.validation is not None for report in learner.reports for r in report.history)
+    above.set(ylabel="training loss", yscale="log", title="Learning curves of all tasks, one after another")
+    below.set(xlabel="epoch", ylabel=f"{'validation' if validated else 'training'} accuracy (%)")
+    if len(learner.accuracy) <= 6 and below.lines:
+        below.legend(fontsize="x-small", ncols=2)
+    save(figure, file)

@@ -1,7 +1,6 @@
 """When a run's checkpoint is written: every so many steps or minutes, at a signal, and at the end."""
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint, distributed
+from .console import warn
 from .learner import Learner, Observer
 from .progress import EpochRecord
 from .typed import shown
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Those that end a run after its checkpoint is written."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,16 +37,18 @@ class Saver:
     def __init__(
         self, watching: Observer, path: Path, notes: dict[str, Any], every: int | None, minutes: float | None
     ) -> None:
-        self.watching, self.path, self.notes = watching, path, notes
+        self.watching: Observer | None = watching
+        self.path, self.notes = path, notes
         self.every, self.seconds = every or 0, 60 * (minutes or 0)
         self.learner: Learner | None = None
         self.coded: dict[str, Tensor] = {}
+        self.tasks: int | None = None  # finished ones in the run's checkpoint at `path`; None: there is none yet
         self.signal = 0
         self.replaces = False  # the file of an earlier run, which stays until this one has made a step
         self.steps, self.written = 0, time.monotonic()
 
     def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
-        self.watching.on_step(task, phase, step, steps, loss)
+        self._tell("on_step", task, phase, step, steps, loss)
         self.steps += 1
         due = self.replaces or (self.every and self.steps % self.every == 0)
         if self.signal:
@@ -52,9 +57,18 @@ class Saver:
             self.write()
 
     def on_epoch(self, record: EpochRecord) -> None:
-        self.watching.on_epoch(record)
+        self._tell("on_epoch", record)
         if self.signal:
             self.stop(f"task {record.task}, {record.phase} phase, after epoch {record.epoch} of {record.epochs}")
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        """Progress that cannot be shown is left out from then on."""
+        try:
+            if self.watching is not None:
+                getattr(self.watching, what)(*arguments)
+        except Exception as error:
+            self.watching = None
+            warn(f"progress is no longer shown: {type(error).__name__}: {error}")
 
     def write(self) -> bool:
         """Write the checkpoint; where that cannot be done the one before stays, and training goes on.
@@ -66,13 +80,27 @@ class Saver:
             return True
         try:
             checkpoint.save_run(self.learner, self.path, self.notes, self.coded)
-        except (OSError, ValueError) as error:
-            told = f"a checkpoint could not be saved, the file is whole: {shown(error, 500)}"
-            print(f"exssnet: {told}", file=sys.stderr)
+        except Exception as error:
+            warn(f"a checkpoint could not be saved, the file is whole: {shown(error, 500)}")
             return False
         finally:
             self.written, self.replaces = time.monotonic(), False
+        self.tasks = len(self.learner.reports)
         return True
+
+    def rescue(self) -> None:
+        """After an error: write what the run can go on from, and drop the open task, if any, from the learner.
+
+        This is the open task at its last step, if that is whole, or else the finished tasks. No checkpoint of the run
+        that holds more is replaced.
+        """
+        assert self.learner is not None
+        if self.learner.phases.phase != "idle":
+            if self.learner.whole and self.steps:  # before its first step a run replaces nothing
+                self.write()
+            self.learner.phases.abandon_task()
+        if (self.tasks or 0) < len(self.learner.reports):
+            self.write()
 
     def stop(self, where: str) -> None:
         name = signal.Signals(self.signal).name
@@ -84,12 +112,17 @@ class Saver:
 
     @contextmanager
     def at_signals(self) -> Iterator[None]:
-        """Within the block, the first SIGINT or SIGTERM is heard after the step at hand; a second one acts at once."""
+        """Within the block, the first of `SIGNALS` is heard after the step at hand; a second one acts at once.
+
+        SIGHUP stays ignored where it was, as under nohup.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in numbers}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {n: handler for n, handler in before.items() if handler is not None}  # None: not a handler of Python's
+        if hasattr(signal, "SIGHUP") and before.get(signal.SIGHUP) is signal.SIG_IGN:
+            del before[signal.SIGHUP]
 
         def restore() -> None:
             for number, handler in before.items():
@@ -99,7 +132,7 @@ class Saver:
             self.signal = number
             restore()
 
-        for number in numbers:
+        for number in before:
             signal.signal(number, heard)
         try:
             yield

@@ -94,9 +94,7 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
         )
     if len(tasks) < begun:
         raise ValueError(f"the state is of {begun} tasks, the stream has {len(tasks)}")
-    for number, (task, known) in enumerate(zip(tasks, found.stream, strict=False)):
-        if fingerprint(task) != known:
-            raise ValueError(f"task {number} of the stream is not the one that was learned: its data has changed")
+    check_stream(tasks, found.stream)
     reports = [*found.reports, *([found.open.report] if found.open else [])]
     if [r.task for r in reports] != list(range(begun)) or [len(r) for r in found.rows] != [
         i + 1 for i in range(len(found.rows))
@@ -109,6 +107,13 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
                 f"the state holds a choice of kernels for {c.layer}, {c.dtype} on {c.device}, which are not known"
             )
     return found
+
+
+def check_stream(tasks: Sequence[Task], known: Sequence[str]) -> None:
+    """ValueError where a stream does not begin with the tasks of these fingerprints."""
+    for number, (task, was) in enumerate(zip(tasks, known, strict=False)):
+        if fingerprint(task) != was:
+            raise ValueError(f"task {number} of the stream is not the one that was learned: its data has changed")
 
 
 def fingerprint(task: Task) -> str:
@@ -185,9 +190,9 @@ def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, expected: Sequence[st
 
 def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Training, epochs: int) -> None:
     """Put a phase's training at its step; `training` is at the first step of an epoch's batch `meta.batch`."""
-    if not (0 <= meta.epoch <= epochs and 0 <= meta.batch <= len(training.data) and meta.waited >= 0):
+    if not (0 <= meta.epoch <= epochs and 0 <= meta.batch <= len(training.sizes) and meta.waited >= 0):
         raise ValueError(
-            f"the state stands at epoch {meta.epoch} of {epochs} and batch {meta.batch} of {len(training.data)}, "
+            f"the state stands at epoch {meta.epoch} of {epochs} and batch {meta.batch} of {len(training.sizes)}, "
             f"{meta.waited} epochs after the best"
         )
     training.epoch, training.waited = meta.epoch, meta.waited
@@ -215,7 +220,7 @@ def _put_optimizer(pieces: Pieces, meta: OpenMeta, training: Training) -> None:
                 f"the state's optimizer has the options {', '.join(group)}, the learner's {', '.join(live)}"
             )
         live |= {n: alike(live[n], value, f"the optimizer's {n}") for n, value in group.items()}
-    done = meta.epoch * len(training.data) + meta.batch
+    done = meta.epoch * len(training.sizes) + meta.batch
     rates = [group["lr"] for group in optimizer.param_groups]
     training.schedule.load_state_dict({"last_epoch": done, "_step_count": done + 1, "_last_lr": rates})
     for i, (parameter, own, like) in enumerate(zip(parameters, meta.moments, moments(optimizer), strict=True)):

@@ -1,5 +1,6 @@
 """What cannot be learned is told in one sentence before anything changes; lone items, and tasks that were left open."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -208,14 +209,25 @@ def test_a_run_with_a_joined_batch_is_resumed_bit_for_bit(step: int) -> None:
 # A task that was left open
 
 
+def failing_once(error: BaseException, *, after: int = 0) -> Callable[..., Any]:
+    """A wrapper of functions: one call, after so many that went well, raises; later ones go well again."""
+    calls = iter(range(1 << 30))
+
+    def of(do: Callable[..., Any]) -> Callable[..., Any]:
+        def fail_once(*arguments: Any) -> Any:
+            if next(calls) == after:
+                raise error
+            return do(*arguments)
+
+        return fail_once
+
+    return of
+
+
 def left_open(error: BaseException, phase: str) -> Learner:
     learned = learner()
-
-    def stop(*now: object) -> None:
-        if now == (0, phase, 2):
-            raise error
-
-    watched(learned).at_step = stop
+    steps = {"mask": 1, "weight": 7}[phase]  # a phase has 2 epochs of 3 batches
+    learned._loss = failing_once(error, after=steps)(learned._loss)  # type: ignore[method-assign]
     with pytest.raises(type(error)):
         learned.learn(stream()[0])
     return learned
@@ -230,11 +242,71 @@ def test_a_task_that_was_left_open_is_told_with_the_way_out(phase: str, error: B
     with pytest.raises(RuntimeError, match=sentence):
         learned.learn(tasks[0]) if call == "learn" else learned.run(tasks)
     learned.phases.abandon_task()
-    learned.observer = None
     fresh = learner()
     learned.learn(tasks[0])
     fresh.learn(tasks[0])
     assert changes(outcome(fresh), outcome(learned)) in ([], [".selection_hint"])
+
+
+def undisturbed() -> dict[str, object]:
+    learned = learner(kkt="best")
+    learned.run(stream(2))
+    return outcome(learned)
+
+
+@pytest.mark.parametrize("call", ["run", "learn", "restore"])
+@pytest.mark.parametrize("after", [1, 4, 10], ids=["first-epoch", "second-epoch", "weight-phase"])
+def test_an_error_between_two_steps_loses_nothing(after: int, call: str) -> None:
+    """Of the observer, in the second task: training goes on with the next step, bit for bit."""
+    learned, tasks = learner(kkt="best"), stream(2)
+    watching = watched(learned)
+    watching.learner = None
+    steps = 12  # of the first task
+    watching.on_step = failing_once(RuntimeError("no screen"), after=steps + after)(watching.on_step)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no screen"):
+        learned.run(tasks)
+    if call == "learn":
+        learned.learn(tasks[1])
+    elif call == "restore":
+        tensors, meta = learned.state()
+        learned, tasks = learner(kkt="best"), stream(2)
+        learned.restore(tensors, json.loads(json.dumps(meta)), tasks)
+    learned.run(tasks)
+    assert changes(undisturbed(), outcome(learned)) in ([], [".selection_hint"])
+
+
+class Damaged:
+    """Images of which one can be read a few times and then no more, until `broken` is -1."""
+
+    def __init__(self, images: Tensor, broken: int, good: int) -> None:
+        self.images, self.shape, self.broken, self.good = images, images.shape, broken, good
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        if self.broken in index:
+            self.good -= 1
+            if self.good < 0:
+                raise OSError("it is damaged")
+        return self.images[index]
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_after_unreadable_data_run_goes_on_where_it_was(part: str) -> None:
+    tasks, learned = stream(2, validation=0.25), learner(kkt="best")
+    straight = learner(kkt="best")
+    straight.run(tasks)
+    data = getattr(tasks[1], part)
+    images = Damaged(data.dataset.images, int(data.index[3]), good={"train": 2, "validation": 2, "test": 0}[part])
+    tasks[1] = replace(tasks[1], **{part: replace(data, dataset=replace(data.dataset, images=images))})
+    kind = {"train": "training"}.get(part, part)
+    said = rf"^task 1, {kind} data: item {images.broken} of the data set: it is damaged$"
+    with pytest.raises(OSError, match=said):
+        learned.run(tasks)
+    images.broken = -1
+    assert torch.equal(learned.run(tasks).nan_to_num(-1), straight.accuracy.nan_to_num(-1))
+    assert changes(outcome(straight), outcome(learned)) in ([], [".selection_hint"])
 
 
 def test_scores_that_became_nan_are_told_as_a_task_left_open_as_well() -> None:
@@ -243,6 +315,20 @@ def test_scores_that_became_nan_are_told_as_a_task_left_open_as_well() -> None:
         learned.learn(tasks[0])
     with pytest.raises(RuntimeError, match="task 0 is still open in the joint phase"):
         learned.run(tasks)
+
+
+def test_values_that_finish_task_refuses_are_told_with_the_task() -> None:
+    learned = learner()
+
+    def diverge(*now: object) -> None:
+        if now == (0, "weight", 8):  # the last step
+            next(iter(learned.phases.layers.values())).free_values.data[0] = math.nan  # type: ignore[union-attr]
+
+    watched(learned).at_step = diverge
+    with pytest.raises(
+        FloatingPointError, match=r"^task 0: finish_task: 1 of .* lower the learning rates, mask 0\.03 "
+    ):
+        learned.learn(stream(validation=0)[0])
 
 
 def test_another_error_is_not_called_a_divergence() -> None:

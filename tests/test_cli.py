@@ -254,8 +254,18 @@ def test_without_matplotlib_a_run_ends_well_and_says_what_is_missing(
 # Interruption
 
 
-def interrupting(task: int, phase: str, error: BaseException) -> Callable[[object], object]:
+DIVERGED = "exssnet: task 1: it diverged; lower the learning rates, mask 0.01 and weight 0.01\n"
+
+
+def interrupting(
+    monkeypatch: pytest.MonkeyPatch, task: int, phase: str, error: BaseException
+) -> Callable[[object], object]:
+    """The next step after this phase's second raises the error."""
+
     def stop() -> None:
+        monkeypatch.setattr(Learner, "_loss", raising)
+
+    def raising(*_: object) -> None:
         raise error
 
     return acting(task, phase, 2, stop)
@@ -264,14 +274,14 @@ def interrupting(task: int, phase: str, error: BaseException) -> Callable[[objec
 @pytest.mark.parametrize("phase", ["mask", "weight"])
 @pytest.mark.parametrize(
     ("error", "status", "sentence"),
-    [(KeyboardInterrupt(), 130, ""), (FloatingPointError("it diverged"), 2, "exssnet: it diverged\n")],
+    [(KeyboardInterrupt(), 130, ""), (FloatingPointError("it diverged"), 2, DIVERGED)],
     ids=["Ctrl-C", "divergence"],
 )
 def test_a_run_that_stops_leaves_the_results_of_the_finished_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], phase: str,
     error: BaseException, status: int, sentence: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "observer", interrupting(1, phase, error))
+    monkeypatch.setattr(cli, "observer", interrupting(monkeypatch, 1, phase, error))
     assert main([*RUN, "--weight-epochs", "2", "--out", str(tmp_path)]) == status
     said = capsys.readouterr()
     assert f"Stopped after 1 of 2 tasks; what was learned is in {tmp_path}." in said.out
@@ -286,7 +296,7 @@ def test_a_run_that_stops_leaves_the_results_of_the_finished_tasks(
 
 
 def test_ctrl_c_within_the_first_task_leaves_an_empty_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "observer", interrupting(0, "mask", KeyboardInterrupt()))
+    monkeypatch.setattr(cli, "observer", interrupting(monkeypatch, 0, "mask", KeyboardInterrupt()))
     assert main([*RUN, "--out", str(tmp_path)]) == 130
     found = result(tmp_path)
     assert (found["accuracy"], found["tasks"], found["metrics"]) == ([], [], {})

@@ -43,6 +43,7 @@ def test_a_reader_that_has_ended_is_no_error(
         patch.setattr(sys, "stdout", out)
         assert main([paths.get(argument, argument) for argument in arguments]) == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
+    assert "train" not in arguments or "--help" in arguments or (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_reader_of_an_unbuffered_output_may_end_as_well(capfd: pytest.CaptureFixture[str]) -> None:

@@ -208,7 +208,7 @@ def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
         (m, s) for m in ("supsup", "exssnet+kkt", "ewc") for s in (0, 1)
     }
     assert all(len(r["accuracy"]) == 2 for r in report["runs"])
-    text = (out / "report.md").read_text()
+    text = (out / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# a test\n")
     of_ewc = [r["accuracy"][-1] for r in report["runs"] if r["method"] == "ewc"]
     means = " | ".join(f"{50 * (a + b):.1f}" for a, b in zip(*of_ewc, strict=True))
@@ -223,7 +223,12 @@ def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
     kept = out / "runs" / "ewc-seed0.json"
     before = json.loads(lost.read_text()), kept.stat().st_mtime_ns
     lost.unlink()
+    (out / "methods.png").unlink()
+    (out / "methods.png").mkdir()  # a plot that cannot be written is told, and the report does without
     assert cli.main(arguments) == 0
+    assert capsys.readouterr().err.startswith("exssnet: methods.png was not written: [Errno 21] Is a directory")
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert ("(methods.png)" in text, "(cost.png)" in text) == (False, True)
     assert json.loads(lost.read_text())["accuracy"] == before[0]["accuracy"]
     assert kept.stat().st_mtime_ns == before[1]
 

@@ -33,6 +33,9 @@ RUN = ["train", "--data", "digits", "--tasks", "2", "--epochs", str(EPOCHS), "--
 RUN += ["--batch-size", "128", "--threads", "1", "--patience", "3"]
 
 
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -129,7 +132,7 @@ def stopping(number: int = signal.SIGINT, task: int = 1, phase: str = "weight") 
 
 
 @pytest.mark.parametrize(("task", "phase"), [(0, "mask"), (1, "weight")])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=lambda value: getattr(value, "name", ""))
 def test_a_signal_saves_says_how_to_go_on_and_leaves_the_handlers_as_they_were(
     straight: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals,
     status: int, task: int, phase: str,
@@ -145,6 +148,18 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_the_handlers_as_they_were(
     )
     assert main(["train", "--resume", "--out", str(tmp_path)]) == 0
     assert f"after {task} of 2 tasks, in the {phase} phase of task {task}." in capsys.readouterr().out
+    assert results(tmp_path) == straight
+
+
+def test_an_ignored_hangup_stays_ignored(
+    straight: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stopping(signal.SIGHUP):
+        status = main([*RUN, "--out", str(tmp_path)])
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+    assert (status, "Stopped" in capsys.readouterr().out) == (0, False)
     assert results(tmp_path) == straight
 
 
@@ -248,7 +263,9 @@ def test_the_same_options_and_harmless_ones_may_be_given(
 def test_threads_are_those_of_the_run_unless_they_are_given(stopped: Path, tmp_path: Path) -> None:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "run", lambda learner, tasks: seen.append(torch.get_num_threads()) or learner.accuracy)
+        patch.setattr(
+            Learner, "run", lambda learner, _: seen.append(torch.get_num_threads()) or learner.phases.abandon_task()
+        )
         torch.set_num_threads(2)
         for given in ([], ["--threads", "2"]):
             assert main(["train", "--resume", str(stopped), *given, "--out", str(tmp_path)]) == 0

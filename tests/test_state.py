@@ -134,7 +134,7 @@ def test_a_state_between_tasks_goes_on_with_the_next() -> None:
     state = copied(learned.state())
     straight = made()
     straight.run(noisy_stream()[:1])
-    straight._restored = True
+    straight._goes_on = True
     straight.run(noisy_stream())
     assert changes(outcome(straight), continued(state)) in ([], [".selection_hint"])
 
@@ -211,7 +211,7 @@ def test_an_interrupted_learner_has_no_state() -> None:
     watched(learned).at_step = stop
     with pytest.raises(KeyboardInterrupt):
         learned.run(stream(1))
-    with pytest.raises(RuntimeError, match="state: a task is open in the mask phase, but not in this learner's hands"):
+    with pytest.raises(RuntimeError, match="state: a task is open in the mask phase, but not by this learner"):
         learned.state()
 
 

@@ -83,12 +83,14 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
 class Relabelled(Dataset[tuple[Any, Tensor]]):
     """Some items of a dataset under labels of our own; the items stay where they are, in memory or lazily loaded.
 
-    A list of indices reads a whole batch.
+    A list of indices reads a whole batch. With a `name`, an item that cannot be read is told with it: ValueError, or
+    the system's OSError.
     """
 
     dataset: Dataset[Any]
     index: Tensor
     labels: Tensor
+    name: str = ""
 
     def __post_init__(self) -> None:
         _check_labels(self.labels, len(self.index))
@@ -118,14 +120,37 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
 
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[Any, Tensor]:
         index = torch.as_tensor(index, dtype=torch.int64)
-        source = self.index[index]
+        source, labels = self.index[index], self.labels[index]
+        try:
+            return self._read(source), labels
+        except Exception as error:
+            if not self.name or isinstance(error, MemoryError):
+                raise
+            kind = type(error) if type(error) in (OSError, FileNotFoundError, PermissionError) else ValueError
+            raise kind(f"{self.name}: {self.unaugmented()._unreadable(source.flatten(), error)}") from error
+
+    def _read(self, source: Tensor) -> Any:
+        """The items at these indices of the dataset, one for an index without dimension."""
         if isinstance(self.dataset, Labelled | _Joined):
-            items = self.dataset[source][0]
-        elif index.dim() == 0:
-            items = self.dataset[int(source)][0]
-        else:
-            items = default_collate([self.dataset[i][0] for i in source.tolist()])
-        return items, self.labels[index]
+            return self.dataset[source][0]
+        if source.dim() == 0:
+            return self.dataset[int(source)][0]
+        return default_collate([self.dataset[i][0] for i in source.tolist()])
+
+    def _unreadable(self, source: Tensor, error: Exception) -> str:
+        """Which item of a batch failed and why: the first that fails alone, with its file where that is known."""
+        place = f"items {', '.join(map(str, source[:5].tolist()))}{', ...' if len(source) > 5 else ''} of the data set"
+        for i in source:
+            try:
+                self._read(i)
+            except Exception as own:
+                error = own
+                files = getattr(getattr(self.dataset, "images", None), "files", getattr(self.dataset, "samples", None))
+                file = "" if files is None else str(files[i][0] if isinstance(files[i], tuple) else files[i])
+                place = f"item {i} of the data set" + (f" ({file})" if file and file not in str(error) else "")
+                break
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        return f"{place}: {kind}{shown(error, 300)}"
 
     @classmethod
     def join(cls, parts: Sequence["Relabelled"], offsets: Sequence[int]) -> "Relabelled":
@@ -135,7 +160,7 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
 
     def select(self, index: Tensor) -> "Relabelled":
         """The items at these indices."""
-        return Relabelled(self.dataset, self.index[index], self.labels[index])
+        return replace(self, index=self.index[index], labels=self.labels[index])
 
     def unaugmented(self) -> "Relabelled":
         """The same items without random augmentation."""

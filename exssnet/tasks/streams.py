@@ -30,6 +30,14 @@ class Task:
     validation: Relabelled | None
     test: Relabelled
 
+    def __post_init__(self) -> None:
+        kinds = {"train": "training", "validation": "validation", "test": "test"}
+        names = {field: f"{self.name}, {kind} data" for field, kind in kinds.items()}
+        for field, name in names.items():
+            data = getattr(self, field)
+            if data is not None and data.name not in names.values():
+                object.__setattr__(self, field, replace(data, name=name))
+
 
 class CropFlip:
     """Random crop after zero-padding each side, and horizontal flip with probability 1/2, for batches (B, C, H, W).
