@@ -16,6 +16,7 @@ from .nn import SupermaskLayer, supermask_layers, unconvert
 from .ops import unpack_mask
 from .shared import SharedWeights
 from .task_state import TaskState
+from .undo import undone_on_failure
 
 Phase = Literal["idle", "mask", "weight", "joint"]
 PHASES: tuple[Phase, ...] = ("idle", "mask", "weight", "joint")
@@ -67,6 +68,7 @@ class Phases:
         self._weights = SharedWeights(self.layers)
         self.looking: list[int] = []  # threads that are in a block of `using`
         self.own = TaskState(model, self.layers)
+        owners.end_joint(self)
         owners.own(self)
         self._ended("scores from before Phases was made")
         for layer in self.layers.values():
@@ -115,12 +117,13 @@ class Phases:
                 f"start_task: all weights of {zero[0]} are zero, so neither its scores nor what comes before it would "
                 'learn: initialise the layer, exclude it, or convert(..., weights="signed_constant")'
             )
-        self.own.write({})
         self._ended("values of an earlier task")
-        for name, layer in self.layers.items():
-            layer.use_scores(scores[name])
-        if joint:
-            self._weights.train_copies()
+        with undone_on_failure(self):
+            self.own.write({})
+            for name, layer in self.layers.items():
+                layer.use_scores(scores[name])
+            if joint:
+                self._weights.train_copies()
         self.phase, self.active = "joint" if joint else "mask", len(self.bank)
         return self.active
 
@@ -133,14 +136,16 @@ class Phases:
         """
         self.require("start_weight_phase", "mask")
         self._check_finite("start_weight_phase")
-        self._fix_masks()
-        self._ended(f"the scores of task {self.active}'s mask phase")
-        for name, layer in self.layers.items():
-            mask = self._open_masks[name]
-            self._open_free[name] = self.bank.free(name, mask) if exclusive else mask
-            layer.use_values(mask, self._open_free[name])
-        if not self.parameters():  # a loss needs something to go back to, and optimizers refuse empty lists
-            layer.free_values = nn.Parameter(layer.dense_weight.new_empty(0))
+        scores = self.masked_parameters()
+        with undone_on_failure(self):
+            self._fix_masks()
+            for name, layer in self.layers.items():
+                mask = self._open_masks[name]
+                self._open_free[name] = self.bank.free(name, mask) if exclusive else mask
+                layer.use_values(mask, self._open_free[name])
+            if not self.parameters():  # a loss needs something to go back to, and optimizers refuse empty lists
+                layer.free_values = nn.Parameter(layer.dense_weight.new_empty(0))
+        stale.phase_changes(self, scores, f"the scores of task {self.active}'s mask phase")
         self.phase = "weight"
 
     @torch.inference_mode(False)
@@ -169,17 +174,16 @@ class Phases:
             self._fix_masks()
         kept = self.keep_scores is not None and len(self.scores) == len(self.bank)  # else those of earlier tasks lack
         scores = {name: s.to(self.keep_scores) for name, s in self._open_scores.items()} if kept else {}
-        learned, task = (self._open_masks, self.own.changed(), scores), len(self.bank)
-        bank, states, scores_of = stored.adopted(self, [learned])
+        bank, states, all_scores = stored.adopted(self, [(self._open_masks, self.own.changed(), scores)])
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, free in self._open_free.items():
             self.layers[name].store_values(free)
         self._weights.end(store=True)
-        self.states, self.scores, self.bank = states, scores_of, bank  # the bank last: other threads may serve
-        self.phase = "idle"
+        self.states, self.scores, self.bank = states, all_scores, bank  # the bank last: other threads may serve
+        self.phase, self.active = "idle", None
         self._close()
-        self._activate(task)
-        return task
+        self._activate(len(bank) - 1)
+        return len(bank) - 1
 
     @torch.inference_mode(False)
     def abandon_task(self) -> None:
@@ -206,10 +210,11 @@ class Phases:
         Everything is copied. ValueError, before anything is changed, for what does not fit the model.
         """
         self.require("adopt", "idle")
-        bank, self.states, self.scores = stored.adopted(self, tasks)
-        self.bank = bank  # last: other threads may serve
-        if tasks:
-            self._activate(len(self.bank) - 1)
+        bank, states, scores = stored.adopted(self, tasks)
+        with undone_on_failure(self):
+            self.states, self.scores, self.bank = states, scores, bank
+            if tasks:
+                self._activate(len(bank) - 1)
         return len(self.bank) - 1
 
     @torch.inference_mode(False)
@@ -219,8 +224,9 @@ class Phases:
         self._activate(task)
 
     def _activate(self, task: int) -> None:
-        self._use_masks(task)
-        self.own.write(self.states[task])
+        with undone_on_failure(self):
+            self._use_masks(task)
+            self.own.write(self.states[task])
         self.active = task
 
     def _use_masks(self, task: int) -> None:
@@ -375,8 +381,6 @@ class Phases:
         unconvert(plain)
         owners.disown(plain)
         return plain
-
-    # State
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in any phase, for `torch.save`: tensors (no copies) by name, and what they are of.

@@ -46,7 +46,7 @@ LAYERS = (
     ("nn",),
     ("checking", "heads", "shared", "task_state", "optim"),
     ("stored",),
-    ("owners",),
+    ("owners", "undo"),
     ("phases",),
     ("kkt", "serving"),
     ("progress",),

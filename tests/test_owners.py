@@ -8,78 +8,26 @@ from typing import Any
 import pytest
 import torch
 from networks import changes, images, picture, small_net
+from remembering import X, learn, logits_of, remembering_net, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exssnet import checkpoint
-from exssnet.nn import convert, evaluation
+from exssnet.nn import SupermaskLayer, convert, evaluation
 from exssnet.phases import Phases
 from exssnet.serving import Served
-
-X = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
-
-
-class Remembering(nn.Module):
-    """Adds what it keeps in buffers of every kind while it trains: all of it changes the logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(6), persistent=False)
-        self.register_buffer("seen", torch.zeros(1, 6), persistent=False)
-        self.register_buffer("last", None)
-        self.register_buffer("table", torch.arange(6.0).expand(3, 6), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.mean += 0.1 * (x.mean(0) - self.mean)
-                self.seen = torch.cat([self.seen, x[:1]])[-4:]
-                self.last = x[-1].clone()
-                if not hasattr(self, "late"):
-                    self.register_buffer("late", x[0].clone(), persistent=False)
-                self.late += 0.1
-        x = x + self.mean + self.seen.sum(0) + self.table[0]
-        x = x if self.last is None else x + self.last
-        return x + self.late if hasattr(self, "late") else x
-
-
-def _remembering(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return convert(nn.Sequential(Remembering(), nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), 0.4)
-
-
-def _train(phases: Phases, x: Tensor, steps: int = 3) -> None:
-    optimizer = phases.optimizer(torch.optim.SGD, lr=0.1)
-    phases.model.train()
-    for step in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(phases.model(x + step), torch.arange(len(x)) % 3).backward()
-        optimizer.step()
-
-
-def _learn(phases: Phases, shift: float, x: Tensor = X) -> int:
-    phases.start_task()
-    _train(phases, x + shift)
-    phases.start_weight_phase()
-    _train(phases, x + shift)
-    return phases.finish_task()
-
-
-def _logits(phases: Phases, task: int, x: Tensor = X) -> Tensor:
-    with phases.using(task) as model, evaluation(model):
-        return model(x)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
 def remembering() -> tuple[Phases, list[Tensor]]:
     """Two tasks learned, and their networks' logits as they were finished."""
-    phases, logits = Phases(_remembering()), []
+    phases, expected = Phases(remembering_net()), []
     for task in range(2):
-        _learn(phases, float(task))
+        learn(phases, float(task))
         with evaluation(phases.model):
-            logits.append(phases.model(X))
-    assert not torch.equal(*logits)
-    return phases, logits
+            expected.append(phases.model(X))
+    assert not torch.equal(*expected)
+    return phases, expected
 
 
 def test_buffers_of_every_kind_belong_to_their_task(remembering: tuple[Phases, list[Tensor]]) -> None:
@@ -87,9 +35,9 @@ def test_buffers_of_every_kind_belong_to_their_task(remembering: tuple[Phases, l
     phases.start_task()
     assert phases.model[0].last is None
     assert phases.model[0].seen.shape == (1, 6)
-    _train(phases, X + 7)
+    train(phases, X + 7)
     for task in range(2):
-        assert torch.equal(_logits(phases, task), logits[task])
+        assert torch.equal(logits_of(phases, task), logits[task])
     assert phases.model[0].seen.shape == (4, 6)
     phases.abandon_task()
     for task in (0, 1, 0):
@@ -106,25 +54,25 @@ def test_buffers_of_every_kind_belong_to_their_task(remembering: tuple[Phases, l
 def test_buffers_of_every_kind_are_in_the_state(remembering: tuple[Phases, list[Tensor]], tmp_path: Any) -> None:
     phases, logits = remembering
     phases.start_task()
-    _train(phases, X + 2)
+    train(phases, X + 2)
     file = io.BytesIO()
     torch.save(phases.state_dict(), file)
     file.seek(0)
-    other = Phases(_remembering())
+    other = Phases(remembering_net())
     other.model[0](X)  # makes the buffer that the model registers late
     other.load_state_dict(torch.load(file))
     for p in (phases, other):
         p.start_weight_phase()
-        _train(p, X + 2)
+        train(p, X + 2)
         p.finish_task()
-    logits.append(_logits(phases, 2))
+    logits.append(logits_of(phases, 2))
     checkpoint.save(phases, tmp_path / "model.safetensors")
-    again = Phases(_remembering())
+    again = Phases(remembering_net())
     again.model[0](X)
     checkpoint.load(again, tmp_path / "model.safetensors")
     for task, expected in enumerate(logits):
-        assert torch.equal(_logits(other, task), expected)
-        assert torch.equal(_logits(again, task), expected)
+        assert torch.equal(logits_of(other, task), expected)
+        assert torch.equal(logits_of(again, task), expected)
 
 
 def test_a_state_with_a_buffer_that_the_model_has_not_is_refused(
@@ -132,7 +80,7 @@ def test_a_state_with_a_buffer_that_the_model_has_not_is_refused(
 ) -> None:
     checkpoint.save(remembering[0], tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"0/0\.late, .* no place in the model"):
-        checkpoint.load(Phases(_remembering()), tmp_path / "model.safetensors")
+        checkpoint.load(Phases(remembering_net()), tmp_path / "model.safetensors")
 
 
 def test_what_was_saved_without_non_persistent_buffers_loads(tmp_path: Any) -> None:
@@ -149,12 +97,12 @@ def test_what_was_saved_without_non_persistent_buffers_loads(tmp_path: Any) -> N
         return convert(nn.Sequential(Shifted(), nn.Linear(6, 3)), 0.5)
 
     phases = Phases(network())
-    _learn(phases, 0.0)
+    learn(phases, 0.0)
     checkpoint.save(phases, tmp_path / "model.safetensors")
     assert not any("shift" in name for name in checkpoint.read(tmp_path / "model.safetensors")[0])
     again = Phases(network())
     checkpoint.load(again, tmp_path / "model.safetensors")
-    assert torch.equal(_logits(again, 0), _logits(phases, 0))
+    assert torch.equal(logits_of(again, 0), logits_of(phases, 0))
 
 
 CALLS = {
@@ -177,10 +125,10 @@ STRANGERS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_what_was_put_into_the_model_later_is_refused(call: str, stranger: Any) -> None:
     phases = Phases(convert(nn.Sequential(nn.Identity(), nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), 0.4))
-    _learn(phases, 0.0)
+    learn(phases, 0.0)
     if call in ("start_weight_phase", "finish_task"):
         phases.start_task()
-        _train(phases, X)
+        train(phases, X)
     stranger(phases.model)
     before = picture(phases)
     with pytest.raises(RuntimeError, match=f"{call}: the module '.' was put in, replaced or removed"):
@@ -210,8 +158,8 @@ def test_extra_state_that_changes_is_refused() -> None:
 
     model = convert(nn.Sequential(nn.Linear(6, 3), Counting()), 0.4)
     phases = Phases(model)
-    _learn(phases, 0.0)
-    assert torch.equal(Served(phases)(X, [0] * len(X)), _logits(phases, 0))
+    learn(phases, 0.0)
+    assert torch.equal(Served(phases)(X, [0] * len(X)), logits_of(phases, 0))
     phases.fold(0).load_state_dict(phases.fold(0).state_dict())
     phases.start_task()
     model[1].count = torch.ones(())
@@ -277,7 +225,7 @@ def test_an_adopted_task_is_a_copy(two: tuple[Phases, Phases]) -> None:
         for tensor in part.values():
             tensor.zero_()
     assert changes(before, picture(other)) == []
-    assert torch.equal(_logits(other, 0, images()), _logits(learned, 0, images()))
+    assert torch.equal(logits_of(other, 0, images()), logits_of(learned, 0, images()))
 
 
 WRONG = {
@@ -414,42 +362,42 @@ def test_kept_scores_are_no_optimizers(two: tuple[Phases, Phases]) -> None:
 
 
 def test_inference_mode_around_the_phases_makes_nothing_that_cannot_train() -> None:
-    phases = Phases(_remembering())
+    phases = Phases(remembering_net())
     modes = torch.inference_mode
     with modes():
         phases.start_task()
-    _train(phases, X)
+    train(phases, X)
     with modes():
         moment = phases.snapshot()
         phases.restore(moment)
         phases.start_weight_phase()
-    _train(phases, X)
+    train(phases, X)
     with modes():
         state = copy.deepcopy(phases.state_dict())
         phases.finish_task()
-        expected = _logits(phases, 0)
+        expected = logits_of(phases, 0)
         phases.load_state_dict(state)
-    _train(phases, X)
+    train(phases, X)
     with modes():
         phases.abandon_task()
         phases.load_state_dict(state)
         phases.finish_task()
-    assert torch.equal(_logits(phases, 0), expected)
+    assert torch.equal(logits_of(phases, 0), expected)
     phases.model(X.clone().requires_grad_()).sum().backward()
-    _learn(phases, 1.0)
-    assert torch.equal(_logits(phases, 0), expected)
+    learn(phases, 1.0)
+    assert torch.equal(logits_of(phases, 0), expected)
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["mask", "joint"])
 @pytest.mark.parametrize("end", ["finish_task", "abandon_task"])
 def test_a_task_goes_on_after_a_cast(joint: bool, end: str) -> None:
-    phases = Phases(_remembering())
-    _learn(phases, 0.0)
+    phases = Phases(remembering_net())
+    learn(phases, 0.0)
     phases.start_task(joint=joint)
     phases.model.to(torch.float64)
-    before = _logits(phases, 0, X.double())
+    before = logits_of(phases, 0, X.double())
     weights = [layer.dense_weight.detach().clone() for layer in phases.layers.values()]
-    _train(phases, X.double() + 1)
+    train(phases, X.double() + 1)
     live = [layer.dense_weight for layer in phases.layers.values()]
     assert any(not torch.equal(a, b) for a, b in zip(live, weights, strict=True)) == joint
     copy.deepcopy(phases.model)
@@ -457,8 +405,8 @@ def test_a_task_goes_on_after_a_cast(joint: bool, end: str) -> None:
     if end == "finish_task":
         with evaluation(phases.model):
             now = phases.model(X.double())
-        assert torch.equal(_logits(phases, 1, X.double()), now)
-    assert torch.equal(_logits(phases, 0, X.double()), before)
+        assert torch.equal(logits_of(phases, 1, X.double()), now)
+    assert torch.equal(logits_of(phases, 0, X.double()), before)
 
 
 def test_what_does_not_own_the_model_saves_and_serves_nothing(two: tuple[Phases, Phases], tmp_path: Any) -> None:
@@ -477,3 +425,57 @@ def test_a_model_with_a_stranger_is_not_served(two: tuple[Phases, Phases]) -> No
     two[0].model.pool = nn.BatchNorm2d(8, affine=False)
     with pytest.raises(RuntimeError, match="Served: the module 'pool' was put in"):
         served(images(), [0] * 24)
+
+
+def test_a_phases_that_is_made_in_a_joint_phase_has_the_weights_from_before(two: tuple[Phases, Phases]) -> None:
+    phases = two[0]
+    weights = {name: layer.dense_weight.clone() for name, layer in phases.layers.items()}
+    phases.start_task(joint=True)
+    optimizer = phases.optimizer(torch.optim.SGD, lr=0.1)
+    F.cross_entropy(phases.model(images()), torch.arange(24) % 4).backward()
+    optimizer.step()
+    other = Phases(phases.model)
+    assert all(torch.equal(layer.dense_weight, weights[name]) for name, layer in other.layers.items())
+    other.start_task(joint=True)
+    other.optimizer(torch.optim.SGD, lr=0.1)
+    copy.deepcopy(other.model)
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("call", ["activate", "start_task", "joint", "start_weight_phase", "adopt"])
+def test_a_call_that_fails_on_its_way_leaves_everything(
+    call: str, number: int, two: tuple[Phases, Phases], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For want of memory, say: at each layer."""
+    phases = two[0]
+    phases.adopt(*_task(phases))
+    calls = {
+        "activate": lambda: phases.activate(0), "start_task": phases.start_task,
+        "joint": lambda: phases.start_task(joint=True),
+        "start_weight_phase": phases.start_weight_phase, "adopt": lambda: phases.adopt(*_task(phases)),
+    }  # fmt: skip
+    if call == "start_weight_phase":
+        phases.start_task()
+        optimizer = phases.optimizer(torch.optim.SGD, lr=0.1)
+        phases.model(images())
+    before, left = picture(phases), [number]
+
+    def failing(real: Any) -> Any:
+        def fail(*arguments: Any) -> None:
+            if not left[0]:
+                raise MemoryError
+            left[0] -= 1
+            real(*arguments)
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        for name in ("use_scores", "use_values"):
+            patch.setattr(SupermaskLayer, name, failing(getattr(SupermaskLayer, name)))
+        with pytest.raises(MemoryError):
+            calls[call]()
+    assert changes(before, picture(phases)) == []
+    if call == "start_weight_phase":
+        F.cross_entropy(phases.model(images()), torch.arange(24) % 4).backward()
+        optimizer.step()
+    calls[call]()
