@@ -194,7 +194,9 @@ def test_subclasses_and_sequences_without_a_norm_stay_as_they_are() -> None:
     assert [type(m) for m in convert(model).children()] == [Own, nn.Sequential]
 
 
-@pytest.mark.parametrize("norm", [lambda c: nn.GroupNorm(1, c), nn.InstanceNorm2d, nn.Identity], ids=str)
+@pytest.mark.parametrize(
+    "norm", [lambda c: nn.GroupNorm(1, c), nn.InstanceNorm2d, nn.Identity], ids=["group", "instance", "none"]
+)
 def test_blocks_with_other_norms_run_as_they_are_written(norm: Callable[[int], nn.Module]) -> None:
     torch.manual_seed(0)
     block = torchvision.models.resnet.BasicBlock(4, 4, norm_layer=norm).eval()

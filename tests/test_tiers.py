@@ -16,8 +16,3 @@ def test_each_value_and_each_pair_of_three_parameters_occurs(sizes: tuple[int, .
         assert {tuple(row[i] for i in columns) for row in chosen} == {tuple(row[i] for i in columns) for row in rows}
     fewest = sorted(sizes[i] for i in varying)[-together:]
     assert len(chosen) <= 1.5 * (fewest[0] if together == 1 else fewest[0] * fewest[1])
-
-
-def test_parameters_that_vary_together_are_one() -> None:
-    rows = [(i, i + 1, j) for i in range(9) for j in range(3)]
-    assert len(representatives(rows, "seed")) == 9

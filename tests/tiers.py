@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 
 WHOLE = ("-m", "", "-n0")
 """Options of a pytest process that a test starts: both tiers, in that process."""
@@ -9,14 +10,12 @@ LARGEST = 32
 """Grids with at most this many cases are run whole."""
 
 
-def representatives(rows: list[tuple[object, ...]], seed: str) -> set[int]:
+def representatives(rows: Sequence[Sequence[object]], seed: str) -> set[int]:
     """Positions of rows in which each pair of values of any two parameters occurs, and with two parameters each value.
 
     A row has one value for each parameter. Greedy, in an order that follows from the seed.
     """
-    numbered = [tuple(map({v: i for i, v in enumerate(column)}.get, column)) for column in zip(*rows, strict=True)]
-    distinct = dict.fromkeys(numbered)  # parameters that vary together count once
-    columns = [column for column in distinct if len(set(column)) > 1]
+    columns = [column for column in zip(*rows, strict=True) if len(set(column)) > 1]
     together = list(itertools.combinations(columns, 2 if len(columns) > 2 else 1))
     held = [{(i, *(column[row] for column in c)) for i, c in enumerate(together)} for row in range(len(rows))]
     order = random.Random(seed).sample(range(len(rows)), len(rows))
