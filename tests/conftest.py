@@ -39,11 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def leave_to_proof(items: list[pytest.Item]) -> None:
     """Of a test with a large grid of parameters, what does not stand for the grid is marked as a proof."""
-    grids: dict[str, list[pytest.Item]] = defaultdict(list)
+    grids: dict[tuple[str, object], list[pytest.Item]] = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec"):
-            grids[item.nodeid.partition("[")[0]].append(item)
-    for test, cases in grids.items():
+            grids[item.nodeid.partition("[")[0], item.callspec.params.get("device")].append(item)
+    for (test, _), cases in grids.items():
         if len(cases) > LARGEST:
             chosen = representatives([case.callspec._idlist for case in cases], test)  # one id for each parametrization
             for i, case in enumerate(cases):
