@@ -1,4 +1,4 @@
-"""Small cases of the operators under pytest-benchmark: `python -m pytest benchmarks`."""
+"""Small cases of the operators under pytest-benchmark: `python -m pytest -n0 benchmarks`."""
 
 from typing import Any
 

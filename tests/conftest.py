@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of CUDA
@@ -9,6 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 import pytest
 import torch
 from hypothesis import settings
+from tiers import LARGEST, representatives
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing native library warns, and its tests are skipped with a reason
@@ -28,10 +30,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=absent)])
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without CUDA, one skipped test in each file says so."""
-    if torch.cuda.is_available():
-        return
+    if not torch.cuda.is_available():
+        skip_without_cuda(items)
+    leave_to_proof(items)
+
+
+def leave_to_proof(items: list[pytest.Item]) -> None:
+    """Of a test with a large grid of parameters, what does not stand for the grid is marked as a proof."""
+    grids: dict[tuple[str, object], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec"):
+            grids[item.nodeid.partition("[")[0], item.callspec.params.get("device")].append(item)
+    for (test, _), cases in grids.items():
+        if len(cases) > LARGEST:
+            chosen = representatives([case.callspec._idlist for case in cases], test)  # one id for each parametrization
+            for i, case in enumerate(cases):
+                if i not in chosen:
+                    case.add_marker("proof")
+
+
+def skip_without_cuda(items: list[pytest.Item]) -> None:
+    """One skipped test in each file says so."""
     told: set[object] = set()
     kept = []
     for item in items:

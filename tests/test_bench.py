@@ -112,6 +112,7 @@ def test_sweep_fits_a_line_and_draws_it(tmp_path: Path) -> None:
     assert image.imread(tmp_path / "sweep.png")[..., :3].std() > 0.05
 
 
+@pytest.mark.proof
 def test_memory_measures_ours_and_the_peer_in_both_phases(tmp_path: Path) -> None:
     rows = bench(tmp_path, "memory")["memory"]["rows"]
     assert [(r["phase"], r["way"]) for r in rows] == [(p, w) for p, ways in memory.WAYS.items() for w in ways]

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from products import Calls
 from torch import Tensor, nn
+from zoo import CASES
 
 from exssnet import Phases, convert
 from exssnet.choice import Products
@@ -31,10 +32,10 @@ def sequential() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "sequential": sequential,
     "ours": lambda: ResNet18(5, width=4),
-    "torchvision-resnet18": lambda: torchvision.models.resnet18(num_classes=5),
-    "torchvision-resnet50": lambda: torchvision.models.resnet50(num_classes=5),
+    "torchvision-basic": CASES["resnet-basic"].make,
+    "torchvision-bottleneck": CASES["resnet-bottleneck"].make,
 }
-FUSED = {"sequential": 2, "ours": 17, "torchvision-resnet18": 16, "torchvision-resnet50": 48}
+FUSED = {"sequential": 2, "ours": 17, "torchvision-basic": 6, "torchvision-bottleneck": 9}
 models = pytest.mark.parametrize("name", MODELS)
 
 
@@ -164,7 +165,7 @@ def calls_of_folded(model: nn.Module, x: Tensor) -> int:
     return [name for name, _ in calls.made].count("sparse_conv2d_folded")
 
 
-FOLDED = {"sequential": 3, "ours": 20, "torchvision-resnet18": 19, "torchvision-resnet50": 52}
+FOLDED = {"sequential": 3, "ours": 20, "torchvision-basic": 7, "torchvision-bottleneck": 11}
 """Norms behind a convolution; torchvision's stem is a function of its own."""
 
 
@@ -193,7 +194,9 @@ def test_subclasses_and_sequences_without_a_norm_stay_as_they_are() -> None:
     assert [type(m) for m in convert(model).children()] == [Own, nn.Sequential]
 
 
-@pytest.mark.parametrize("norm", [lambda c: nn.GroupNorm(1, c), nn.InstanceNorm2d, nn.Identity], ids=str)
+@pytest.mark.parametrize(
+    "norm", [lambda c: nn.GroupNorm(1, c), nn.InstanceNorm2d, nn.Identity], ids=["group", "instance", "none"]
+)
 def test_blocks_with_other_norms_run_as_they_are_written(norm: Callable[[int], nn.Module]) -> None:
     torch.manual_seed(0)
     block = torchvision.models.resnet.BasicBlock(4, 4, norm_layer=norm).eval()

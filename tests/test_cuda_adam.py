@@ -14,6 +14,8 @@ from torch import Tensor
 
 from exssnet.kernels import reference
 
+pytestmark = pytest.mark.proof
+
 PLAIN = harness.MODE == "plain"
 orders = pytest.mark.parametrize("order", harness.ORDERS if PLAIN else ["1"], indirect=True)
 SIZES = {0: 0, 1: 1, 65: 7, 33 * 65: 0, 5000: 500, 20_000 if PLAIN else 6000: 4000}

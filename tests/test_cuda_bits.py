@@ -11,6 +11,8 @@ from torch import Tensor
 
 from exssnet.kernels import reference
 
+pytestmark = pytest.mark.proof
+
 sizes = pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 15, 16, 17, 65, 4096, 33 * 65, 100_003])
 offsets = pytest.mark.parametrize("offset", [0, 1, 2, 16])
 """Bytes past an address that is aligned to 64."""

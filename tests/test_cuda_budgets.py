@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from cuda import harness
 
+pytestmark = pytest.mark.proof
+
 SOURCES = sorted((harness.ROOT / "csrc/cuda").glob("*.cu"))
 BUDGETS = harness.HERE / "budgets.json"
 FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]

@@ -13,6 +13,8 @@ import torch
 from cuda import harness
 from cuda.harness import order as order
 
+pytestmark = pytest.mark.proof
+
 Values = Callable[[np.ndarray], np.ndarray]
 
 

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from exssnet import ops
 from exssnet.ops.geometry import conv_shape
 
+pytestmark = pytest.mark.proof
+
 PLAIN = harness.MODE == "plain"
 """Where every access is watched, kernels are much slower: fewer and smaller cases do."""
 orders = pytest.mark.parametrize("order", harness.ORDERS if PLAIN else ["1"], indirect=True)

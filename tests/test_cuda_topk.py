@@ -17,6 +17,8 @@ from torch import Tensor
 from exssnet import ops
 from exssnet.kernels import reference
 
+pytestmark = pytest.mark.proof
+
 patterns = pytest.mark.parametrize("pattern", PATTERNS)
 PLAIN = harness.MODE == "plain"
 """Where every access is watched, kernels are much slower: fewer and smaller cases do."""

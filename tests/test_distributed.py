@@ -51,9 +51,10 @@ def _gloos_threads() -> int:
 
 
 def together(body: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 2) -> list[Any]:
-    """What each of several processes returns for the same call."""
+    """What each of several processes returns for the same call. They are forks of one that has imported the package."""
     os.environ["TORCH_SHOW_CPP_STACKTRACES"] = "0"
-    mp.spawn(_process, (body, ranks, str(folder), arguments), nprocs=ranks)
+    mp.get_context("forkserver").set_forkserver_preload(["exssnet"])
+    mp.start_processes(_process, (body, ranks, str(folder), arguments), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(ranks)]
 
 
@@ -220,6 +221,7 @@ def _torchrun(out: Path, kill: bool) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
+@pytest.mark.proof
 def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole, broken = (_torchrun(tmp_path / name, name == "broken") for name in ("whole", "broken"))
     results = [json.loads((out / "result.json").read_text()) for out in (whole, broken)]

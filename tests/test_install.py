@@ -268,7 +268,7 @@ def test_the_source_distribution_holds_all_that_is_compiled(sources: Path, tmp_p
     assert (unpacked / "setup.py").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_a_native_wheel_is_for_every_python_and_its_library_loads(sources: Path, tmp_path: Path) -> None:
     with wheel(sources, tmp_path, MAX_JOBS="2", FORCE_CUDA="0") as found:

@@ -72,6 +72,7 @@ def test_native_masks_are_the_references(threads: int) -> None:
         assert_identical(result.masks, result.selection, scores, k)
 
 
+@pytest.mark.proof
 def test_emulated_cuda_masks_are_the_references() -> None:
     from cuda import harness
     from test_cuda_topk import select
@@ -82,6 +83,7 @@ def test_emulated_cuda_masks_are_the_references() -> None:
         assert_identical(result.masks, result.selection, scores, k)
 
 
+@pytest.mark.proof
 def test_interpreted_triton_masks_are_the_references() -> None:
     import triton_guard
 

@@ -1,8 +1,9 @@
 """batch_norm_act: batch norm, a residual and ReLU as one operation, held to the three of plain PyTorch."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from exssnet import ops
 from exssnet.kernels import reference
 
+T = TypeVar("T")
 EPS = 1e-3
 OPERATOR = torch.ops.exssnet.batch_norm_act.default
 BACKWARD = torch.ops.exssnet.batch_norm_act_backward.default
@@ -35,18 +37,27 @@ class Norm:
         return "-".join(["x".join(map(str, self.shape)), *on])
 
 
-OPTIONS = [dict(zip(("training", "residual", "affine", "relu"), on, strict=True))
-           for on in itertools.product((True, False), repeat=4)]  # fmt: skip
 # Rows shorter than a vector, of a whole number of vectors, of one element more than a chunk, of several chunks; results
 # larger than a second-level cache, with rows that begin at a vector's boundary, and with rows that do not.
 SHAPES = [(7, 3, 5, 3), (1, 9, 13, 3), (6, 5), (2, 3, 11), (5, 4, 1, 1), (64, 3, 13, 11), (17, 5, 241), (40, 9, 33, 5),
           (48, 9, 26, 26), (31, 9, 31, 31)]  # fmt: skip
-NORMS = [Norm(shape, **on) for shape, on in itertools.product(SHAPES, OPTIONS)]
-SMALL = [Norm((3, 2, 2, 2), **on) for on in OPTIONS]
 
 
-def norms(cases: list[Norm]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("norm", cases, ids=str)
+@pytest.fixture
+def norm(shape: tuple[int, ...], training: bool, residual: bool, affine: bool, relu: bool) -> Norm:
+    return Norm(shape, training, residual, affine, relu)
+
+
+def norms(*shapes: tuple[int, ...]) -> Callable[[T], T]:
+    """Parametrizes `norm`: all options on shapes."""
+
+    def parametrized(test: T) -> T:
+        test = pytest.mark.parametrize("shape", shapes, ids=lambda shape: "x".join(map(str, shape)))(test)
+        for option in ("training", "residual", "affine", "relu"):
+            test = pytest.mark.parametrize(option, [True, False], ids=[option, ""])(test)
+        return test
+
+    return parametrized
 
 
 def innermost(x: Tensor) -> Tensor:
@@ -108,14 +119,14 @@ def raw_backward(norm: Norm, output_mask: list[bool], dtype: torch.dtype = torch
     )  # fmt: skip
 
 
-@norms(NORMS)
+@norms(*SHAPES)
 def test_errs_at_most_twice_as_much_as_plain_pytorch(norm: Norm) -> None:
     values, grad = leaves(norm), grad_of(norm)
     truth = run(lambda t: plain(norm, t), {n: t.double() for n, t in values.items()}, grad.double())
     assert_accurate(kernel(norm), run(lambda t: plain(norm, t), values, grad), truth)
 
 
-@norms([Norm((64, 3, 40, 33)), Norm((8, 3, 2), affine=True, relu=True)])
+@pytest.mark.parametrize("norm", [Norm((64, 3, 40, 33)), Norm((8, 3, 2), affine=True, relu=True)], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e3, 3e4])
 def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: float) -> None:
     x = leaves(norm)["x"] + offset
@@ -126,7 +137,7 @@ def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: flo
     assert_accurate({"mean": mean, "var": var}, peer, truth)
 
 
-@norms(NORMS)
+@norms(*SHAPES)
 def test_is_the_reference(norm: Norm) -> None:
     values = leaves(norm, torch.float64)
     got = ops.batch_norm_act(*raw(norm, values))
@@ -137,7 +148,7 @@ def test_is_the_reference(norm: Norm) -> None:
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@norms(NORMS)
+@norms(*SHAPES)
 def test_threads_change_no_bit(norm: Norm) -> None:
     alone = kernel(norm)
     torch.set_num_threads(2)
@@ -146,7 +157,7 @@ def test_threads_change_no_bit(norm: Norm) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of", ["x", "residual", "affine", "grad"])
-@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+@norms((7, 3, 5, 3))
 def test_strides_change_nothing(norm: Norm, of: str, layout: str) -> None:
     def change(name: str, t: Tensor) -> Tensor:
         return LAYOUTS[layout](t) if of == ("affine" if name in ("weight", "bias") else name) else t
@@ -155,7 +166,7 @@ def test_strides_change_nothing(norm: Norm, of: str, layout: str) -> None:
     torch.testing.assert_close(run(lambda t: ours(norm, t), values, change("grad", grad_of(norm))), kernel(norm))
 
 
-@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+@norms((7, 3, 5, 3))
 def test_expanded_gradient_of_a_sum_is_taken(norm: Norm) -> None:
     ones = torch.ones(()).expand(norm.shape)
     values = leaves(norm)
@@ -164,14 +175,14 @@ def test_expanded_gradient_of_a_sum_is_taken(norm: Norm) -> None:
     )
 
 
-@norms(NORMS)
+@norms(*SHAPES)
 def test_output_and_gradients_are_stored_batch_innermost(norm: Norm) -> None:
     got = kernel(norm)
     shaped = [got[n] for n in ("output", "grad_x", "grad_residual") if n in got]
     assert all(t.movedim(0, -1).is_contiguous() for t in shaped)
 
 
-@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+@norms((7, 3, 5, 3))
 def test_inputs_stay_as_they_are(norm: Norm) -> None:
     values, (mean, var) = leaves(norm), statistics(norm)
     held = [t for t in (*values.values(), mean, var) if t is not None]
@@ -182,7 +193,7 @@ def test_inputs_stay_as_they_are(norm: Norm) -> None:
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
 
 
-@norms([Norm((0, 3, 5, 2), **on) for on in OPTIONS] + [Norm((4, 0, 2, 2), **on) for on in OPTIONS])
+@norms((0, 3, 5, 2), (4, 0, 2, 2))
 def test_empty_batch_has_an_empty_output_and_gradients_of_zero(norm: Norm) -> None:
     got = kernel(norm)
     assert got["output"].shape == norm.shape
@@ -212,7 +223,9 @@ def test_relu_gradient_is_zero_where_the_output_is_zero() -> None:
     assert not x.grad.any()  # type: ignore[union-attr]
 
 
-@norms([Norm((64, 3, 13, 11), relu=True), Norm((64, 3, 13, 11), affine=True, relu=True)])
+@pytest.mark.parametrize(
+    "norm", [Norm((64, 3, 13, 11), relu=True), Norm((64, 3, 13, 11), affine=True, relu=True)], ids=str
+)
 def test_backward_sees_the_sign_that_forward_had(norm: Norm) -> None:
     values = leaves(norm)
     bias = values.setdefault("bias", torch.zeros(3))
@@ -221,7 +234,7 @@ def test_backward_sees_the_sign_that_forward_had(norm: Norm) -> None:
     assert torch.equal(got, (y > 0).sum((0, 2, 3)).to(bias.dtype))
 
 
-@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+@norms((7, 3, 5, 3))
 def test_backward_computes_only_what_is_asked(norm: Norm) -> None:
     everything = BACKWARD(*raw_backward(norm, [True] * 4))
     for output_mask in itertools.product((True, False), repeat=4):
@@ -231,7 +244,7 @@ def test_backward_computes_only_what_is_asked(norm: Norm) -> None:
             assert torch.equal(got, full if asked else full.new_empty(0))
 
 
-@norms([Norm((7, 3, 5, 3), **on) for on in OPTIONS])
+@norms((7, 3, 5, 3))
 def test_gradient_is_none_where_none_is_required(norm: Norm) -> None:
     for alone in leaves(norm):
         values = leaves(norm)
@@ -246,7 +259,7 @@ def test_statistics_carry_no_gradient() -> None:
     assert [t.requires_grad for t in (y, mean, var)] == [True, False, False]
 
 
-@norms(SMALL)
+@norms((3, 2, 2, 2))
 def test_gradcheck(norm: Norm) -> None:
     values = {n: t.requires_grad_() for n, t in leaves(norm, torch.float64).items()}
     assert torch.autograd.gradcheck(
@@ -261,7 +274,7 @@ def test_second_derivative_is_refused() -> None:
         grad_x.sum().backward()
 
 
-@norms(SMALL)
+@norms((3, 2, 2, 2))
 def test_compiles_in_one_graph_with_the_same_results(norm: Norm) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda t: ours(norm, t), fullgraph=True, backend="aot_eager")
@@ -281,7 +294,7 @@ def test_output_may_be_changed_in_place(compiled: bool) -> None:
 
 
 @opcheck_warning
-@norms(SMALL)
+@norms((3, 2, 2, 2))
 def test_opcheck_of_forward(norm: Norm) -> None:
     values = {n: t.requires_grad_() for n, t in leaves(norm).items()}
     torch.library.opcheck(OPERATOR, raw(norm, values))
@@ -289,6 +302,6 @@ def test_opcheck_of_forward(norm: Norm) -> None:
 
 @opcheck_warning
 @pytest.mark.parametrize("asked", [(True,) * 4, (True, False, False, False), (False, True, True, False)], ids=str)
-@norms(SMALL)
+@norms((3, 2, 2, 2))
 def test_opcheck_of_backward(norm: Norm, asked: tuple[bool, ...]) -> None:
     torch.library.opcheck(BACKWARD, raw_backward(norm, list(asked)))

@@ -312,6 +312,7 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
+@pytest.mark.proof
 def test_runs_end_when_the_command_is_killed(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "long.yaml"
     file.write_text(json.dumps({**SMALL, "methods": ["supsup"], "epochs": 100_000}))

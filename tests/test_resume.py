@@ -80,6 +80,7 @@ def position(path: Path) -> tuple[int, str]:
     return steps + (at["phase"] == "weight") * EPOCHS * BATCHES + at["epoch"] * BATCHES + at["batch"], at["phase"]
 
 
+@pytest.mark.proof
 def test_a_run_that_is_killed_again_and_again_ends_as_the_one_that_is_not(
     straight: tuple[object, ...], tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.proof
+
 ROOT = Path(__file__).parent.parent
 FLAGS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

@@ -13,6 +13,8 @@ from torch import Tensor
 from exssnet import ops
 from exssnet.kernels import triton_backend, triton_bits, triton_topk
 
+pytestmark = pytest.mark.proof
+
 TESTS = Path(__file__).parent
 
 

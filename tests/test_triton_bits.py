@@ -10,6 +10,8 @@ from torch import Tensor
 
 from exssnet.kernels import reference, triton_bits
 
+pytestmark = pytest.mark.proof
+
 PROGRAM = 8 * triton_bits.BLOCK  # entries
 shapes = pytest.mark.parametrize(
     "shape",

@@ -18,6 +18,8 @@ from triton_compile import SHARED, TARGETS, Compiled, compiled
 
 from exssnet.kernels import triton_conv, triton_linear, triton_product, triton_weights
 
+pytestmark = pytest.mark.proof
+
 if triton_compile.interpreting:
     pytest.skip("this process interprets Triton", allow_module_level=True)
 

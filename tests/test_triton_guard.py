@@ -11,7 +11,10 @@ import torch
 import triton
 import triton.language as tl
 import triton_guard
+from tiers import WHOLE
 from torch import Tensor
+
+pytestmark = pytest.mark.proof
 
 N = 32
 
@@ -409,12 +412,12 @@ def test_configuration_is_the_one_asked_for(index: int, block: int) -> None:
 def test_a_process_has_half_of_the_tests_that_were_asked_for() -> None:
     # One test lies between these two, so halves of all tests would leave both to one process.
     chosen = ("test_access_before_the_start_is_seen", "test_access_to_the_gap_between_two_tensors_is_seen")
-    command = [sys.executable, "-m", "pytest", "-p", "triton_guard", "-p", "no:cacheprovider", "--collect-only"]
+    command = [sys.executable, "-m", "pytest", *WHOLE, "-p", "triton_guard", "-p", "no:cacheprovider"]
     found = []
     for half in "01":
         said = subprocess.run(
-            [*command, __file__, "-k", " or ".join(chosen)], cwd=triton_guard.ROOT, capture_output=True, text=True,
-            env=os.environ | {triton_guard.HALF: half},
+            [*command, "--collect-only", __file__, "-k", " or ".join(chosen)], cwd=triton_guard.ROOT,
+            env=os.environ | {triton_guard.HALF: half}, capture_output=True, text=True,
         ).stdout  # fmt: skip
         found.append([line.rpartition("::")[2] for line in said.splitlines() if "::" in line])
     assert found == [[chosen[0]], [chosen[1]]]

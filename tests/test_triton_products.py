@@ -21,6 +21,8 @@ from torch import Tensor
 from exssnet.kernels import measured, reference, triton_conv, triton_layers, triton_linear, triton_product
 from exssnet.ops import packed_pattern
 
+pytestmark = pytest.mark.proof
+
 KERNELS = {**vars(triton_linear), **vars(triton_conv)}
 HALF, FLOAT32 = (
     max(len(tiles[of]) for tiles in (triton_product.PRODUCT_TILES, triton_product.GRADIENT_TILES))

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from exssnet.kernels import nan_flag, reference, triton_topk
 
+pytestmark = pytest.mark.proof
+
 patterns = pytest.mark.parametrize("pattern", PATTERNS)
 
 

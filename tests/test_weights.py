@@ -183,5 +183,6 @@ class TestInterpreted:
 if not triton_guard.interpreting:
     del TestInterpreted
 
+    @pytest.mark.proof
     def test_triton_kernels_in_the_interpreter() -> None:
         triton_guard.run(__file__, "-k", "TestInterpreted")

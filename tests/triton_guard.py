@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import WHOLE
 
 KNOWN = ("3.8.",)
 
@@ -51,7 +52,7 @@ _configuration = 0
 def run(*arguments: str, **environment: str) -> None:
     """Run pytest with the arguments in two interpreting processes under this guard, each with half of the tests."""
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-p", "triton_guard", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", *WHOLE, "-p", "triton_guard", "-p", "no:cacheprovider", *arguments]
     variables = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path} | environment
     with tempfile.TemporaryFile("w+") as output:
         halves = [

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiers import WHOLE
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/cuda"
@@ -164,6 +165,6 @@ def run_again(file: str, mode: str) -> None:
     """Runs a test file in another mode, and fails with its output."""
     if (lack := missing()) is not None:
         pytest.skip(lack)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", *WHOLE, "-x", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, cwd=ROOT, env=environment(mode), capture_output=True, text=True)
     assert done.returncode == 0, f"in mode {mode}:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
