@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from accuracy import assert_accurate
+from accuracy import FLOOR
 from torch import Tensor, nn
 
 from exssnet import Phases, convert
@@ -177,10 +177,14 @@ class Finished:
             return logits(model, x.to(dtype) if x.is_floating_point() else x)
 
     def check_logits(self, kind: str, got: Tensor, x: Tensor, dtype: torch.dtype) -> None:
-        """Bitwise what they were; at first, as right as plain PyTorch is."""
+        """Bitwise what they were; at first, as right as plain PyTorch is.
+
+        Or right to FLOOR ulps: of few logits whose layers round to 16 bits, one network may happen to round well.
+        """
         if dtype not in self.logits:
             truth, plain = self.plain(kind, x, torch.float64), self.plain(kind, x, dtype)
-            assert_accurate({"logits": got}, {"logits": plain}, {"logits": truth})
+            error, budget = ((t.double() - truth).abs().max() for t in (got, plain))
+            assert error <= max(2 * budget, FLOOR * torch.finfo(dtype).eps * truth.abs().max())
             self.logits[dtype] = got
         assert torch.equal(got, self.logits[dtype]), f"logits off by {(got - self.logits[dtype]).abs().max():.3g}"
 
