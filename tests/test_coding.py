@@ -90,3 +90,10 @@ def test_a_stream_that_unpacks_to_far_more_is_refused_without_unpacking_it() -> 
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_gaps_that_end_within_a_gap_are_refused() -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    gaps = packer.compress(bytes([3, 255])) + packer.flush()
+    with pytest.raises(ValueError, match="a mask of 3000 weights that keeps 1 is damaged"):
+        decode(torch.tensor([GAPS, *(1).to_bytes(8, "little"), *gaps], dtype=torch.uint8), 3000)

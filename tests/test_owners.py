@@ -479,3 +479,12 @@ def test_a_call_that_fails_on_its_way_leaves_everything(
         F.cross_entropy(phases.model(images()), torch.arange(24) % 4).backward()
         optimizer.step()
     calls[call]()
+
+
+def test_a_layer_copies_its_scores() -> None:
+    layer = small_net().conv
+    scores = torch.randn(layer.dense_weight.shape)
+    layer.use_scores(scores)
+    kept = layer.scores.detach().clone()
+    scores.zero_()
+    assert torch.equal(layer.scores, kept)
