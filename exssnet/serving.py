@@ -210,6 +210,7 @@ def _check_known(task: int, tasks: Sequence[int]) -> None:
 
 def _without_weights(phases: Phases) -> nn.Module:
     """A copy of the model in evaluation mode, of whose masked weights only the shapes are left."""
+    phases.own.check("Served")
     known: dict[int, Any] = {}
     for layer in phases.layers.values():
         known[id(layer.dense_weight)] = layer.dense_weight.detach().new_zeros(()).expand(layer.dense_weight.shape)

@@ -423,8 +423,9 @@ def test_what_does_not_own_the_model_saves_and_serves_nothing(two: tuple[Phases,
 def test_a_model_with_a_stranger_is_not_served(two: tuple[Phases, Phases]) -> None:
     served = Served(two[0])
     two[0].model.pool = nn.BatchNorm2d(8, affine=False)
-    with pytest.raises(RuntimeError, match="Served: the module 'pool' was put in"):
-        served(images(), [0] * 24)
+    for serve in (lambda: served(images(), [0] * 24), lambda: Served(two[0])):
+        with pytest.raises(RuntimeError, match="Served: the module 'pool' was put in"):
+            serve()
 
 
 def test_a_phases_that_is_made_in_a_joint_phase_has_the_weights_from_before(two: tuple[Phases, Phases]) -> None:
