@@ -1,6 +1,6 @@
 """Zero forgetting, whatever is called in whatever order: random sequences of calls against a plain record.
 
-EXSSNET_SEQUENCES sets their number in the default tier; the proofs are four times as many.
+EXSSNET_SEQUENCES sets their number in the default tier; the proofs are twice as many.
 """
 
 import os
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings(
     "ignore:convert. masks cover", "ignore:no optimizer has trained", "ignore:.* had changed in the joint phase"
 )
-@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.proof) for i in range(1, 5))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.proof) for i in range(1, 3))])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_no_sequence_of_calls_changes_a_finished_task(kind: str, part: int, folder: Path) -> None:
     @seed(part)
