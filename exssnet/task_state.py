@@ -46,8 +46,11 @@ class TaskState:
         return {n: t.clone() for n, t in self.live().items() if not self.is_initial(n, t)}
 
     def is_initial(self, name: str, value: Tensor) -> bool:
+        """Whether a value is the initial one, also where one of them was cast."""
         initial = self.initial.get(name)
-        return initial is not None and initial.shape == value.shape and torch.equal(initial.to(value), value)
+        if initial is None or initial.shape != value.shape:
+            return False
+        return torch.equal(initial.to(value), value) and torch.equal(initial, value.to(initial))
 
     def has(self, name: str) -> bool:
         """Whether the model has, or had, a parameter or buffer of that name which belongs to a task."""
