@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import stale
+from .nn import full_name
 from .ops import unpack_mask
 from .stored import TaskStore
 
@@ -58,7 +59,7 @@ def before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
     """A hook of `load_state_dict` of the model and of each module in it, called before anything is changed."""
     owner = _owners.get(module)
     phases = None if owner is None else owner()
-    name = next((n for n, m in phases.model.named_modules() if m is module), None) if phases is not None else None
+    name = None if phases is None else phases.own.names.get(module)
     if phases is None or name is None or (name and prefix.endswith(f"{name}.")):  # the whole model has been looked at
         return
     within = f"{name}." if name else ""
@@ -75,17 +76,13 @@ def _where(phases: TaskStore) -> str:
     return finished if phases.phase == "idle" else f"{finished} in the {phases.phase} phase of task {phases.active}"
 
 
-def _name(layer: str, key: str) -> str:
-    return f"{layer}.{key}".lstrip(".")
-
-
 def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
     """RuntimeError if the state dict is of another phase than the model is in."""
     if phases.phase == "idle":
         wanted = "packed_mask" if len(phases.bank) else None
     else:
         wanted = "packed_mask" if phases.phase == "weight" else "scores"
-    kinds = [kind for kind in KINDS if any(_name(layer, kind) in given for layer in phases.layers)]
+    kinds = [kind for kind in KINDS if any(full_name(layer, kind) in given for layer in phases.layers)]
     if wanted is None and kinds in ([], ["weight"]):
         return
     if kinds != [wanted]:
@@ -98,7 +95,9 @@ def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
 
 def _check_shared(phases: TaskStore, given: Mapping[str, Any]) -> None:
     """RuntimeError if the state dict would change what the open phase does not train, or what finished tasks have."""
-    trained = {_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(phases.initial)
+    trained = {full_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(
+        phases.initial
+    )
     named = {n for of in (phases.model.named_parameters, phases.model.named_buffers) for n, _ in of()}
     expected = {n: t for n, t in phases.model.state_dict().items() if n in named}  # a module with two names once
     if phases.phase == "idle" and phases.active is not None:

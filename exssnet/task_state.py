@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import TENSORS, SupermaskLayer
+from .nn import TENSORS, SupermaskLayer, full_name
 
 
 class TaskState:
     """The parameters without a mask and the buffers of a converted model: where they are, and their initial values.
 
     trainable, frozen: names of the parameters without a mask that did, and did not, require a gradient.
-    initial: values by name of all but the frozen ones. transient: the names among them of non-persistent buffers.
-    A buffer that is made later, or that changes its shape, is a task's own as well.
+    names: of the model's modules. initial: values by name of all but the frozen parameters. transient: the names among
+    them of non-persistent buffers. A buffer that is made later, or that changes its shape, is a task's own as well.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SupermaskLayer]) -> None:
         self._model, self._layers = model, dict(layers)
-        self._masked = {f"{name}.{key}".lstrip(".") for name in layers for key in TENSORS}
+        self._masked = {full_name(name, key) for name in layers for key in TENSORS}
         named = [(n, p) for n, p in model.named_parameters() if n not in self._masked]
         self.trainable = {n for n, p in named if p.requires_grad}
         self.frozen = {n for n, p in named if not p.requires_grad}
-        self._modules = dict(model.named_modules())
+        self.names = {module: name for name, module in model.named_modules()}
         self._late: set[str] = set()  # of buffers that were registered later, and are taken out for other tasks
         self.capture()
 
@@ -101,12 +101,13 @@ class TaskState:
     def check(self, call: str) -> None:
         """RuntimeError if the model is no longer made of the modules and parameters that it was made of."""
         modules = dict(self._model.named_modules())
-        for name in [*self._modules, *modules]:
-            if modules.get(name) is not self._modules.get(name):
-                raise RuntimeError(
-                    f"{call}: the module {name!r} was put in, replaced or removed after Phases was made, which changes "
-                    "the networks of all tasks: change the model before Phases is made"
-                )
+        strange = [name for module, name in self.names.items() if modules.get(name) is not module]
+        strange += [name for name, module in modules.items() if module not in self.names]
+        if strange:
+            raise RuntimeError(
+                f"{call}: the module {strange[0]!r} was put in, replaced or removed after Phases was made, which "
+                "changes the networks of all tasks: change the model before Phases is made"
+            )
         expected = self.trainable | self._masked
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and name not in expected:
@@ -135,7 +136,7 @@ class TaskState:
         for prefix, module in list(model.named_modules()):
             own = TENSORS if isinstance(module, SupermaskLayer) else ()
             for key, tensor in (module._parameters | module._buffers).items():
-                name = f"{prefix}.{key}".lstrip(".")
+                name = full_name(prefix, key)
                 if key not in own and name not in self.frozen:
                     missing.pop(name, None)
                     yield name, module, key, tensor

@@ -31,6 +31,16 @@ def small_net(density: float = 0.3, **options: object) -> nn.Module:
     return convert(SmallNet(), density, **options)  # type: ignore[arg-type]
 
 
+def finish_tasks(phases: Phases, tasks: int = 2) -> None:
+    """Tasks with random masks, and random parameters of their own."""
+    for _ in range(tasks):
+        phases.start_task()
+        with torch.no_grad():
+            for p in phases.task_parameters():
+                p.add_(torch.randn_like(p))
+        phases.finish_task()
+
+
 def images(count: int = 24, seed: int = 0) -> Tensor:
     """(count, 1, 8, 8) for `SmallNet`."""
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))

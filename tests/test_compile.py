@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import images, small_net
+from networks import finish_tasks, images, small_net
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -102,12 +102,7 @@ def test_after_the_second_task_nothing_is_compiled_again(products: str) -> None:
 @pytest.mark.parametrize("products", ["sparse", "dense"])
 def test_one_graph_evaluates_all_tasks(products: str, cast: bool) -> None:
     phases, x = Phases(convert(Mixer(), 0.3, products=products)), torch.randn(2, 5, 16)
-    for _ in range(2):
-        phases.start_task()
-        with torch.no_grad():
-            for p in phases.task_parameters():
-                p.add_(torch.randn_like(p))
-        phases.finish_task()
+    finish_tasks(phases)
     phases.model.eval()
     compiled = torch.compile(phases.model, fullgraph=True, backend="eager")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import SmallNet, changes, images, picture, small_net
+from networks import SmallNet, changes, finish_tasks, images, picture, small_net
 from torch import Tensor, nn
 
 from exssnet import Phases, SupermaskLinear, convert
@@ -304,12 +304,7 @@ def test_nan_is_refused_before_a_task_is_finished(where: str, what: str) -> None
 
 def test_a_second_task_is_right_inside_one_autocast_block() -> None:
     phases = Phases(convert(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)), 0.3))
-    for _ in range(2):
-        phases.start_task()
-        with torch.no_grad():
-            for p in phases.task_parameters():
-                p.add_(torch.randn_like(p))
-        phases.finish_task()
+    finish_tasks(phases)
     x, found = torch.randn(4, 20), []
     for _ in range(2):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -4,7 +4,7 @@ from ..beginning import allocate_density, signed_constant_
 from ..layout import TaskBatchNorm1d, TaskBatchNorm2d
 from .convert import convert, plain_state_dict, supermask_layers, swaps, unconvert
 from .evaluation import evaluation
-from .layers import PATTERN, TENSORS, SupermaskLayer
+from .layers import PATTERN, TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
 from .summary import Summary, summary
 
@@ -21,6 +21,7 @@ __all__ = [
     "allocate_density",
     "convert",
     "evaluation",
+    "full_name",
     "plain_state_dict",
     "signed_constant_",
     "summary",

@@ -13,7 +13,7 @@ from .. import blocks, layout, stale
 from ..beginning import allocate_density, signed_constant_
 from ..choice import PRODUCTS, Products
 from ..selecting import Selector, forget_selection, select_for_all
-from .layers import ATTRIBUTES, TENSORS, SupermaskLayer
+from .layers import ATTRIBUTES, TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
 from .summary import summary
 
@@ -171,7 +171,7 @@ def _check_patterns(
 def _owners_of(model: nn.Module, weight: Any) -> list[str]:
     """Names under which modules have a parameter; a module with two names counts once."""
     return [
-        f"{name}.{key}".lstrip(".")
+        full_name(name, key)
         for name, module in model.named_modules()
         for key, parameter in module._parameters.items()
         if parameter is weight

@@ -41,6 +41,11 @@ ATTRIBUTES = (*MODE[-4:], "selection", "masked", "written", "k", "products", "_c
 compiler.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
 
 
+def full_name(module: str, key: str) -> str:
+    """The name in a model of the parameter or buffer `key` of its module of that name, which is "" for the model."""
+    return f"{module}.{key}".lstrip(".")
+
+
 class SupermaskLayer(nn.Module):
     """What the supermask layers share: a dense weight that is no parameter, and one of three ways to use it.
 
