@@ -76,7 +76,7 @@ def trained(name: str, threads: int) -> dict[str, torch.Tensor]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
-    phases, x = Phases(convert(build(), 0.1)), torch.randn(shape)
+    phases, x = Phases(convert(build(), 0.1, products="sparse")), torch.randn(shape)
     phases.start_task()
     found = {f"mask of {name}": layer.mask() for name, layer in phases.layers.items()}
     phases.start_weight_phase()
