@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -190,15 +190,15 @@ def libraries() -> list[Extension]:
             chips()
         except ValueError as error:
             raise SystemExit(f"exssnet: FORCE_CUDA=1, but {error}.") from None
-    files = {kind: [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob(kind))] for kind in
-             ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "csrc/**/*.h")}  # fmt: skip
-    glue = [p for p in files["csrc/*.cpp"] if Path(p).name.startswith("cuda_")]
-    entries = [p for p in files["csrc/*.cpp"] if p not in glue]
-    everything = sorted({p for paths in files.values() for p in paths})  # a source distribution holds what it names
-    found = [("_native", [*entries, *files["csrc/cpu/*.cpp"]])]
+
+    def files(*patterns: str) -> list[str]:
+        return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))]
+
+    everything = files("csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.h")  # a source distribution holds what it names
+    found = [("_native", files("csrc/torch/cpu/*.cpp", "csrc/cpu/*.cpp"))]
     torch = find_torch()
     if cuda or (cuda is None and find_nvcc() is not None and torch is not None and cuda_of(torch) is not None):
-        found.append(("_cuda", [*glue, *files["csrc/cuda/*.cu"]]))
+        found.append(("_cuda", files("csrc/torch/cuda/*.cpp", "csrc/cuda/*.cu")))
     return [
         Extension(
             f"exssnet.kernels.{name}", sources, depends=everything, language="c++",
@@ -210,23 +210,13 @@ def libraries() -> list[Extension]:
 
 extensions = libraries()
 setup(
-    packages=[
-        "exssnet",
-        "exssnet.nn",
-        "exssnet.ops",
-        "exssnet.recipes",
-        "exssnet.tasks",
-        "exssnet.console",
-        "exssnet.kernels",
-        "exssnet.bench",
-        "exssnet_console",
-    ],
+    packages=[*find_packages(include=["exssnet*"]), "exssnet.kernels", "exssnet.bench", "exssnet_console"],
     package_dir={
         "exssnet.kernels": "kernels",
         "exssnet.bench": "benchmarks",
-        "exssnet_console": "exssnet/console",  # where the command starts: help and version without torch
+        "exssnet_console": "exssnet/io/console",  # where the command starts: help and version without torch
     },
-    package_data={"exssnet": ["py.typed"], "exssnet.recipes": ["*.yaml"]},
+    package_data={"exssnet": ["py.typed"], "exssnet.experiments.recipes": ["*.yaml"]},
     ext_modules=extensions,
     # Without a torch to compile against, the front end is asked to put one into the build environment.
     setup_requires=["torch>=2.10"] if extensions and find_torch() is None else [],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from exssnet import keep_freed_memory
-from exssnet.writing import write_text
+from exssnet.io.writing import write_text
 
 from . import ceilings, memory, ops, serving, sweep, timing, training
 

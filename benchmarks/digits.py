@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from exssnet import Learner, PhaseOptions, convert
-from exssnet.methods import METHODS
-from exssnet.metrics import average_accuracy, forgetting
-from exssnet.models import LeNet300100
+from exssnet.continual.methods import METHODS
+from exssnet.continual.metrics import average_accuracy, forgetting
+from exssnet.io.writing import write_text
+from exssnet.nn.models import LeNet300100
 from exssnet.tasks import Task, load, split_by_class
-from exssnet.writing import write_text
 
 GRID = (1e-3, 3e-3, 1e-2)
 TUNING_SEEDS = (1000, 1001, 1002)

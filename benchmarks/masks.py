@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exssnet import ops
 from exssnet.kernels import reference
-from exssnet.models import ResNet18
+from exssnet.nn.models import ResNet18
 
 from . import plain
 from .timing import Case, Cases, Variant, Work, check_accurate, check_equal
@@ -59,7 +59,7 @@ def adam_topk(quick: bool) -> Cases:
     """Bytes: reads scores, gradient and both averages, writes all but the gradient and the packed mask."""
     torch.manual_seed(0)
     scores, grad = torch.randn(2, 10_000 if quick else 1 << 20)
-    k, options = [ops.density_to_k(scores.numel(), 0.1)], (1e-3, 0.9, 0.999, 1e-8, 0.0, False)
+    k = [ops.density_to_k(scores.numel(), 0.1)]
 
     def start(dtype: torch.dtype = torch.float32) -> AdamState:
         own = scores.to(dtype)
@@ -76,7 +76,7 @@ def adam_topk(quick: bool) -> Cases:
         masks = ops.adam_topk(*ours, k).masks
         check_equal("the mask", masks[0], reference.topk_masks(ours[0], k, None, True)[0][0])
         for state in (plainly, truth):
-            reference.adam_topk(*state, [], k, None, *options)
+            reference.adam_topk(*state, [], k, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, False)
         check_accurate("the step", ours[0][0], truth[0][0], plainly[0][0])
 
     state = start()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from exssnet.resident import peak, resident, restart_peak
+from exssnet.kernels.memory import peak, resident, restart_peak
 
 from .networks import NETWORKS, Start, state_bytes
 from .timing import table, tick

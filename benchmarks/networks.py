@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exssnet import Phases, convert
-from exssnet.models import LeNet300100, ResNet18
+from exssnet.nn.models import LeNet300100, ResNet18
 
 from . import plain
 from .timing import check_error, error, seconds_of
@@ -144,7 +144,7 @@ class Start:
         given the signs that ours has. Where those are wrong, the values are. The peer's own error in float32, twice
         which is the budget, is the largest of all layers and of some orders of the batch: what batch norm cancels in
         one layer is rounding alone, and an ill-conditioned network multiplies one draw of it by chance. The hooks that
-        read the signs keep norms and ReLUs apart, which are one operation when timed; tests/test_blocks.py compares.
+        read the signs keep norms and ReLUs apart, which are one operation when timed; tests/nn/test_blocks.py compares.
         """
         # Float64 convolutions are slow: as many images as fill vectors and registers, not a whole batch.
         x, y = (t[:16] for t in next(self.network.batches()))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from exssnet.console import secondary
-from exssnet.plotting import pyplot, save
+from exssnet.experiments.plotting import pyplot, save
+from exssnet.io.console import secondary
 
 from .networks import NETWORKS, PEERS, Start
 from .timing import Timing, alternate, milliseconds, percent, table, tick

@@ -1,11 +1,14 @@
 """Sparse supermasks for PyTorch: operators, layers, and exclusive training without forgetting."""
 
-from .console import VERSION
-from .freezing import freeze_weights
-from .kkt import transfer
-from .learner import Learner, PhaseOptions
-from .masks import MaskBank
-from .methods import METHODS, Method
+from .continual.freezing import freeze_weights
+from .continual.kkt import transfer
+from .continual.learner import Learner, PhaseOptions
+from .continual.mask_bank import MaskBank
+from .continual.methods import METHODS, Method
+from .continual.phases import Phases
+from .continual.serving import Served
+from .io.console import VERSION
+from .kernels.memory import keep_freed_memory
 from .nn import (
     Summary,
     SupermaskConv1d,
@@ -16,12 +19,9 @@ from .nn import (
     convert,
     summary,
 )
+from .nn.optim import ScoreAdam
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
-from .optim import ScoreAdam
-from .phases import Phases
-from .resident import keep_freed_memory
-from .serving import Served
 
 __version__ = VERSION
 

@@ -9,23 +9,23 @@ if __name__ != "exssnet.kernels":
 
 REFERENCE = "kernels/reference.py"
 _FILES = {
-    "topk_masks": ("csrc/topk.cpp", "csrc/cuda_topk.cpp", "kernels/triton_topk.py"),
-    "adam_topk": (REFERENCE, "csrc/cuda_adam.cpp"),
-    "pack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
-    "unpack_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
-    "free_mask": ("csrc/bits.cpp", "csrc/cuda_bits.cpp", "kernels/triton_bits.py"),
-    "supermask_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
-    "supermask_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
+    "topk_masks": ("csrc/torch/cpu/topk.cpp", "csrc/torch/cuda/topk.cpp", "kernels/triton_topk.py"),
+    "adam_topk": (REFERENCE, "csrc/torch/cuda/adam.cpp"),
+    "pack_mask": ("csrc/torch/cpu/bits.cpp", "csrc/torch/cuda/bits.cpp", "kernels/triton_bits.py"),
+    "unpack_mask": ("csrc/torch/cpu/bits.cpp", "csrc/torch/cuda/bits.cpp", "kernels/triton_bits.py"),
+    "free_mask": ("csrc/torch/cpu/bits.cpp", "csrc/torch/cuda/bits.cpp", "kernels/triton_bits.py"),
+    "supermask_linear": ("csrc/torch/cpu/linear.cpp", "kernels/triton_linear.py"),
+    "supermask_conv2d": ("csrc/torch/cpu/conv.cpp", "kernels/triton_conv.py"),
     "supermask_weights": (REFERENCE, "kernels/triton_weights.py"),
-    "masked_linear": ("csrc/linear.cpp", "kernels/triton_linear.py"),
-    "masked_conv2d": ("csrc/conv.cpp", "kernels/triton_conv.py"),
+    "masked_linear": ("csrc/torch/cpu/linear.cpp", "kernels/triton_linear.py"),
+    "masked_conv2d": ("csrc/torch/cpu/conv.cpp", "kernels/triton_conv.py"),
     "packed_linear": (REFERENCE, "kernels/triton_linear.py"),
     "packed_conv2d": (REFERENCE, "kernels/triton_conv.py"),
-    "sparse_linear": ("csrc/sparse.cpp", "csrc/cuda_sparse.cpp"),
-    "sparse_conv2d": ("csrc/sparse.cpp", "csrc/cuda_sparse.cpp"),
-    "sparse_conv2d_folded": ("csrc/sparse.cpp", "csrc/cuda_sparse.cpp"),
-    "batch_norm_act": ("csrc/batchnorm.cpp",),
-    "knn_classify": ("csrc/knn.cpp",),
+    "sparse_linear": ("csrc/torch/cpu/sparse.cpp", "csrc/torch/cuda/sparse.cpp"),
+    "sparse_conv2d": ("csrc/torch/cpu/sparse.cpp", "csrc/torch/cuda/sparse.cpp"),
+    "sparse_conv2d_folded": ("csrc/torch/cpu/sparse.cpp", "csrc/torch/cuda/sparse.cpp"),
+    "batch_norm_act": ("csrc/torch/cpu/batchnorm.cpp",),
+    "knn_classify": ("csrc/torch/cpu/knn.cpp",),
 }
 
 OPERATORS = tuple(_FILES)

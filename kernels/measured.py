@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from exssnet.writing import locked, write_text
+from exssnet.io.writing import locked, write_text
 
 MASKING = ("auto", "fused", "written")
 KERNELS_VERSION = 2  # of what is kept: raise it when products become faster

@@ -30,15 +30,15 @@ from exssnet import (
     SupermaskConv2d,
     SupermaskLinear,
     TaskBatchNorm2d,
-    cli,
     convert,
     freeze_weights,
-    metrics,
     ops,
 )
-from exssnet.cli import TrainOptions
+from exssnet.cli import commands as cli
+from exssnet.cli.commands import TrainOptions
+from exssnet.continual import metrics
+from exssnet.continual.task_inference import TaskInference
 from exssnet.kernels import reference
-from exssnet.task_inference import TaskInference
 from exssnet.tasks import load, split_by_class
 
 Call = Callable[[Callable[[str, Any], Any]], Any]

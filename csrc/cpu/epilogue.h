@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/floats.h"
+#include "core/floats.h"
 
 namespace exssnet::cpu {
 

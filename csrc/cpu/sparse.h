@@ -12,34 +12,9 @@
 // copied: each kept weight meets a line of x where it lies. T is float or double.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <numeric>
+#include "core/pattern.h"
 
 namespace exssnet::cpu {
-
-// Height or width of a convolution. Tap t reads padded pixel i * stride + t * dilation for output i: in the input that
-// is position i + shift(t) of the pixels of phase(t).
-struct Window {
-  int64_t in, out, taps, stride, padding, dilation;
-
-  int64_t phases() const { return std::min(taps, stride / std::gcd(stride, dilation)); }
-  int64_t phase(int64_t tap) const { return tap % phases(); }
-  int64_t shift(int64_t tap) const { return tap * dilation / stride; }
-  int64_t reach() const { return shift(taps - 1); }
-  bool is_pointwise() const { return taps == 1 && stride == 1 && padding == 0; }
-};
-
-struct Convolution {
-  int64_t batch, in_channels, out_channels;
-  Window h, w;
-};
-
-// Rows of a sparse matrix of `rows` x (channels * taps); slot is an entry's place in [free values; frozen values].
-struct Pattern {
-  const int32_t *ptr, *index, *slot;
-  int64_t rows, columns, entries;
-};
 
 template <class T>
 struct Values {

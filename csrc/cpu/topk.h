@@ -1,23 +1,11 @@
 // Exact selection of the entries of largest magnitude, for many layers at once.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
-#include "cpu/floats.h"
+#include "core/topk_layer.h"
 
 namespace exssnet::cpu {
-
-struct TopkLayer {
-  const void* scores;  // n entries of dtype
-  Float dtype;
-  int64_t n, k;        // 0 <= k <= n < 2^33
-  uint8_t* mask;       // n bytes of 0 and 1 to write, or null
-  const int64_t* hint; // what an earlier call wrote to new_hint, or anything: it changes speed only; or null
-  int64_t* selection;  // 2: bits of the k-th largest magnitude, index of the last kept entry that has them
-  int64_t* new_hint;   // 2
-  bool packed = false; // the mask is bits, as of pack_mask, in memory aligned to 4 bytes: on a GPU alone
-};
 
 struct Place {
   int64_t layer, index;

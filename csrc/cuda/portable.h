@@ -1,4 +1,4 @@
-// What the kernels take from CUDA. They compile with nvcc for GPUs, and as plain C++ over tests/cuda/emulator.h, which
+// What the kernels take from CUDA. They compile with nvcc for GPUs, and as plain C++ over tests/helpers/cuda/emulator.h, which
 // runs them on a CPU: so launches, dynamic shared memory and asynchronous copies go through what is here, and nothing
 // else is special.
 #pragma once

@@ -14,15 +14,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/floats.h"
-#include "cpu/sparse.h"
+#include "core/floats.h"
+#include "core/pattern.h"
 #include "cuda/portable.h"
 
 namespace exssnet::cuda {
 
-using cpu::Convolution;
-using cpu::Float;
-using cpu::Pattern;
 
 // All pointers are to memory of the device; values, images and results are of one dtype. Images aligned to 16 bytes,
 // with batches that fill vectors of 16 bytes, are faster.

@@ -16,16 +16,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/topk.h"
+#include "core/topk_layer.h"
 #include "cuda/portable.h"
 
 namespace exssnet::cuda {
 
-using cpu::Float;
 
 // All pointers are to memory of the device. 16-byte alignment of scores and mask is faster; the new hint's memory may be
 // the hint's own.
-using cpu::TopkLayer;
 
 // Of scratch memory, aligned to 16 bytes; nothing in it needs to be set. About n / 2 bytes of a layer (float64: n).
 // Afterwards its first 4 bytes are the number of layers, of the last dtype, whose scores were read more than once.

@@ -1,11 +1,11 @@
 """Supermask layers, `convert` for whole models, and norms that belong to one task at a time."""
 
-from ..beginning import allocate_density, signed_constant_
-from ..layout import TaskBatchNorm1d, TaskBatchNorm2d
 from .convert import convert, plain_state_dict, supermask_layers, swaps, unconvert
 from .evaluation import evaluation
+from .init import allocate_density, signed_constant_
 from .layers import PATTERN, TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
+from .norms import TaskBatchNorm1d, TaskBatchNorm2d
 from .summary import Summary, summary
 
 __all__ = [

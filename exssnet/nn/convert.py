@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .. import blocks, layout, stale
-from ..beginning import allocate_density, signed_constant_
-from ..choice import PRODUCTS, Products
-from ..selecting import Selector, forget_selection, select_for_all
+from . import blocks, norms, stale
+from .choice import PRODUCTS, Products
+from .init import allocate_density, signed_constant_
 from .layers import ATTRIBUTES, TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
+from .selector import Selector, forget_selection, select_for_all
 from .summary import summary
 
 MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
@@ -31,9 +31,9 @@ Chosen = str | type[nn.Module]
 
 def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
     """Classes that `convert` puts in the place of others; torchvision's where somebody has imported it."""
-    found = {**layout.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
+    found = {**norms.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
     if "torchvision.models.resnet" in sys.modules:
-        from .. import torchvision_blocks
+        from . import torchvision_blocks
 
         found |= torchvision_blocks.SWAPPED
     return found
@@ -63,7 +63,7 @@ def convert(
     """Put supermasks into any torch model, in place; returns the model.
 
     `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms become per task and, like pools,
-    keep the layout of the sparse products; those of residual blocks (`exssnet.models`, torchvision) and in an
+    keep the layout of the sparse products; those of residual blocks (`exssnet.nn.models`, torchvision) and in an
     `nn.Sequential` take the addition and the ReLU that follow along, unless these have hooks. All modules keep their
     identity, name and hooks.
 

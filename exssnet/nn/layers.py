@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import config as compiler
 
-from ..choice import Products, fused_is_faster, recorded, sparse_is_faster, traced
 from ..ops import (
     PackedPattern,
     SparsePattern,
@@ -24,7 +23,8 @@ from ..ops import (
 )
 from ..ops.library import product_dtype
 from ..ops.packed import as_packed
-from ..selecting import capturing, forwards, in_backward, recomputable
+from .choice import Products, fused_is_faster, recorded, sparse_is_faster, traced
+from .selector import capturing, forwards, in_backward, recomputable
 
 PATTERN = SparsePattern._fields[:-1]
 """Names of the buffers that hold a layer's pattern."""
@@ -58,7 +58,7 @@ class SupermaskLayer(nn.Module):
     `dense_weight` is a buffer of the plain layer's shape in all of them. `weight` is what the layer multiplies by,
     ``dense_weight * mask`` with its gradient. A state dict of the layer holds which of the three it is in, and loading
     it brings the layer there; the state dict of a plain layer loads into `dense_weight`. `products` chooses between
-    sparse and dense products, see `exssnet.choice.sparse_is_faster`.
+    sparse and dense products, see `exssnet.nn.choice.sparse_is_faster`.
     """
 
     products: Products
@@ -74,7 +74,7 @@ class SupermaskLayer(nn.Module):
     recent: Tensor | None  # the selection of the last forward, for activations that are computed again in its backward
     called: bool  # whether the layer was used since it got its scores
     k: int
-    _kept: dict[Any, Any] | None = None  # what follows from values that change no more, see exssnet.serving
+    _kept: dict[Any, Any] | None = None  # what follows from values that change no more, see exssnet.continual.serving
     _read: tuple[Tensor, int, object] | None = None  # `weight` as somebody outside of a forward got it
 
     def _own_weight(self, density: float, products: Products = "auto") -> None:

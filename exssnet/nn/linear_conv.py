@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layout import TaskBatchNorm
 from ..ops import (
     packed_conv1d,
     packed_conv2d,
@@ -21,6 +20,7 @@ from ..ops import (
     supermask_linear,
 )
 from .layers import SupermaskLayer
+from .norms import TaskBatchNorm
 
 
 class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]

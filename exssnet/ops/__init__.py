@@ -1,7 +1,6 @@
 """The operators: per family its schemas, shapes, gradients and public functions."""
 
-from exssnet.kernels import native as _native
-
+from ..kernels import native as _native
 from . import flops as _flops
 from .adam import adam_topk
 from .knn import knn_classify

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from exssnet.kernels.reference import mask_of
+from ..kernels.reference import mask_of
 
 Count = Callable[..., tuple[int, int]]
 """From the arguments that follow x: of how many weights output and input gradient are made, and how many have one."""

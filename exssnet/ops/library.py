@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from exssnet.kernels import reference
+from ..kernels import reference
 
 _library = torch.library.Library("exssnet", "DEF")
 transforming = torch._C._are_functorch_transforms_active

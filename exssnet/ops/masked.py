@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exssnet.kernels.reference import bool_mask
-
+from ..kernels.reference import bool_mask
 from .geometry import (
     CONV,
     check_bias,

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exssnet.kernels.reference import empty_batch_last
-
+from ..kernels.reference import empty_batch_last
 from .library import bind_gradient, chosen, define, refuse_tangents, same_kind
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exssnet.kernels.reference import packed_masks
-
+from ..kernels.reference import packed_masks
 from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, fake_backward, in_rows
 from .library import autocast, define, differentiable, same_kind
 from .selection import pack_mask

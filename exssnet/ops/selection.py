@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exssnet.kernels import nan_flag
-
+from ..kernels import nan_flag
 from .library import FLOATS, define
 
 

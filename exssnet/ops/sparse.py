@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exssnet.kernels.reference import dense_weight, empty_batch_last
-
+from ..kernels.reference import dense_weight, empty_batch_last
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
 from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exssnet.kernels.reference import empty_batch_last, mask_of
-
+from ..kernels.reference import empty_batch_last, mask_of
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d, in_rows
 from .library import FLOATS, autocast, define, differentiable, same_kind
 from .selection import topk_select

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset, default_collate
 
-from ..typed import shown
+from ..io.values import shown
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..typed import shown
+from ..io.values import shown
 from .data import Labelled
 from .files import Unpacked, check_unpacked, opened, package, read_image
 

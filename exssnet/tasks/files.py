@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..typed import shown
+from ..io.values import shown
 
 UNPACKED_BYTES, UNPACKED_RATIO = 1 << 28, 100
 """A file may unpack to so many bytes, and to more only where it is at least a hundredth as large itself."""

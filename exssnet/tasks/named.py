@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..typed import shown
+from ..io.values import shown
 from .data import Labelled, Relabelled
 from .datasets import load
 from .features import Encoder, encoder, text_features

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ..typed import shown
+from ..io.values import shown
 from .data import Labelled, Relabelled, Transform
 
 Augmentation: TypeAlias = Literal["crop-flip", "flip"]

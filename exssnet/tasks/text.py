@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..typed import shown
+from ..io.values import shown
 from .files import opened, package
 
 Column: TypeAlias = str | int

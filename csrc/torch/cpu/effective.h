@@ -1,0 +1,84 @@
+// What the dense products under a mask share: the effective weight before them, and the gradients after them.
+#pragma once
+
+#include <tuple>
+
+#include "torch/checks.h"
+#include "cpu/epilogue.h"
+
+namespace exssnet {
+
+// A mask over a weight, with the memory that it lies in.
+struct MaskOf {
+  Tensor data;
+  cpu::Mask mask;
+};
+
+inline MaskOf given(const Tensor& weight, const Tensor& mask, const char* who) {
+  const bool bytes = mask.scalar_type() == ScalarType::Bool;
+  check(mask.is_cpu() && (bytes ? same_shape(mask, weight)
+                                : mask.scalar_type() == ScalarType::Byte && mask.numel() == (weight.numel() + 7) / 8),
+        who, "a bool mask in the weight's shape, or one byte for every 8 weights");
+  MaskOf m{row_major(mask), {}};
+  m.mask.form = bytes ? cpu::Mask::Form::bytes : cpu::Mask::Form::bits;
+  m.mask.data = m.data.const_data_ptr();
+  return m;
+}
+
+// What a selection picks from scores: a row of topk_masks, or its packed mask.
+inline MaskOf selected(const Tensor& weight, const Tensor& scores, const Tensor& selection, const char* who) {
+  if (selection.scalar_type() == ScalarType::Byte) return given(weight, selection, who);
+  check(same_shape(scores, weight) && selection.numel() == 2 && selection.scalar_type() == ScalarType::Long &&
+            scores.is_cpu() && selection.is_cpu(),
+        who, "scores in the weight's shape and two int64 that select from them");
+  float_type(scores, who);
+  MaskOf m{row_major(scores), {}};
+  const Tensor pair = row_major(selection);
+  const int64_t* p = pair.const_data_ptr<int64_t>();
+  m.mask = {cpu::Mask::Form::selection, m.data.const_data_ptr(), static_cast<int>(scores.element_size()), p[0], p[1]};
+  return m;
+}
+
+// The weight where the mask keeps it, else 0, contiguous.
+inline Tensor effective(const Tensor& weight, const MaskOf& mask, const char* who) {
+  float_type(weight, who);
+  const Tensor w = row_major(weight);
+  Tensor out = like(w, w.scalar_type());
+  cpu::keep(w.const_data_ptr(), static_cast<int>(w.element_size()), w.numel(), mask.mask, {}, out.mutable_data_ptr());
+  return out;
+}
+
+// The gradients of (scores, weight) from that of the effective weight, which is a fresh tensor and is used up.
+inline std::tuple<Tensor, Tensor> supermask_gradients(const Tensor& grad_effective, const Tensor& weight,
+                                                      const Tensor& scores, const MaskOf& mask,
+                                                      const Flags& output_mask, const char* who) {
+  const bool need_scores = output_mask[1], need_weight = output_mask[2];
+  if (!need_scores && !need_weight) return {none_like(scores), none_like(weight)};
+  Tensor grad = row_major(grad_effective);
+  check(same_shape(grad, weight) && grad.scalar_type() == weight.scalar_type(), who, "a gradient like the weight");
+  if (!need_scores) {
+    cpu::keep(grad.const_data_ptr(), static_cast<int>(grad.element_size()), grad.numel(), mask.mask, {},
+              grad.mutable_data_ptr());
+    return {none_like(scores), grad};
+  }
+  check(same_shape(scores, weight) && scores.is_cpu(), who, "scores in the weight's shape");
+  const Tensor w = row_major(weight), s = row_major(scores);
+  const bool in_place = !need_weight && scores.scalar_type() == weight.scalar_type();
+  Tensor grad_scores = in_place ? grad : like(scores, scores.scalar_type());
+  cpu::score_gradient(grad.mutable_data_ptr(), w.const_data_ptr(), float_type(w, who), s.const_data_ptr(),
+                      float_type(scores, who), w.numel(), grad_scores.mutable_data_ptr(), need_weight, mask.mask);
+  return {grad_scores, need_weight ? grad : none_like(weight)};
+}
+
+// The gradient of the weight from that of the effective weight, which is a fresh tensor and is used up.
+inline Tensor masked_gradient(const Tensor& grad_effective, const Tensor& weight, const MaskOf& mask,
+                              const OptTensor& free_mask, const char* who) {
+  Tensor grad = row_major(grad_effective);
+  check(same_shape(grad, weight) && grad.scalar_type() == weight.scalar_type(), who, "a gradient like the weight");
+  const MaskOf free = free_mask ? given(weight, *free_mask, who) : MaskOf{mask.data, {}};
+  cpu::keep(grad.const_data_ptr(), static_cast<int>(grad.element_size()), grad.numel(), mask.mask, free.mask,
+            grad.mutable_data_ptr());
+  return grad;
+}
+
+}  // namespace exssnet

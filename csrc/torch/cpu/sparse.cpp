@@ -1,0 +1,44 @@
+// sparse_linear, sparse_conv2d and their backward operators: PyTorch meets csrc/cpu/sparse.
+#include "torch/sparse_operators.h"
+
+namespace exssnet {
+namespace {
+
+struct Cpu {
+  static ScalarType dtype(const Tensor& x) { return compute_dtype(x); }
+
+  static void check_place(const char*, const Tensor&, const Weights::Tensors&) {}
+
+  static Tensor output(const SparseWeight& w, const Convolution& c, const Tensor& x, const Following& then) {
+    return sparse_output(w, c, x, then);
+  }
+
+  static Tensor input_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
+    return sparse_input_gradient(w, c, x, grad);
+  }
+
+  static Tensor value_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
+    Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
+    if (grad_values.numel() > 0)
+      with_compute_type(w.dtype, [&]<class T>(T*) {
+        const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
+        const Tensor lines = batch_innermost<T>(to_dtype(grad, w.dtype));
+        w.followed(cpu::sparse_value_gradient<T>(c, w.pattern, w.free.numel(), w.values<T>().count,
+                                                 from.const_data_ptr<T>(), lines.const_data_ptr<T>(),
+                                                 grad_values.mutable_data_ptr<T>()));
+      });
+    return to_dtype(grad_values, x.scalar_type());
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(exssnet, CPU, m) {
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear<Cpu>));
+  m.impl("sparse_linear_backward", TORCH_BOX(&sparse_linear_backward<Cpu>));
+  m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d<Cpu>));
+  m.impl("sparse_conv2d_folded", TORCH_BOX(&sparse_conv2d_folded<Cpu>));
+  m.impl("sparse_conv2d_backward", TORCH_BOX(&sparse_conv2d_backward<Cpu>));
+}
+
+}  // namespace exssnet

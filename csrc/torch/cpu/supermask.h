@@ -1,0 +1,46 @@
+// The products with what a mask keeps of a dense weight, where these are few: the pattern is made anew in each call,
+// which costs two passes over the mask.
+#pragma once
+
+#include "cpu/mask_pattern.h"
+#include "torch/cpu/effective.h"
+#include "torch/product.h"
+
+namespace exssnet {
+
+// The kept entries of a weight (O, C/groups, ...) as a sparse weight; `transposed` as well where asked.
+struct KeptWeight {
+  cpu::OwnedPattern pattern, transposed;
+  SparseWeight weight;
+
+  KeptWeight(const char* who, const Tensor& x, const Tensor& dense, const MaskOf& mask, int64_t groups, bool transpose)
+      : weight{who, compute_dtype(x), {}, {}, {}, {}} {
+    const int64_t rows = dense.size(0);
+    int64_t taps = 1;
+    for (int64_t d = 2; d < dense.dim(); ++d) taps *= dense.size(d);
+    const int64_t width = dense.size(1) * taps;
+    check(groups > 0 && rows % groups == 0 && dense.numel() < kMost && width * groups < kMost, who,
+          "a weight of fewer than 2^31 entries whose rows are divided by the groups");
+    pattern = cpu::mask_pattern(mask.mask, rows, width, groups);
+    if (transpose) transposed = cpu::transposed_pattern(pattern, taps);
+    weight.pattern = pattern.view();
+    weight.transposed = transposed.view();
+    weight.free = row_major(to_dtype(dense, weight.dtype));
+    weight.frozen = torch::stable::new_empty(weight.free, {0});
+  }
+};
+
+// A contiguous copy in the order (N, H, W, C) of a tensor with the batch innermost, which ATen's dense convolution
+// takes as it is; others as they are.
+inline Tensor channels_last(const Tensor& x) {
+  if (x.dim() != 4 || x.size(0) == 1 || x.is_contiguous() || !stored_innermost(x) || compute_dtype(x) != x.scalar_type()) return x;
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  Tensor to = aten("aten::new_empty_strided", "", x, shape_of(x), Ints{h * w * c, 1, w * c, c}, std::nullopt,
+                   std::nullopt, std::nullopt, std::nullopt);
+  with_compute_type(x.scalar_type(), [&]<class T>(T*) {
+    cpu::channels_innermost<T>(x.const_data_ptr<T>(), c, h * w, n, to.mutable_data_ptr<T>());
+  });
+  return to;
+}
+
+}  // namespace exssnet

@@ -1,0 +1,52 @@
+// pack_mask, unpack_mask, free_mask: PyTorch meets csrc/cuda/bits.
+#include "cuda/bits.h"
+
+#include "torch/cuda/launch.h"
+
+namespace exssnet {
+namespace {
+
+Tensor pack_mask(const Tensor& mask) {
+  const OnDevice device("pack_mask", mask);
+  check(mask.scalar_type() == ScalarType::Bool, "pack_mask", "a bool mask");
+  const Tensor flat = row_major(mask);
+  Tensor packed = torch::stable::new_empty(mask, {(mask.numel() + 7) / 8}, ScalarType::Byte);
+  device.launched(cuda::pack_mask(flat.const_data_ptr<bool>(), mask.numel(), packed.mutable_data_ptr<uint8_t>(),
+                                  device.stream()));
+  return packed;
+}
+
+Tensor unpack_mask(const Tensor& packed, const Ints& shape) {
+  const OnDevice device("unpack_mask", packed);
+  const Tensor bytes = row_major(packed);
+  Tensor mask = torch::stable::new_empty(packed, shape, ScalarType::Bool);
+  check(packed.scalar_type() == ScalarType::Byte && packed.numel() == (mask.numel() + 7) / 8, "unpack_mask",
+        "one byte for every 8 entries of the shape");
+  device.launched(cuda::unpack_mask(bytes.const_data_ptr<uint8_t>(), mask.numel(), mask.mutable_data_ptr<bool>(),
+                                    device.stream()));
+  return mask;
+}
+
+Tensor free_mask(const Tensor& mask, const Tensor& used_mask) {
+  const OnDevice device("free_mask", mask);
+  // Packed bytes, or bools of 0 and 1: the same operation on bytes.
+  check(same_device(mask, used_mask) && mask.numel() == used_mask.numel() &&
+            mask.scalar_type() == used_mask.scalar_type() && mask.element_size() == 1,
+        "free_mask", "two masks of one size and dtype on one device");
+  const Tensor a = row_major(mask), b = row_major(used_mask);
+  Tensor free = torch::stable::empty_like(a);
+  device.launched(cuda::and_not(static_cast<const uint8_t*>(a.const_data_ptr()),
+                                static_cast<const uint8_t*>(b.const_data_ptr()), a.numel(),
+                                static_cast<uint8_t*>(free.mutable_data_ptr()), device.stream()));
+  return free;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(exssnet, CUDA, m) {
+  m.impl("pack_mask", TORCH_BOX(&pack_mask));
+  m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
+  m.impl("free_mask", TORCH_BOX(&free_mask));
+}
+
+}  // namespace exssnet

@@ -1,0 +1,129 @@
+// Tensors into and out of the sparse products of csrc/cpu/sparse: dtypes and the geometry of a layer.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/sparse.h"
+#include "torch/layout.h"
+
+namespace exssnet {
+
+constexpr int64_t kMost = int64_t(1) << 31;  // of any size: products of the few that are multiplied stay in int64
+
+// Without a trip through the dispatcher where nothing changes: a small layer would notice ten.
+inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// What the kernels compute in: float32 for the half types.
+inline ScalarType compute_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Convolution convolution(const char* who, const Tensor& x, int64_t channels, int64_t out_channels,
+                                    const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  check(x.dim() == 4 && kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, who,
+        "x (N, C, H, W) and two numbers each of kernel_size, stride, padding and dilation");
+  Window windows[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t size = x.size(2 + i);
+    check(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0 && size < kMost && kernel[i] < kMost &&
+              stride[i] < kMost && padding[i] < kMost && dilation[i] < kMost,
+          who, "kernel_size, stride and dilation of at least 1, padding of at least 0, all below 2^31");
+    const int64_t room = size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    check(size > 0 && room >= 0, who, "an image that, padded, is at least as large as the kernel");
+    windows[i] = {size, room / stride[i] + 1, kernel[i], stride[i], padding[i], dilation[i]};
+  }
+  const Convolution c{x.size(0), x.size(1), out_channels, windows[0], windows[1]};
+  check(channels == c.in_channels && double(std::max(out_channels, channels)) * kernel[0] * kernel[1] < kMost, who,
+        "a pattern of the C channels, with fewer than 2^31 columns");
+  check(double(c.in_channels) * (c.h.in + c.h.padding) * (c.w.in + c.w.padding) * c.batch < 1e15 &&
+            double(c.out_channels) * c.h.out * c.w.out * c.batch < 1e15,
+        who, "images of fewer than 10^15 elements");
+  // What a patch (cpu/sparse_tile.h) holds at most: of each phase 4 lines of 256 elements, and, of 64 images, what the
+  // taps reach beyond.
+  const double lines = double(c.h.phases()) * (4 + c.h.reach()), pitch = double(c.w.phases()) * (256 + c.w.reach() * 64);
+  check(lines * pitch < kMost, who, "a kernel whose patch has fewer than 2^31 elements");
+  return c;
+}
+
+// A linear layer is the 1 x 1 convolution of 1 x 1 images.
+inline Convolution linear(const char* who, const Tensor& x, int64_t features, int64_t out_features) {
+  check(x.dim() == 2 && x.size(1) == features, who, "x (B, I) and a pattern with I columns");
+  const Window one{1, 1, 1, 1, 0, 1};
+  return {x.size(0), x.size(1), out_features, one, one};
+}
+
+// A sparse weight: where its entries are, and the tensors of dtype `dtype` that hold their values.
+struct SparseWeight {
+  const char* who;
+  ScalarType dtype;
+  Pattern pattern, transposed;
+  Tensor free, frozen;
+
+  template <class T>
+  cpu::Values<T> values() const {
+    return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel(), free.numel() + frozen.numel()};
+  }
+  void followed(bool good) const {
+    check(good, who,
+          "a pattern whose pointers rise from 0 to the number of entries, whose indices ascend in each row, and whose "
+          "indices and slots are in range");
+  }
+};
+
+// Calls body(T*) for the type that `dtype` is computed in.
+template <class Body>
+auto with_compute_type(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(static_cast<double*>(nullptr)) : body(static_cast<float*>(nullptr));
+}
+
+inline Ints output_shape(const Convolution& c, const Tensor& x) {
+  return x.dim() == 4 ? Ints{c.batch, c.out_channels, c.h.out, c.w.out} : Ints{c.batch, c.out_channels};
+}
+
+// What follows a sum: scale and bias of each output, a tensor like the output, ReLU.
+struct Following {
+  OptTensor scale, bias, residual;
+  bool relu = false;
+};
+
+// The layer's output, of x's dtype, with the batch innermost.
+inline Tensor sparse_output(const SparseWeight& w, const Convolution& c, const Tensor& x, const Following& then) {
+  const Ints shape = output_shape(c, x);
+  for (const OptTensor& t : {then.scale, then.bias})
+    check(!t || (t->dim() == 1 && t->numel() == c.out_channels), w.who, "a scale and a bias for every output");
+  check(!then.residual || shape_of(*then.residual) == shape, w.who, "a residual in the output's shape");
+  Tensor y = new_batch_last(x, shape, w.dtype);
+  if (y.numel() == 0) return to_dtype(y, x.scalar_type());
+  with_compute_type(w.dtype, [&]<class T>(T*) {
+    const auto as_computed = [&](const OptTensor& t) {
+      return t ? OptTensor(row_major(to_dtype(*t, w.dtype))) : std::nullopt;
+    };
+    const auto data = [](const OptTensor& t) { return t ? t->const_data_ptr<T>() : nullptr; };
+    const OptTensor scale = as_computed(then.scale), bias = as_computed(then.bias);
+    const OptTensor residual =
+        then.residual ? OptTensor(batch_innermost<T>(to_dtype(*then.residual, w.dtype))) : std::nullopt;
+    const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
+    const cpu::Epilogue<T> epilogue{data(scale), data(bias), data(residual), then.relu};
+    w.followed(cpu::sparse_forward<T>(c, w.pattern, w.values<T>(), epilogue, from.const_data_ptr<T>(),
+                                      y.mutable_data_ptr<T>()));
+  });
+  return to_dtype(y, x.scalar_type());
+}
+
+// The gradient of x, of its dtype, with the batch innermost.
+inline Tensor sparse_input_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x,
+                                    const Tensor& grad) {
+  Tensor grad_x = new_batch_last(x, shape_of(x), w.dtype);
+  if (grad_x.numel() > 0)
+    with_compute_type(w.dtype, [&]<class T>(T*) {
+      const Tensor from = batch_innermost<T>(to_dtype(grad, w.dtype));
+      w.followed(cpu::sparse_input_gradient<T>(c, w.transposed, w.values<T>(), from.const_data_ptr<T>(),
+                                               grad_x.mutable_data_ptr<T>()));
+    });
+  return to_dtype(grad_x, x.scalar_type());
+}
+
+}  // namespace exssnet

@@ -1,0 +1,1 @@
+"""The commands of ``exssnet``. The command itself starts in `exssnet.io.console`."""

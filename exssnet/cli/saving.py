@@ -1,0 +1,141 @@
+"""When a run's checkpoint is written: every so many steps or minutes, at a signal, and at the end."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import checkpoint
+from ..continual import distributed
+from ..continual.learner import Learner, Observer
+from ..continual.records import EpochRecord
+from ..io.console import warn
+from ..io.values import shown
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Those that end a run after its checkpoint is written."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run after its checkpoint was written; `status` is the process's exit status."""
+
+    def __init__(self, number: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = 128 + number
+
+
+class Saver:
+    """Passes on what an observer is told, and writes the checkpoint of a run when it is due.
+
+    every, minutes: write after so many steps, and after so many minutes; None or 0: not for that.
+    """
+
+    def __init__(
+        self, watching: Observer, path: Path, notes: dict[str, Any], every: int | None, minutes: float | None
+    ) -> None:
+        self.watching: Observer | None = watching
+        self.path, self.notes = path, notes
+        self.every, self.seconds = every or 0, 60 * (minutes or 0)
+        self.learner: Learner | None = None
+        self.coded: dict[str, Tensor] = {}
+        self.tasks: int | None = None  # finished ones in the run's checkpoint at `path`; None: there is none yet
+        self.signal = 0
+        self.replaces = False  # the file of an earlier run, which stays until this one has made a step
+        self.steps, self.written = 0, time.monotonic()
+
+    def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
+        self._tell("on_step", task, phase, step, steps, loss)
+        self.steps += 1
+        due = self.replaces or (self.every and self.steps % self.every == 0)
+        if self.signal:
+            self.stop(f"task {task}, {phase} phase, step {step} of {steps}")
+        elif due or (self.seconds and time.monotonic() - self.written >= self.seconds):
+            self.write()
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        self._tell("on_epoch", record)
+        if self.signal:
+            self.stop(f"task {record.task}, {record.phase} phase, after epoch {record.epoch} of {record.epochs}")
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        """Progress that cannot be shown is left out from then on."""
+        try:
+            if self.watching is not None:
+                getattr(self.watching, what)(*arguments)
+        except Exception as error:
+            self.watching = None
+            warn(f"progress is no longer shown: {type(error).__name__}: {error}")
+
+    def write(self) -> bool:
+        """Write the checkpoint; where that cannot be done the one before stays, and training goes on.
+
+        Of several processes, which all hold the same, the first one writes.
+        """
+        assert self.learner is not None
+        if distributed.rank() > 0:
+            return True
+        try:
+            checkpoint.save_run(self.learner, self.path, self.notes, self.coded)
+        except Exception as error:
+            warn(f"a checkpoint could not be saved, the file is whole: {shown(error, 500)}")
+            return False
+        finally:
+            self.written, self.replaces = time.monotonic(), False
+        self.tasks = len(self.learner.reports)
+        return True
+
+    def rescue(self) -> None:
+        """After an error: write what the run can go on from, and drop the open task, if any, from the learner.
+
+        This is the open task at its last step, if that is whole, or else the finished tasks. No checkpoint of the run
+        that holds more is replaced.
+        """
+        assert self.learner is not None
+        if self.learner.phases.phase != "idle":
+            if self.learner.whole and self.steps:  # before its first step a run replaces nothing
+                self.write()
+            self.learner.phases.abandon_task()
+        if (self.tasks or 0) < len(self.learner.reports):
+            self.write()
+
+    def stop(self, where: str) -> None:
+        name = signal.Signals(self.signal).name
+        if not self.write():
+            raise Stopped(self.signal, f"Stopped by {name} in {where}; what came after the last checkpoint is lost.")
+        raise Stopped(
+            self.signal, f"Stopped by {name} in {where}; go on with: exssnet train --resume {self.path.parent}"
+        )
+
+    @contextmanager
+    def at_signals(self) -> Iterator[None]:
+        """Within the block, the first of `SIGNALS` is heard after the step at hand; a second one acts at once.
+
+        SIGHUP stays ignored where it was, as under nohup.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {n: handler for n, handler in before.items() if handler is not None}  # None: not a handler of Python's
+        if hasattr(signal, "SIGHUP") and before.get(signal.SIGHUP) is signal.SIG_IGN:
+            del before[signal.SIGHUP]
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def heard(number: int, frame: object) -> None:
+            self.signal = number
+            restore()
+
+        for number in before:
+            signal.signal(number, heard)
+        try:
+            yield
+        finally:
+            restore()

@@ -1,0 +1,1 @@
+"""Continual learning with supermasks: phases of a task, the learner, KKT, masks and state of all tasks, serving."""

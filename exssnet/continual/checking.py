@@ -1,0 +1,97 @@
+"""What a task and a model must be to be learned, told in one sentence before training starts. B a batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.evaluation import evaluation
+from ..tasks import Task, loader
+from . import distributed
+
+
+@contextmanager
+def trial(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """For forwards that leave no trace: evaluation mode without gradients, and the random state is put back."""
+    with evaluation(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def check_data(task: Task) -> None:
+    """ValueError for a task without training data, and for labels that are not in [0, classes)."""
+    if len(task.train) == 0:
+        raise ValueError(f"{task.name} has no training data")
+    for kind, data in (("training", task.train), ("validation", task.validation), ("test", task.test)):
+        if data is None or len(data) == 0:
+            continue
+        low, high = (int(label) for label in data.labels.aminmax())
+        if low < 0 or high >= task.classes:
+            raise ValueError(
+                f"{task.name}: labels must be in [0, {task.classes}), those of the {kind} data are {low} to {high}"
+            )
+
+
+def sample(task: Task, batch_size: int) -> Tensor:
+    """A batch of a task as training has it, but unaugmented; ValueError for items that are no tensors."""
+    data = task.train.unaugmented()
+    first = data.select(torch.arange(min(batch_size, len(data))))
+    x = next(iter(loader(first, batch_size, share=distributed.part())))[0]
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{task.name}: items must be tensors, got {type(x).__name__}")
+    return x
+
+
+def check_logits(task: Task, output: Any, items: int) -> None:
+    """ValueError unless a model's output for B items is logits (B, >= classes)."""
+    fits = isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2
+    if not fits or output.shape[0] != items or output.shape[1] < task.classes:
+        raise ValueError(
+            f"{task.name} has {task.classes} classes: for {items} items the model must return logits, a floating "
+            f"tensor ({items}, {task.classes} or more), but it returned {_described(output)}"
+        )
+
+
+def _described(thing: Any) -> str:
+    if isinstance(thing, Tensor):
+        return f"{thing.dtype} of shape {tuple(thing.shape)}"
+    more = f" with {', '.join(map(str, thing))}" if isinstance(thing, dict) else ""
+    return f"a {type(thing).__name__}{more}" + (" (return its logits)" if hasattr(thing, "logits") else "")
+
+
+def lone_items_fail(model: nn.Module, x: Tensor) -> bool:
+    """Whether a batch norm would see one value a channel of a batch of one item, and so refuse it. x: (B, ...)."""
+    few: list[bool] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        few.append(args[0].numel() <= args[0].shape[1] * len(x))
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        if norms:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(few)
+
+
+def least_items(task: Task, model: nn.Module, batch_size: int, device: torch.device) -> int:
+    """The fewest items that the last batch of an epoch can be trained on: two a process, or one."""
+    last, two_each = len(task.train) % batch_size, 2 * distributed.size()
+    if not 0 < last < two_each or len(task.train) < batch_size:
+        return 1
+    with trial(model, device):
+        return two_each if lone_items_fail(model, sample(task, batch_size).to(device)) else 1
+
+
+def check_batch(task: Task, model: nn.Module, x: Tensor, items: int, processes: int) -> None:
+    """ValueError where batches of so many items are too small for a batch norm. x: a batch (B, ...)."""
+    if lone_items_fail(model, x):
+        shared = f", shared by {processes} processes" if processes > 1 else ""
+        raise ValueError(
+            f"{task.name}: batch norm cannot be trained on one item, and a batch has {items} of {len(task.train)} "
+            f"training items{shared}: at least {2 * processes} are needed"
+        )

@@ -1,0 +1,117 @@
+"""The supermasks of all finished tasks, packed, and what they use of the network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import free_mask, pack_mask, unpack_mask
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """What one task's mask uses of one layer, in numbers of weights."""
+
+    weights: int  # of the layer
+    kept: int  # by the task's mask
+    free: int  # kept by the task's mask and by none before it
+    used: int  # by the masks of this task and all before it
+
+    @property
+    def sparse_overlap(self) -> float:
+        """Share of the task's mask that earlier tasks use."""
+        return (self.kept - self.free) / self.kept if self.kept else 0.0
+
+    @property
+    def total_overlap(self) -> float:
+        """Share of the layer that the task uses together with earlier tasks."""
+        return (self.kept - self.free) / self.weights if self.weights else 0.0
+
+    @property
+    def capacity(self) -> float:
+        """Share of the layer that is used after the task."""
+        return self.used / self.weights if self.weights else 0.0
+
+
+class MaskBank:
+    """Packed supermasks, 1 bit a weight, by task and layer name, and their running union (the used mask).
+
+    shapes: layer name -> shape of its weight. Adding a task costs one pass over the bits, whatever the number of
+    tasks before it.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = dict(shapes)
+        self.use: list[dict[str, LayerUse]] = []
+        self._packed: list[dict[str, Tensor]] = []
+        self._used: dict[str, Tensor] = {}
+
+    def __copy__(self) -> "MaskBank":
+        other = MaskBank(self.shapes)
+        other.use, other._packed, other._used = list(self.use), list(self._packed), self._used
+        return other
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def add(self, masks: Mapping[str, Tensor]) -> int:
+        """Append a task's masks, bool or packed, one for every layer; returns the task's number."""
+        if set(masks) != set(self.shapes):
+            raise ValueError(
+                f"MaskBank: expected masks of the layers {sorted(self.shapes)}, got those of {sorted(masks)}"
+            )
+        packed, use, unions = {}, {}, {}
+        for name, mask in masks.items():
+            n = self.shapes[name].numel()
+            expected = {torch.bool: tuple(self.shapes[name]), torch.uint8: (-(-n // 8),)}
+            if expected.get(mask.dtype) != mask.shape:
+                raise ValueError(
+                    f"MaskBank: layer {name} has {n} weights, got a mask of {mask.numel()} entries: expected bool of "
+                    f"{expected[torch.bool]} or packed uint8 of {expected[torch.uint8]}, got {mask.dtype} of "
+                    f"{tuple(mask.shape)}"
+                )
+            bits = pack_mask(mask) if mask.dtype == torch.bool else mask
+            used = self.used_mask(name)
+            union = bits if used is None else bits | used.to(bits.device)
+            free = bits if used is None else free_mask(bits, used.to(bits.device))
+            packed[name] = bits
+            use[name] = LayerUse(n, self._count(bits, name), self._count(free, name), self._count(union, name))
+            unions[name] = union
+        self._used = unions  # only now: a mask that is refused leaves everything as it was
+        self._packed.append(packed)
+        self.use.append(use)
+        return len(self) - 1
+
+    def packed(self, task: int, name: str) -> Tensor:
+        """The packed mask of a task's layer: uint8 of ceil(n / 8) bytes."""
+        if not 0 <= task < len(self):
+            raise IndexError(f"task {task} is not known: {len(self)} tasks are finished")
+        return self._packed[task][name]
+
+    def mask(self, task: int, name: str) -> Tensor:
+        """The bool mask of a task's layer, in the shape of its weight."""
+        return unpack_mask(self.packed(task, name), self.shapes[name])
+
+    def used_mask(self, name: str) -> Tensor | None:
+        """Packed union of the masks of all tasks so far; None before the first."""
+        return self._used.get(name)
+
+    def free(self, name: str, mask: Tensor) -> Tensor:
+        """``mask & ~used_mask`` for a bool mask of a new task, in its shape."""
+        used = self.used_mask(name)
+        return mask if used is None else free_mask(mask, unpack_mask(used.to(mask.device), self.shapes[name]))
+
+    def total(self, task: int, names: list[str] | None = None) -> LayerUse:
+        """What a task uses of the given layers together (default: all)."""
+        parts = [self.use[task][name] for name in (names if names is not None else self.shapes)]
+        return LayerUse(*(sum(getattr(p, f) for p in parts) for f in ("weights", "kept", "free", "used")))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed masks and their union take."""
+        tables = [*self._packed, self._used]
+        return sum(bits.numel() for table in tables for bits in table.values())
+
+    def _count(self, bits: Tensor, name: str) -> int:
+        return int(unpack_mask(bits, self.shapes[name]).sum())

@@ -1,0 +1,127 @@
+"""Which `Phases` a model belongs to, and what may then be loaded into the model itself."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..nn import full_name, stale
+from ..ops import unpack_mask
+from .stored import TaskStore
+
+_owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[TaskStore]]" = weakref.WeakKeyDictionary()
+KINDS = {"packed_mask": "fixed masks", "scores": "scores", "weight": "plain weights"}
+
+
+def own(phases: TaskStore) -> None:
+    """The model with all its modules belongs to this `Phases` from now on, and its optimizers are watched."""
+    for module in phases.model.modules():
+        _owners[module] = weakref.ref(phases)
+        if not any(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
+            module.register_load_state_dict_pre_hook(before_load)
+    stale.watch(phases)
+
+
+def end_joint(phases: TaskStore) -> None:
+    """Give the layers their weights where another `Phases` trains copies, in a joint phase that ends here."""
+    for layer in phases.layers.values():
+        if layer.dense_weight.requires_grad:
+            owner = _owners.get(layer)
+            other = None if owner is None else owner()
+            names = {} if other is None else {id(known): name for name, known in other.layers.items()}
+            weights = {} if other is None else other.weights_before()
+            layer.dense_weight = weights.get(names.get(id(layer), ""), layer.dense_weight).detach()
+
+
+def disown(model: nn.Module) -> None:
+    """Take the hooks from a copy of the model."""
+    for module in model.modules():
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if _is_ours(hook):
+                del module._load_state_dict_pre_hooks[key]
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "hook", None) is before_load
+
+
+def check(phases: TaskStore, call: str) -> None:
+    """RuntimeError if the model, or a layer of it, belongs to another `Phases`."""
+    for module in (phases.model, *phases.layers.values()):
+        owner = _owners.get(module)
+        if owner is None or owner() is not phases:
+            raise RuntimeError(f"{call}: another Phases was made for this model since, and owns it: use that one")
+
+
+def before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of `load_state_dict` of the model and of each module in it, called before anything is changed."""
+    owner = _owners.get(module)
+    phases = None if owner is None else owner()
+    name = None if phases is None else phases.own.names.get(module)
+    if phases is None or name is None or (name and prefix.endswith(f"{name}.")):  # the whole model has been looked at
+        return
+    within = f"{name}." if name else ""
+    given = {within + key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
+    if phases.looking:
+        raise RuntimeError("load_state_dict: in a block of `using` the model is put back after it: leave the block")
+    if any(layer.startswith(within) or layer == name for layer in phases.layers):
+        _check_mode(phases, given)
+    _check_shared(phases, given)
+
+
+def _where(phases: TaskStore) -> str:
+    finished = f"{len(phases.bank)} tasks finished"
+    return finished if phases.phase == "idle" else f"{finished} in the {phases.phase} phase of task {phases.active}"
+
+
+def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
+    """RuntimeError if the state dict is of another phase than the model is in."""
+    if phases.phase == "idle":
+        wanted = "packed_mask" if len(phases.bank) else None
+    else:
+        wanted = "packed_mask" if phases.phase == "weight" else "scores"
+    kinds = [kind for kind in KINDS if any(full_name(layer, kind) in given for layer in phases.layers)]
+    if wanted is None and kinds in ([], ["weight"]):
+        return
+    if kinds != [wanted]:
+        raise RuntimeError(
+            f"load_state_dict: a state with {' and '.join(KINDS[k] for k in kinds) or 'no masks'} does not fit a model "
+            f"whose Phases has {_where(phases)}: load pretrained weights before the first task, other states by "
+            "Phases.load_state_dict or before Phases is made"
+        )
+
+
+def _check_shared(phases: TaskStore, given: Mapping[str, Any]) -> None:
+    """RuntimeError if the state dict would change what the open phase does not train, or what finished tasks have."""
+    trained = {full_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(
+        phases.initial
+    )
+    named = {n for of in (phases.model.named_parameters, phases.model.named_buffers) for n, _ in of()}
+    expected = {n: t for n, t in phases.model.state_dict().items() if n in named}  # a module with two names once
+    if phases.phase == "idle" and phases.active is not None:
+        expected |= phases.initial | phases.states[phases.active]
+    changed = []
+    for name, live in expected.items():
+        new = given.get(name)
+        if new is None or (phases.phase == "idle" and not len(phases.bank)):
+            continue
+        layer, _, key = name.rpartition(".")
+        if phases.phase == "joint" and key == "dense_weight" and layer in phases.layers and new.shape == live.shape:
+            used = phases.bank.used_mask(layer)
+            if used is not None:
+                where = unpack_mask(used, live.shape)
+                changed += [] if _same(new[where.to(new.device)], live[where.to(live.device)]) else [name]
+        elif phases.phase == "idle" or name not in trained:
+            changed += [] if _same(new, live) else [name]
+    if changed:
+        raise RuntimeError(
+            f"load_state_dict: {changed[0]} differs from the model's, whose Phases has {_where(phases)}: what is "
+            "finished or fixed would change. Use Phases.load_state_dict"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, where NaN equals NaN."""
+    a = a.to(b.device)
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())

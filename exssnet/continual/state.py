@@ -1,0 +1,290 @@
+"""What training goes on from as named tensors and JSON, and back: each piece is checked for what it should be."""
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..io.values import alike, typed
+from ..nn import SupermaskLayer
+from ..tasks import Task
+from .phases import Phase, Phases
+from .records import OpenTask, Result, Stopwatch, TaskReport, Training
+from .stored import FLOATS, Pieces, check_layers, state_tensors, take_all_state
+
+NUMBERS = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
+FINITE = ("weight/", "scores/", "open/scores/", "open/free/", "open/weight/", "kept/masked/")
+"""What never is NaN or infinite in a state that training can go on from."""
+
+
+# The learner
+
+
+@dataclass
+class Choice:
+    """Whether a layer takes sparse, or fused, products for inputs of one kind: made once, so that rounding stays."""
+
+    layer: str
+    what: str
+    shape: list[int]
+    dtype: str
+    device: str
+    threads: int
+    products: str  # what the choice of sparse products depends on
+    k: int
+    stride: list[int]  # what that of fused products depends on
+    product_dtype: str
+    chosen: bool
+
+
+@dataclass
+class OpenMeta:
+    """What an open task's state holds beside tensors: see `OpenTask` and `Training`."""
+
+    phase: str
+    report: TaskReport
+    best: Result | None
+    to_beat: Result | None
+    epoch: int
+    batch: int
+    waited: int
+    kept: int | None  # tensors of the snapshot
+    seconds: float
+    epoch_seconds: float
+    groups: list[dict[str, Any]]  # of the optimizer, without parameters
+    moments: list[dict[str, Any]]  # the optimizer's state of each parameter; None stands for a tensor
+
+
+@dataclass
+class LearnerMeta:
+    """What a learner's state holds beside tensors."""
+
+    tasks: int
+    k: dict[str, int]
+    settings: dict[str, Any]
+    stream: list[str]
+    reports: list[TaskReport]
+    rows: list[list[float]]
+    choices: list[Choice]
+    open: OpenMeta | None
+
+    def as_json(self) -> dict[str, Any]:
+        reports = [replace(report, use={}) for report in self.reports]  # the masks tell it
+        return asdict(replace(self, reports=reports))
+
+
+def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequence[Task]) -> LearnerMeta:
+    """The JSON part of a learner's state. ValueError where it is damaged or of other settings, model or stream."""
+    found: LearnerMeta = typed(LearnerMeta, meta, "the state")
+    check_layers(found.k, phases)
+    if different := sorted(k for k in {*settings, *found.settings} if settings.get(k) != found.settings.get(k)):
+        told = "; ".join(f"{k} {found.settings.get(k)}, the learner has {settings.get(k)}" for k in different)
+        raise ValueError(f"the state is of a learner with {told}")
+    begun = found.tasks + (found.open is not None)
+    if not found.tasks == len(found.reports) or len(found.stream) != begun or len(found.rows) > found.tasks:
+        raise ValueError(
+            f"the state tells of {begun} tasks, {len(found.stream)} of the stream, {len(found.reports)} reports and "
+            f"{len(found.rows)} rows of accuracies, which do not fit together"
+        )
+    if len(tasks) < begun:
+        raise ValueError(f"the state is of {begun} tasks, the stream has {len(tasks)}")
+    check_stream(tasks, found.stream)
+    reports = [*found.reports, *([found.open.report] if found.open else [])]
+    if [r.task for r in reports] != list(range(begun)) or [len(r) for r in found.rows] != [
+        i + 1 for i in range(len(found.rows))
+    ]:
+        raise ValueError("the state's reports or rows of accuracies are out of order")
+    for c in found.choices:
+        fits = c.layer in phases.layers and {c.dtype, c.product_dtype} <= NUMBERS.keys()
+        if not fits or c.what not in ("sparse", "fused") or not re.fullmatch(r"cpu|cuda(:\d\d?)?", c.device):
+            raise ValueError(
+                f"the state holds a choice of kernels for {c.layer}, {c.dtype} on {c.device}, which are not known"
+            )
+    return found
+
+
+def check_stream(tasks: Sequence[Task], known: Sequence[str]) -> None:
+    """ValueError where a stream does not begin with the tasks of these fingerprints."""
+    for number, (task, was) in enumerate(zip(tasks, known, strict=False)):
+        if fingerprint(task) != was:
+            raise ValueError(f"task {number} of the stream is not the one that was learned: its data has changed")
+
+
+def fingerprint(task: Task) -> str:
+    """A hash of a task's name, labels and choice of items, of texts and their encoder; not of what images look like."""
+    found = hashlib.sha256(repr((task.name, task.classes, task.labels)).encode())
+    for part in (task.train, task.validation, task.test):
+        for tensor in () if part is None else (part.index, part.labels):
+            found.update(f"{len(tensor)} ".encode())
+            found.update(tensor.numpy().tobytes())
+        items = getattr(getattr(part, "dataset", None), "images", None)
+        found.update(getattr(items, "identity", "").encode())
+    return found.hexdigest()
+
+
+def choices(phases: Phases) -> list[Choice]:
+    """The choices between products that were made so far."""
+    found = []
+    for name, layer in phases.layers.items():
+        for (what, shape, dtype, device, threads, *more), chosen in layer._choices.items():
+            products, k, stride, product_dtype = (*more, (), dtype) if what == "sparse" else ("", 0, *more)
+            own, products_own = (str(d).removeprefix("torch.") for d in (dtype, product_dtype))
+            place = str(device), threads, products, k, list(stride)
+            found.append(Choice(name, what, list(shape), own, *place, products_own, chosen))
+    return found
+
+
+def put_choices(phases: Phases, made: Sequence[Choice]) -> None:
+    for c in made:
+        layer: SupermaskLayer = phases.layers[c.layer]
+        more = (c.products, c.k) if c.what == "sparse" else (tuple(c.stride), NUMBERS[c.product_dtype])
+        key = c.what, torch.Size(c.shape), NUMBERS[c.dtype], torch.device(c.device), c.threads, *more
+        layer._choices[key] = c.chosen
+
+
+# The open task
+
+
+def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[str, Tensor], OpenMeta]:
+    """The state of an open task."""
+    tensors = {f"open/{n}": t for n, t in phases.open_tensors().items()}
+    tensors |= {"epoch/order": training.order, "epoch/sums": training.sums}
+    if training.kept is not None:
+        tensors |= {f"kept/masked/{i}": t for i, t in enumerate(training.kept["masked"])}
+        tensors |= state_tensors(phases, training.kept["state"], "kept/state/")
+    if (random := open_.task.train.random) is not None:
+        tensors["random/augmentation"] = random.get_state()
+    optimizer, moments = training.optimizer, []
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        own = optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer/{i}/{n}": t for n, t in own.items() if isinstance(t, Tensor)}
+        moments.append({n: None if isinstance(v, Tensor) else v for n, v in own.items()})
+    groups = [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
+    return tensors, OpenMeta(
+        phases.phase, open_.report, open_.best, open_.to_beat, training.epoch, training.batch, training.waited,
+        None if training.kept is None else len(training.kept["masked"]), training.clock.seconds,
+        training.epoch_clock.seconds, groups, moments,
+    )  # fmt: skip
+
+
+def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, expected: Sequence[str], exclusive: bool) -> None:
+    """Open the phase of a task again."""
+    if meta.phase not in expected:
+        raise ValueError(f"the state's open task is in the {meta.phase} phase, the method has {' and '.join(expected)}")
+    phase: Phase = meta.phase  # type: ignore[assignment]
+    shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
+    scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
+    called = pieces.take("open/called", (len(shapes),), torch.bool)
+    phases.reopen(phase, scores, called, exclusive)
+    for name, target in phases.open_tensors().items():
+        if name.partition("/")[0] not in ("scores", "called", "state"):
+            target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=True))
+    phases.own.write(take_all_state(phases, pieces, "open/state/"))
+
+
+def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Training, epochs: int) -> None:
+    """Put a phase's training at its step; `training` is at the first step of an epoch's batch `meta.batch`."""
+    if not (0 <= meta.epoch <= epochs and 0 <= meta.batch <= len(training.sizes) and meta.waited >= 0):
+        raise ValueError(
+            f"the state stands at epoch {meta.epoch} of {epochs} and batch {meta.batch} of {len(training.sizes)}, "
+            f"{meta.waited} epochs after the best"
+        )
+    training.epoch, training.waited = meta.epoch, meta.waited
+    training.clock, training.epoch_clock = Stopwatch(meta.seconds), Stopwatch(meta.epoch_seconds)
+    training.sums.copy_(pieces.take("epoch/sums", (2,), training.sums.dtype))
+    if meta.kept is not None:
+        snapshot = phases.snapshot()
+        for i, target in enumerate(snapshot["masked"]):
+            target.copy_(pieces.take(f"kept/masked/{i}", target.shape, target.dtype, finite=True))
+        training.kept = {**snapshot, "state": take_all_state(phases, pieces, "kept/state/")}
+    _put_optimizer(pieces, meta, training)
+
+
+def _put_optimizer(pieces: Pieces, meta: OpenMeta, training: Training) -> None:
+    optimizer = training.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(meta.groups) != len(optimizer.param_groups) or len(meta.moments) != len(parameters):
+        raise ValueError(
+            f"the state's optimizer has {len(meta.groups)} groups and {len(meta.moments)} parameters, the learner's "
+            f"{len(optimizer.param_groups)} and {len(parameters)}"
+        )
+    for live, group in zip(optimizer.param_groups, meta.groups, strict=True):
+        if live.keys() - {"params"} != group.keys():
+            raise ValueError(
+                f"the state's optimizer has the options {', '.join(group)}, the learner's {', '.join(live)}"
+            )
+        live |= {n: alike(live[n], value, f"the optimizer's {n}") for n, value in group.items()}
+    done = meta.epoch * len(training.sizes) + meta.batch
+    rates = [group["lr"] for group in optimizer.param_groups]
+    training.schedule.load_state_dict({"last_epoch": done, "_step_count": done + 1, "_last_lr": rates})
+    for i, (parameter, own, like) in enumerate(zip(parameters, meta.moments, moments(optimizer), strict=True)):
+        if own and own.keys() != like.keys():
+            raise ValueError(
+                f"the state's optimizer keeps {', '.join(own)} of parameter {i}, the learner's {', '.join(like)}"
+            )
+        for name, value in own.items():
+            expected = like[name]
+            if isinstance(expected, Tensor):
+                taken = pieces.take(f"optimizer/{i}/{name}", expected.shape, expected.dtype)
+                optimizer.state[parameter][name] = expected.copy_(taken)
+            else:
+                optimizer.state[parameter][name] = alike(expected, value, f"the optimizer's {name}")
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The state that an optimizer keeps of each parameter after one step: what it is like, not its values."""
+    twin = copy.deepcopy(optimizer)
+    parameters = [p for group in twin.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    return [dict(twin.state[p]) for p in parameters]
+
+
+# Random states
+
+
+def random_states() -> dict[str, Tensor]:
+    """torch's global random states."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random/torch": torch.get_rng_state(), **{f"random/cuda/{i}": s for i, s in enumerate(cuda)}}
+
+
+def generator_state(pieces: Pieces, key: str, device: str = "cpu") -> Tensor:
+    """The state of a random generator, which it accepts."""
+    generator = torch.Generator(device)
+    state = pieces.take(key, generator.get_state().shape, torch.uint8)
+    with suppress(RuntimeError):
+        generator.set_state(state)
+    if not torch.equal(generator.get_state(), state):
+        raise ValueError(f"the state holds no state of a random generator for {key}")
+    return state
+
+
+def take_random(pieces: Pieces) -> dict[str, Tensor]:
+    """The global random states; of CUDA devices that are not here, none."""
+    found = {"random/torch": generator_state(pieces, "random/torch")}
+    for number in sorted(pieces.names("random/cuda/")):
+        key = f"random/cuda/{number}"
+        if number.isdecimal() and int(number) < (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            found[key] = generator_state(pieces, key, f"cuda:{int(number)}")
+        else:
+            del pieces.left[key]
+    return found
+
+
+def set_random(states: Mapping[str, Tensor], augmentation: torch.Generator | None) -> None:
+    for key, state in states.items():
+        if key == "random/torch":
+            torch.set_rng_state(state)
+        elif key == "random/augmentation":
+            assert augmentation is not None
+            augmentation.set_state(state)
+        else:
+            torch.cuda.set_rng_state(state, int(key.rpartition("/")[2]))

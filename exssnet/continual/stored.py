@@ -1,0 +1,259 @@
+"""Finished tasks as named tensors, and back: each piece is checked for what it should be before anything changes."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import SupermaskLayer
+from ..ops import pack_mask, unpack_mask
+from .mask_bank import MaskBank
+from .task_state import TaskState
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class TaskStore(Protocol):
+    """What `Phases` is to those who store its tasks."""
+
+    model: nn.Module
+    layers: dict[str, SupermaskLayer]
+    bank: MaskBank
+    states: list[dict[str, Tensor]]
+    scores: list[dict[str, Tensor]]
+    own: TaskState
+    looking: list[int]
+    active: int | None
+    phase: Any
+
+    def masked_parameters(self) -> list[Tensor]: ...
+    def parameters(self) -> list[Tensor]: ...
+    def weights_before(self) -> dict[str, Tensor]: ...
+    def frozen_parameters(self) -> dict[str, Tensor]: ...
+    @property
+    def initial(self) -> dict[str, Tensor]: ...
+    def reset_state(self) -> None: ...
+    def adopt_all(self, tasks: Sequence["Learned"]) -> int: ...
+
+
+class Pieces:
+    """Named tensors of a state; what is taken must be what it should be, and nothing may be left over."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left = dict(tensors)
+
+    def take(self, key: str, shape: Sequence[int], *dtypes: torch.dtype, finite: bool = False) -> Tensor:
+        """The tensor of that name. ValueError for none, another shape or dtype, and for NaN or infinity if `finite`."""
+        if key not in self.left or self.left[key].shape != tuple(shape):
+            found = tuple(self.left[key].shape) if key in self.left else "nothing"
+            raise ValueError(f"the state holds {found} for {key}, the model needs {tuple(shape)}")
+        tensor = self.left.pop(key)
+        if dtypes and tensor.dtype not in dtypes:
+            raise ValueError(f"the state holds {tensor.dtype} for {key}, expected {' or '.join(map(str, dtypes))}")
+        if finite and not bool(tensor.isfinite().all()):
+            raise ValueError(f"the state holds NaN or infinity for {key}")
+        return tensor
+
+    def mask(self, key: str, shape: torch.Size) -> Tensor:
+        """The packed mask of that name, of a weight of the given shape. ValueError for bits beyond it."""
+        bits = self.take(key, (-(-shape.numel() // 8),), torch.uint8)
+        if not torch.equal(pack_mask(unpack_mask(bits, shape)), bits):
+            raise ValueError(f"the state holds bits beyond the {shape.numel()} weights in {key}")
+        return bits
+
+    def names(self, prefix: str) -> list[str]:
+        """What follows the prefix in the names that are left."""
+        return [key.removeprefix(prefix) for key in self.left if key.startswith(prefix)]
+
+    def end(self) -> None:
+        """ValueError if anything is left."""
+        if self.left:
+            shown = ", ".join(sorted(self.left)[:5]) + (" ..." if len(self.left) > 5 else "")
+            raise ValueError(f"the state holds {shown}, which has no place in the model")
+
+
+def finished(phases: TaskStore) -> dict[str, Tensor]:
+    """Weights, and of finished tasks masks (packed), states and scores; in an open task the weights before it."""
+    tensors = {f"weight/{n}": weight for n, weight in phases.weights_before().items()}
+    for task in range(len(phases.bank)):
+        tensors |= {f"mask/{task}/{n}": phases.bank.packed(task, n) for n in phases.layers}
+        tensors |= {f"state/{task}/{n}": t for n, t in phases.states[task].items()}
+    for task, scores in enumerate(phases.scores):
+        tensors |= {f"scores/{task}/{n}": s for n, s in scores.items()}
+    stored = {n for state in phases.states for n in state}
+    tensors |= {f"initial/{n}": t for n, t in phases.initial.items() if n not in phases.own.transient or n in stored}
+    return tensors | {f"frozen/{n}": p.detach() for n, p in phases.frozen_parameters().items()}
+
+
+def kept(phases: TaskStore) -> dict[str, int]:
+    """k of every layer: what tells whether a state is of such a model."""
+    return {n: layer.k for n, layer in phases.layers.items()}
+
+
+def check_layers(k: Mapping[str, int], phases: TaskStore) -> None:
+    if k != kept(phases):
+        raise ValueError(f"the state has layers and k {dict(k)}, the model has {kept(phases)}")
+
+
+Learned = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, state and scores of a task
+
+
+def parse(phases: TaskStore, state: Any, known: Sequence[str]) -> tuple[Any, int | None, int]:
+    """Phase, active task and number of finished tasks of a `Phases.state_dict`. ValueError for what does not fit."""
+    names = ("phase", "active", "tasks", "k", "tensors")
+    if not isinstance(state, Mapping) or set(state) != set(names):
+        got = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"load_state_dict: expected a state of Phases with {', '.join(names)}, got {got}")
+    phase, active, tasks = state["phase"], state["active"], state["tasks"]
+    check_layers(state["k"], phases)
+    within = (None, *range(tasks)) if phase == "idle" else (tasks,)
+    if phase not in known or active not in within:
+        raise ValueError(f"load_state_dict: task {active} cannot be in the {phase} phase after {tasks} tasks")
+    return phase, active, tasks
+
+
+@dataclass
+class Finished:
+    """Finished tasks that were read and fit a `Phases`."""
+
+    values: list[tuple[Tensor, Tensor]]  # where to, and what
+    tasks: list[Learned]
+
+    def put(self, phases: TaskStore) -> None:
+        """Give them to a `Phases` without tasks, and activate the last."""
+        with torch.no_grad():
+            for target, value in self.values:
+                target.copy_(value)
+        phases.reset_state()
+        phases.adopt_all(self.tasks)
+
+
+def take_finished(phases: TaskStore, pieces: Pieces, tasks: int) -> Finished:
+    """The finished tasks among the pieces. ValueError for what does not fit."""
+    targets = {f"weight/{n}": layer.dense_weight for n, layer in phases.layers.items()}
+    targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
+    targets |= {f"initial/{n}": t for n, t in phases.initial.items()}
+    shared = ("weight/", "frozen/", "initial/")
+    if more := sorted(k for k in pieces.left if k.startswith(shared) and k not in targets):
+        raise ValueError(f"the state holds {', '.join(more)}, which has no place in the model")
+    transient = {f"initial/{n}" for n in phases.own.transient}
+    values = [
+        (target, pieces.take(key, target.shape, target.dtype, finite=key.startswith("weight/")))
+        for key, target in targets.items()
+        if key in pieces.left or key not in transient
+    ]
+    return Finished(values, [_task(phases, pieces, task) for task in range(tasks)])
+
+
+def put_finished(phases: TaskStore, pieces: Pieces, tasks: int, complete: bool = False) -> None:
+    """Give a fresh `Phases` the finished tasks and activate the last. ValueError, before anything is changed.
+
+    complete: nothing else may be among the pieces.
+    """
+    if len(phases.bank) or phases.phase != "idle":
+        raise RuntimeError(
+            f"load: needs a Phases without tasks, this one has {len(phases.bank)} and is in the {phases.phase} phase"
+        )
+    found = take_finished(phases, pieces, tasks)
+    if complete:
+        pieces.end()
+    found.put(phases)
+
+
+def _task(phases: TaskStore, pieces: Pieces, task: int) -> Learned:
+    """Masks, state and scores of one finished task."""
+    layers = phases.layers
+    shapes = {n: layer.dense_weight.shape for n, layer in layers.items()}
+    masks = {n: pieces.mask(f"mask/{task}/{n}", shape) for n, shape in shapes.items()}
+    state = take_state(phases, pieces, f"state/{task}/", pieces.names(f"state/{task}/"))
+    scores: dict[str, Tensor] = {}
+    if pieces.names(f"scores/{task}/"):
+        scores = {n: pieces.take(f"scores/{task}/{n}", s, *FLOATS, finite=True) for n, s in shapes.items()}
+    masks, scores = ({n: t.to(layers[n].dense_weight.device) for n, t in part.items()} for part in (masks, scores))
+    return masks, state, scores
+
+
+def state_tensors(phases: TaskStore, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Values of a task's own tensors under their names in a state: without non-persistent buffers that are as ever."""
+    own = phases.own
+    return {f"{prefix}{n}": t for n, t in state.items() if n not in own.transient or not own.is_initial(n, t)}
+
+
+def take_state(
+    phases: TaskStore, pieces: Pieces, prefix: str, names: Iterable[str], *casts: torch.dtype
+) -> dict[str, Tensor]:
+    """Values of a task's own tensors; only a buffer that may be made or change its shape in training has any shape.
+
+    casts: dtypes that floating point values may have as well.
+    """
+    own, state = phases.own, {}
+    for name in names:
+        like, key = own.initial.get(name), f"{prefix}{name}"
+        dtypes = () if like is None else (like.dtype, *(casts if like.is_floating_point() else ()))
+        if like is not None and name not in own.transient:
+            state[name] = pieces.take(key, like.shape, *dtypes)
+        elif own.has(name):
+            state[name] = pieces.take(key, pieces.left[key].shape, *dtypes)
+    return state
+
+
+def take_all_state(phases: TaskStore, pieces: Pieces, prefix: str) -> dict[str, Tensor]:
+    """Values of all that an open task has of its own."""
+    names = {*pieces.names(prefix), *phases.initial.keys() - phases.own.transient}
+    return take_state(phases, pieces, prefix, names)
+
+
+def adopted(
+    phases: TaskStore, tasks: Sequence[Learned]
+) -> tuple[MaskBank, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Masks, states and scores of the finished tasks with copies of more. ValueError for what does not fit."""
+    bank, states, scores = copy.copy(phases.bank), list(phases.states), list(phases.scores)
+    shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
+    device = next(iter(phases.layers.values())).dense_weight.device
+    for number, (masks, state, task_scores) in enumerate(tasks, len(bank)):
+        bank.add({n: t.detach().clone() for n, t in masks.items()})
+        pieces = Pieces(dict(state))
+        states.append({n: t.detach().clone() for n, t in take_state(phases, pieces, "", state, *FLOATS).items()})
+        pieces.end()
+        if task_scores:
+            pieces = Pieces(dict(task_scores))
+            taken = {n: pieces.take(n, shape, *FLOATS, finite=True) for n, shape in shapes.items()}
+            pieces.end()
+            scores.append({n: t.detach().to(device, copy=True) for n, t in taken.items()})
+        if scores and len(scores) != len(bank):
+            raise ValueError(f"adopt: {len(scores)} of {len(bank)} tasks have scores, task {number} must have them too")
+    return bank, states, scores
+
+
+def check_finite(call: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """FloatingPointError for NaN or infinity among what was trained; the caller has not changed anything yet."""
+    for name, t in tensors.items():
+        if t is not None and t.is_floating_point() and not bool(t.isfinite().all()):
+            raise FloatingPointError(
+                f"{call}: {t.numel() - int(t.isfinite().sum())} of {t.numel()} entries of {name} are NaN or infinite; "
+                "nothing was changed. Lower the learning rate; abandon_task() drops the task"
+            )
+
+
+def take_open(phases: TaskStore, pieces: Pieces, phase: str) -> dict[str, Tensor]:
+    """The open task's tensors among the pieces, named as in `Phases.open_tensors`. ValueError for what does not fit."""
+    if phase == "idle":
+        return {}
+    found = {"called": pieces.take("open/called", (len(phases.layers),), torch.bool)}
+    for name, layer in phases.layers.items():
+        shape, dtype = layer.dense_weight.shape, layer.dense_weight.dtype
+        found[f"scores/{name}"] = pieces.take(f"open/scores/{name}", shape, torch.float32, finite=True)
+        if phase == "joint":
+            found[f"weight/{name}"] = pieces.take(f"open/weight/{name}", shape, dtype, finite=True)
+        elif phase == "weight":
+            mask, free = (pieces.mask(f"open/{kind}/{name}", shape) for kind in ("mask", "free_mask"))
+            if bool((free & ~mask).any()):
+                raise ValueError(f"the state's free mask of {name} is not inside its mask")
+            found |= {f"mask/{name}": mask, f"free_mask/{name}": free}
+            count = int(unpack_mask(free, shape).sum())
+            if count or f"open/free/{name}" in pieces.left:
+                found[f"free/{name}"] = pieces.take(f"open/free/{name}", (count,), dtype, finite=True)
+    return found | {f"state/{n}": t for n, t in take_all_state(phases, pieces, "open/state/").items()}

@@ -1,0 +1,172 @@
+"""What each task has its own of beside its mask: parameters that train without one, and buffers."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import TENSORS, SupermaskLayer, full_name
+
+
+class TaskState:
+    """The parameters without a mask and the buffers of a converted model: where they are, and their initial values.
+
+    trainable, frozen: names of the parameters without a mask that did, and did not, require a gradient.
+    names: of the model's modules. initial: values by name of all but the frozen parameters. transient: the names among
+    them of non-persistent buffers. A buffer that is made later, or that changes its shape, is a task's own as well.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, SupermaskLayer]) -> None:
+        self._model, self._layers = model, dict(layers)
+        self._masked = {full_name(name, key) for name in layers for key in TENSORS}
+        named = [(n, p) for n, p in model.named_parameters() if n not in self._masked]
+        self.trainable = {n for n, p in named if p.requires_grad}
+        self.frozen = {n for n, p in named if not p.requires_grad}
+        self.names = {module: name for name, module in model.named_modules()}
+        self._late: set[str] = set()  # of buffers that were registered later, and are taken out for other tasks
+        self.capture()
+
+    def capture(self) -> None:
+        """Take the present values for the initial ones."""
+        slots = list(self._slots())
+        self.initial = {name: t.detach().clone() for name, _, _, t in slots if t is not None}
+        self.known = {name for name, *_ in slots}  # also of buffers that are None
+        self.transient = {name for name, module, key, _ in slots if key in module._non_persistent_buffers_set}
+        self._extra = copy.deepcopy(self._extra_states())
+
+    def live(self) -> dict[str, Tensor]:
+        """The present values by name; no copies."""
+        return {name: t.detach() for name, _, _, t in self._slots() if t is not None}
+
+    def changed(self) -> dict[str, Tensor]:
+        """Copies of the present values that are not the initial ones."""
+        return {n: t.clone() for n, t in self.live().items() if not self.is_initial(n, t)}
+
+    def is_initial(self, name: str, value: Tensor) -> bool:
+        """Whether a value is the initial one, also where one of them was cast."""
+        initial = self.initial.get(name)
+        if initial is None or initial.shape != value.shape:
+            return False
+        return torch.equal(initial.to(value), value) and torch.equal(initial, value.to(initial))
+
+    def has(self, name: str) -> bool:
+        """Whether the model has, or had, a parameter or buffer of that name which belongs to a task."""
+        return name in self.known | self._late or any(name == other for other, *_ in self._slots())
+
+    def write(self, state: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
+        """Give the model, or a copy of it, the initial values but those of `state`, in place."""
+        values = self.initial | dict(state)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, module, key, tensor in self._slots(values, model):
+                value = values.get(name)
+                if tensor is None or value is None:
+                    self._put_buffer(name, module, key, value)
+                elif tensor.shape == value.shape and 0 not in tensor.stride():
+                    tensor.copy_(value)
+                else:
+                    tensor.data = value.to(tensor, copy=True)
+        torch.clear_autocast_cache()  # it knows parameters by identity
+
+    @contextmanager
+    def showing(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block the model has the initial values but those of `state`.
+
+        The tensors get other memory for that time: theirs is not written to, so that a backward pass can follow.
+        """
+        values = self.initial | dict(state)
+        held = [(name, module, key, t, None if t is None else t.data) for name, module, key, t in self._slots(values)]
+        try:
+            with torch.inference_mode(False):
+                for name, module, key, tensor, _ in held:
+                    value = values.get(name)
+                    if tensor is None or value is None:
+                        self._put_buffer(name, module, key, value)
+                    else:
+                        tensor.data = value.detach().to(tensor, copy=True)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for name, module, key, tensor, data in held:
+                if tensor is None or data is None:
+                    self._put_buffer(name, module, key, None)
+                    continue
+                tensor.data = data
+                if key in module._buffers or key not in module._parameters:
+                    module._buffers[key] = tensor
+            torch.clear_autocast_cache()
+
+    def check(self, call: str) -> None:
+        """RuntimeError if the model is no longer made of the modules and parameters that it was made of."""
+        modules = dict(self._model.named_modules())
+        strange = [name for module, name in self.names.items() if modules.get(name) is not module]
+        strange += [name for name, module in modules.items() if module not in self.names]
+        if strange:
+            raise RuntimeError(
+                f"{call}: the module {strange[0]!r} was put in, replaced or removed after Phases was made, which "
+                "changes the networks of all tasks: change the model before Phases is made"
+            )
+        expected = self.trainable | self._masked
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and name not in expected:
+                raise RuntimeError(
+                    f"{call}: parameter {name} was not trainable when Phases was made: shared by all tasks, it would "
+                    "make them forget. Set requires_grad before, or freeze it"
+                )
+
+    def check_extra(self, call: str) -> None:
+        """RuntimeError if the extra state of a module has changed, which no task can have of its own."""
+        for name, extra in self._extra_states().items():
+            if not _equal(extra, self._extra.get(name)):
+                raise RuntimeError(
+                    f"{call}: the extra state (get_extra_state) of module {name!r} has changed since the first task "
+                    "started. Tasks have buffers of their own, but no extra state: keep it in a buffer"
+                )
+
+    # Inside
+
+    def _slots(
+        self, wanted: Iterable[str] = (), model: nn.Module | None = None
+    ) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
+        """Name, module, key and tensor of each parameter and buffer, then of the wanted ones that are not there."""
+        missing = dict.fromkeys(wanted)
+        model = self._model if model is None else model
+        for prefix, module in list(model.named_modules()):
+            own = TENSORS if isinstance(module, SupermaskLayer) else ()
+            for key, tensor in (module._parameters | module._buffers).items():
+                name = full_name(prefix, key)
+                if key not in own and name not in self.frozen:
+                    missing.pop(name, None)
+                    yield name, module, key, tensor
+        for name in missing:
+            prefix, _, key = name.rpartition(".")
+            yield name, model.get_submodule(prefix), key, None
+
+    def _put_buffer(self, name: str, module: nn.Module, key: str, value: Tensor | None) -> None:
+        """Put in a buffer that is not there, or take one out."""
+        if key in module._parameters:
+            return
+        if value is not None:
+            device = next(iter(self._layers.values())).dense_weight.device
+            module._buffers[key] = value.detach().to(device, copy=True)
+        elif name in self.known:
+            module._buffers[key] = None
+        else:
+            module._buffers.pop(key, None)
+            self._late.add(name)
+
+    def _extra_states(self) -> dict[str, Any]:
+        own = nn.Module.get_extra_state
+        return {n: m.get_extra_state() for n, m in self._model.named_modules() if type(m).get_extra_state is not own}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)

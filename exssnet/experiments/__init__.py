@@ -1,0 +1,1 @@
+"""Experiments of the literature: recipes and their runs, baselines, statistics, reports and plots."""

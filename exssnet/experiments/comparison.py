@@ -1,0 +1,382 @@
+"""The report of an experiment: tables in Markdown, all numbers in JSON, and plots."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import cycle, groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..continual.metrics import epochs_to_reach
+from ..io.console import secondary
+from ..io.writing import write_text
+from .plotting import pyplot, save
+from .recipes import KKT, recipe
+
+Runs = list[dict[str, Any]]
+
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last, a little too large, serves for more."""
+SHORT = 10  # tasks of a stream up to which each has its own column
+LONG = 20  # tasks of a stream from which on the time of a task is told by its place
+BASE = "supsup"
+"""The method that others are compared with."""
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Mean difference of paired values and half the width of its 95 % interval by Student's t; NaN for one pair."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, std = mean_std(differences)
+    if len(differences) < 2:
+        return mean, math.nan
+    return mean, _T95[min(len(differences) - 1, len(_T95)) - 1] * std / math.sqrt(len(differences))
+
+
+class Group(NamedTuple):
+    """What all seeds of a run have in common."""
+
+    method: str
+    init_scale: str
+    density: float | None
+
+    @property
+    def plain(self) -> "Group":
+        """The same without KKT."""
+        return self._replace(method=self.method.removesuffix(KKT))
+
+
+Groups = dict[Group, Runs]
+
+
+def groups_of(report: dict[str, Any]) -> Groups:
+    """The runs of each group, in the order of the recipe; diverged runs are left out."""
+    found: Groups = {}
+    for run in report["runs"]:
+        if "diverged" not in run:
+            found.setdefault(Group(run["method"], run["init_scale"], run["density"]), []).append(run)
+    return found
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Write report.json, report.md and, where matplotlib is installed, the plots it shows."""
+    write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
+    plots = [f"![{title}]({file})" for title, file in _plots(groups_of(report), out)]
+    write_text(out / "report.md", "\n\n".join([*_text(report), *plots]) + "\n")
+
+
+def _text(report: dict[str, Any]) -> list[str]:
+    made, groups = report["recipe"], groups_of(report)
+    scaled = f", scaled to {made['scale']:g}: a smoke test" if made["scale"] < 1 else ""
+    machine = report["machine"]
+    epochs = recipe(made, "the report").scaled_epochs
+    parts = [
+        f"# {made['title']}{scaled}",
+        f"{made['model']}, {epochs} + {epochs} epochs (methods with one phase: {2 * epochs}), batch "
+        f"{made['batch_size']}, {made['seeds']} seeds; mean ± standard deviation, accuracies in %. "
+        + (
+            f"{100 * made['validation']:g} % of the training data picks the best epoch. "
+            if made["validation"]
+            else "There is no validation split: the last epoch counts. "
+        )
+        + f"torch {machine['torch']}, {machine['cpu']}, {machine['processes']} processes of one thread on "
+        f"{machine['cores']} cores, {report['seconds'] / 60:.0f} minutes in this go.",
+        _table(
+            ["method", "density", "weights", "average accuracy", "forgetting", "learning accuracy", "forward transfer",
+             "s / run", "memory, MB", "kept, MB", "learning rates"],
+            [_row(group, runs) for group, runs in groups.items()],
+        ),
+    ]  # fmt: skip
+    for title, table in (
+        ("Accuracy on each task after the last, in %, mean over the seeds", _by_task(groups)),
+        (
+            f"Difference to {BASE} with the same number of epochs, paired by seed, with 95 % intervals",
+            _differences(groups),
+        ),
+        ("Knowledge transfer (KKT): with and without", _transfer(groups)),
+        ("Weights of the masks: kept, and free when the task came", _capacity(groups)),
+        ("Seconds of training a task, medians by its place in the stream", _pace(groups)),
+        (
+            "Without a task id: share of test items whose task was found, and that were classified right",
+            _inferred(groups),
+        ),
+    ):
+        if table:
+            parts += [f"## {title}", table]
+    if lost := [run for run in report["runs"] if "diverged" in run]:
+        parts.append("Diverged: " + ", ".join(f"{r['method']} {r['density'] or ''} seed {r['seed']}" for r in lost))
+    return parts
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) if rows else ""
+
+
+def _percent(values: Sequence[float]) -> str:
+    mean, std = mean_std([100 * v for v in values])
+    return f"{mean:.2f} ± {std:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def _name(group: Group) -> list[str]:
+    return [group.method, "" if group.density is None else f"{group.density:g}", group.init_scale]
+
+
+def _row(group: Group, runs: Runs) -> list[str]:
+    def every(key: str) -> list[float]:
+        return [run[key] for run in runs]
+
+    return [
+        *_name(group), _percent(every("average accuracy")), _percent(every("forgetting")),
+        _percent(every("learning accuracy")),
+        _percent(every("forward transfer")) if "forward transfer" in runs[0] else "",
+        f"{statistics.median(every('seconds')):.0f}", f"{max(every('memory')) / 1e6:.0f}",
+        f"{max(every('kept bytes')) / 1e6:.2f}", runs[0]["shown rates"],
+    ]  # fmt: skip
+
+
+def _by_task(groups: Groups) -> str:
+    """Of short streams."""
+    names: list[str] = max(
+        ([task["name"] for task in runs[0]["tasks"]] for runs in groups.values()), key=len, default=[]
+    )
+    rows = [
+        [*_name(group), *(f"{100 * statistics.mean(of_task):.1f}" for of_task in zip(*lasts, strict=True))]
+        for group, runs in groups.items()
+        for lasts in [[run["accuracy"][-1] for run in runs]]
+        if len(lasts[0]) == len(names)
+    ]
+    return _table(["method", "density", "weights", *names], rows) if 1 < len(names) <= SHORT else ""
+
+
+def paired(groups: Groups, group: Group, base: str) -> tuple[list[float], list[float]]:
+    """Average accuracies in % of a group and of `base` at the same density, by seeds that both have."""
+    pairs = _pairs(groups, group, base)
+    ours, theirs = ([100 * pair[i]["average accuracy"] for pair in pairs] for i in (0, 1))
+    return ours, theirs
+
+
+def _pairs(groups: Groups, group: Group, base: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    theirs = {run["seed"]: run for run in groups.get(Group(base, *group[1:]), [])}
+    ours = sorted(groups.get(group, []), key=lambda run: run["seed"])
+    return [(run, theirs[run["seed"]]) for run in ours if run["seed"] in theirs]
+
+
+def _points(mean: float, half: float) -> str:
+    return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def _differences(groups: Groups) -> str:
+    rows = []
+    wanted = sorted((g for g in groups if g.method != BASE and g.density is not None), key=lambda g: g[:2])
+    for (method, scale), members in groupby(wanted, key=lambda g: g[:2]):
+        means = []
+        for group in members:
+            ours, theirs = paired(groups, group, BASE)
+            if ours:
+                mean, half = paired_difference(ours, theirs)
+                means.append(mean)
+                rows.append([method, f"{group.density:g}", scale, _points(mean, half)])
+        if len(means) > 1:
+            rows.append([method, "mean of all densities", scale, f"{statistics.mean(means):+.2f}"])
+    return _table(["method", "density", "weights", "points"], rows)
+
+
+def _transfer(groups: Groups) -> str:
+    rows = []
+    for group in groups:
+        pairs = _pairs(groups, group, group.plain.method)
+        if group == group.plain or not pairs:
+            continue
+        counts = [
+            (epochs_to_reach(fast["curve"], target), epochs_to_reach(slow["curve"], target), len(slow["curve"]))
+            for a, b in pairs
+            for fast, slow in list(zip(a["tasks"], b["tasks"], strict=True))[1:]
+            if fast.get("sources")
+            for target in [max(slow["curve"])]
+        ]
+        fast_mean = statistics.mean(all_ if fast is None else fast for fast, _, all_ in counts) if counts else 0
+        slow_mean = statistics.mean(slow or 0 for _, slow, _ in counts) if counts else 0
+        rows.append([
+            *_name(group), _points(*paired_difference(*paired(groups, group, group.plain.method))),
+            f"{sum(fast is not None for fast, *_ in counts)} of {len(counts)}",
+            f"{fast_mean:.1f} against {slow_mean:.1f}",
+        ])  # fmt: skip
+    head = ["method", "density", "weights", "points of average accuracy", "tasks that reach the best without KKT",
+            "epochs until then (never: all)"]  # fmt: skip
+    return _table(head, rows)
+
+
+def _capacity(groups: Groups) -> str:
+    rows = []
+    for group, runs in groups.items():
+        tasks = [t for t in runs[0]["tasks"] if "body" in t]
+        if not tasks or group.density is None:
+            continue
+        for part in ("body", "head"):
+            first, last = tasks[0][part], tasks[-1][part]
+            if not last["weights"]:
+                continue
+            rows.append([
+                *_name(group), part, f"{first['kept']:,} of {first['weights']:,}",
+                f"{tasks[min(1, len(tasks) - 1)][part]['free']:,}", f"{last['free']:,}",
+                f"{100 * last['used'] / last['weights']:.1f}",
+            ])  # fmt: skip
+    head = ["method", "density", "weights", "layers", "kept", "free in the second task", "free in the last", "used, %"]
+    return _table(head, rows)
+
+
+def _pace(groups: Groups) -> str:
+    """Of long streams; their first task, which also warms up, is left out."""
+    rows = []
+    for group, runs in groups.items():
+        seconds = [[sum(task["seconds"].values()) for task in run["tasks"]] for run in runs]
+        tenth = len(seconds[0]) // 10
+        if tenth * 10 >= LONG:
+            first = statistics.median(s for run in seconds for s in run[1 : 1 + tenth])
+            last = statistics.median(s for run in seconds for s in run[-tenth:])
+            rows.append([*_name(group), f"{first:.3g}", f"{last:.3g}", f"{last / first:.2f}"])
+    return _table(["method", "density", "weights", "in the first tenth", "in the last tenth", "ratio"], rows)
+
+
+def _inferred(groups: Groups) -> str:
+    rows = [
+        [
+            *_name(group), rule, _percent([run["without task id"][rule]["task_accuracy"] for run in runs]),
+            _percent([run["without task id"][rule]["accuracy"] for run in runs]),
+            _percent([run["average accuracy"] for run in runs]),
+        ]
+        for group, runs in groups.items()
+        if "without task id" in runs[0]
+        for rule in runs[0]["without task id"]
+    ]  # fmt: skip
+    return _table(["method", "density", "weights", "rule, samples", "task accuracy", "accuracy", "with task id"], rows)
+
+
+# Plots: each draws one figure, or none where there is nothing to show
+
+
+def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
+    """(title, file) of each plot that was drawn; none without matplotlib. Why one was not is told on stderr."""
+    plt, drawn = None, []
+    with secondary("no plots were drawn"):
+        plt = pyplot()
+    for title, file, draw in PLOTS if plt is not None and groups else ():
+        with secondary(f"{file} was not written"):
+            figure = draw(plt, groups)
+            if figure is not None:
+                save(figure, out / file)
+                drawn.append((title, file))
+    return drawn
+
+
+def _accuracy(runs: Runs) -> tuple[float, float]:
+    return mean_std([100 * run["average accuracy"] for run in runs])
+
+
+def _scale(groups: Groups, group: Group) -> str:
+    """The scale of a group's weights, where there are several."""
+    return group.init_scale if len({g.init_scale for g in groups if g.init_scale}) > 1 else ""
+
+
+def _label(groups: Groups, group: Group) -> str:
+    density = "" if group.density is None else f"{group.density:g}"
+    return " ".join(filter(None, [group.method, density, _scale(groups, group)]))
+
+
+def _by_method(plt: Any, groups: Groups) -> Any:
+    order = sorted(groups, key=lambda g: _accuracy(groups[g])[0])
+    means, stds = zip(*(_accuracy(groups[g]) for g in order), strict=True)
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(order)), layout="constrained")
+    axes.barh(
+        range(len(order)), means, xerr=stds, capsize=3, color=["C0" if g.density is None else "C1" for g in order]
+    )
+    axes.set_xlim(max(0, min(m - s for m, s in zip(means, stds, strict=True)) - 5))
+    axes.set(yticks=range(len(order)), yticklabels=[_label(groups, g) for g in order], xlabel="average accuracy, %",
+             title="Average accuracy by method, standard deviation over seeds (blue: dense)")  # fmt: skip
+    return figure
+
+
+def _by_density(plt: Any, groups: Groups) -> Any:
+    lines: dict[tuple[str, str], list[Group]] = {}
+    for group in sorted((g for g in groups if g.density is not None), key=lambda g: g.density or 0):
+        lines.setdefault(group[:2], []).append(group)
+    if all(len(members) < 2 for members in lines.values()):
+        return None
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for members in lines.values():
+        means, stds = zip(*(_accuracy(groups[g]) for g in members), strict=True)
+        axes.errorbar([100 * (g.density or 0) for g in members], means, stds, capsize=3, marker="o",
+                      label=" ".join(filter(None, [members[0].method, _scale(groups, members[0])])))  # fmt: skip
+    axes.set(xlabel="density, %", ylabel="average accuracy, %", title="Accuracy against density")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _capacity_used(plt: Any, groups: Groups) -> Any:
+    masked = [g for g in groups if g.density is not None and "body" in groups[g][0]["tasks"][0]]
+    if not masked:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for group, style in zip(masked, cycle(("-", "--", ":")), strict=False):  # methods with equal masks coincide
+        used = [100 * t["body"]["used"] / t["body"]["weights"] for t in groups[group][0]["tasks"]]
+        axes.plot(used, style, marker=".", label=_label(groups, group))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="task", ylabel="weights used so far, head apart, %", title="Capacity used by task, seed 0")
+    axes.legend(fontsize="x-small", ncols=2)
+    return figure
+
+
+def _matrix(plt: Any, groups: Groups) -> Any:
+    """Of ExSSNeT, or else of the best method."""
+    best = max(groups, key=lambda g: (g.method == "exssnet", _accuracy(groups[g])[0]))
+    rows = groups[best][0]["accuracy"]
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    image = axes.imshow(
+        [[100 * a for a in row] + [math.nan] * (len(rows) - len(row)) for row in rows], cmap="viridis", vmax=100
+    )
+    axes.set(xlabel="test data of task", ylabel="after learning task",
+             title=f"Accuracy (%), {_label(groups, best)}, seed 0")  # fmt: skip
+    figure.colorbar(image)
+    return figure
+
+
+def _curves(plt: Any, groups: Groups) -> Any:
+    pairs = [g for g in groups if g != g.plain and g.plain in groups]
+    if not pairs:
+        return None
+    size = 1 + 4 * len(pairs), 4
+    figure, all_axes = plt.subplots(1, len(pairs), figsize=size, layout="constrained", squeeze=False)
+    for axes, group in zip(all_axes[0], pairs, strict=True):
+        for g, style in ((group, "-"), (group.plain, "--")):
+            curves = [t["curve"] for run in groups[g] for t in run["tasks"][1:] if t["curve"]]
+            means = [100 * statistics.mean(epoch) for epoch in zip(*curves, strict=False)]
+            axes.plot(range(1, len(means) + 1), means, style, marker=".", label=g.method)
+        axes.set(xlabel="epoch, over both phases", ylabel="accuracy on held-out data, %", title=_label(groups, group))
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _cost(plt: Any, groups: Groups) -> Any:
+    size = 10, 1 + 0.28 * len(groups)
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    names = list(groups)[::-1]
+    left.barh(range(len(names)), [statistics.median(r["seconds"] for r in groups[g]) for g in names])
+    right.barh(range(len(names)), [max(r["memory"] for r in groups[g]) / 1e6 for g in names])
+    left.set(yticks=range(len(names)), yticklabels=[_label(groups, g) for g in names],
+             xlabel="seconds a run, one thread")  # fmt: skip
+    right.set(xlabel="peak memory of the run, MB")
+    return figure
+
+
+PLOTS = (
+    ("Accuracy by method", "methods.png", _by_method),
+    ("Accuracy against density", "density.png", _by_density),
+    ("Capacity used", "capacity.png", _capacity_used),
+    ("Accuracy matrix", "matrix.png", _matrix),
+    ("Learning curves with and without KKT, mean over all tasks but the first", "kkt.png", _curves),
+    ("Time and memory", "cost.png", _cost),
+)

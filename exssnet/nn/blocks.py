@@ -1,0 +1,85 @@
+"""Blocks of networks whose batch norms take the residual and the ReLU that follow them along, see `batch_norm_act`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import models
+from .norms import TaskBatchNorm, TaskBatchNorm2d
+
+
+def normalised(
+    conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """``norm(conv(x), residual, relu)``; in inference the convolution takes the norm along if it can."""
+    together: Any = getattr(conv, "normalised", None)
+    y: Tensor | None = None
+    if together is not None and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
+        y = together(x, norm, residual, relu)
+    if y is None:
+        y = norm(conv(x), residual, relu) if relu else norm(conv(x))
+    return y
+
+
+def fuses(norm: nn.Module, relu: nn.Module) -> bool:
+    """Whether ``norm(x, relu=True)`` is ``relu(norm(x))`` to everybody: no hook looks at what is between."""
+    return isinstance(norm, TaskBatchNorm) and type(relu) is nn.ReLU and not _hooked(norm, relu)
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    """Whether somebody looks at, or has replaced, what one of the modules does."""
+    return nn.modules.module._has_any_global_hook() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
+
+
+class FusedSequential(nn.Sequential):
+    """`nn.Sequential` in which a batch norm takes the ReLU that follows it along."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            conv = layers and isinstance(layers[0], TaskBatchNorm) and hasattr(layer, "normalised")
+            norm = layers.pop(0) if conv else layer
+            relu = len(layers) > 0 and fuses(norm, layers[0])
+            if relu:
+                del layers[0]
+            x = normalised(layer, norm, x, relu=relu) if conv else layer(x, relu=True) if relu else layer(x)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Mixin for blocks ``relu(norm(conv(...)) + shortcut(x))``; a block with hooks inside runs as it was written."""
+
+    _steps: tuple[tuple[str, str, str], ...]  # names of the convolutions, norms and ReLUs, in order
+    _past: str  # name of the shortcut; None stands for the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        *first, last = [[getattr(self, name) for name in step] for step in self._steps]
+        if not all(fuses(norm, relu) for _, norm, relu in (*first, last)):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        y = x
+        for conv, norm, _ in first:
+            y = normalised(conv, norm, y)
+        conv, norm, _ = last
+        past = getattr(self, self._past)
+        return normalised(conv, norm, y, x if past is None else past(x))
+
+
+class _BasicBlock(ResidualBlock, models.BasicBlock):
+    _steps = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"))
+    _past = "shortcut"
+
+
+class _Bottleneck(ResidualBlock, models.Bottleneck):
+    _steps = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"), ("conv3", "norm3", "relu3"))
+    _past = "shortcut"
+
+
+SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {
+    models.BasicBlock: _BasicBlock,
+    models.Bottleneck: _Bottleneck,
+}

@@ -1,0 +1,62 @@
+"""Adam for the scores of a converted model, whose step selects for the next forward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import adam_topk
+from .selector import Selector, capturing
+
+
+class ScoreAdam(torch.optim.Adam):
+    """`torch.optim.Adam` that hands the selection of the scores to the model's next forward, see `adam_topk`.
+
+    On a GPU, step and selection are one pass over the scores, which need not be read again. For the mask phase; other
+    parameters are stepped as by `torch.optim.Adam(fused=True)`. So are the scores where the pass cannot be one: if they
+    are not all in one group or lack a gradient, with a gradient scaler or a learning rate that is a tensor, while a
+    CUDA graph is captured, and under `torch.compile`.
+
+    params: parameters, or groups of them, as of every optimizer; state and learning rate schedulers are those of Adam.
+    model: the converted model whose layers have the scores.
+    """
+
+    _model: nn.Module | None = None  # of a copy: it is plain Adam
+
+    def __init__(
+        self, params: Any, model: nn.Module, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0.0, *, maximize: bool = False, capturable: bool = False,
+    ) -> None:  # fmt: skip
+        if not hasattr(model, "_selector"):
+            raise ValueError("ScoreAdam: the model has no supermask layers: pass it through convert first")
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, capturable=capturable, fused=True)
+        self._model = model
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Collect what is to step, as Adam does; the scores have made their step, and are left out."""
+        complex_numbers: bool = super()._init_group(group, *lists)
+        scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
+        unlike = scaled or isinstance(group["lr"], Tensor) or torch.compiler.is_compiling() or capturing()
+        if self._model is not None and not unlike:
+            self._step_scores(self._model, group, *lists)
+        return complex_numbers
+
+    def _step_scores(self, model: nn.Module, group: dict[str, Any], *lists: list[Tensor]) -> None:
+        selector: Selector = model._selector  # type: ignore[assignment]
+        layers = selector.scored()
+        place = {id(p): i for i, p in enumerate(lists[0])}
+        at = [place.get(id(layer.scores)) for layer in layers]
+        if not at or None in at:
+            return
+        scores, grads, exp_avg, exp_avg_sq, _, steps = ([of[i] for i in at] if of else [] for of in lists)  # type: ignore[index]
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
+        on_cpu = scores[0].device.type == "cpu"
+        hint = selector.hint_for(layers)
+        masks, rows, new_hint = adam_topk(
+            scores, grads, exp_avg, exp_avg_sq, steps, [layer.k for layer in layers], hint, packed=True, **options
+        )
+        if hint is not None:
+            hint.copy_(new_hint)
+        selector.hand_over(layers, rows.unbind() if on_cpu else masks)
+        for of in lists:
+            of[:] = [t for i, t in enumerate(of) if i not in at]

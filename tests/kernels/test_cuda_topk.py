@@ -1,0 +1,271 @@
+"""csrc/cuda/topk on the emulator: bit for bit the reference's selection and masks."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, PATTERNS, SIZES, dtypes, scores_of
+from cuda import harness
+from cuda.harness import order as order
+from selections import HINTED, HINTS, MODERATE, drawn
+from torch import Tensor
+
+from exssnet import ops
+from exssnet.kernels import reference
+
+pytestmark = pytest.mark.proof
+
+patterns = pytest.mark.parametrize("pattern", PATTERNS)
+PLAIN = harness.MODE == "plain"
+"""Where every access is watched, kernels are much slower: fewer and smaller cases do."""
+orders = pytest.mark.parametrize("order", harness.ORDERS if PLAIN else ["1"], indirect=True)
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+"""In the order of cpu::Float."""
+LAYERS_OF_A_TABLE = 40
+
+
+@pytest.fixture
+def topk() -> ModuleType:
+    return harness.load("topk")
+
+
+@dataclass
+class Result:
+    masks: list[Tensor]
+    selection: Tensor
+    hint: Tensor
+    nan: bool
+    launches: int
+    missed: int
+    """Layers whose scores were read more than once."""
+
+
+def bits(scores: Tensor) -> np.ndarray:
+    return scores.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]).numpy()
+
+
+def select(
+    topk: ModuleType, scores: list[Tensor], k: list[int], hint: Tensor | None = None, with_masks: bool = True,
+    nan_flag: int = 0, processors: int = 2, hint_in_place: bool = False, packed: bool = False,
+) -> Result:  # fmt: skip
+    arrays, kinds = [bits(s) for s in scores], [FLOATS.index(s.dtype) for s in scores]
+    masks = [torch.empty(s.shape, dtype=torch.bool) for s in scores] if with_masks else []
+    if packed:
+        masks = [torch.empty(-(-s.numel() // 8), dtype=torch.uint8) for s in scores]
+    selection, new_hint = (torch.empty(len(scores), 2, dtype=torch.int64) for _ in range(2))
+    if hint_in_place:
+        new_hint = hint
+    flag = np.array([nan_flag], dtype=np.int32)
+    workspace = torch.empty(topk.workspace_bytes(arrays, kinds), dtype=torch.uint8).numpy()
+    launches = topk.topk_masks(
+        arrays, kinds, k, [m.numpy() for m in masks], None if hint is None else hint.contiguous().numpy(),
+        selection.numpy(), new_hint.numpy(), flag, workspace, processors, packed,
+    )  # fmt: skip
+    missed = int(workspace[:4].view(np.uint32)[0])
+    return Result(masks, selection, new_hint, bool(flag[0]), launches, missed)
+
+
+def assert_reference(scores: list[Tensor], k: list[int], result: Result) -> None:
+    masks, selection, _ = reference.topk_masks(scores, k, None, True)
+    assert torch.equal(result.selection, selection)
+    for mask, expected in zip(result.masks, masks, strict=False):
+        assert torch.equal(mask.view(torch.uint8), expected.view(torch.uint8))
+    assert not result.nan
+
+
+@patterns
+@orders
+@dtypes()
+def test_bitwise_the_reference(topk: ModuleType, pattern: str, dtype: torch.dtype, order: str) -> None:
+    scores, k = drawn(pattern, dtype, sizes=SIZES if PLAIN else MODERATE)
+    assert_reference(scores, k, select(topk, scores, k))
+
+
+@patterns
+@dtypes(*DTYPES if PLAIN else ["float32"])
+def test_selection_without_masks_is_the_references(topk: ModuleType, pattern: str, dtype: torch.dtype) -> None:
+    scores, k = drawn(pattern, dtype, sizes=HINTED)
+    assert_reference(scores, k, select(topk, scores, k, with_masks=False))
+
+
+@pytest.mark.parametrize("pattern", ["normal", "many-ties", "two-values", "signed-zeros"])
+@orders
+@dtypes(*DTYPES if PLAIN else ["float32"])
+def test_packed_masks_are_the_references(topk: ModuleType, pattern: str, dtype: torch.dtype, order: str) -> None:
+    """Small layers, of which all entries are candidates, and one that is not, with ties beyond its candidates."""
+    scores = [scores_of(pattern, n, dtype) for n in (1, 7, 64, 65, 1000, 20_011)]
+    k = [s.numel() // 3 for s in scores]
+    result = select(topk, scores, k, packed=True)
+    masks, selection, _ = reference.topk_masks(scores, k, None, True, packed=True)
+    assert torch.equal(result.selection, selection)
+    for mask, expected in zip(result.masks, masks, strict=True):
+        assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("n", [7, 64, 1000] if PLAIN else [7, 64])
+@dtypes()
+def test_bitwise_the_reference_for_every_k(topk: ModuleType, n: int, dtype: torch.dtype) -> None:
+    scores, k = [scores_of("many-ties", n, dtype)] * (n + 1), list(range(n + 1))
+    assert_reference(scores, k, select(topk, scores, k))
+
+
+@pytest.mark.parametrize("hint", HINTS)
+@pytest.mark.parametrize("pattern", ["normal", "many-ties", "last-bits", "mostly-zeros"] if PLAIN else ["normal"])
+@dtypes(*DTYPES if PLAIN else ["float32"])
+def test_hint_never_changes_results(topk: ModuleType, pattern: str, dtype: torch.dtype, hint: str) -> None:
+    scores, k = drawn(pattern, dtype, sizes=HINTED)
+    assert_reference(scores, k, select(topk, scores, k, HINTS[hint](scores, k)))
+
+
+def training(dtype: torch.dtype, steps: int) -> Iterator[list[Tensor]]:
+    """Scores of one model, as they are from step to step."""
+    scores = [scores_of("normal", n, torch.float32) for n in (65, 5000, 100_003)]
+    for _ in range(steps):
+        scores = [s + 0.003 * torch.randn(s.shape) for s in scores]
+        yield [s.to(dtype) for s in scores]
+
+
+@dtypes()
+def test_with_the_last_steps_hint_scores_are_read_once_where_it_holds(topk: ModuleType, dtype: torch.dtype) -> None:
+    k, hint, right = [7, 500, 30_000], None, 0
+    for scores in training(dtype, 8):
+        result = select(topk, scores, k, hint)
+        assert_reference(scores, k, result)
+        if hint is not None:
+            brackets, thresholds = hint[1:], result.selection[1:, 0]  # the first layer is too small for one
+            holds = (brackets[:, 0] <= thresholds) & (thresholds <= brackets[:, 1])
+            narrow = brackets[:, 0] < brackets[:, 1]
+            assert result.missed == int((narrow & ~holds).sum())
+            right += int((narrow & holds).sum())
+        hint = result.hint
+    assert right > 0, "no bracket was handed on"
+
+
+@dtypes()
+def test_next_hint_may_take_the_place_of_the_hint(topk: ModuleType, dtype: torch.dtype) -> None:
+    scores, k = drawn("normal", dtype, sizes=HINTED)
+    hint = HINTS["interval-around"](scores, k)
+    apart = select(topk, scores, k, hint)
+    in_place = select(topk, scores, k, hint.clone(), hint_in_place=True)
+    assert_reference(scores, k, in_place)
+    assert torch.equal(in_place.hint, apart.hint)
+
+
+@dtypes()
+def test_without_a_hint_a_sample_serves_as_well(topk: ModuleType, dtype: torch.dtype) -> None:
+    scores = [scores_of("normal", n, dtype) for n in (5000, 20_000, 100_003)] * 3
+    k = [s.numel() // d for s, d in zip(scores, [50, 50, 50, 10, 10, 10, 2, 2, 2], strict=True)]
+    result = select(topk, scores, k)
+    assert_reference(scores, k, result)
+    assert result.missed == 0
+
+
+@dtypes("float32", "bfloat16")
+def test_bracket_may_end_at_crowded_magnitudes(topk: ModuleType, dtype: torch.dtype) -> None:
+    """Each part of the scores that such a bracket leaves has more entries than there is room for as candidates."""
+    scores, k = scores_of("integers", 100_003, dtype), [10_000, 40_000, 70_000, 95_000]
+    magnitudes = reference.magnitude_bits(torch.arange(4, dtype=dtype))
+    for low, high in itertools.combinations(magnitudes.tolist(), 2):
+        result = select(topk, [scores] * len(k), k, torch.tensor([[low, high]] * len(k)))
+        assert_reference([scores] * len(k), k, result)
+
+
+def test_layers_are_counted_whose_bracket_missed(topk: ModuleType) -> None:
+    scores, k = [scores_of("normal", n, torch.float32) for n in (5000, 20_000, 5000, 20_000)], [500] * 4
+    hint = HINTS["interval-ending-below"](scores, k)
+    hint[1] = HINTS["interval-around"](scores, k)[1]
+    result = select(topk, scores, k, hint)
+    assert_reference(scores, k, result)
+    assert result.missed == 3
+
+
+@pytest.mark.parametrize("pattern", ["normal", "denormals", "all-exponents"])
+@pytest.mark.usefixtures("native")
+@dtypes()
+def test_next_hint_is_the_cpus_where_the_bracket_held(topk: ModuleType, pattern: str, dtype: torch.dtype) -> None:
+    scores, k = drawn(pattern, dtype, sizes=[100_003])
+    threshold = reference.topk_masks(scores, k, None, False)[1][:, 0]
+    held = 0
+    for below, above in (-1, 1), (-30, 10), (-1000, 200), (0, 100_000):
+        hint = torch.stack([(threshold + below).clamp(min=0), threshold + above], 1)
+        result = select(topk, scores, k, hint)
+        if result.missed == 0:
+            assert torch.equal(result.hint, ops.topk_masks(scores, k, hint).hint)
+            held += 1
+    assert held > 0
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [*zip(FLOATS, [10, 10, 12, 18], strict=True)], ids=str)
+def test_launches_are_as_many_as_the_header_says(topk: ModuleType, dtype: torch.dtype, launches: int) -> None:
+    scores, k = drawn("normal", dtype)
+    assert len(scores) < LAYERS_OF_A_TABLE
+    assert {select(topk, scores, k, hint).launches for hint in (None, HINTS["garbage"](scores, k))} == {launches}
+
+
+@pytest.mark.parametrize("count", [LAYERS_OF_A_TABLE, LAYERS_OF_A_TABLE + 1, 3 * LAYERS_OF_A_TABLE - 1])
+def test_more_layers_than_fit_in_one_table(topk: ModuleType, count: int) -> None:
+    scores = [scores_of("normal", 97 * i % 301, torch.float32) for i in range(count)]
+    k = [s.numel() // 3 for s in scores]
+    result = select(topk, scores, k)
+    assert_reference(scores, k, result)
+    assert result.launches == 11 + -(-count // LAYERS_OF_A_TABLE)
+
+
+def test_layers_of_one_call_may_have_different_dtypes(topk: ModuleType) -> None:
+    scores = [scores_of("normal", 5000, dtype) for dtype in [*DTYPES.values()] * 2]
+    assert_reference(scores, [20] * len(scores), select(topk, scores, [20] * len(scores)))
+
+
+@pytest.mark.parametrize("processors", [1, 3, 1000])
+@pytest.mark.parametrize("pattern", ["normal", "many-ties"])
+def test_number_of_processors_does_not_change_results(topk: ModuleType, pattern: str, processors: int) -> None:
+    scores, k = drawn(pattern, torch.float32, sizes=HINTED)
+    assert_reference(scores, k, select(topk, scores, k, HINTS["interval-ending-below"](scores, k), True, 0, processors))
+
+
+@pytest.mark.parametrize("pattern", ["normal", "many-ties"])
+@dtypes()
+def test_scores_aligned_to_nothing_wider_than_an_element(topk: ModuleType, pattern: str, dtype: torch.dtype) -> None:
+    scores, k = drawn(pattern, dtype)
+    scores = [LAYOUTS["offset"](s) for s in scores]
+    assert any(s.data_ptr() % 16 for s in scores)
+    assert_reference(scores, k, select(topk, scores, k))
+
+
+@pytest.mark.parametrize("k", [0, 1, 20, 5000])
+@pytest.mark.parametrize("at", [0, 4999])
+@dtypes()
+def test_nan_raises_the_flag(topk: ModuleType, k: int, at: int, dtype: torch.dtype) -> None:
+    scores, counts = [scores_of("normal", n, dtype) for n in (65, 5000, 1000)], [1, k, 20]
+    hint = HINTS["interval-around"](scores, counts)
+    scores[1][at] = -torch.nan
+    assert select(topk, scores, counts).nan
+    assert select(topk, scores, counts, hint, with_masks=False).nan
+
+
+def test_flag_of_a_nan_stays_raised(topk: ModuleType) -> None:
+    assert select(topk, [torch.ones(5)], [2], nan_flag=1).nan
+
+
+@pytest.mark.parametrize("hint", [None, (1, 1000)], ids=["no-hint", "hint-below"])
+@patterns
+@dtypes("float32", "bfloat16")
+def test_nan_counts_as_more_than_infinity(
+    topk: ModuleType, pattern: str, dtype: torch.dtype, hint: tuple[int, int] | None
+) -> None:
+    scores = scores_of(pattern, 5000, dtype)
+    scores[torch.randint(5000, (300,))] = torch.nan
+    for k in (20, 2000):
+        result = select(topk, [scores], [k], None if hint is None else torch.tensor([hint]))
+        selection = reference.select(reference.magnitude_bits(scores), k)
+        assert torch.equal(result.selection[0], selection)
+        assert torch.equal(result.masks[0], reference.mask_of(scores, selection))
+
+
+@harness.other_modes
+def test_every_load_and_store_is_right_and_none_races(mode: str) -> None:
+    harness.run_again(__file__, mode)

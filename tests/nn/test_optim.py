@@ -1,0 +1,176 @@
+"""ScoreAdam: torch.optim.Adam for a whole model, whose selection the next forward takes."""
+
+import copy
+import gc
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+from networks import images, small_net, stream
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exssnet import Learner, PhaseOptions, ScoreAdam, ops
+from exssnet.nn import selector, supermask_layers
+
+LABELS = torch.arange(24) % 4
+
+
+def groups(model: nn.Module) -> list[dict[str, object]]:
+    """The scores, and the other parameters at another learning rate."""
+    parameters = dict(model.named_parameters())
+    scores = [p for n, p in parameters.items() if n.endswith("scores")]
+    return [{"params": scores}, {"params": [p for n, p in parameters.items() if not n.endswith("scores")], "lr": 3e-3}]
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[Tensor]:
+    """Train; the loss of each step."""
+    losses = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images()), LABELS)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_trains_bit_for_bit_as_torchs_adam_with_scheduler_and_state() -> None:
+    """torch's fused Adam rounds otherwise on a CPU: its plain loop is what the reference follows."""
+    model, twin = small_net(), small_net()
+    ours, plain = ScoreAdam(groups(model), model, 1e-2), torch.optim.Adam(groups(twin), 1e-2, foreach=False)
+    ours.param_groups[1]["fused"] = False  # the other parameters as well
+    for optimizer in (ours, plain):
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 6) for o in (ours, plain)]
+    for _ in range(3):
+        assert torch.equal(*map(torch.stack, (steps(model, ours, 1), steps(twin, plain, 1))))
+        for schedule in schedules:
+            schedule.step()
+    again = ScoreAdam(groups(model), model, 1e-2)
+    again.load_state_dict(ours.state_dict())
+    steps(model, again, 2)
+    steps(twin, plain, 2)
+    assert equal(model, twin)
+
+
+def test_next_forward_takes_the_selection_until_scores_change() -> None:
+    model = small_net()
+    optimizer = ScoreAdam(groups(model), model, 1e-2)
+    steps(model, optimizer, 1)
+    with mock.patch.object(selector, "topk_select", wraps=selector.topk_select) as selected:
+        output = model(images())
+        assert selected.call_count == 0
+        steps(model, optimizer, 3)
+        assert selected.call_count == 0
+        layer = model.conv
+        with torch.no_grad():
+            layer.scores.mul_(-0.5)
+        model(images())
+        assert selected.call_count == 1
+        steps(model, optimizer, 1)
+        layer.use_scores(layer.random_scores())
+        model(images())
+        assert selected.call_count == 3  # the step that follows a change selects anew as well
+    assert output.shape == (24, 4)
+
+
+def test_selection_handed_over_is_that_of_the_scores() -> None:
+    model = small_net()
+    steps(model, ScoreAdam(groups(model), model, 0.1), 2)
+    taken = {}
+    for name, layer in supermask_layers(model):
+        layer.register_forward_pre_hook(lambda m, _, name=name: taken.update({name: m.selection}))
+    model(images())
+    for name, layer in supermask_layers(model):
+        assert torch.equal(taken[name], ops.topk_select([layer.scores], [layer.k])[0][0])
+
+
+def test_no_other_scores_can_have_the_identity_of_those_that_a_selection_was_handed_over_for() -> None:
+    model = small_net()
+    steps(model, ScoreAdam(groups(model), model, 0.1), 1)
+    scores = weakref.ref(model.conv.scores)
+    assert copy.deepcopy(model)._selector.handed is None
+    for _, layer in supermask_layers(model):
+        layer.use_scores(layer.random_scores())
+    gc.collect()
+    assert scores() is not None
+    model(images())
+    gc.collect()
+    assert scores() is None
+
+
+@pytest.mark.parametrize("case", ["two groups", "no gradient", "lr is a tensor", "a copy of the optimizer"])
+def test_where_one_pass_cannot_be_it_is_plain_adam(case: str) -> None:
+    model = small_net()
+    parameters = [layer.scores for _, layer in supermask_layers(model)]
+    split = [{"params": parameters[:1]}, {"params": parameters[1:]}] if case == "two groups" else parameters
+    optimizer = ScoreAdam(split, model, 1e-2)
+    if case == "lr is a tensor":
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+    F.cross_entropy(model(images()), LABELS).backward()
+    if case == "no gradient":
+        model.conv.scores.grad = None
+    if case == "a copy of the optimizer":
+        optimizer = copy.deepcopy(optimizer)
+        parameters = optimizer.param_groups[0]["params"]
+        for p, (_, layer) in zip(parameters, supermask_layers(model), strict=True):
+            p.grad = layer.scores.grad
+    before = [p.detach().clone() for p in parameters]
+    with mock.patch("exssnet.nn.optim.adam_topk") as fused:
+        optimizer.step()
+    assert fused.call_count == 0
+    moved = [not torch.equal(p, b) for p, b in zip(parameters, before, strict=True)]
+    assert moved == [p.grad is not None for p in parameters]
+
+
+@pytest.mark.parametrize(("served", "optimizers"), [(True, ["ScoreAdam", "Adam"]), (False, ["Adam", "Adam"])])
+def test_learner_takes_it_for_the_masks_where_it_has_a_kernel(served: bool, optimizers: list[str]) -> None:
+    learner = Learner(small_net(), mask=PhaseOptions(1), weight=PhaseOptions(1))
+    made = []
+    make = learner._optimizer
+    with (
+        mock.patch("exssnet.continual.learner.is_served", return_value=served),
+        mock.patch.object(learner, "_optimizer", lambda options: made.append(make(options)) or made[-1]),
+    ):
+        learner.learn(stream(1)[0])
+    assert [type(optimizer).__name__ for optimizer in made] == optimizers
+
+
+def test_copy_of_a_model_selects_for_itself() -> None:
+    model = small_net()
+    steps(model, ScoreAdam(groups(model), model, 1e-2), 1)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.conv.scores.neg_().add_(1)
+    with mock.patch.object(selector, "topk_select", wraps=selector.topk_select) as selected:
+        twin(images())
+        assert selected.call_count == 1
+
+
+def test_model_without_supermask_layers_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"^ScoreAdam: the model has no supermask layers: pass it through convert first$"
+    ):
+        ScoreAdam(model.parameters(), model)
+
+
+def test_averaged_scores_that_are_swapped_in_for_evaluation_select_their_own_mask() -> None:
+    model = small_net()
+    optimizer = ScoreAdam(model.parameters(), model)
+    model(images()).square().sum().backward()
+    optimizer.step()
+    layers = dict(supermask_layers(model))
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.scores.data.copy_(torch.randn(layer.scores.shape))  # type: ignore[union-attr]
+        found = model.eval()(images())
+    for layer in layers.values():
+        layer.use_scores(layer.scores.detach())  # type: ignore[union-attr]
+    assert torch.equal(found, model(images()))
