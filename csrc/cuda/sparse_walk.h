@@ -404,7 +404,7 @@ void lay_out(Plan& plan, int capacity) {
 // Where source and result are one pixel, or as good as one; every row of a plane is then one long batch.
 inline bool is_one_pixel(const Convolution& c) { return c.h.is_pointwise() && c.w.is_pointwise(); }
 
-inline Axis axis_of(const Window& w, bool transposed) {
+inline Axis axis_of(const exssnet::Window& w, bool transposed) {
   const auto in = static_cast<int>(w.in), out = static_cast<int>(w.out), taps = static_cast<int>(w.taps);
   const auto stride = static_cast<int>(w.stride), padding = static_cast<int>(w.padding);
   const auto dilation = static_cast<int>(w.dilation);
