@@ -1,0 +1,37 @@
+# %% [markdown]
+# # Serve many tasks
+#
+# `Served` answers one batch whose samples belong to different tasks.
+
+# %%
+import torch
+
+import exssnet
+from exssnet.nn.models import ResNet18
+
+torch.manual_seed(0)
+phases = exssnet.Phases(exssnet.convert(ResNet18(10), density=0.05))
+for _ in range(4):  # a real program trains here, or loads a checkpoint with `exssnet.checkpoint.load`
+    phases.start_task()
+    phases.finish_task()
+
+# %% [markdown]
+# Samples and their task numbers may come in any order. The logits come in the order of the samples.
+
+# %%
+served = exssnet.Served(phases, cache=64 << 20)  # at most 64 MB of task networks
+images = torch.randn(6, 3, 32, 32)
+task_ids = [1, 0, 3, 1, 2, 0]
+logits = served(images, task_ids)
+print(f"logits {tuple(logits.shape)}; {len(set(task_ids))} task networks take {served.nbytes / 1e6:.1f} MB")
+
+# %% [markdown]
+# The answers are those of the tasks' own networks in evaluation mode, bit for bit.
+
+# %%
+for task in set(task_ids):
+    rows = [row for row, of_row in enumerate(task_ids) if of_row == task]
+    with phases.using(task) as model, torch.no_grad():
+        model.eval()
+        assert torch.equal(model(images[rows]), logits[rows])
+print("served logits equal those of each task's network")
