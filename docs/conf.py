@@ -1,0 +1,46 @@
+"""Builds the documentation: `sphinx-build -W -b html docs build/docs`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jupytext
+
+HERE = Path(__file__).parent
+
+project = "exssnet"
+author = "The exssnet developers"
+html_title = "exssnet"
+html_theme = "furo"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 4
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+default_role = "code"  # docstrings put code between single backticks
+templates_path: list[str] = []
+exclude_patterns = ["notebooks"]
+
+
+def write_notebooks(app: Any) -> None:
+    """Make a notebook of each script in examples/; the pages link to it."""
+    folder = HERE / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for script in sorted((HERE.parent / "examples").glob("*.py")):
+        jupytext.write(jupytext.read(script), folder / f"{script.stem}.ipynb")
+
+
+ENTRY = re.compile(r"^[a-z_]\w*(?:, [a-z_]\w*)*: .*(?:\n {4}.*)*", re.MULTILINE)
+"""An argument in a docstring without sections: `name: text`, whose further lines are indented."""
+
+
+def list_arguments(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Make a list of the arguments where a docstring has no section for them."""
+    if "Args:" not in lines:
+        lines[:] = ENTRY.sub(lambda m: "\n* " + m[0].replace("\n    ", "\n  ") + "\n", "\n".join(lines)).split("\n")
+
+
+def setup(app: Any) -> None:
+    app.connect("builder-inited", write_notebooks)
+    app.connect("autodoc-process-docstring", list_arguments, priority=400)  # before napoleon
