@@ -7,7 +7,6 @@
 
 # %%
 import random
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +17,8 @@ from exssnet.tasks import Labelled, encoder, in_one_task, text_features
 
 random.seed(0)
 torch.manual_seed(0)
-folder = Path(tempfile.mkdtemp())
+folder = Path("runs/text")
+folder.mkdir(parents=True, exist_ok=True)
 
 NEUTRAL = ["the", "a", "this", "film", "book", "day", "we", "saw", "it", "was", "very", "and", "so"]
 CUES = {  # of each task: words of class 0, words of class 1
