@@ -47,7 +47,7 @@ PAPER = {
     "H100": Ceilings(66.9e12, 3.35e12, 495e12, 132 * 128 * 1.98e9),
     "RTX 4090": Ceilings(82.6e12, 1.01e12, 82.6e12, 128 * 128 * 2.52e9),
 }
-"""Three GPUs by their data sheets, A100 of 80 GB and H100 as SXM: docs/gpu-kernels.md."""
+"""Three GPUs by their data sheets, A100 of 80 GB and H100 as SXM: docs/internals/gpu-kernels.md."""
 
 
 def machine_peak(quick: bool = False) -> Ceilings:
