@@ -1,23 +1,39 @@
-"""The README's programs run as they stand there."""
+"""The README is short, its links exist, and its programs and those of the how-to pages run as they stand there."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/how-to").glob("*.md"))]
+PROGRAMS = {
+    f"{page.stem}-{number}": program
+    for page in PAGES
+    for number, program in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+}
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, "README.md", "exec"), {})
+    exec(compile(program, "a page", "exec"), {})
 
 
 def test_commands_set_up_a_bare_machine() -> None:
     commands = [line for line in README.splitlines() if line.startswith("python3 -m venv .venv &&")]
     assert [c.rsplit("/", 1)[1] for c in commands] == ["exssnet train", "python -m pytest"]
+
+
+def test_readme_has_at_most_160_lines() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_every_file_that_a_page_links_to_exists(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize("page", ["docs/promises.md", "SECURITY.md"])
