@@ -3,10 +3,12 @@
 There are two: _native for CPUs; and _cuda, which a torch for CPUs alone cannot load, where nvcc and a torch for CUDA
 are found.
 
-Environment: EXSSNET_NATIVE=0 skips both; FORCE_CUDA=1 makes a build without CUDA kernels an error, FORCE_CUDA=0 does
-without them (each may be 1, true, yes, on, 0, false, no or off); TORCH_CUDA_ARCH_LIST names the chips, as in
-"8.0;9.0+PTX" (default: this machine's, or all that are supported); CUDA_HOME is where nvcc is; MAX_JOBS limits the
-compilers that run at once; CXX names the C++ compiler.
+A library that cannot be built is left out with a warning, and the package runs on its reference in plain PyTorch.
+
+Environment: EXSSNET_NATIVE=1 makes a build without _native an error, EXSSNET_NATIVE=0 skips both; FORCE_CUDA=1 makes a
+build without _cuda an error, FORCE_CUDA=0 skips it (each may be 1, true, yes, on, 0, false, no or off);
+TORCH_CUDA_ARCH_LIST names the chips, as in "8.0;9.0+PTX" (default: this machine's, or all that are supported);
+CUDA_HOME is where nvcc is; MAX_JOBS limits the compilers that run at once; CXX names the C++ compiler.
 """
 
 import importlib.util
@@ -49,7 +51,12 @@ def find_torch() -> Path | None:
 
 
 class Wheel(bdist_wheel):
-    """No Python symbol is in the library, so the tag names the platform alone."""
+    """No Python symbol is in the libraries, so the tag names the platform alone; without a library it names nothing."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -71,19 +78,29 @@ class Build(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        torch = find_torch()
-        if torch is None:
-            raise SystemExit(
-                "exssnet: torch >= 2.10 was not found, and the native library is compiled against its headers: "
-                "install torch first, or set EXSSNET_NATIVE=0 to go without."
-            )
+        """Builds a library. One that is optional and fails is no longer part of the distribution."""
         asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         if not asked.isdecimal() or int(asked) < 1:
             raise SystemExit(f"exssnet: MAX_JOBS must be a number of compilers of at least 1, got {asked!r}.")
-        if ext.name.endswith("_cuda"):
-            self.build_cuda(ext, torch, int(asked))
-        else:
-            self.build_native(ext, torch, int(asked))
+        cuda = ext.name.endswith("_cuda")
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # from an earlier build of other sources
+        try:
+            torch = find_torch()
+            if torch is None:
+                raise RuntimeError("torch >= 2.10 was not found, and its headers are needed: install torch first")
+            (self.build_cuda if cuda else self.build_native)(ext, torch, int(asked))
+        except Exception as error:
+            what, name = ("CUDA kernels", "FORCE_CUDA") if cuda else ("native library", "EXSSNET_NATIVE")
+            if not ext.optional:
+                raise SystemExit(f"exssnet: {name}=1, but the {what} did not compile: {error}.") from error
+            print(f"exssnet: installed without the {what}, which did not compile: {error}.", file=sys.stderr)
+            self.distribution.ext_modules = [e for e in self.distribution.ext_modules if e is not ext]
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an installation in place; an earlier library does not stay when it was not built again."""
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def build_native(self, ext: Extension, torch: Path, jobs: int) -> None:
         headers = str(torch / "include")
@@ -105,10 +122,7 @@ class Build(build_ext):
                 target_lang="c++",
             )  # fmt: skip
         except Exception as error:
-            raise SystemExit(
-                f"exssnet: the native library did not compile ({error}): a C++20 compiler is needed (g++ >= 10, "
-                "clang >= 12); set EXSSNET_NATIVE=0 to install without it."
-            ) from error
+            raise RuntimeError(f"{error}; a C++20 compiler is needed (g++ >= 10, clang >= 12)") from error
 
     def build_cuda(self, ext: Extension, torch: Path, jobs: int) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -123,17 +137,12 @@ class Build(build_ext):
             run_nvcc(*flags, *(code if source.endswith(".cu") else []), "-c", source, "-o", str(made))
             return str(made)
 
-        try:
-            if cuda_of(torch) is None:
-                raise RuntimeError(f"the torch in {torch} is built without CUDA")
-            with ThreadPoolExecutor(jobs) as pool:
-                objects = list(pool.map(partial(compile_one, code=chips()), ext.sources))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            run_nvcc("-shared", *objects, "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda")
-        except Exception as error:
-            if switch("FORCE_CUDA"):
-                raise SystemExit(f"exssnet: FORCE_CUDA=1, but the CUDA kernels did not compile: {error}.") from error
-            print(f"exssnet: installed without CUDA kernels, which did not compile: {error}", file=sys.stderr)
+        if cuda_of(torch) is None:
+            raise RuntimeError(f"the torch in {torch} is built without CUDA")
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(partial(compile_one, code=chips()), ext.sources))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run_nvcc("-shared", *objects, "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda")
 
 
 def cuda_of(torch: Path) -> str | None:
@@ -178,8 +187,8 @@ def run_nvcc(*arguments: str) -> None:
 
 
 def libraries() -> list[Extension]:
-    cuda = switch("FORCE_CUDA")
-    if switch("EXSSNET_NATIVE") is False:
+    native, cuda = switch("EXSSNET_NATIVE"), switch("FORCE_CUDA")
+    if native is False:
         if cuda:
             raise SystemExit("exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.")
         return []
@@ -202,7 +211,7 @@ def libraries() -> list[Extension]:
     return [
         Extension(
             f"exssnet.kernels.{name}", sources, depends=everything, language="c++",
-            optional=name == "_cuda" and not cuda,
+            optional=not (cuda if name == "_cuda" else native),
         )
         for name, sources in found
     ]  # fmt: skip

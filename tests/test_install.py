@@ -195,15 +195,66 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(sources: Path, tmp_path:
     assert errors == f"exssnet: {name} must be one of {known}, got 'perhaps\\x1b'.\n"
 
 
-def test_a_missing_compiler_is_told_in_one_sentence(sources: Path, tmp_path: Path) -> None:
-    status, _, errors = build(sources, tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++", FORCE_CUDA="0")
-    assert status == 1
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "FORCE_CUDA": "0"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "start"),
+    [
+        ({}, 0, "exssnet: installed without the native library, which did not compile: "),
+        ({"EXSSNET_NATIVE": "1"}, 1, "exssnet: EXSSNET_NATIVE=1, but the native library did not compile: "),
+    ],
+    ids=["warned", "refused"],
+)
+def test_a_missing_compiler_is_told_in_one_sentence(
+    sources: Path, tmp_path: Path, asked: dict[str, str], status: int, start: str
+) -> None:
+    found, _, errors = build(sources, tmp_path, **NO_COMPILER, **asked)
+    assert found == status
     assert "Traceback" not in errors
     sentence = errors.splitlines()[-1]
-    assert sentence.startswith("exssnet: the native library did not compile (")
+    assert sentence.startswith(start)
     assert "/nonexistent/c" in sentence
-    assert sentence.endswith("set EXSSNET_NATIVE=0 to install without it.")
+    assert sentence.endswith("; a C++20 compiler is needed (g++ >= 10, clang >= 12).")
     assert not list(tmp_path.rglob("_native*"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--inplace"]], ids=["apart", "inplace"])
+def test_an_earlier_library_does_not_stay_where_none_was_built(
+    sources: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    folder = sources / "kernels" if arguments else tmp_path / "exssnet/kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_native.so").write_bytes(b"of other sources")
+    status, _, errors = build(sources, tmp_path, *arguments, **NO_COMPILER)
+    assert (status, errors.count("installed without the native library")) == (0, 1)
+    assert not list(folder.glob("_native*"))
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_without_torch_the_library_is_left_out_unless_it_was_asked_for(
+    sources: Path, tmp_path: Path, asked: str
+) -> None:
+    """In an environment that has setuptools alone."""
+    status, _, errors = execute([sys.executable, "-m", "venv", "--without-pip", "env"], tmp_path)
+    assert status == 0, errors
+    (tmp_path / "path").mkdir()
+    site = Path(str(metadata.distribution("setuptools").locate_file("")))
+    for part in [*site.glob("setuptools*"), site / "_distutils_hack"]:
+        (tmp_path / "path" / part.name).symlink_to(part)
+    command = [str(next(tmp_path.glob("env/*/python"))), "-c", BUILD_WHEEL, str(tmp_path)]
+    status, _, errors = execute(command, sources, PYTHONPATH=str(tmp_path / "path"), EXSSNET_NATIVE=asked)
+    why = "did not compile: torch >= 2.10 was not found, and its headers are needed: install torch first.\n"
+    if asked:
+        assert (status, list(tmp_path.glob("*.whl"))) == (1, [])
+        assert errors.endswith(f"exssnet: EXSSNET_NATIVE=1, but the native library {why}")
+    else:
+        assert status == 0, errors
+        assert f"exssnet: installed without the native library, which {why}" in errors
+        assert [p.name for p in tmp_path.glob("*.whl")] == [f"exssnet-{exssnet.__version__}-py3-none-any.whl"]
+
+
+BUILD_WHEEL = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
 
 def wheel(sources: Path, to: Path, **environment: str) -> zipfile.ZipFile:
@@ -224,6 +275,14 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
 
 def test_without_the_native_part_the_wheel_is_pure(pure: zipfile.ZipFile) -> None:
     assert Path(str(pure.filename)).name == f"exssnet-{exssnet.__version__}-py3-none-any.whl"
+
+
+def test_a_wheel_whose_library_did_not_compile_is_pure(sources: Path, tmp_path: Path, pure: zipfile.ZipFile) -> None:
+    with wheel(sources, tmp_path, **NO_COMPILER) as found:
+        assert Path(str(found.filename)).name == Path(str(pure.filename)).name
+        assert found.namelist() == pure.namelist()
+        (told,) = [name for name in found.namelist() if name.endswith("/WHEEL")]
+        assert found.read(told) == pure.read(told)
 
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(pure: zipfile.ZipFile) -> None:
