@@ -34,8 +34,9 @@ from exssnet import (
     freeze_weights,
     ops,
 )
-from exssnet.cli import commands as cli
-from exssnet.cli.commands import TrainOptions
+from exssnet.cli import train
+from exssnet.cli.commands import main
+from exssnet.cli.train import TrainOptions
 from exssnet.continual import metrics
 from exssnet.continual.task_inference import TaskInference
 from exssnet.kernels import reference
@@ -463,6 +464,6 @@ def test_a_hostile_configuration_trains_or_is_told_in_one_sentence(
     content = yaml.safe_dump(small | {"out": str(folder / "out")} | options, allow_unicode=True).encode()
     file.write_bytes(damaged(content, *damage) if hurt else content)
     with redirect_stderr(StringIO()) as said, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "train", lambda options: 0)  # what trains is tested elsewhere
-        status = cli.main(["train", "--config", str(file)])
+        patch.setattr(train, "train", lambda options: 0)  # what trains is tested elsewhere
+        status = main(["train", "--config", str(file)])
     assert (status, said.getvalue().count("\n")) in ((0, 0), (2, 1))

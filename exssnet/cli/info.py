@@ -1,5 +1,6 @@
-"""What this installation is made of, and which kernel serves each operator."""
+"""``exssnet info``: the versions, the hardware, and which kernel serves each operator."""
 
+import argparse
 import os
 import platform
 import shutil
@@ -8,6 +9,16 @@ import torch
 
 from ..kernels import OPERATORS, native, triton_backend
 from ..kernels.native import serving
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``exssnet info``: there are none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``exssnet info``; returns the exit status."""
+    print(describe())
+    return 0
 
 
 def _state(missing: str | None) -> str:
@@ -39,9 +50,9 @@ def describe() -> str:
     wishes = []
     if native.missing is not None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
-        found = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
+        state = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
         wishes.append(
-            f"for the native CPU kernels: a C++20 compiler ({found}), then `pip install --force-reinstall --no-deps .` "
+            f"for the native CPU kernels: a C++20 compiler ({state}), then `pip install --force-reinstall --no-deps .` "
             "without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
         )
     return "\n".join(lines + wishes)

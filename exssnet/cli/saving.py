@@ -35,10 +35,8 @@ class Saver:
     every, minutes: write after so many steps, and after so many minutes; None or 0: not for that.
     """
 
-    def __init__(
-        self, watching: Observer, path: Path, notes: dict[str, Any], every: int | None, minutes: float | None
-    ) -> None:
-        self.watching: Observer | None = watching
+    def __init__(self, path: Path, notes: dict[str, Any], every: int | None, minutes: float | None) -> None:
+        self.watching: Observer | None = None
         self.path, self.notes = path, notes
         self.every, self.seconds = every or 0, 60 * (minutes or 0)
         self.learner: Learner | None = None

@@ -12,24 +12,36 @@ from ..continual.metrics import epochs_to_reach
 from ..io.console import secondary
 from ..io.writing import write_text
 from .plotting import pyplot, save
-from .recipes import KKT, recipe
-
-Runs = list[dict[str, Any]]
+from .recipes import KKT, Rates, Run, recipe
+from .results import FORWARD, MeasuredResult
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
-"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last, a little too large, serves for more."""
-SHORT = 10  # tasks of a stream up to which each has its own column
-LONG = 20  # tasks of a stream from which on the time of a task is told by its place
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom. The last, a little too large, serves for more."""
+SHORT = 10  # each task has a column of its own in streams of up to so many
+LONG = 20  # the time of a task is shown by its place in streams of at least so many
 BASE = "supsup"
-"""The method that others are compared with."""
+"""The baseline of the differences."""
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the deviation of one value is 0.
+
+    Args:
+        values: at least one.
+    """
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Mean difference of paired values and half the width of its 95 % interval by Student's t; NaN for one pair."""
+    """Mean difference of paired values, with a confidence interval.
+
+    Args:
+        ours: at least one value.
+        theirs: one value for each of ours.
+
+    Returns:
+        The mean of `ours - theirs`, and half the width of its 95 % interval by Student's t; NaN for one pair.
+    """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, std = mean_std(differences)
     if len(differences) < 2:
@@ -37,8 +49,16 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
     return mean, _T95[min(len(differences) - 1, len(_T95)) - 1] * std / math.sqrt(len(differences))
 
 
+class Finished(NamedTuple):
+    """A run with its learning rates; `result` is None if it diverged."""
+
+    run: Run
+    rates: Rates
+    result: MeasuredResult | None
+
+
 class Group(NamedTuple):
-    """What all seeds of a run have in common."""
+    """What runs have in common that differ in nothing but the seed."""
 
     method: str
     init_scale: str
@@ -50,37 +70,62 @@ class Group(NamedTuple):
         return self._replace(method=self.method.removesuffix(KKT))
 
 
-Groups = dict[Group, Runs]
+class Member(NamedTuple):
+    """A run of a group."""
+
+    seed: int
+    rates: Rates
+    result: MeasuredResult
+
+    @property
+    def average(self) -> float:
+        """Average accuracy in %."""
+        return 100 * self.result.metrics["average accuracy"]
 
 
-def groups_of(report: dict[str, Any]) -> Groups:
-    """The runs of each group, in the order of the recipe; diverged runs are left out."""
-    found: Groups = {}
-    for run in report["runs"]:
-        if "diverged" not in run:
-            found.setdefault(Group(run["method"], run["init_scale"], run["density"]), []).append(run)
-    return found
+Groups = dict[Group, list[Member]]
 
 
-def write_report(report: dict[str, Any], out: Path) -> None:
-    """Write report.json, report.md and, where matplotlib is installed, the plots it shows."""
+def groups_of(finished: Sequence[Finished]) -> Groups:
+    """Group the runs that did not diverge.
+
+    Args:
+        finished: in the order of the recipe, which the groups keep.
+    """
+    groups: Groups = {}
+    for run, rates, result in finished:
+        if result is not None:
+            group = Group(run.method, run.init_scale, run.density)
+            groups.setdefault(group, []).append(Member(run.seed, rates, result))
+    return groups
+
+
+def write_report(report: dict[str, Any], finished: Sequence[Finished], out: Path) -> None:
+    """Write report.json, report.md and, where matplotlib is installed, the plots that report.md shows.
+
+    Args:
+        report: what report.json holds.
+        finished: its runs.
+        out: the folder.
+    """
+    groups = groups_of(finished)
     write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
-    plots = [f"![{title}]({file})" for title, file in _plots(groups_of(report), out)]
-    write_text(out / "report.md", "\n\n".join([*_text(report), *plots]) + "\n")
+    plots = [f"![{title}]({file})" for title, file in _plots(groups, out)]
+    lost = [run for run, _, result in finished if result is None]
+    write_text(out / "report.md", "\n\n".join([*_text(report, groups, lost), *plots]) + "\n")
 
 
-def _text(report: dict[str, Any]) -> list[str]:
-    made, groups = report["recipe"], groups_of(report)
-    scaled = f", scaled to {made['scale']:g}: a smoke test" if made["scale"] < 1 else ""
-    machine = report["machine"]
-    epochs = recipe(made, "the report").scaled_epochs
+def _text(report: dict[str, Any], groups: Groups, lost: Sequence[Run]) -> list[str]:
+    values, machine = report["recipe"], report["machine"]
+    scaled = f", scaled to {values['scale']:g}: a smoke test" if values["scale"] < 1 else ""
+    epochs = recipe(values, "the report").scaled_epochs
     parts = [
-        f"# {made['title']}{scaled}",
-        f"{made['model']}, {epochs} + {epochs} epochs (methods with one phase: {2 * epochs}), batch "
-        f"{made['batch_size']}, {made['seeds']} seeds; mean ± standard deviation, accuracies in %. "
+        f"# {values['title']}{scaled}",
+        f"{values['model']}, {epochs} + {epochs} epochs (methods with one phase: {2 * epochs}), batch "
+        f"{values['batch_size']}, {values['seeds']} seeds; mean ± standard deviation, accuracies in %. "
         + (
-            f"{100 * made['validation']:g} % of the training data picks the best epoch. "
-            if made["validation"]
+            f"{100 * values['validation']:g} % of the training data picks the best epoch. "
+            if values["validation"]
             else "There is no validation split: the last epoch counts. "
         )
         + f"torch {machine['torch']}, {machine['cpu']}, {machine['processes']} processes of one thread on "
@@ -107,8 +152,8 @@ def _text(report: dict[str, Any]) -> list[str]:
     ):
         if table:
             parts += [f"## {title}", table]
-    if lost := [run for run in report["runs"] if "diverged" in run]:
-        parts.append("Diverged: " + ", ".join(f"{r['method']} {r['density'] or ''} seed {r['seed']}" for r in lost))
+    if lost:
+        parts.append("Diverged: " + ", ".join(f"{run.method} {run.density or ''} seed {run.seed}" for run in lost))
     return parts
 
 
@@ -125,44 +170,49 @@ def _name(group: Group) -> list[str]:
     return [group.method, "" if group.density is None else f"{group.density:g}", group.init_scale]
 
 
-def _row(group: Group, runs: Runs) -> list[str]:
-    def every(key: str) -> list[float]:
-        return [run[key] for run in runs]
-
+def _row(group: Group, members: list[Member]) -> list[str]:
+    results = [member.result for member in members]
+    shown = "average accuracy", "forgetting", "learning accuracy", FORWARD
     return [
-        *_name(group), _percent(every("average accuracy")), _percent(every("forgetting")),
-        _percent(every("learning accuracy")),
-        _percent(every("forward transfer")) if "forward transfer" in runs[0] else "",
-        f"{statistics.median(every('seconds')):.0f}", f"{max(every('memory')) / 1e6:.0f}",
-        f"{max(every('kept bytes')) / 1e6:.2f}", runs[0]["shown rates"],
+        *_name(group),
+        *(_percent([r.metrics[name] for r in results]) if name in results[0].metrics else "" for name in shown),
+        f"{statistics.median(r.seconds for r in results):.0f}", f"{max(r.memory for r in results) / 1e6:.0f}",
+        f"{max(r.kept_bytes for r in results) / 1e6:.2f}", str(members[0].rates),
     ]  # fmt: skip
 
 
 def _by_task(groups: Groups) -> str:
-    """Of short streams."""
-    names: list[str] = max(
-        ([task["name"] for task in runs[0]["tasks"]] for runs in groups.values()), key=len, default=[]
-    )
+    """For short streams."""
+    names = max(([task.name for task in first.result.tasks] for first, *_ in groups.values()), key=len, default=[])
     rows = [
         [*_name(group), *(f"{100 * statistics.mean(of_task):.1f}" for of_task in zip(*lasts, strict=True))]
-        for group, runs in groups.items()
-        for lasts in [[run["accuracy"][-1] for run in runs]]
+        for group, members in groups.items()
+        for lasts in [[member.result.accuracy[-1] for member in members]]
         if len(lasts[0]) == len(names)
     ]
     return _table(["method", "density", "weights", *names], rows) if 1 < len(names) <= SHORT else ""
 
 
 def paired(groups: Groups, group: Group, base: str) -> tuple[list[float], list[float]]:
-    """Average accuracies in % of a group and of `base` at the same density, by seeds that both have."""
+    """Average accuracies of a group and of a baseline, paired by the seeds that both have.
+
+    Args:
+        groups: all groups.
+        group: one of them.
+        base: method of the baseline, at the same density and scale of weights.
+
+    Returns:
+        Those of the group and those of the baseline, in %.
+    """
     pairs = _pairs(groups, group, base)
-    ours, theirs = ([100 * pair[i]["average accuracy"] for pair in pairs] for i in (0, 1))
+    ours, theirs = ([pair[i].average for pair in pairs] for i in (0, 1))
     return ours, theirs
 
 
-def _pairs(groups: Groups, group: Group, base: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    theirs = {run["seed"]: run for run in groups.get(Group(base, *group[1:]), [])}
-    ours = sorted(groups.get(group, []), key=lambda run: run["seed"])
-    return [(run, theirs[run["seed"]]) for run in ours if run["seed"] in theirs]
+def _pairs(groups: Groups, group: Group, base: str) -> list[tuple[Member, Member]]:
+    theirs = {member.seed: member for member in groups.get(Group(base, *group[1:]), [])}
+    ours = sorted(groups.get(group, []), key=lambda member: member.seed)
+    return [(member, theirs[member.seed]) for member in ours if member.seed in theirs]
 
 
 def _points(mean: float, half: float) -> str:
@@ -192,11 +242,11 @@ def _transfer(groups: Groups) -> str:
         if group == group.plain or not pairs:
             continue
         counts = [
-            (epochs_to_reach(fast["curve"], target), epochs_to_reach(slow["curve"], target), len(slow["curve"]))
-            for a, b in pairs
-            for fast, slow in list(zip(a["tasks"], b["tasks"], strict=True))[1:]
-            if fast.get("sources")
-            for target in [max(slow["curve"])]
+            (epochs_to_reach(fast.curve, target), epochs_to_reach(slow.curve, target), len(slow.curve))
+            for ours, base in pairs
+            for fast, slow in list(zip(ours.result.tasks, base.result.tasks, strict=True))[1:]
+            if fast.sources
+            for target in [max(slow.curve)]
         ]
         fast_mean = statistics.mean(all_ if fast is None else fast for fast, _, all_ in counts) if counts else 0
         slow_mean = statistics.mean(slow or 0 for _, slow, _ in counts) if counts else 0
@@ -212,28 +262,25 @@ def _transfer(groups: Groups) -> str:
 
 def _capacity(groups: Groups) -> str:
     rows = []
-    for group, runs in groups.items():
-        tasks = [t for t in runs[0]["tasks"] if "body" in t]
-        if not tasks or group.density is None:
-            continue
+    for group, members in groups.items():
         for part in ("body", "head"):
-            first, last = tasks[0][part], tasks[-1][part]
-            if not last["weights"]:
+            uses = [use for task in members[0].result.tasks if (use := getattr(task, part)) is not None]
+            if not uses or group.density is None or not uses[-1].weights:
                 continue
+            first, second, last = uses[0], uses[min(1, len(uses) - 1)], uses[-1]
             rows.append([
-                *_name(group), part, f"{first['kept']:,} of {first['weights']:,}",
-                f"{tasks[min(1, len(tasks) - 1)][part]['free']:,}", f"{last['free']:,}",
-                f"{100 * last['used'] / last['weights']:.1f}",
+                *_name(group), part, f"{first.kept:,} of {first.weights:,}", f"{second.free:,}", f"{last.free:,}",
+                f"{100 * last.used / last.weights:.1f}",
             ])  # fmt: skip
     head = ["method", "density", "weights", "layers", "kept", "free in the second task", "free in the last", "used, %"]
     return _table(head, rows)
 
 
 def _pace(groups: Groups) -> str:
-    """Of long streams; their first task, which also warms up, is left out."""
+    """For long streams. Their first task is left out: it is also the warm-up."""
     rows = []
-    for group, runs in groups.items():
-        seconds = [[sum(task["seconds"].values()) for task in run["tasks"]] for run in runs]
+    for group, members in groups.items():
+        seconds = [[sum(task.seconds.values()) for task in member.result.tasks] for member in members]
         tenth = len(seconds[0]) // 10
         if tenth * 10 >= LONG:
             first = statistics.median(s for run in seconds for s in run[1 : 1 + tenth])
@@ -245,13 +292,13 @@ def _pace(groups: Groups) -> str:
 def _inferred(groups: Groups) -> str:
     rows = [
         [
-            *_name(group), rule, _percent([run["without task id"][rule]["task_accuracy"] for run in runs]),
-            _percent([run["without task id"][rule]["accuracy"] for run in runs]),
-            _percent([run["average accuracy"] for run in runs]),
+            *_name(group), rule,
+            *(_percent([share[kind] for share in shares]) for kind in ("task_accuracy", "accuracy")),
+            _percent([member.result.metrics["average accuracy"] for member in members]),
         ]
-        for group, runs in groups.items()
-        if "without task id" in runs[0]
-        for rule in runs[0]["without task id"]
+        for group, members in groups.items()
+        for rule in members[0].result.without_task_id or ()
+        for shares in [[(member.result.without_task_id or {})[rule] for member in members]]
     ]  # fmt: skip
     return _table(["method", "density", "weights", "rule, samples", "task accuracy", "accuracy", "with task id"], rows)
 
@@ -260,7 +307,7 @@ def _inferred(groups: Groups) -> str:
 
 
 def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
-    """(title, file) of each plot that was drawn; none without matplotlib. Why one was not is told on stderr."""
+    """(title, file) of each plot that was drawn; none without matplotlib. A plot that fails is a warning on stderr."""
     plt, drawn = None, []
     with secondary("no plots were drawn"):
         plt = pyplot()
@@ -273,8 +320,8 @@ def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
     return drawn
 
 
-def _accuracy(runs: Runs) -> tuple[float, float]:
-    return mean_std([100 * run["average accuracy"] for run in runs])
+def _accuracy(members: list[Member]) -> tuple[float, float]:
+    return mean_std([member.average for member in members])
 
 
 def _scale(groups: Groups, group: Group) -> str:
@@ -317,12 +364,13 @@ def _by_density(plt: Any, groups: Groups) -> Any:
 
 
 def _capacity_used(plt: Any, groups: Groups) -> Any:
-    masked = [g for g in groups if g.density is not None and "body" in groups[g][0]["tasks"][0]]
+    uses = {g: [task.body for task in members[0].result.tasks if task.body] for g, members in groups.items()}
+    masked = [group for group, bodies in uses.items() if group.density is not None and bodies]
     if not masked:
         return None
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for group, style in zip(masked, cycle(("-", "--", ":")), strict=False):  # methods with equal masks coincide
-        used = [100 * t["body"]["used"] / t["body"]["weights"] for t in groups[group][0]["tasks"]]
+        used = [100 * body.used / body.weights for body in uses[group]]
         axes.plot(used, style, marker=".", label=_label(groups, group))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="task", ylabel="weights used so far, head apart, %", title="Capacity used by task, seed 0")
@@ -331,9 +379,9 @@ def _capacity_used(plt: Any, groups: Groups) -> Any:
 
 
 def _matrix(plt: Any, groups: Groups) -> Any:
-    """Of ExSSNeT, or else of the best method."""
+    """For ExSSNeT, or else for the best method."""
     best = max(groups, key=lambda g: (g.method == "exssnet", _accuracy(groups[g])[0]))
-    rows = groups[best][0]["accuracy"]
+    rows = groups[best][0].result.accuracy
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     image = axes.imshow(
         [[100 * a for a in row] + [math.nan] * (len(rows) - len(row)) for row in rows], cmap="viridis", vmax=100
@@ -352,7 +400,7 @@ def _curves(plt: Any, groups: Groups) -> Any:
     figure, all_axes = plt.subplots(1, len(pairs), figsize=size, layout="constrained", squeeze=False)
     for axes, group in zip(all_axes[0], pairs, strict=True):
         for g, style in ((group, "-"), (group.plain, "--")):
-            curves = [t["curve"] for run in groups[g] for t in run["tasks"][1:] if t["curve"]]
+            curves = [task.curve for member in groups[g] for task in member.result.tasks[1:] if task.curve]
             means = [100 * statistics.mean(epoch) for epoch in zip(*curves, strict=False)]
             axes.plot(range(1, len(means) + 1), means, style, marker=".", label=g.method)
         axes.set(xlabel="epoch, over both phases", ylabel="accuracy on held-out data, %", title=_label(groups, group))
@@ -364,8 +412,8 @@ def _cost(plt: Any, groups: Groups) -> Any:
     size = 10, 1 + 0.28 * len(groups)
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     names = list(groups)[::-1]
-    left.barh(range(len(names)), [statistics.median(r["seconds"] for r in groups[g]) for g in names])
-    right.barh(range(len(names)), [max(r["memory"] for r in groups[g]) / 1e6 for g in names])
+    left.barh(range(len(names)), [statistics.median(m.result.seconds for m in groups[g]) for g in names])
+    right.barh(range(len(names)), [max(m.result.memory for m in groups[g]) / 1e6 for g in names])
     left.set(yticks=range(len(names)), yticklabels=[_label(groups, g) for g in names],
              xlabel="seconds a run, one thread")  # fmt: skip
     right.set(xlabel="peak memory of the run, MB")

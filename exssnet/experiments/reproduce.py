@@ -1,9 +1,8 @@
-"""Experiments from recipes: learning rates are tuned, then every run is made, each in a process of its own.
+"""Experiments from recipes: first learning rates are tuned, then all runs are made, each in a process of its own.
 
-Every result is a file. What is there is not made again, so an experiment that was stopped goes on where it was.
+Every run's result is a file. A run whose file exists is not repeated, so an experiment that was stopped can continue.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -15,31 +14,43 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..continual import metrics
 from ..continual.learner import Learner, PhaseOptions
 from ..continual.task_inference import RULES, TaskInference, evaluate_without_task
 from ..io.values import shown, typed
-from ..io.writing import alone_in, write_text
+from ..io.writing import write_text
 from ..kernels.memory import keep_freed_memory, peak, resident, restart_peak
 from ..nn import convert
 from ..nn.models import MODELS
 from ..tasks import Task, stratified_split, stream
 from .baselines import BASELINES, Sequential
-from .comparison import write_report
-from .recipes import KKT, Rates, Recipe, Run, as_json, names, read, recipe
+from .comparison import Finished, write_report
+from .recipes import KKT, Rates, Recipe, Run, as_json
+from .results import MeasuredResult, RunResult
+
+Outcome = MeasuredResult | float | str
+"""What came of a job: the result of a run, the validation accuracy in tuning, or why training diverged."""
+Read = TypeVar("Read")
 
 
 class RunFailed(Exception):
-    """A run's process died, or a method learned with none of the learning rates."""
+    """A run's process died, or a method diverged with every learning rate."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run with given learning rates, or one of the runs that choose them."""
+    """A run with given learning rates.
+
+    Attributes:
+        recipe: the experiment.
+        root: folder with the data sets.
+        run: the run.
+        rates: the learning rates.
+        tuning: whether the run helps to choose the learning rates, and is not reported.
+    """
 
     recipe: Recipe
     root: str
@@ -49,6 +60,7 @@ class Job:
 
     @property
     def file(self) -> str:
+        """The file of its outcome, below the folder of the experiment."""
         if not self.tuning:
             return f"runs/{self.run.name}.json"
         rates = "-".join(f"{r:g}" for r in asdict(self.rates).values() if r is not None)
@@ -56,53 +68,66 @@ class Job:
 
 
 def tasks_of(job: Job) -> list[Task]:
-    """The stream of a job. In tuning: its first tasks, with their validation data in the place of their test data."""
-    made = job.recipe
-    validation = made.validation or (made.tuning.validation if job.tuning else 0.0)
+    """Load the stream of a job.
+
+    Args:
+        job: in tuning, only the first tasks are loaded, and tested on their validation data.
+    """
+    recipe = job.recipe
+    validation = recipe.validation or (recipe.tuning.validation if job.tuning else 0.0)
     tasks: list[Task] = stream(
-        made.stream, job.root, **{"validation": validation, "seed": job.run.seed, **made.options}
+        recipe.stream, job.root, **{"validation": validation, "seed": job.run.seed, **recipe.options}
     )
     if job.tuning:
-        tasks = [replace(t, test=t.validation) for t in tasks[: made.tuning.tasks] if t.validation is not None]
-    if made.scale < 1:
-        tasks = [replace(t, train=_share(t.train, made.scale), test=_share(t.test, made.scale)) for t in tasks]
+        tasks = [replace(t, test=t.validation) for t in tasks[: recipe.tuning.tasks] if t.validation is not None]
+    if recipe.scale < 1:
+        tasks = [replace(t, train=_share(t.train, recipe.scale), test=_share(t.test, recipe.scale)) for t in tasks]
     return tasks
 
 
 def _share(data: Any, share: float) -> Any:
-    """Some of the items of each class, at least one."""
+    """A share of the items of each class, but at least one item."""
     generator = torch.Generator().manual_seed(0)
     most = data.labels.bincount().max().item()
     return data.select(stratified_split(data.labels, max(share, 1 / most), generator)[1])
 
 
 def learner_of(job: Job, tasks: list[Task]) -> Learner:
-    """A fresh learner of the run's method, with the same total number of epochs for every method."""
-    made, run, rates = job.recipe, job.run, job.rates
+    """Make a fresh learner of the run's method. The total number of epochs is the same for every method.
+
+    Args:
+        job: the run.
+        tasks: its stream.
+    """
+    recipe, run, rates = job.recipe, job.run, job.rates
     shape = tuple(tasks[0].train[0][0].shape)
     outputs = (sum if run.method == "multitask" else max)(task.classes for task in tasks)
     torch.manual_seed(run.seed)
-    model = MODELS[made.model](shape, outputs).to("cuda" if torch.cuda.is_available() else "cpu")
-    epochs = made.scaled_epochs
-    common: dict[str, Any] = {"batch_size": made.batch_size, "seed": run.seed}
+    model = MODELS[recipe.model](shape, outputs).to("cuda" if torch.cuda.is_available() else "cpu")
+    epochs = recipe.scaled_epochs
+    common: dict[str, Any] = {"batch_size": recipe.batch_size, "seed": run.seed}
     if run.method in BASELINES:
         more: dict[str, dict[str, Any]] = {
-            "ewc": {"strength": rates.strength}, "replay": {"memory": made.memory}, "packnet": {"tasks": len(tasks)},
+            "ewc": {"strength": rates.strength}, "replay": {"memory": recipe.memory}, "packnet": {"tasks": len(tasks)},
         }  # fmt: skip
-        made_of: Callable[..., Learner] = BASELINES[run.method]
-        return made_of(model, PhaseOptions(2 * epochs, rates.weight), **more.get(run.method, {}), **common)
+        baseline: Callable[..., Learner] = BASELINES[run.method]
+        return baseline(model, PhaseOptions(2 * epochs, rates.weight), **more.get(run.method, {}), **common)
     assert run.density is not None
     convert(model, run.density, weights="signed_constant", init_scale=run.init_scale)  # type: ignore[arg-type]
     kkt = run.method.endswith(KKT)
     return Learner(
         model, run.base, mask=PhaseOptions(epochs, rates.mask), weight=PhaseOptions(epochs, rates.weight),
-        kkt=made.kkt if kkt else None,  # type: ignore[arg-type]
+        kkt=recipe.kkt if kkt else None,  # type: ignore[arg-type]
         keep_scores=torch.float32 if kkt else None, **common,
     )  # fmt: skip
 
 
-def perform(job: Job) -> dict[str, Any]:
-    """Make a run and say what came of it, in values that JSON can hold. Times in seconds, memory in bytes."""
+def perform(job: Job) -> Outcome:
+    """Make a run, with one thread.
+
+    Args:
+        job: the run.
+    """
     torch.set_num_threads(1)
     tasks = tasks_of(job)
     restart_peak()
@@ -110,46 +135,18 @@ def perform(job: Job) -> dict[str, Any]:
     learner = learner_of(job, tasks)
     began = time.perf_counter()
     try:
-        accuracy = learner.run(tasks)
+        learner.run(tasks)
     except FloatingPointError as error:
-        return {"diverged": str(error)}
+        return str(error)
     if job.tuning:
-        return {"validation": metrics.average_accuracy(accuracy)}
-    found: dict[str, Any] = {
-        "seconds": time.perf_counter() - began,
-        "memory": peak() - before,
-        "accuracy": [row[: i + 1] for i, row in enumerate(accuracy.tolist())],
-        "average accuracy": metrics.average_accuracy(accuracy),
-        "forgetting": metrics.forgetting(accuracy),
-        "backward transfer": metrics.backward_transfer(accuracy),
-        "learning accuracy": metrics.learning_accuracy(accuracy),
-        "kept bytes": learner.nbytes if isinstance(learner, Sequential) else learner.phases.nbytes,
-        "tasks": [_of_task(learner, report) for report in learner.reports],
-    }
-    if job.run.method.endswith(KKT) and len(tasks) > 1:
-        pairs = [report.initial_accuracy or (0.0, 0.0) for report in learner.reports]
-        found["forward transfer"] = metrics.forward_transfer([a for a, _ in pairs], [b for _, b in pairs])
-    if job.recipe.task_inference and job.run.density is not None:
-        found["without task id"] = _without_task(learner, tasks)
-    return found
-
-
-def _of_task(learner: Learner, report: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "name": report.name,
-        "classes": report.classes,
-        "seconds": report.seconds,
-        "reverted": report.reverted,
-        "curve": [r.accuracy if r.validation is None else r.validation for r in report.history],
-    }
-    if report.kkt is not None:
-        found["sources"], found["initial accuracy"] = report.kkt.sources, report.initial_accuracy
-    if report.task < len(learner.phases.bank):
-        body = [name for name in learner.phases.layers if not name.endswith("head")]
-        for part, layers in (("body", body), ("head", [n for n in learner.phases.layers if n not in body])):
-            use = learner.phases.bank.total(report.task, layers)
-            found[part] = {"weights": use.weights, "kept": use.kept, "free": use.free, "used": use.used}
-    return found
+        return RunResult.of(learner).metrics["average accuracy"]
+    seconds, memory = time.perf_counter() - began, peak() - before
+    without = job.recipe.task_inference and job.run.density is not None
+    return MeasuredResult.of(
+        learner, seconds=seconds, memory=memory,
+        kept_bytes=learner.nbytes if isinstance(learner, Sequential) else learner.phases.nbytes,
+        without_task_id=_without_task(learner, tasks) if without else None,
+    )  # fmt: skip
 
 
 def _without_task(learner: Learner, tasks: list[Task]) -> dict[str, Any]:
@@ -173,17 +170,28 @@ def _end_with_parent() -> None:
 def _perform_to_file(job: Job, file: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()  # nobody waits for a run whose command was killed
     keep_freed_memory()
-    write_text(file, json.dumps(perform(job)))
+    write_text(file, json.dumps(_as_json(perform(job))))
 
 
-def perform_all(jobs: Iterable[Job], out: Path, processes: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The results of all jobs, made where their files are not there yet, `processes` at a time.
+def perform_all(jobs: Iterable[Job], out: Path, processes: int, tell: Callable[[str], None]) -> list[Outcome]:
+    """Make the runs whose files do not exist yet, each in a process of its own.
 
-    RunFailed, naming the job, if a process dies.
+    Args:
+        jobs: the runs.
+        out: the folder of the files.
+        processes: number of runs at a time.
+        tell: receives a line of text after each run.
+
+    Returns:
+        The outcomes of all jobs, in order.
+
+    Raises:
+        RunFailed: A process died.
+        ValueError: A file is damaged.
     """
     jobs = list(jobs)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["exssnet.experiments.reproduce"])  # what a process imports is imported once
+    context.set_forkserver_preload(["exssnet.experiments.reproduce"])  # imported once for all processes
     missing = [job for job in jobs if not (out / job.file).exists()]
 
     def make(job: Job) -> None:
@@ -204,67 +212,102 @@ def perform_all(jobs: Iterable[Job], out: Path, processes: int, tell: Callable[[
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [_read_json(out / job.file) for job in jobs]
+    return [_read(out / job.file, _outcome) for job in jobs]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError, naming the file, for any other."""
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, MeasuredResult):
+        return outcome.as_json()
+    return {"diverged": outcome} if isinstance(outcome, str) else {"validation": outcome}
+
+
+def _outcome(values: Any) -> Outcome:
+    """The outcome that `_as_json` describes; ValueError for any other value."""
+    where, kinds = "its content", {"diverged": str, "validation": float}
+    for key in kinds.keys() & typed(dict, values, where).keys():
+        outcome: Outcome = typed(kinds[key], values[key], f"{where}.{key}")
+        return outcome
+    return MeasuredResult.from_json(values, where)
+
+
+def _read(file: Path, parse: Callable[[Any], Read]) -> Read:
+    """The parsed content of a JSON file; ValueError, naming the file, where that fails."""
     try:
-        found = typed(dict, json.loads(file.read_bytes()), "its content")
+        return parse(json.loads(file.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged, delete it to make it again: {shown(error)}") from None
-    return found  # type: ignore[no-any-return]
 
 
-def tune(made: Recipe, root: str, out: Path, processes: int, tell: Callable[[str], None]) -> dict[Run, Rates]:
-    """The learning rates of each group of runs, with or without KKT: those with the best mean validation accuracy.
+def tune(recipe: Recipe, root: str, out: Path, processes: int, tell: Callable[[str], None]) -> dict[Run, Rates]:
+    """Choose the learning rates of each group of runs by the mean validation accuracy; ties go to the smaller rates.
 
-    Of equals the smaller rates. RunFailed for a method that diverges with all of them.
+    Args:
+        recipe: the experiment.
+        root, out, processes, tell: as in `reproduce`.
+
+    Returns:
+        The learning rates by group. Runs with KKT share those of the runs without.
+
+    Raises:
+        RunFailed: A process died, or a method diverged with every learning rate.
     """
-    groups = list(dict.fromkeys(replace(run.group, method=run.base) for run in made.runs()))
+    groups = list(dict.fromkeys(replace(run.group, method=run.base) for run in recipe.runs()))
     jobs = [
-        Job(made, root, replace(group, seed=seed), rates, tuning=True)
+        Job(recipe, root, replace(group, seed=seed), rates, tuning=True)
         for group in groups
-        for rates in made.candidates(group.method)
-        for seed in made.tuning.seeds
-        if len(made.candidates(group.method)) > 1
+        for rates in recipe.candidates(group.method)
+        for seed in recipe.tuning.seeds
+        if len(recipe.candidates(group.method)) > 1
     ]
-    found: dict[tuple[Run, Rates], list[float]] = {}
-    for job, result in zip(jobs, perform_all(jobs, out, processes, tell), strict=True):
-        found.setdefault((job.run.group, job.rates), []).append(result.get("validation", float("-inf")))
+    accuracies: dict[tuple[Run, Rates], list[float]] = {}
+    for job, outcome in zip(jobs, perform_all(jobs, out, processes, tell), strict=True):
+        accuracy = outcome if isinstance(outcome, float) else float("-inf")  # it diverged
+        accuracies.setdefault((job.run.group, job.rates), []).append(accuracy)
     chosen = {}
     for group in groups:
-        candidates = made.candidates(group.method)
+        candidates = recipe.candidates(group.method)
         if len(candidates) == 1:
             chosen[group] = candidates[0]
             continue
-        chosen[group] = max(candidates, key=lambda rates: statistics.mean(found[group, rates]))
-        if statistics.mean(found[group, chosen[group]]) == float("-inf"):
-            raise RunFailed(f"{group.method} diverged with every learning rate of {list(made.tuning.rates)}")
+        chosen[group] = max(candidates, key=lambda rates: statistics.mean(accuracies[group, rates]))
+        if statistics.mean(accuracies[group, chosen[group]]) == float("-inf"):
+            raise RunFailed(f"{group.method} diverged with every learning rate of {list(recipe.tuning.rates)}")
     return chosen
 
 
 def reproduce(
-    made: Recipe, root: str, out: Path, processes: int, tell: Callable[[str], None] = print
+    recipe: Recipe, root: str, out: Path, processes: int, tell: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Make all runs of a recipe and write report.md, report.json and plots into `out`. Returns what report.json holds.
+    """Make all runs of a recipe; write report.md, report.json and plots.
 
-    ValueError if `out` holds results of another recipe.
+    Args:
+        recipe: the experiment.
+        root: folder with the data sets.
+        out: folder for runs and report. It may hold finished runs of the same recipe, which are not repeated.
+        processes: number of runs at a time.
+        tell: receives a line of text after each run.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: The folder holds results of another recipe, data is missing, or a file is damaged.
+        RunFailed: A process died, or a method diverged with every learning rate.
     """
-    described = json.loads(json.dumps(as_json(made)))
+    described = json.loads(json.dumps(as_json(recipe)))
     file = out / "recipe.json"
-    before = _read_json(file) if file.exists() else described
+    before = _read(file, lambda values: typed(dict, values, "its content")) if file.exists() else described
     if before.keys() != described.keys() or (before != described and any(out.glob("*/*.json"))):
         raise ValueError(f"{out} holds results of another recipe or another --scale: give another --out")
     began = time.time()
-    first = Job(made, root, made.runs()[0], Rates(1, 1, 1))
-    learner_of(first, tasks_of(first))  # missing data and a wrong model are told here, texts are encoded once
+    first = Job(recipe, root, recipe.runs()[0], Rates(1, 1, 1))
+    learner_of(first, tasks_of(first))  # refuses missing data and a wrong model early; encodes texts once
     out.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(described, indent=1))
-    rates = tune(made, root, out, processes, tell)
-    runs = made.runs()
-    jobs = [Job(made, root, run, rates[replace(run.group, method=run.base)]) for run in runs]
-    results = perform_all(jobs, out, processes, tell)
+    rates = tune(recipe, root, out, processes, tell)
+    runs = recipe.runs()
+    jobs = [Job(recipe, root, run, rates[replace(run.group, method=run.base)]) for run in runs]
+    outcomes = perform_all(jobs, out, processes, tell)
     report = {
         "recipe": described,
         "machine": {
@@ -273,41 +316,11 @@ def reproduce(
         },
         "seconds": time.time() - began,
         "runs": [
-            {**asdict(job.run), "rates": asdict(job.rates), "shown rates": str(job.rates), **result}
-            for job, result in zip(jobs, results, strict=True)
+            {**asdict(job.run), "rates": asdict(job.rates), "shown rates": str(job.rates), **_as_json(outcome)}
+            for job, outcome in zip(jobs, outcomes, strict=True)
         ],
     }  # fmt: skip
-    write_report(report, out)
+    results = [outcome if isinstance(outcome, MeasuredResult) else None for outcome in outcomes]
+    finished = [Finished(job.run, job.rates, result) for job, result in zip(jobs, results, strict=True)]
+    write_report(report, finished, out)
     return report
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `exssnet reproduce`."""
-    parser.add_argument("recipe", help=f"one of {', '.join(names())}, or a YAML file like them")
-    parser.add_argument("--root", default="data", help="folder with the data sets (default: data)")
-    parser.add_argument("--out", type=Path, help="folder for runs and report (default: runs/RECIPE)")
-    parser.add_argument("--scale", type=float, help="shrink epochs and training data, for a smoke test")
-    parser.add_argument("--seeds", type=int, help="number of seeds, instead of the recipe's")
-    parser.add_argument("--densities", type=float, nargs="+", help="densities, instead of the recipe's")
-    parser.add_argument("--methods", nargs="+", help="methods, instead of the recipe's")
-    parser.add_argument("--epochs", type=int, help="epochs of each phase, instead of the recipe's")
-    parser.add_argument("--tasks", type=int, help="learn only so many tasks of the stream")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run `exssnet reproduce`; returns the exit status."""
-    made = as_json(read(options.recipe))
-    for name in ("scale", "seeds", "densities", "methods", "epochs"):
-        if getattr(options, name) is not None:
-            made[name] = getattr(options, name)
-    if options.tasks is not None:
-        made["options"] = {**made["options"], "tasks": options.tasks}
-    if options.processes < 1:
-        raise ValueError(f"processes must be at least 1, got {options.processes}")
-    out = options.out or Path("runs") / Path(options.recipe).stem
-    whole = recipe(made, options.recipe)
-    with alone_in(out):
-        reproduce(whole, options.root, out, options.processes, lambda line: print(line, flush=True))
-    print(f"\n{(out / 'report.md').read_text(encoding='utf-8')}\nPlots and numbers are in {out}")
-    return 0

@@ -20,8 +20,9 @@ from torch import Tensor
 
 import exssnet
 from exssnet import Learner, Phases, checkpoint, convert
-from exssnet.cli import commands as cli
-from exssnet.cli.commands import TrainOptions, main
+from exssnet.cli import terminal, train
+from exssnet.cli.commands import main
+from exssnet.cli.train import TrainOptions
 from exssnet.continual import metrics
 from exssnet.continual.learner import EpochRecord
 from exssnet.nn import evaluation
@@ -220,8 +221,8 @@ def test_options_reach_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return split_by_class(train, test, tasks, **options)  # type: ignore[arg-type]
 
     cut: list[dict[str, object]] = []
-    monkeypatch.setattr(cli, "split_by_class", cutting)
-    monkeypatch.setattr(cli, "Learner", Kept)
+    monkeypatch.setattr(train, "split_by_class", cutting)
+    monkeypatch.setattr(train, "Learner", Kept)
     given = [
         "--method", "wsn", "--kkt", "none", "--mask-lr", "0.5", "--weight-lr", "0.25", "--optimizer", "sgd",
         "--weight-decay", "0.125", "--patience", "7", "--all-outputs", "--keep-scores", "float16", "--seed", "11",
@@ -281,7 +282,7 @@ def test_a_run_that_stops_leaves_the_results_of_the_finished_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], phase: str,
     error: BaseException, status: int, sentence: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "observer", interrupting(monkeypatch, 1, phase, error))
+    monkeypatch.setattr(terminal, "observer", interrupting(monkeypatch, 1, phase, error))
     assert main([*RUN, "--weight-epochs", "2", "--out", str(tmp_path)]) == status
     said = capsys.readouterr()
     assert f"Stopped after 1 of 2 tasks; what was learned is in {tmp_path}." in said.out
@@ -296,7 +297,7 @@ def test_a_run_that_stops_leaves_the_results_of_the_finished_tasks(
 
 
 def test_ctrl_c_within_the_first_task_leaves_an_empty_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "observer", interrupting(monkeypatch, 0, "mask", KeyboardInterrupt()))
+    monkeypatch.setattr(terminal, "observer", interrupting(monkeypatch, 0, "mask", KeyboardInterrupt()))
     assert main([*RUN, "--out", str(tmp_path)]) == 130
     found = result(tmp_path)
     assert (found["accuracy"], found["tasks"], found["metrics"]) == ([], [], {})
@@ -310,7 +311,7 @@ def test_ctrl_c_within_the_first_task_leaves_an_empty_result(tmp_path: Path, mon
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[TrainOptions]:
     """The options that would be trained with."""
     seen: list[TrainOptions] = []
-    monkeypatch.setattr(cli, "train", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr(train, "train", lambda options: seen.append(options) or 0)
     return seen
 
 

@@ -12,7 +12,7 @@ from networks import small_net
 
 import exssnet
 from exssnet import Phases, checkpoint
-from exssnet.cli import commands as cli
+from exssnet.cli import info
 from exssnet.cli.commands import main
 
 TRAIN = ["train", "--data", "data.npz", "--tasks", "2", "--validation", "0", "--epochs", "1", "--weight-epochs", "0"]
@@ -60,6 +60,6 @@ def test_a_broken_pipe_elsewhere_is_told(capsys: pytest.CaptureFixture[str], mon
     def fail() -> str:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(cli, "describe", fail)
+    monkeypatch.setattr(info, "describe", fail)
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "exssnet: [Errno 32] Broken pipe\n"

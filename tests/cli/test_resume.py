@@ -23,8 +23,7 @@ from learning import acting
 import exssnet
 from exssnet import checkpoint
 from exssnet.checkpoint import container
-from exssnet.cli import commands as cli
-from exssnet.cli import saving
+from exssnet.cli import saving, terminal
 from exssnet.cli.commands import main
 from exssnet.continual.learner import Learner
 
@@ -131,7 +130,7 @@ def test_a_real_sigterm_saves_and_the_resumed_run_ends_as_the_straight_one(
 @contextmanager
 def stopping(number: int = signal.SIGINT, task: int = 1, phase: str = "weight") -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "observer", acting(task, phase, 7, lambda: signal.raise_signal(number)))
+        patch.setattr(terminal, "observer", acting(task, phase, 7, lambda: signal.raise_signal(number)))
         yield
 
 
@@ -172,7 +171,7 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "observer", acting(0, "mask", 7, twice))
+    monkeypatch.setattr(terminal, "observer", acting(0, "mask", 7, twice))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     assert main([*RUN, "--out", str(tmp_path)]) == 130
     signal.signal(signal.SIGINT, before)
@@ -328,7 +327,7 @@ def test_a_new_run_replaces_the_finished_checkpoint_after_its_first_step(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)  # a worker may die before the first step
     path, seen = tmp_path / "checkpoint.safetensors", list[tuple[int, str]]()
     path.write_bytes(finished)
-    monkeypatch.setattr(cli, "observer", acting(0, "mask", 2, lambda: seen.append(position(path))))
+    monkeypatch.setattr(terminal, "observer", acting(0, "mask", 2, lambda: seen.append(position(path))))
     assert main([*RUN, "--every-minutes", "0", "--out", str(tmp_path)]) == 0
     assert seen == [(1, "mask")]
     assert checkpoint.header(path).tasks == 2
@@ -373,7 +372,7 @@ def test_a_second_run_in_a_folder_is_refused(
 ) -> None:
     said: list[str] = []
     again = [*second, "--out", str(tmp_path)]
-    monkeypatch.setattr(cli, "observer", acting(0, "mask", 7, lambda: said.append(refused(capsys, *again))))
+    monkeypatch.setattr(terminal, "observer", acting(0, "mask", 7, lambda: said.append(refused(capsys, *again))))
     assert main([*RUN, "--epochs", "2", "--weight-epochs", "1", "--every", "1", "--out", str(tmp_path)]) == 0
     assert len(said) == 1
     assert said[0].startswith(f"{tmp_path} is in use by process {os.getpid()} on ")

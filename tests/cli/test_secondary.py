@@ -14,7 +14,8 @@ from learning import acting
 from test_resume import results
 
 from exssnet import Learner, checkpoint
-from exssnet.cli import commands as cli
+from exssnet.bench import command as bench
+from exssnet.cli import terminal, train
 from exssnet.cli.commands import main
 from exssnet.experiments import report
 
@@ -111,7 +112,7 @@ def test_a_measurement_that_is_written_to_a_file_does_not_need_its_output(
         (tmp_path / "found.json").write_text("{}")
         return 0
 
-    monkeypatch.setattr(cli.bench, "run", measure)
+    monkeypatch.setattr(bench, "run", measure)
     for more, status in (["--json", str(tmp_path / "found.json")], 0), ([], 2):
         (tmp_path / "found.json").unlink(missing_ok=True)
         with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch:
@@ -151,7 +152,7 @@ def test_plots_and_tables_that_fail_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     broken = ImportError("numpy.core.multiarray failed to import")
-    monkeypatch.setattr(*{"pyplot": (report, "pyplot"), "show": (report.Report, "show")}[what], failing(broken))
+    monkeypatch.setattr(*{"pyplot": (report, "pyplot"), "show": (terminal, "show")}[what], failing(broken))
     assert main([*RUN, "--data", data, "--out", str(tmp_path)]) == 0
     told = {"pyplot": "no plots were drawn", "show": "the results were not shown"}[what]
     assert capsys.readouterr().err == f"exssnet: {told}: {broken}\n"
@@ -159,7 +160,7 @@ def test_plots_and_tables_that_fail_are_told(
 
 
 def test_what_lasts_is_saved_before_anything_else(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report.Report, "write", failing(KeyboardInterrupt()))
+    monkeypatch.setattr(report, "write", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         main([*RUN, "--data", data, "--every", "999", "--out", str(tmp_path)])
     assert left(tmp_path) == {"model.safetensors", "checkpoint.safetensors"}
@@ -169,7 +170,7 @@ def test_progress_that_cannot_be_shown_does_not_stop_training(
     data: str, straight: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "observer", acting(0, "mask", 2, failing(ZeroDivisionError("a bar of no width"))))
+    monkeypatch.setattr(terminal, "observer", acting(0, "mask", 2, failing(ZeroDivisionError("a bar of no width"))))
     assert main([*RUN, "--data", data, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().err == "exssnet: progress is no longer shown: ZeroDivisionError: a bar of no width\n"
     assert results(tmp_path) == straight
@@ -197,7 +198,7 @@ def test_an_error_within_a_step_leaves_the_finished_tasks_and_a_run_that_goes_on
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         break_down = lambda: patch.setattr(Learner, "_loss", failing(error))  # noqa: E731
-        patch.setattr(cli, "observer", acting(1, "weight", 1, break_down))
+        patch.setattr(terminal, "observer", acting(1, "weight", 1, break_down))
         if isinstance(error, KeyboardInterrupt):
             assert main([*RUN, "--data", data, "--out", str(tmp_path)]) == 130
         else:
@@ -221,7 +222,7 @@ def test_a_checkpoint_that_holds_more_is_not_replaced_after_an_error(
     path = tmp_path / "checkpoint.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         break_down = lambda: patch.setattr(Learner, "_loss", failing(MemoryError()))  # noqa: E731
-        patch.setattr(cli, "observer", acting(1, "weight", 2, break_down))
+        patch.setattr(terminal, "observer", acting(1, "weight", 2, break_down))
         with pytest.raises(MemoryError):
             main([*RUN, "--data", data, "--every", "1", "--out", str(tmp_path)])
         meta = checkpoint.header(path)
@@ -247,8 +248,8 @@ def test_what_a_failed_step_held_in_memory_is_free_when_the_model_is_saved(
         raise MemoryError
 
     monkeypatch.setattr(Learner, "_loss", exhausted)
-    save = cli._save
-    monkeypatch.setattr(cli, "_save", lambda *a: (alive.extend(r() is not None for r in held), save(*a))[1])
+    save = train._save
+    monkeypatch.setattr(train, "_save", lambda *a: (alive.extend(r() is not None for r in held), save(*a))[1])
     with pytest.raises(MemoryError):
         main([*RUN, "--data", data, "--out", str(tmp_path)])
     assert alive == [False]
@@ -271,7 +272,7 @@ def test_a_damaged_image_met_in_the_second_task_is_named_and_nothing_is_lost(
     damaged = folder / split / "c3" / "07.png"
     whole = damaged.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "observer", acting(1, "mask", 1, lambda: damaged.write_bytes(whole[:60])))
+        patch.setattr(terminal, "observer", acting(1, "mask", 1, lambda: damaged.write_bytes(whole[:60])))
         capsys.readouterr()
         assert main([*options, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()

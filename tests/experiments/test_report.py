@@ -5,7 +5,8 @@ from networks import stream
 from torch import Tensor
 
 from exssnet import Learner, PhaseOptions, convert
-from exssnet.experiments.report import _task_entry
+from exssnet.experiments.report import _entry
+from exssnet.experiments.results import RunResult
 
 
 class Ahead(torch.nn.Module):
@@ -29,5 +30,5 @@ def test_the_head_is_left_out_by_name_not_by_its_place() -> None:
     learner.run(stream(1))
     for head, left in ((None, "aside"), ("aside", "head")):
         learner.head = head
-        entry = _task_entry(learner, learner.reports[0])
+        entry = _entry(learner.reports[0], RunResult.of(learner).tasks[0])
         assert entry["free_without_head"] == entry["layers"][left]["free"]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from processes import children
 
-from exssnet.cli import commands as cli
+from exssnet.cli.commands import main
 from exssnet.experiments import recipes
-from exssnet.experiments.comparison import _pace, groups_of, paired, paired_difference
+from exssnet.experiments.comparison import Finished, Group, _pace, groups_of, paired, paired_difference
 from exssnet.experiments.recipes import Rates, Run, read, recipe
 from exssnet.experiments.reproduce import Job, RunFailed, learner_of, perform, reproduce, tasks_of, tune
+from exssnet.experiments.results import MeasuredResult, TaskResult
 from exssnet.io.writing import alone_in
 from exssnet.nn.models import MODELS
 from exssnet.tasks import streams
@@ -176,8 +177,9 @@ def test_methods_with_kkt_take_the_rule_of_the_recipe(root: Path, method: str, r
 
 def test_divergence_is_a_result(root: Path) -> None:
     made = recipe(SMALL, "test")
-    found = perform(Job(made, str(root), Run("ewc", None, "", 0), Rates(1e30, 1e30, 1.0)))
-    assert "lower the learning rates" in found["diverged"]
+    outcome = perform(Job(made, str(root), Run("ewc", None, "", 0), Rates(1e30, 1e30, 1.0)))
+    assert isinstance(outcome, str)
+    assert "lower the learning rates" in outcome
 
 
 def test_the_best_rates_are_chosen_and_kkt_shares_them(
@@ -186,9 +188,9 @@ def test_the_best_rates_are_chosen_and_kkt_shares_them(
     made = recipe({**SMALL, "methods": ["exssnet", "exssnet+kkt"], "tuning": {"rates": [1, 2]}}, "test")
     asked = []
 
-    def performed(jobs: list[Job], *_: Any) -> list[dict[str, float]]:
+    def performed(jobs: list[Job], *_: Any) -> list[float | str]:
         asked.extend(jobs)
-        return [{"validation": 1.0} if job.rates == Rates(2, 1) else {"diverged": 0.0} for job in jobs]
+        return [1.0 if job.rates == Rates(2, 1) else "diverged" for job in jobs]
 
     monkeypatch.setattr("exssnet.experiments.reproduce.perform_all", performed)
     chosen = tune(made, str(root), tmp_path, 1, print)
@@ -203,7 +205,7 @@ def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
     file.write_text(json.dumps(SMALL))
     out = tmp_path / "out"
     arguments = ["reproduce", str(file), "--root", str(root), "--out", str(out), "--processes", "2"]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     report = json.loads((out / "report.json").read_text())
     assert {(r["method"], r["seed"]) for r in report["runs"]} == {
         (m, s) for m in ("supsup", "exssnet+kkt", "ewc") for s in (0, 1)
@@ -226,21 +228,21 @@ def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
     lost.unlink()
     (out / "methods.png").unlink()
     (out / "methods.png").mkdir()  # a plot that cannot be written is told, and the report does without
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     assert capsys.readouterr().err.startswith("exssnet: methods.png was not written: [Errno 21] Is a directory")
     text = (out / "report.md").read_text(encoding="utf-8")
     assert ("(methods.png)" in text, "(cost.png)" in text) == (False, True)
     assert json.loads(lost.read_text())["accuracy"] == before[0]["accuracy"]
     assert kept.stat().st_mtime_ns == before[1]
 
-    assert cli.main([*arguments, "--scale", "0.5"]) == 2
+    assert main([*arguments, "--scale", "0.5"]) == 2
     assert "holds results of another recipe or another --scale" in capsys.readouterr().err
 
 
 def test_missing_data_fails_with_what_to_put_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "small.yaml"
     file.write_text(json.dumps({**SMALL, "methods": ["supsup"]}))
-    assert cli.main(["reproduce", str(file), "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert main(["reproduce", str(file), "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "put the idx files" in capfd.readouterr().err
 
 
@@ -259,7 +261,7 @@ def test_what_a_failed_recipe_leaves_does_not_block_the_corrected_one(
     file, out = tmp_path / "small.yaml", tmp_path / "out"
     for values, data in ways:
         file.write_text(json.dumps(values))
-        assert cli.main(["reproduce", str(file), "--root", str(data), "--out", str(out)]) == 2
+        assert main(["reproduce", str(file), "--root", str(data), "--out", str(out)]) == 2
         assert out.exists() == (data == root)  # nothing is left of a recipe whose data is missing
     assert len(performed) == 2
     assert json.loads((out / "recipe.json").read_text())["seeds"] == 1
@@ -276,7 +278,7 @@ def test_a_damaged_file_of_an_experiment_is_named(
     damaged.parent.mkdir(parents=True)
     damaged.write_text(content)
     arguments = ["reproduce", str(file), "--root", str(root), "--out", str(tmp_path / "out")]
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"exssnet: {damaged} is damaged, delete it to make it again: ")
     assert len(said.splitlines()) == 1
@@ -289,7 +291,7 @@ def test_a_file_of_another_kind_is_no_recipe_to_replace(
     file = tmp_path / "small.yaml"
     file.write_text(json.dumps(SMALL))
     (tmp_path / "recipe.json").write_text('{"flour": 500}')
-    assert cli.main(["reproduce", str(file), "--root", str(root), "--out", str(tmp_path)]) == 2
+    assert main(["reproduce", str(file), "--root", str(root), "--out", str(tmp_path)]) == 2
     assert "holds results of another recipe" in capsys.readouterr().err
     assert (tmp_path / "recipe.json").read_text() == '{"flour": 500}'
 
@@ -300,7 +302,7 @@ def test_a_second_experiment_in_a_folder_is_refused(
     file = tmp_path / "small.yaml"
     file.write_text(json.dumps(SMALL))
     with alone_in(tmp_path):
-        assert cli.main(["reproduce", str(file), "--root", str(root), "--out", str(tmp_path)]) == 2
+        assert main(["reproduce", str(file), "--root", str(root), "--out", str(tmp_path)]) == 2
     assert f"{tmp_path} is in use by process " in capsys.readouterr().err
 
 
@@ -343,26 +345,28 @@ def test_the_interval_is_students() -> None:
     assert half == pytest.approx(4.303 / 3**0.5)
 
 
+def finished(run: Run, accuracy: float, tasks: list[TaskResult]) -> Finished:
+    """A run that ends with this accuracy on one task."""
+    return Finished(run, Rates(0.01, 0.01), MeasuredResult([[accuracy]], tasks, seconds=1.0, memory=1, kept_bytes=1))
+
+
 def test_pairs_are_of_the_same_density_and_seed() -> None:
     runs = [
-        {"method": m, "init_scale": "official", "density": d, "seed": s, "average accuracy": a}
-        for m, d, s, a in (
-            ("supsup", 0.1, 0, 0.5),
-            ("supsup", 0.2, 0, 0.9),
-            ("exssnet", 0.1, 0, 0.7),
-            ("exssnet", 0.1, 1, 1),
+        finished(Run(method, density, "official", seed), accuracy, [])
+        for method, density, seed, accuracy in (
+            ("supsup", 0.1, 0, 0.5), ("supsup", 0.2, 0, 0.9), ("exssnet", 0.1, 0, 0.7), ("exssnet", 0.1, 1, 1.0),
         )
-    ]
-    groups = groups_of({"runs": runs})
-    assert paired(groups, ("exssnet", "official", 0.1), "supsup") == ([70.0], [50.0])
+    ]  # fmt: skip
+    group = Group("exssnet", "official", 0.1)
+    assert paired(groups_of(runs), group, "supsup") == ([70.0], [50.0])
 
 
 def test_the_time_of_a_task_is_told_by_its_place_in_a_long_stream() -> None:
-    def run(tasks: int, seed: int) -> dict[str, Any]:
+    def run(tasks: int, seed: int) -> Finished:
         seconds = [100.0, *[2.0] * (tasks // 2), *[3.0] * tasks][:tasks]
-        timed = [{"seconds": {"mask": s - 1, "weight": 1.0}} for s in seconds]
-        return {"method": "exssnet", "init_scale": "density", "density": 0.1, "seed": seed, "tasks": timed}
+        timed = [TaskResult("", 2, {"mask": s - 1, "weight": 1.0}, False, [0.5]) for s in seconds]
+        return finished(Run("exssnet", 0.1, "density", seed), 0.5, timed)
 
-    long, short = ({"runs": [run(tasks, seed) for seed in range(2)]} for tasks in (20, 19))
+    long, short = ([run(tasks, seed) for seed in range(2)] for tasks in (20, 19))
     assert _pace(groups_of(long)).endswith("\n| exssnet | 0.1 | density | 2 | 3 | 1.50 |")
     assert _pace(groups_of(short)) == ""

@@ -20,7 +20,8 @@ import pytest
 import torch
 import yaml
 
-from exssnet.cli import commands as cli
+from exssnet.cli import train
+from exssnet.cli.commands import main
 from exssnet.experiments import recipes
 from exssnet.tasks import encoder, files, load, read_texts, stream, text, text_features
 
@@ -110,8 +111,8 @@ def configured(root: Path) -> Any:
     """What ``exssnet train`` would be run with; its sentence as an error."""
     with redirect_stderr(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
         chosen: list[Any] = []
-        patch.setattr(cli, "train", lambda options: chosen.append(options) or 0)
-        if cli.main(["train", "--config", str(root / "options.yaml")]):
+        patch.setattr(train, "train", lambda options: chosen.append(options) or 0)
+        if main(["train", "--config", str(root / "options.yaml")]):
             raise ValueError(said.getvalue().removesuffix("\n"))
     return chosen
 
@@ -340,7 +341,7 @@ def test_a_changed_header_of_kept_features_is_seen(tmp_path: Path, was: bytes, b
 
 
 def test_an_error_of_the_command_reaches_the_terminal_as_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--data", "mnist", "--root", "\x1b[2J\nx"]) == 2
+    assert main(["train", "--data", "mnist", "--root", "\x1b[2J\nx"]) == 2
     said = capsys.readouterr().err
     assert r"\x1b[2J" in said
     assert said.removesuffix("\n").isprintable()

@@ -1,0 +1,31 @@
+"""``exssnet inspect``: describe a checkpoint or a saved model without loading it."""
+
+import argparse
+from pathlib import Path
+
+from .. import checkpoint
+from .resume import CHECKPOINT
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``exssnet inspect``.
+
+    Args:
+        parser: receives the arguments.
+    """
+    parser.add_argument("file")
+    parser.add_argument("--verify", action="store_true", help="read all of it and compare its checksum")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``exssnet inspect``.
+
+    Args:
+        arguments: what the parser of `add_options` read.
+
+    Returns:
+        The exit status.
+    """
+    file = Path(arguments.file)
+    print(checkpoint.describe(file / CHECKPOINT if file.is_dir() else file, arguments.verify))
+    return 0

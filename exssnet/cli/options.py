@@ -1,0 +1,129 @@
+"""The options of `exssnet train`: one dataclass, from which the command line and the keys of a YAML file follow."""
+
+import argparse
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from ..continual.kkt import RULES
+from ..continual.learner import OPTIMIZERS
+from ..continual.methods import METHODS
+from ..io.values import fitting, shown
+from ..nn.choice import PRODUCTS
+from ..nn.models import MODELS
+from ..tasks import names, streams
+
+
+def _option(default: Any, help_: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help_, **more})
+
+
+@dataclass
+class TrainOptions:
+    """One training run. Every field is an option of the command line and a key of the YAML file."""
+
+    data: str = _option("mnist5k", f"data set ({', '.join(names())}), an .npz file, or a folder of class folders")
+    root: str | None = _option(None, "folder where the data set lies; nothing is ever downloaded")
+    stream: str = _option(
+        "split", "tasks of --data by class, by pixel permutation or by rotation; or a stream of the literature by name",
+        choices=("split", "permuted", "rotated", *streams()),
+    )  # fmt: skip
+    tasks: int | None = _option(None, "number of tasks; None: 5, or all of a named stream")
+    model: str = _option(
+        "auto", "network; auto: text-cnn for texts, lenet-300-100 for grey images, resnet18 for others",
+        choices=("auto", *MODELS),
+    )  # fmt: skip
+    method: str = _option("exssnet", "what is trained when", choices=tuple(METHODS))
+    density: float = _option(0.1, "share of each layer's weights that a task's mask keeps")
+    kkt: str = _option(
+        "best", "start a task's scores from earlier tasks, by K nearest neighbours", choices=(*RULES, "none")
+    )
+    epochs: int = _option(5, "epochs of the mask phase")
+    weight_epochs: int = _option(5, "epochs of the weight phase (methods without one add them to the mask phase)")
+    mask_lr: float = _option(1e-2, "peak learning rate of the scores (cosine)")
+    weight_lr: float = _option(1e-2, "peak learning rate of the weights (cosine)")
+    optimizer: str = _option("adam", "optimizer of both phases", choices=OPTIMIZERS)
+    weight_decay: float = _option(0.0, "weight decay of both phases")
+    batch_size: int = _option(64, "images in a training batch")
+    patience: int | None = _option(None, "stop a phase after this many epochs without a better validation result")
+    validation: float | None = _option(
+        None,
+        "share of the training data that picks the best epoch; 0: the last epoch counts; None: 0.1, or a stream's",
+    )
+    augment: bool | None = _option(
+        None,
+        "random crop and flip of 32x32 colour images, flip of larger ones (default: no, or as a stream does)",
+    )
+    per_class: int | None = _option(None, "use at most so many training items of each class (named streams)")
+    test_per_class: int | None = _option(None, "the same for test items")
+    encoder: str | None = _option(None, "of texts: a model's folder or name, or word vectors; None: all-MiniLM-L6-v2")
+    max_tokens: int = _option(64, "tokens of a text that count")
+    cache: str | None = _option(None, "folder for the features of texts; None: ~/.cache/exssnet/features")
+    init_scale: str = _option("official", "scale of the signed constant weights", choices=("official", "density"))
+    allocation: str = _option("uniform", "how the density is spread over layers", choices=("uniform", "er"))
+    products: str = _option("auto", "of what a mask keeps alone, of all, or whichever is faster", choices=PRODUCTS)
+    all_outputs: bool = _option(False, "let loss and prediction see all outputs of the shared head")
+    keep_scores: str = _option(
+        "float32", "in which finished tasks' scores are kept for KKT", choices=("float32", "float16", "none")
+    )
+    seed: int = _option(0, "seed of weights, scores, splits and order of the data")
+    threads: int | None = _option(None, "CPU threads (default: torch's)")
+    every: int | None = _option(None, "write the checkpoint OUT/checkpoint.safetensors after so many steps")
+    every_minutes: float = _option(10.0, "write it after so many minutes; 0: not for that")
+    out: str = _option("runs/train", "folder for results, plots and the model")
+
+
+FREE = ("root", "cache", "threads", "every", "every_minutes", "out")
+"""Options that may change when a run is resumed."""
+
+
+def _kind(option: Field[Any]) -> type:
+    """The type of an option's values; for an optional one, the type beside None."""
+    kind: type = (get_args(option.type) or (option.type,))[0]
+    return kind
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add an argument for each field of `TrainOptions`; an argument that is not given reads as None.
+
+    Args:
+        parser: receives the arguments.
+    """
+    for f in fields(TrainOptions):
+        name = "--" + f.name.replace("_", "-")
+        text = f"{f.metadata['help']} (default: {f.default})"
+        if _kind(f) is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=f.metadata["help"])
+            continue
+        parser.add_argument(name, type=_kind(f), default=None, choices=f.metadata.get("choices"), help=text)
+
+
+def checked(path: str | Path, values: dict[Any, Any]) -> dict[str, Any]:
+    """Check options that were read from a file.
+
+    Args:
+        path: the file, for the messages.
+        values: option names, with `-` or `_`, and their values.
+
+    Returns:
+        The values by field name of `TrainOptions`, in the fields' types.
+
+    Raises:
+        ValueError: An option is unknown, or its value has the wrong type or is not one of the choices.
+    """
+    known = {f.name: f for f in fields(TrainOptions)}
+    options = {}
+    for key, value in values.items():
+        name = key.replace("-", "_") if isinstance(key, str) else ""
+        if name not in known:
+            raise ValueError(f"{path}: unknown option {shown(key)}; known are {', '.join(known)}")
+        f = known[name]
+        try:
+            value = fitting(f.type, value)
+        except ValueError:
+            raise ValueError(f"{path}: {key} must be {_kind(f).__name__}, got {shown(value)}") from None
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{path}: {key} must be one of {', '.join(choices)}, got {shown(value)}")
+        options[name] = value
+    return options

@@ -1,0 +1,160 @@
+"""What `exssnet train` shows while it runs and when it ends: progress and tables. All of it goes to stdout."""
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from ..continual import distributed
+from ..continual.learner import Observer
+from ..continual.records import EpochRecord
+from ..experiments.results import RunResult
+from ..tasks import Task
+
+# Progress
+
+
+def encoded(what: str, done: int, texts: int) -> None:
+    """Print how many texts are encoded, after every 1024 and after the last.
+
+    Args:
+        what: the texts.
+        done: number of texts that are encoded.
+        texts: number of all texts.
+    """
+    if done == texts or done % 1024 == 0:
+        print(f"{what}: {done} of {texts} texts encoded", flush=True)
+
+
+def _line(record: EpochRecord) -> str:
+    validation = "" if record.validation is None else f", validation {100 * record.validation:.2f} %"
+    return (
+        f"task {record.task}, {record.phase} phase, epoch {record.epoch}/{record.epochs}: loss {record.loss:.4f}, "
+        f"accuracy {100 * record.accuracy:.2f} %{validation} ({record.seconds:.1f} s)"
+    )
+
+
+class _Silent:
+    """Shows nothing."""
+
+    def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
+        pass
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        pass
+
+
+class _PlainLines(_Silent):
+    """One line an epoch, for logs and pipes."""
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        print(_line(record), flush=True)
+
+
+class _Bars:
+    """A progress bar for each phase of each task, with loss, accuracy and time left."""
+
+    def __init__(self, progress: Progress, tasks: list[Task]) -> None:
+        self.progress, self.tasks = progress, tasks
+        self.bars: dict[tuple[int, str], Any] = {}
+        self.accuracy = ""
+
+    def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
+        if (task, phase) not in self.bars:
+            self.accuracy = ""
+            text = f"{self.tasks[task].name} ({task + 1}/{len(self.tasks)}), {phase} phase"
+            self.bars[task, phase] = self.progress.add_task(text, total=steps, numbers="")
+        if step % 10 == 0 or step == steps:
+            self.progress.update(
+                self.bars[task, phase], completed=step, numbers=f"loss {loss.item():.3f}{self.accuracy}"
+            )
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        accuracy = record.accuracy if record.validation is None else record.validation
+        kind = "accuracy" if record.validation is None else "validation"
+        self.accuracy = f", {kind} {100 * accuracy:.1f} %"
+        self.progress.update(self.bars[record.task, record.phase], numbers=f"loss {record.loss:.3f}{self.accuracy}")
+
+
+@contextmanager
+def observer(tasks: list[Task]) -> Iterator[Observer]:
+    """Show progress: bars on a terminal, plain lines elsewhere. Of several processes only the first shows it.
+
+    Args:
+        tasks: the stream.
+
+    Yields:
+        The observer for the learner.
+    """
+    if distributed.rank() > 0:
+        yield _Silent()
+        return
+    if not sys.stdout.isatty():
+        yield _PlainLines()
+        return
+    columns = ("{task.description}", BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
+    with Progress(*columns) as progress:
+        yield _Bars(progress, tasks)
+
+
+# Tables
+
+
+def show(result: RunResult, out: Path) -> None:
+    """Print the accuracy matrix, the metrics, and what each task uses; nothing before the first evaluation.
+
+    Args:
+        result: the result.
+        out: the folder that holds the files of the run.
+    """
+    if not result.accuracy:
+        return
+    console = Console()
+    console.print(_accuracy_table(result))
+    console.print(_metrics_table(result))
+    console.print(_use_table(result))
+    console.print(f"Results, plots and the model are in {out}")
+
+
+def _accuracy_table(result: RunResult) -> Table:
+    table = Table(title="Accuracy on task j (columns) after learning task i (rows), %")
+    table.add_column("")
+    for j in range(len(result.accuracy)):
+        table.add_column(str(j), justify="right")
+    for i, row in enumerate(result.accuracy):
+        table.add_row(str(i), *("" if math.isnan(a) else f"{100 * a:.1f}" for a in row))
+    return table
+
+
+def _metrics_table(result: RunResult) -> Table:
+    table = Table(title="Metrics, %")
+    table.add_column("metric")
+    table.add_column("", justify="right")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{100 * value:.2f}")
+    return table
+
+
+def _use_table(result: RunResult) -> Table:
+    reverted = [task.name for task in result.tasks if task.reverted]
+    caption = "overlap: share of the mask that earlier tasks use; used: share of all weights used so far" + (
+        f"\nweight phase undone, no better on validation: {', '.join(reverted)}" if reverted else ""
+    )
+    table = Table(title="Weights of each task's masks, and time", caption=caption)
+    for name in ("task", "kept", "free", "overlap %", "used %", "KKT from", "mask s", "weight s"):
+        table.add_column(name, justify="right")
+    for task in result.tasks:
+        use, seconds = task.total, task.seconds
+        table.add_row(
+            task.name, f"{use.kept:,}", f"{use.free:,}", f"{100 * use.sparse_overlap:.1f}",
+            f"{100 * use.capacity:.1f}", ", ".join(map(str, task.sources or ())) or "-",
+            f"{seconds.get('mask', seconds.get('joint', 0)):.1f}", f"{seconds.get('weight', 0):.1f}",
+        )  # fmt: skip
+    return table

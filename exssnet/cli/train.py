@@ -1,0 +1,257 @@
+"""``exssnet train``: build a run from its options, run it, finish it. Messages are printed here.
+
+The tables and the progress are in `exssnet.cli.terminal`, the result's files and plots in `exssnet.experiments.report`.
+"""
+
+import argparse
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoint
+from ..continual import distributed
+from ..continual.learner import Learner, PhaseOptions
+from ..experiments import report
+from ..experiments.results import RunResult
+from ..io.console import secondary, warn
+from ..io.values import read_yaml, shown
+from ..io.writing import alone_in
+from ..kernels.memory import keep_freed_memory
+from ..nn import convert
+from ..nn.models import MODELS
+from ..tasks import Task, load, permuted_pixels, rotated, split_by_class, stream, streams
+from . import options as train_options
+from . import resume, terminal
+from .options import TrainOptions
+from .saving import Saver, Stopped
+
+MOST_THREADS = 1024
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``exssnet train``.
+
+    Args:
+        parser: receives the arguments.
+    """
+    parser.description = "Learn a stream of tasks; print, plot and save the outcome."
+    parser.add_argument("--config", help="YAML file of the options below; options given here win")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN",
+        help="go on from a checkpoint: its file, or its folder (default: OUT); the run keeps its options",
+    )  # fmt: skip
+    train_options.add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``exssnet train``.
+
+    Args:
+        arguments: what the parser of `add_options` read.
+
+    Returns:
+        The exit status.
+    """
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    to_resume, config = given.pop("resume", None), given.pop("config", None)
+    chosen = (train_options.checked(config, read_yaml(config)) if config else {}) | given
+    if to_resume is None:
+        return train(TrainOptions(**chosen))
+    return train(*resume.run_to_resume(to_resume, chosen))
+
+
+def train(options: TrainOptions, source: Path | None = None) -> int:
+    """Learn a stream; print and write the results.
+
+    Args:
+        options: the run.
+        source: the checkpoint that the run continues; None for a new run.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: An option, the data, the checkpoint or the folder does not fit. Nothing was written.
+        FloatingPointError: Training diverged. The finished tasks are saved.
+    """
+    distributed.start()
+    keep_freed_memory()
+    out, first = Path(options.out), distributed.rank() == 0
+    with alone_in(out) if first else nullcontext():
+        if resume.was_restarted(out / resume.CHECKPOINT, options):
+            source = out / resume.CHECKPOINT
+        if first:
+            resume.check_replaceable(out, source)
+        job = _build(options, source)
+        stopped, unsaved = _run(job)
+        if first:
+            return _finish(job, stopped, unsaved)
+    if stopped is not None and not isinstance(stopped, KeyboardInterrupt | FloatingPointError):
+        raise stopped
+    return 0 if stopped is None else 1
+
+
+# Build
+
+
+@dataclass
+class Job:
+    """A run that is ready to start: its data, its learner, and what saves it."""
+
+    options: TrainOptions
+    tasks: list[Task]
+    model: str  # name of the network
+    notes: dict[str, Any]  # saved with the model: how to build it again
+    learner: Learner
+    saver: Saver
+
+    @property
+    def out(self) -> Path:
+        return Path(self.options.out)
+
+
+def _build(options: TrainOptions, source: Path | None) -> Job:
+    """The run that the options name, brought to the state of the checkpoint `source`."""
+    _set_threads(options, source)
+    if (options.every is not None and options.every < 1) or not options.every_minutes >= 0:
+        raise ValueError(
+            f"every must be at least 1 and every_minutes at least 0, got {options.every} and {options.every_minutes}"
+        )
+    tasks = _tasks(options)
+    shape = tasks[0].train[0][0].shape
+    fitting = "text-cnn" if len(shape) == 2 else "lenet-300-100" if shape[0] == 1 else "resnet18"
+    name = options.model if options.model != "auto" else fitting
+    torch.manual_seed(options.seed)
+    model = convert(
+        MODELS[name](shape, max(task.classes for task in tasks)), options.density, weights="signed_constant",
+        init_scale=options.init_scale, allocation=options.allocation, products=options.products,  # type: ignore[arg-type]
+    )  # fmt: skip
+    notes = {"model": name, "shape": list(shape), "classes": [task.classes for task in tasks]}
+    run_notes = {**notes, "options": asdict(options), "threads": torch.get_num_threads()}
+    saver = Saver(Path(options.out) / resume.CHECKPOINT, run_notes, options.every, options.every_minutes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun the process' own GPU is the current one
+    phase: dict[str, Any] = {key: getattr(options, key) for key in ("optimizer", "weight_decay", "patience")}
+    saver.learner = learner = Learner(
+        model.to(device), options.method,
+        kkt=None if options.kkt == "none" else options.kkt,  # type: ignore[arg-type]
+        mask=PhaseOptions(options.epochs, options.mask_lr, **phase),
+        weight=PhaseOptions(options.weight_epochs, options.weight_lr, **phase),
+        batch_size=options.batch_size, all_outputs=options.all_outputs, seed=options.seed,
+        keep_scores=None if options.keep_scores == "none" else getattr(torch, options.keep_scores),
+        observer=saver,
+    )  # fmt: skip
+    if source is not None:
+        resume.load(learner, source, tasks)
+        if saver.path.exists() and saver.path.samefile(source):
+            saver.tasks = len(learner.reports)
+    saver.replaces = source != saver.path and saver.path.exists()
+    return Job(options, tasks, name, notes, learner, saver)
+
+
+def _set_threads(options: TrainOptions, source: Path | None) -> None:
+    """Set torch's threads: as the options say, or as the run had that goes on."""
+    threads = options.threads
+    if source is not None and threads is None:
+        threads = checkpoint.header(source).notes.get("threads")
+    if threads is not None:
+        if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads must be in [1, {MOST_THREADS}], got {shown(threads)}")
+        torch.set_num_threads(threads)
+
+
+def _tasks(options: TrainOptions) -> list[Task]:
+    """The stream that the options name."""
+    if options.stream in streams():
+        return stream(
+            options.stream, options.root, tasks=options.tasks, validation=options.validation, augment=options.augment,
+            per_class=options.per_class, test_per_class=options.test_per_class, seed=options.seed,
+            encoder=options.encoder, max_tokens=options.max_tokens, cache=options.cache, progress=terminal.encoded,
+        )  # fmt: skip
+    if others := [n for n in ("per_class", "test_per_class", "encoder", "cache") if getattr(options, n) is not None]:
+        raise ValueError(f"{', '.join(others)} is for the streams {', '.join(streams())}, got {options.stream}")
+    data = load(options.data, options.root)
+    cuts: dict[str, Callable[..., list[Task]]] = {
+        "split": split_by_class, "permuted": permuted_pixels, "rotated": rotated,
+    }  # fmt: skip
+    if options.augment and options.stream != "split":
+        raise ValueError(f"augment is for the split stream, got {options.stream}")
+    augment = {"augment": bool(options.augment)} if options.stream == "split" else {}
+    validation = 0.1 if options.validation is None else options.validation
+    number = 5 if options.tasks is None else options.tasks
+    return cuts[options.stream](*data, number, validation=validation, seed=options.seed, **augment)
+
+
+# Run
+
+
+def _run(job: Job) -> tuple[BaseException | None, Exception | None]:
+    """Learn all tasks and save the outcome. Returns what ended the run early, and why the model was not saved."""
+    stopped: BaseException | None = None
+    unsaved: Exception | None = None
+    with (
+        terminal.observer(job.tasks) as job.saver.watching,
+        job.saver.at_signals(),  # the first signal does not disturb the saving
+    ):
+        try:
+            job.learner.run(job.tasks)
+        except BaseException as error:
+            stopped = error
+            traceback.clear_frames(error.__traceback__)  # frees the memory of the failed step before saving
+        if distributed.rank() == 0:
+            unsaved = _save(job, stopped)
+    return stopped, unsaved
+
+
+def _save(job: Job, stopped: BaseException | None) -> Exception | None:
+    """Save the run's checkpoint and the model of the finished tasks, whatever ended the run. Returns why not."""
+    unsaved, learner, saver = None, job.learner, job.saver
+    try:
+        if stopped is not None:
+            saver.rescue()
+        if learner.reports:
+            notes = job.notes | {"classes": [r.classes for r in learner.reports]}
+            checkpoint.save(learner.phases, job.out / resume.MODEL, notes)
+    except Exception as error:
+        unsaved = error
+    if stopped is None and (saver.path.exists() or saver.every or unsaved):
+        saver.write()
+    return unsaved
+
+
+# Finish
+
+
+def _finish(job: Job, stopped: BaseException | None, unsaved: Exception | None) -> int:
+    """Write and show the result; returns the exit status, or raises what ended the run.
+
+    The model is saved by now, so a failure in the result's files or tables is only a warning.
+    """
+    learner, result = job.learner, RunResult.of(job.learner)
+    report.write(result, learner.reports, asdict(job.options), job.model, learner.phases.bank.nbytes, job.out)
+    with secondary("the results were not shown"):
+        terminal.show(result, job.out)
+    if unsaved is not None:
+        if stopped is None:
+            raise unsaved
+        warn(f"the model was not saved: {unsaved or type(unsaved).__name__}")
+    return 0 if stopped is None else _stopped(job, stopped)
+
+
+def _stopped(job: Job, stopped: BaseException) -> int:
+    """Say what is left of a run that ended early; returns the exit status, or raises the error that ended it."""
+    if job.learner.reports:
+        done = f"{len(job.learner.reports)} of {len(job.tasks)}"
+        print(f"Stopped after {done} tasks; what was learned is in {job.out}.")
+    if isinstance(stopped, Stopped):
+        print(stopped)
+        return stopped.status
+    if job.saver.tasks is not None and not isinstance(stopped, FloatingPointError):
+        print(f"Go on with: exssnet train --resume {job.out}", flush=True)
+    if isinstance(stopped, KeyboardInterrupt):
+        return 130
+    raise stopped
