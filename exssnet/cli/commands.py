@@ -19,15 +19,7 @@ MODULES: dict[str, Any] = {"train": train, "inspect": inspect, "bench": bench, "
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Run one of the commands.
-
-    Args:
-        command: a key of `MODULES`.
-        arguments: of the command line, those after the command.
-
-    Returns:
-        The exit status.
-    """
+    """Run one of the commands with the arguments that follow it; returns the exit status."""
     parser = argparse.ArgumentParser(f"exssnet {command}", description=COMMANDS[command])
     MODULES[command].add_options(parser)
     options = parser.parse_args(arguments)  # help and errors end the process

@@ -8,24 +8,13 @@ from .resume import CHECKPOINT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``exssnet inspect``.
-
-    Args:
-        parser: receives the arguments.
-    """
+    """Add the options of ``exssnet inspect`` to a parser."""
     parser.add_argument("file")
     parser.add_argument("--verify", action="store_true", help="read all of it and compare its checksum")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``exssnet inspect``.
-
-    Args:
-        arguments: what the parser of `add_options` read.
-
-    Returns:
-        The exit status.
-    """
+    """Run ``exssnet inspect``; returns the exit status."""
     file = Path(arguments.file)
     print(checkpoint.describe(file / CHECKPOINT if file.is_dir() else file, arguments.verify))
     return 0

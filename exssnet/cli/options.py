@@ -48,28 +48,32 @@ class TrainOptions:
     patience: int | None = _option(None, "stop a phase after this many epochs without a better validation result")
     validation: float | None = _option(
         None,
-        "share of the training data that picks the best epoch; 0: the last epoch counts; None: 0.1, or a stream's",
+        "share of the training data that picks the best epoch; 0: use the last epoch; None: 0.1, or the stream's",
     )
     augment: bool | None = _option(
         None,
-        "random crop and flip of 32x32 colour images, flip of larger ones (default: no, or as a stream does)",
+        "random crop and flip of 32x32 colour images, flip of larger ones (default: no, or the stream's)",
     )
     per_class: int | None = _option(None, "use at most so many training items of each class (named streams)")
-    test_per_class: int | None = _option(None, "the same for test items")
-    encoder: str | None = _option(None, "of texts: a model's folder or name, or word vectors; None: all-MiniLM-L6-v2")
-    max_tokens: int = _option(64, "tokens of a text that count")
+    test_per_class: int | None = _option(None, "use at most so many test items of each class (named streams)")
+    encoder: str | None = _option(
+        None, "text encoder: a model's folder or name, or word vectors; None: all-MiniLM-L6-v2"
+    )
+    max_tokens: int = _option(64, "use the first so many tokens of a text")
     cache: str | None = _option(None, "folder for the features of texts; None: ~/.cache/exssnet/features")
     init_scale: str = _option("official", "scale of the signed constant weights", choices=("official", "density"))
     allocation: str = _option("uniform", "how the density is spread over layers", choices=("uniform", "er"))
-    products: str = _option("auto", "of what a mask keeps alone, of all, or whichever is faster", choices=PRODUCTS)
-    all_outputs: bool = _option(False, "let loss and prediction see all outputs of the shared head")
+    products: str = _option(
+        "auto", "kernels for the kept weights, for all weights, or the faster ones", choices=PRODUCTS
+    )
+    all_outputs: bool = _option(False, "loss and prediction use all outputs of the shared head")
     keep_scores: str = _option(
-        "float32", "in which finished tasks' scores are kept for KKT", choices=("float32", "float16", "none")
+        "float32", "type in which the scores of finished tasks are kept for KKT", choices=("float32", "float16", "none")
     )
     seed: int = _option(0, "seed of weights, scores, splits and order of the data")
     threads: int | None = _option(None, "CPU threads (default: torch's)")
     every: int | None = _option(None, "write the checkpoint OUT/checkpoint.safetensors after so many steps")
-    every_minutes: float = _option(10.0, "write it after so many minutes; 0: not for that")
+    every_minutes: float = _option(10.0, "also write it after so many minutes; 0: never for the time")
     out: str = _option("runs/train", "folder for results, plots and the model")
 
 
@@ -84,11 +88,7 @@ def _kind(option: Field[Any]) -> type:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add an argument for each field of `TrainOptions`; an argument that is not given reads as None.
-
-    Args:
-        parser: receives the arguments.
-    """
+    """Add an argument for each field of `TrainOptions` to a parser; an argument that is not given reads as None."""
     for f in fields(TrainOptions):
         name = "--" + f.name.replace("_", "-")
         text = f"{f.metadata['help']} (default: {f.default})"

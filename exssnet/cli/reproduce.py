@@ -10,11 +10,7 @@ from ..io.writing import alone_in
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``exssnet reproduce``.
-
-    Args:
-        parser: receives the arguments.
-    """
+    """Add the options of ``exssnet reproduce`` to a parser."""
     parser.add_argument("recipe", help=f"one of {', '.join(names())}, or a YAML file like them")
     parser.add_argument("--root", default="data", help="folder with the data sets (default: data)")
     parser.add_argument("--out", type=Path, help="folder for runs and report (default: runs/RECIPE)")
@@ -28,14 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``exssnet reproduce``.
-
-    Args:
-        arguments: what the parser of `add_options` read.
-
-    Returns:
-        The exit status.
-    """
+    """Run ``exssnet reproduce``; returns the exit status."""
     values = as_json(read(arguments.recipe))
     for name in ("scale", "seeds", "densities", "methods", "epochs"):
         if getattr(arguments, name) is not None:

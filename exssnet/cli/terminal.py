@@ -22,13 +22,7 @@ from ..tasks import Task
 
 
 def encoded(what: str, done: int, texts: int) -> None:
-    """Print how many texts are encoded, after every 1024 and after the last.
-
-    Args:
-        what: the texts.
-        done: number of texts that are encoded.
-        texts: number of all texts.
-    """
+    """Print how many texts are encoded, after every 1024 and after the last."""
     if done == texts or done % 1024 == 0:
         print(f"{what}: {done} of {texts} texts encoded", flush=True)
 

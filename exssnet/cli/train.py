@@ -34,11 +34,7 @@ MOST_THREADS = 1024
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``exssnet train``.
-
-    Args:
-        parser: receives the arguments.
-    """
+    """Add the options of ``exssnet train`` to a parser."""
     parser.description = "Learn a stream of tasks; print, plot and save the outcome."
     parser.add_argument("--config", help="YAML file of the options below; options given here win")
     parser.add_argument(
@@ -49,14 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``exssnet train``.
-
-    Args:
-        arguments: what the parser of `add_options` read.
-
-    Returns:
-        The exit status.
-    """
+    """Run ``exssnet train``; returns the exit status."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     to_resume, config = given.pop("resume", None), given.pop("config", None)
     chosen = (train_options.checked(config, read_yaml(config)) if config else {}) | given

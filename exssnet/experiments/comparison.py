@@ -50,11 +50,16 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
 
 
 class Finished(NamedTuple):
-    """A run with its learning rates; `result` is None if it diverged."""
+    """A run, its learning rates and its result."""
 
     run: Run
     rates: Rates
-    result: MeasuredResult | None
+    result: MeasuredResult
+
+    @property
+    def average(self) -> float:
+        """Average accuracy in %."""
+        return 100 * self.result.metrics["average accuracy"]
 
 
 class Group(NamedTuple):
@@ -70,52 +75,33 @@ class Group(NamedTuple):
         return self._replace(method=self.method.removesuffix(KKT))
 
 
-class Member(NamedTuple):
-    """A run of a group."""
-
-    seed: int
-    rates: Rates
-    result: MeasuredResult
-
-    @property
-    def average(self) -> float:
-        """Average accuracy in %."""
-        return 100 * self.result.metrics["average accuracy"]
-
-
-Groups = dict[Group, list[Member]]
+Groups = dict[Group, list[Finished]]
 
 
 def groups_of(finished: Sequence[Finished]) -> Groups:
-    """Group the runs that did not diverge.
-
-    Args:
-        finished: in the order of the recipe, which the groups keep.
-    """
+    """Group runs that differ in nothing but the seed. The groups and their runs keep the given order."""
     groups: Groups = {}
-    for run, rates, result in finished:
-        if result is not None:
-            group = Group(run.method, run.init_scale, run.density)
-            groups.setdefault(group, []).append(Member(run.seed, rates, result))
+    for one in finished:
+        groups.setdefault(Group(one.run.method, one.run.init_scale, one.run.density), []).append(one)
     return groups
 
 
-def write_report(report: dict[str, Any], finished: Sequence[Finished], out: Path) -> None:
+def write_report(report: dict[str, Any], finished: Sequence[Finished], diverged: Sequence[Run], out: Path) -> None:
     """Write report.json, report.md and, where matplotlib is installed, the plots that report.md shows.
 
     Args:
         report: what report.json holds.
-        finished: its runs.
+        finished: the runs that have a result, in the order of the recipe.
+        diverged: the other runs.
         out: the folder.
     """
     groups = groups_of(finished)
     write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     plots = [f"![{title}]({file})" for title, file in _plots(groups, out)]
-    lost = [run for run, _, result in finished if result is None]
-    write_text(out / "report.md", "\n\n".join([*_text(report, groups, lost), *plots]) + "\n")
+    write_text(out / "report.md", "\n\n".join([*_text(report, groups, diverged), *plots]) + "\n")
 
 
-def _text(report: dict[str, Any], groups: Groups, lost: Sequence[Run]) -> list[str]:
+def _text(report: dict[str, Any], groups: Groups, diverged: Sequence[Run]) -> list[str]:
     values, machine = report["recipe"], report["machine"]
     scaled = f", scaled to {values['scale']:g}: a smoke test" if values["scale"] < 1 else ""
     epochs = recipe(values, "the report").scaled_epochs
@@ -152,8 +138,8 @@ def _text(report: dict[str, Any], groups: Groups, lost: Sequence[Run]) -> list[s
     ):
         if table:
             parts += [f"## {title}", table]
-    if lost:
-        parts.append("Diverged: " + ", ".join(f"{run.method} {run.density or ''} seed {run.seed}" for run in lost))
+    if diverged:
+        parts.append("Diverged: " + ", ".join(f"{run.method} {run.density or ''} seed {run.seed}" for run in diverged))
     return parts
 
 
@@ -170,7 +156,7 @@ def _name(group: Group) -> list[str]:
     return [group.method, "" if group.density is None else f"{group.density:g}", group.init_scale]
 
 
-def _row(group: Group, members: list[Member]) -> list[str]:
+def _row(group: Group, members: list[Finished]) -> list[str]:
     results = [member.result for member in members]
     shown = "average accuracy", "forgetting", "learning accuracy", FORWARD
     return [
@@ -209,10 +195,10 @@ def paired(groups: Groups, group: Group, base: str) -> tuple[list[float], list[f
     return ours, theirs
 
 
-def _pairs(groups: Groups, group: Group, base: str) -> list[tuple[Member, Member]]:
-    theirs = {member.seed: member for member in groups.get(Group(base, *group[1:]), [])}
-    ours = sorted(groups.get(group, []), key=lambda member: member.seed)
-    return [(member, theirs[member.seed]) for member in ours if member.seed in theirs]
+def _pairs(groups: Groups, group: Group, base: str) -> list[tuple[Finished, Finished]]:
+    theirs = {member.run.seed: member for member in groups.get(Group(base, *group[1:]), [])}
+    ours = sorted(groups.get(group, []), key=lambda member: member.run.seed)
+    return [(member, theirs[member.run.seed]) for member in ours if member.run.seed in theirs]
 
 
 def _points(mean: float, half: float) -> str:
@@ -320,7 +306,7 @@ def _plots(groups: Groups, out: Path) -> list[tuple[str, str]]:
     return drawn
 
 
-def _accuracy(members: list[Member]) -> tuple[float, float]:
+def _accuracy(members: list[Finished]) -> tuple[float, float]:
     return mean_std([member.average for member in members])
 
 

@@ -307,7 +307,7 @@ def reproduce(
     rates = tune(recipe, root, out, processes, tell)
     runs = recipe.runs()
     jobs = [Job(recipe, root, run, rates[replace(run.group, method=run.base)]) for run in runs]
-    outcomes = perform_all(jobs, out, processes, tell)
+    pairs = list(zip(jobs, perform_all(jobs, out, processes, tell), strict=True))
     report = {
         "recipe": described,
         "machine": {
@@ -317,10 +317,10 @@ def reproduce(
         "seconds": time.time() - began,
         "runs": [
             {**asdict(job.run), "rates": asdict(job.rates), "shown rates": str(job.rates), **_as_json(outcome)}
-            for job, outcome in zip(jobs, outcomes, strict=True)
+            for job, outcome in pairs
         ],
     }  # fmt: skip
-    results = [outcome if isinstance(outcome, MeasuredResult) else None for outcome in outcomes]
-    finished = [Finished(job.run, job.rates, result) for job, result in zip(jobs, results, strict=True)]
-    write_report(report, finished, out)
+    finished = [Finished(job.run, job.rates, result) for job, result in pairs if isinstance(result, MeasuredResult)]
+    diverged = [job.run for job, result in pairs if not isinstance(result, MeasuredResult)]
+    write_report(report, finished, diverged, out)
     return report
