@@ -1,1 +1,1 @@
-"""The commands of ``exssnet``. The command itself starts in `exssnet.io.console`."""
+"""The commands of ``exssnet``: arguments, messages, tables and progress. A command starts in `exssnet.io.console`."""

@@ -26,7 +26,7 @@ def _state(missing: str | None) -> str:
 
 
 def describe() -> str:
-    """The text of ``exssnet info``."""
+    """The text that ``exssnet info`` prints."""
     from .. import __version__
 
     gpu = "none"

@@ -1,4 +1,4 @@
-"""When a run's checkpoint is written: every so many steps or minutes, at a signal, and at the end."""
+"""Write a run's checkpoint when it is due: after so many steps or minutes, at a signal, and at the end."""
 
 import signal
 import threading
@@ -18,11 +18,19 @@ from ..io.console import warn
 from ..io.values import shown
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Those that end a run after its checkpoint is written."""
+"""The signals that end a run after its checkpoint is written."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run after its checkpoint was written; `status` is the process's exit status."""
+    """A signal ended the run after its checkpoint was written.
+
+    Args:
+        number: of the signal.
+        sentence: for the user.
+
+    Attributes:
+        status: exit status of the process.
+    """
 
     def __init__(self, number: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -30,9 +38,19 @@ class Stopped(KeyboardInterrupt):
 
 
 class Saver:
-    """Passes on what an observer is told, and writes the checkpoint of a run when it is due.
+    """Observe the training of a run: write its checkpoint when it is due, and pass each call on to another observer.
 
-    every, minutes: write after so many steps, and after so many minutes; None or 0: not for that.
+    Args:
+        path: the checkpoint.
+        notes: saved with it.
+        every: write after so many steps; None or 0: never for the steps.
+        minutes: write after so many minutes; None or 0: never for the time.
+
+    Attributes:
+        watching: the other observer; None: there is none, or it has failed.
+        learner: of the run; to be set before training.
+        tasks: number of finished tasks in the run's checkpoint at `path`; None while there is no such checkpoint.
+        replaces: whether `path` is the file of an earlier run. It stays until this run has made a step.
     """
 
     def __init__(self, path: Path, notes: dict[str, Any], every: int | None, minutes: float | None) -> None:
@@ -41,12 +59,13 @@ class Saver:
         self.every, self.seconds = every or 0, 60 * (minutes or 0)
         self.learner: Learner | None = None
         self.coded: dict[str, Tensor] = {}
-        self.tasks: int | None = None  # finished ones in the run's checkpoint at `path`; None: there is none yet
+        self.tasks: int | None = None
         self.signal = 0
-        self.replaces = False  # the file of an earlier run, which stays until this one has made a step
+        self.replaces = False
         self.steps, self.written = 0, time.monotonic()
 
     def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
+        """Pass a step on; then write the checkpoint if it is due, or stop at a signal (`Stopped`)."""
         self._tell("on_step", task, phase, step, steps, loss)
         self.steps += 1
         due = self.replaces or (self.every and self.steps % self.every == 0)
@@ -56,12 +75,13 @@ class Saver:
             self.write()
 
     def on_epoch(self, record: EpochRecord) -> None:
+        """Pass an epoch on, then stop at a signal (`Stopped`)."""
         self._tell("on_epoch", record)
         if self.signal:
             self.stop(f"task {record.task}, {record.phase} phase, after epoch {record.epoch} of {record.epochs}")
 
     def _tell(self, what: str, *arguments: Any) -> None:
-        """Progress that cannot be shown is left out from then on."""
+        """Call the other observer; if it fails, warn and call it no more."""
         try:
             if self.watching is not None:
                 getattr(self.watching, what)(*arguments)
@@ -70,9 +90,9 @@ class Saver:
             warn(f"progress is no longer shown: {type(error).__name__}: {error}")
 
     def write(self) -> bool:
-        """Write the checkpoint; where that cannot be done the one before stays, and training goes on.
+        """Write the checkpoint; returns whether that was done. After a failure the one before stays.
 
-        Of several processes, which all hold the same, the first one writes.
+        Of several processes only the first writes: all hold the same state.
         """
         assert self.learner is not None
         if distributed.rank() > 0:
@@ -88,10 +108,10 @@ class Saver:
         return True
 
     def rescue(self) -> None:
-        """After an error: write what the run can go on from, and drop the open task, if any, from the learner.
+        """Save what is left after an error, and drop the open task from the learner.
 
-        This is the open task at its last step, if that is whole, or else the finished tasks. No checkpoint of the run
-        that holds more is replaced.
+        Saved is the open task at its last step, if that step is complete, or else the finished tasks. A checkpoint of
+        the run that holds more stays.
         """
         assert self.learner is not None
         if self.learner.phases.phase != "idle":
@@ -102,6 +122,14 @@ class Saver:
             self.write()
 
     def stop(self, where: str) -> None:
+        """Write the checkpoint and end training at a signal.
+
+        Args:
+            where: the place in the run, for the user.
+
+        Raises:
+            Stopped: Always.
+        """
         name = signal.Signals(self.signal).name
         if not self.write():
             raise Stopped(self.signal, f"Stopped by {name} in {where}; what came after the last checkpoint is lost.")
@@ -111,15 +139,15 @@ class Saver:
 
     @contextmanager
     def at_signals(self) -> Iterator[None]:
-        """Within the block, the first of `SIGNALS` is heard after the step at hand; a second one acts at once.
+        """Let training stop after the current step at the first of `SIGNALS` within the block; a second acts at once.
 
-        SIGHUP stays ignored where it was, as under nohup.
+        A SIGHUP that was ignored stays ignored, as under nohup.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {n: handler for n, handler in before.items() if handler is not None}  # None: not a handler of Python's
+        before = {n: handler for n, handler in before.items() if handler is not None}  # None: no Python handler
         if hasattr(signal, "SIGHUP") and before.get(signal.SIGHUP) is signal.SIG_IGN:
             del before[signal.SIGHUP]
 

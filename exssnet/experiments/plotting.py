@@ -8,8 +8,8 @@ from ..io.writing import replacing
 
 
 def pyplot() -> Any:
-    """`matplotlib.pyplot` that draws into files; None without matplotlib."""
-    asked = os.environ.pop("MPLBACKEND", None)  # a notebook's, say: importing fails where it is not installed here
+    """`matplotlib.pyplot`, set to draw into files; None if matplotlib is not installed."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be missing here; the import would fail
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -17,8 +17,8 @@ def pyplot() -> Any:
             raise
         return None
     finally:
-        if asked is not None:
-            os.environ["MPLBACKEND"] = asked
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -26,7 +26,13 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path, dpi: int = 120) -> None:
-    """Replace an image file by a figure, in the format that the file's name tells, and close the figure."""
+    """Write a figure to an image file, and close it.
+
+    Args:
+        figure: of matplotlib.
+        path: the file. Its suffix gives the format.
+        dpi: dots an inch.
+    """
     import matplotlib.pyplot as plt
 
     with replacing(path) as file:

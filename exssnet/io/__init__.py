@@ -1,1 +1,1 @@
-"""Values, files and the terminal, by the standard library and PyYAML alone: every other package may import this one."""
+"""Values, files and the terminal. It needs only the standard library and PyYAML, and every package may import it."""

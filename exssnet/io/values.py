@@ -1,4 +1,4 @@
-"""JSON and YAML read as annotated Python values: the right types everywhere, or one sentence that names the place."""
+"""Read JSON and YAML as annotated Python values. A wrong type is refused in one sentence that names the place."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -12,14 +12,17 @@ import yaml
 LARGEST = 1 << 62
 BRACKETS: dict[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), set: ("{", "}"), dict: ("{", "}")}
 YAML_BYTES, YAML_VALUES, YAML_DEPTH = 100_000, 10_000, 50
-"""The largest YAML file: its size, its values, with those that aliases repeat, and how deep they are nested."""
+"""Limits of a YAML file: its size, the number of values (those that aliases repeat included), and their nesting."""
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """How messages show what came from outside: in one line of printable characters, at most so many.
+    """Show a value in a message: one line of printable characters.
 
-    Paths are shown whole and as they are, errors as their text, all other values as Python writes them. No more of a
-    value is read than is shown.
+    A path is shown whole, an error as its text, any other value as `repr` does. Only the part that is shown is read.
+
+    Args:
+        value: from outside, of any type and size.
+        most: the largest number of characters; a longer text ends in "...".
     """
     if isinstance(value, PurePath):
         return printable(str(value))
@@ -36,7 +39,7 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    """A text in one line, without what terminals obey."""
+    """Escape all characters of a text that are not printable, line ends and terminal codes included."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -62,9 +65,18 @@ def _parts(value: Any, most: int) -> Iterator[str]:
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """`value`, which came from JSON, as a `kind`: a dataclass, list, tuple, dict, optional or plain type.
+    """Read a value that came from JSON as an annotated type.
 
-    ValueError, naming the place, for any other type, for unknown or missing fields and for integers beyond 2^62.
+    Args:
+        kind: a dataclass, list, tuple, dict, optional or plain type.
+        value: what JSON gave.
+        where: the place of the value, for messages.
+
+    Returns:
+        The value as a `kind`.
+
+    Raises:
+        ValueError: It has another type, a field is unknown or missing, or an integer is beyond 2^62.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -91,7 +103,19 @@ def typed(kind: Any, value: Any, where: str) -> Any:
 
 
 def alike(old: Any, new: Any, where: str) -> Any:
-    """`new`, which came from JSON, where it is of the types of `old`, tuples as tuples; ValueError otherwise."""
+    """Read a value that came from JSON as the types of another value.
+
+    Args:
+        old: the example. Its lists and tuples give the lengths.
+        new: what JSON gave.
+        where: the place of the value, for messages.
+
+    Returns:
+        `new`, with tuples where `old` has them.
+
+    Raises:
+        ValueError: A type or a length differs.
+    """
     if isinstance(old, list | tuple) and isinstance(new, list) and len(new) == len(old):
         return type(old)(alike(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True)))
     if isinstance(old, bool) or not isinstance(old, int | float):
@@ -102,7 +126,15 @@ def alike(old: Any, new: Any, where: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[Any, Any]:
-    """The `name: value` lines of a YAML file; ValueError, naming the file, for any other. OSError if there is none."""
+    """Read the `name: value` lines of a YAML file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: It is not YAML, holds something else, or is too large: see `YAML_BYTES`.
+        OSError: There is no such file.
+    """
     path = Path(path)
     with path.open("rb") as file:
         content = file.read(YAML_BYTES + 1)
@@ -114,7 +146,15 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
 
 
 def from_yaml(text: str, where: str) -> dict[Any, Any]:
-    """The `name: value` lines of a YAML text; ValueError for any other, and for one that is too large."""
+    """Read the `name: value` lines of a YAML text.
+
+    Args:
+        text: the YAML.
+        where: its origin, for messages.
+
+    Raises:
+        ValueError: It is not YAML, holds something else, or is too large: see `YAML_BYTES`.
+    """
     try:
         _check_size(text)
         read = yaml.safe_load(text)
@@ -126,7 +166,7 @@ def from_yaml(text: str, where: str) -> dict[Any, Any]:
 
 
 def _check_size(text: str) -> None:
-    """ValueError, before anything is built, for what is too large, too deep, or repeats too much by aliases."""
+    """ValueError for a text that is too large, nested too deep, or repeats too much by aliases. Builds no values."""
     if len(text) > YAML_BYTES:
         raise ValueError(f"it is larger than {YAML_BYTES} bytes")
     open_values, values = [("", 0)], {"": 0}  # anchor and values of each level; values below each finished anchor
@@ -155,9 +195,19 @@ def _check_size(text: str) -> None:
 
 
 def fitting(kind: Any, value: Any) -> Any:
-    """`value`, which came from YAML, as a `kind`: a plain type, one of several, a list as a tuple; else ValueError.
+    """Read a value that came from YAML as an annotated type.
 
-    YAML reads 1e-2 as a string: numbers may be strings where a float is wanted. Integers beyond 2^62 are refused.
+    YAML reads 1e-2 as a string. So a string may stand for a float.
+
+    Args:
+        kind: a plain type, a union of such, or a tuple, for which YAML has a list.
+        value: what YAML gave.
+
+    Returns:
+        The value as a `kind`.
+
+    Raises:
+        ValueError: It has another type, or is an integer beyond 2^62.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

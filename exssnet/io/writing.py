@@ -1,4 +1,4 @@
-"""Files that several processes may write: each is replaced whole or stays as it was, whoever fails or is killed."""
+"""Write files that several processes may share. A failure or a kill leaves the old file or the new one, whole."""
 
 import errno
 import glob
@@ -19,19 +19,29 @@ except ImportError:  # Windows has no such locks: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
 LOCK = "exssnet.lock"
-"""The file in a folder that the process which writes there holds."""
+"""The lock file of a folder. The process that writes into the folder holds it."""
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
-"""What a file system answers that has no locks, or that brings no folder onto the disk."""
+"""The errors of file systems that have no locks, or that cannot sync a folder."""
 
 
 @contextmanager
 def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
-    """A new file, to be written in the block. At its end it takes the place of `path`; an exception leaves the old one.
+    """Replace a file. The block writes a new one, which takes the old one's place at the end of the block.
 
-    Until then the file has a name that no other process uses. So of several processes that write the same path, each
-    writes a whole file, and the last one stays. What a killed process left is removed when the path is written again.
-    lasting: at the end of the block the file is on the disk, and so is its name where the file system can do that.
-    OSError: the old file is whole, or the new one where only its name may not be on the disk.
+    After an exception the old file is left as it was. The new file has a temporary name, which no other process uses.
+    So several processes may write the same path: each writes a whole file, and the last one stays. Files that a killed
+    process left are removed when the path is written again.
+
+    Args:
+        path: the file.
+        lasting: whether to sync the file to the disk, and its name where the file system can do that.
+
+    Yields:
+        The new file, open for writing.
+
+    Raises:
+        OSError: The file could not be written, and the old one is whole. Or only its name could not be synced, and the
+            new one is whole.
     """
     if path.exists() and not path.is_file():  # such as /dev/null
         with open(path, "wb") as file:
@@ -58,17 +68,34 @@ def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str, lasting: bool = True) -> None:
-    """Replace a file by a text in UTF-8, as `replacing` does."""
+    """Replace a file by a text, as `replacing` does.
+
+    Args:
+        path: the file.
+        text: its new content, written in UTF-8.
+        lasting: as in `replacing`.
+    """
     with replacing(path, lasting) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def locked(path: Path, waits: Callable[[], bool] = lambda: False, needed: bool = True) -> Iterator[BinaryIO | None]:
-    """The file at `path`, made if need be and locked for this process; None where another process holds it.
+    """Lock a file for this process within the block. The file is created if it does not exist.
 
-    waits: whether to wait on, asked again and again while another process holds it. needed: OSError where there is no
-    lock to be had, as on some network file systems; else the file is then not locked. A lock ends with its process.
+    The lock ends with the process at the latest.
+
+    Args:
+        path: the file.
+        waits: called again and again while another process holds the lock; whether to go on waiting.
+        needed: whether to raise where the file system has no locks, as some network file systems. Otherwise the file is
+            not locked there.
+
+    Yields:
+        The open file, or None if another process holds the lock.
+
+    Raises:
+        OSError: The file cannot be opened, or not be locked although that is needed.
     """
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as file:
@@ -87,15 +114,21 @@ def locked(path: Path, waits: Callable[[], bool] = lambda: False, needed: bool =
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process. The folder is made if need be, and removed again where it stays empty.
+    """Hold a folder for this process within the block. A new folder is removed again if it stays empty.
 
-    ValueError, naming the folder and its holder, where another process holds it; what a crash leaves is no obstacle.
+    A lock that a crashed process left does not count. Where the file system has no locks, there is a warning.
+
+    Args:
+        folder: created if it does not exist.
+
+    Raises:
+        ValueError: Another process holds the folder.
     """
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    new_folders = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
     with ExitStack() as held:
-        for new in reversed(made):
+        for new in reversed(new_folders):
             held.callback(_try, os.rmdir, new)
         try:
             file = held.enter_context(locked(lock))
@@ -117,7 +150,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _locks(file: BinaryIO, needed: bool) -> bool:
-    """Whether this process holds the lock now: no other one does, or there is no lock to be had and none is needed."""
+    """Take the lock if no other process holds it. True also where the file system has no locks and none is needed."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,7 +175,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path, start: str) -> None:
-    """Remove what killed processes left: unfinished files that nobody holds."""
+    """Remove the unfinished files of killed processes: those that no process holds."""
     pattern = f"{glob.escape(start)}{'[0-9a-f]' * 16}.part"
     for name in glob.glob(pattern, root_dir=folder) if fcntl is not None else ():
         with suppress(OSError), locked(folder / name) as file:
@@ -151,7 +184,7 @@ def _remove_leftovers(folder: Path, start: str) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Bring the names in a folder onto the disk, where the system and the file system can do that."""
+    """Sync the names in a folder to the disk, where the system and the file system can do that."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
@@ -169,7 +202,7 @@ def _sync_names(folder: Path) -> None:
 
 
 def _holder(lock: Path) -> str:
-    """Who holds a lock, as it says; the file may be anybody's."""
+    """The process that a lock file names. The file may come from anywhere, so no other text of it is shown."""
     with suppress(OSError, ValueError):
         with open(lock) as file:
             text = file.read(200)

@@ -267,8 +267,14 @@ def test_what_a_failed_recipe_leaves_does_not_block_the_corrected_one(
     assert json.loads((out / "recipe.json").read_text())["seeds"] == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "{"])
-@pytest.mark.parametrize("name", ["recipe.json", "runs/supsup-0.1-official-seed0.json"])
+EXPERIMENT = ["recipe.json", "runs/supsup-0.1-official-seed0.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name in EXPERIMENT for content in ("", "[]", "[" * 100_000, "{")]
+    + [(EXPERIMENT[1], content) for content in ("{}", '{"diverged": 1}', '{"tasks": [1]}')],
+)
 def test_a_damaged_file_of_an_experiment_is_named(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Recipes of experiments: YAML files that say which methods learn which stream how, and the runs they stand for."""
+"""Recipes of experiments: YAML files that name a stream, a model, the methods and their training; and their runs."""
 
 import itertools
 import math
@@ -22,10 +22,14 @@ MOST_RUNS = 100_000
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a method's learning rates are chosen: by the mean validation accuracy over the first tasks, learned in order.
+    """How a method's learning rates are chosen: by the mean validation accuracy after learning the first tasks.
 
-    rates: tried for each of a method's learning rates; strengths: for EWC's penalty as well. seeds: of the runs, none
-    of which is reported. validation: share of the training data held out for this, where the recipe holds out none.
+    Attributes:
+        rates: values to try for each learning rate of a method.
+        strengths: values to try for the strength of EWC's penalty.
+        tasks: number of tasks to learn.
+        seeds: of the runs. These runs are not reported.
+        validation: share of the training data to hold out, if the recipe holds out none.
     """
 
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
@@ -37,7 +41,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The arguments of `exssnet.tasks.stream` that a recipe may give."""
+    """The arguments of `exssnet.tasks.stream` that a recipe may give. They are described there."""
 
     tasks: int | tuple[int, ...] | None = None
     task_order: int | tuple[int, ...] | None = None
@@ -54,7 +58,13 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class Rates:
-    """What tuning chooses: learning rates of scores and weights, and EWC's strength."""
+    """What tuning chooses.
+
+    Attributes:
+        mask: learning rate of the scores.
+        weight: learning rate of the weights.
+        strength: of EWC's penalty; None for other methods.
+    """
 
     mask: float
     weight: float
@@ -68,26 +78,34 @@ class Rates:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a method on the whole stream with one seed. density is None for dense methods."""
+    """One run: a method on the whole stream with one seed.
 
-    method: str  # with "+kkt" behind it where KKT is used
+    Attributes:
+        method: with "+kkt" at its end if KKT is used.
+        density: of the masks; None for dense methods.
+        init_scale: scale of the constant weights; empty for dense methods.
+        seed: of everything random.
+    """
+
+    method: str
     density: float | None
     init_scale: str
     seed: int
 
     @property
     def base(self) -> str:
-        """The method without KKT: the two share their learning rates."""
+        """The method without KKT. With and without KKT a method has the same learning rates."""
         return self.method.removesuffix(KKT)
 
     @property
     def name(self) -> str:
+        """The name of the run in files."""
         density = "" if self.density is None else f"-{self.density:g}-{self.init_scale}"
         return f"{self.method}{density}-seed{self.seed}"
 
     @property
     def group(self) -> "Run":
-        """What all seeds of a run have in common."""
+        """The run with seed 0, which stands for those of all seeds."""
         return replace(self, seed=0)
 
 
@@ -95,9 +113,28 @@ class Run:
 class Recipe:
     """An experiment. Every field is a key of the YAML file.
 
-    stream: a name that `exssnet.tasks.stream` knows, options: its other arguments. epochs: of each of the two phases;
-    methods with one phase train twice as long. rates: by method, instead of tuning. validation: 0 for the last epoch.
-    task_inference: also evaluate mask methods without a task id, by each rule and for 1, 16 and 128 samples.
+    Attributes:
+        title: of the report.
+        stream: a name that `exssnet.tasks.stream` knows.
+        model: a name of `exssnet.nn.models.MODELS`.
+        methods: with "+kkt" at the end of those that use KKT.
+        options: the other arguments of `exssnet.tasks.stream`.
+        densities: of the masks; each mask method learns with each.
+        init_scales: scales of the constant weights; each mask method learns with each.
+        seeds: number of seeds.
+        epochs: of each of the two phases. Methods with one phase train twice as long.
+        batch_size: items in a training batch.
+        validation: share of the training data that picks the best epoch; 0: the last epoch counts.
+        memory: items of each class that replay keeps.
+        kkt: the rule of the methods with "+kkt".
+        tuning: how learning rates are chosen.
+        rates: learning rates by method, which are then not tuned.
+        task_inference: whether to evaluate mask methods without a task id as well, by each rule and for 1, 16 and 128
+            samples.
+        scale: factor of epochs and training data; below 1 for a smoke test.
+
+    Raises:
+        ValueError: A name is unknown, or a number is out of its range.
     """
 
     title: str
@@ -111,12 +148,12 @@ class Recipe:
     epochs: int = 5
     batch_size: int = 64
     validation: float = 0.1
-    memory: int = 20  # items a class that replay keeps
-    kkt: str = "best"  # the rule of methods with "+kkt"
+    memory: int = 20
+    kkt: str = "best"
     tuning: Tuning = Tuning()
     rates: dict[str, Rates] = field(default_factory=dict)
     task_inference: bool = False
-    scale: float = 1.0  # of epochs and training data: a smoke test where it is less than 1
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         bases, tuning, rates = {*METHODS, *BASELINES}, self.tuning, self.rates.values()
@@ -153,6 +190,7 @@ class Recipe:
 
     @property
     def scaled_epochs(self) -> int:
+        """Epochs of a phase, at least 1."""
         return max(1, round(self.epochs * self.scale))
 
     def runs(self) -> list[Run]:
@@ -167,7 +205,7 @@ class Recipe:
                 yield Run(method, density, scale, seed)
 
     def candidates(self, base: str) -> list[Rates]:
-        """What tuning tries for a method; one candidate where the recipe gives its rates."""
+        """The learning rates that tuning tries for a method without KKT; one candidate if the recipe gives them."""
         if base in self.rates:
             return [self.rates[base]]
         rates = self.tuning.rates
@@ -179,12 +217,20 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The recipes that come with the package."""
+    """Names of the recipes that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in files(__name__).iterdir() if f.name.endswith(".yaml"))
 
 
 def read(name: str) -> Recipe:
-    """The recipe of that name, or in that YAML file; ValueError for unknown names, keys and wrong values."""
+    """Read a recipe.
+
+    Args:
+        name: one of `names`, or a YAML file.
+
+    Raises:
+        ValueError: The name or a key is unknown, or a value is wrong.
+        OSError: There is no such file.
+    """
     if Path(name).suffix in (".yaml", ".yml"):
         return recipe(read_yaml(name), name)
     if name not in names():
@@ -193,7 +239,15 @@ def read(name: str) -> Recipe:
 
 
 def recipe(values: dict[str, Any], where: str) -> Recipe:
-    """A recipe from what YAML or JSON gave."""
+    """Make a recipe of values that came from YAML or JSON.
+
+    Args:
+        values: by field name.
+        where: their origin, for messages.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value is wrong.
+    """
     values = dict(values)
     values["tuning"] = _fill(Tuning, values.get("tuning", {}), f"{where}: tuning")
     given = _lines(values.get("rates", {}), f"{where}: rates")
@@ -201,17 +255,17 @@ def recipe(values: dict[str, Any], where: str) -> Recipe:
     options = values.get("options", {})
     filled = _fill(StreamOptions, options, f"{where}: options")
     values["options"] = {name: getattr(filled, name) for name in options}
-    made: Recipe = _fill(Recipe, values, where)
-    return made
+    whole: Recipe = _fill(Recipe, values, where)
+    return whole
 
 
-def as_json(made: Recipe) -> dict[str, Any]:
-    """What `recipe` makes a recipe of."""
-    return asdict(made)
+def as_json(whole: Recipe) -> dict[str, Any]:
+    """The values of a recipe, from which `recipe` makes an equal one."""
+    return asdict(whole)
 
 
 def _lines(values: Any, where: str) -> dict[str, Any]:
-    """The values, by name; ValueError for what is not that, and for names that no field and no method can have."""
+    """Check that values are an object with names that a field or a method can have; ValueError otherwise."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected `key: value` lines, got {type(values).__name__}")
     for name in values:
@@ -221,11 +275,11 @@ def _lines(values: Any, where: str) -> dict[str, Any]:
 
 
 def _fill(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass with these values."""
+    """A dataclass of these values."""
     known = {f.name: f for f in fields(kind)}
     if unknown := [name for name in _lines(values, where) if name not in known]:
         raise ValueError(f"{where}: unknown key {unknown[0]}; known are {', '.join(known)}")
-    made = {}
+    fitted = {}
     for name, value in values.items():
         kind_of = known[name].type
         if isinstance(value, str) and kind_of == tuple[str, ...]:
@@ -235,11 +289,11 @@ def _fill(kind: Any, values: Any, where: str) -> Any:
         except ValueError:
             wanted = str(kind_of).removeprefix("<class '").removesuffix("'>")
             raise ValueError(f"{where}: {name} must be {wanted}, got {shown(value)}") from None
-        made[name] = value
+        fitted[name] = value
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [n for n in needed if n not in made]:
+    if missing := [n for n in needed if n not in fitted]:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
     try:
-        return kind(**made)
+        return kind(**fitted)
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix('recipe: ')}") from None

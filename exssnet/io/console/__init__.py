@@ -1,7 +1,7 @@
-"""The command ``exssnet`` up to the choice of what to do, which needs neither torch nor the package.
+"""The start of the command ``exssnet``: it reads the command's name, and needs neither torch nor the package.
 
-Importing the package imports torch, which takes seconds. So this folder is installed a second time, as the package
-`exssnet_console` of its own, where the command starts.
+Importing the package imports torch, which takes seconds. So this folder is installed a second time, as a package of its
+own, `exssnet_console`. The command starts there.
 """
 
 import argparse
@@ -21,18 +21,28 @@ COMMANDS = {
     "info": "versions, hardware, and which kernel serves each operator",
 }
 NOBODY_READS = 128 + 13
-"""The status of a process that SIGPIPE ended, as in ``exssnet info | head -1``."""
+"""The exit status of a process that SIGPIPE ended, as in ``exssnet info | head -1``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the command ``exssnet``; returns the exit status."""
+    """Run the command ``exssnet``.
+
+    Args:
+        arguments: of the command line; None: those of the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: After ``--help`` and ``--version``, and for wrong arguments.
+    """
     _open_closed()
     out, err = Output(sys.stdout), Output(sys.stderr, needed=False)
     status, ended = 0, None
     with redirect_stdout(out), redirect_stderr(err):
         try:
             status = _run(sys.argv[1:] if arguments is None else arguments)
-        except SystemExit as end:  # after help, version and errors, and where needed output cannot be written
+        except SystemExit as end:  # also where needed output cannot be written
             ended = end
         finally:
             out.end()
@@ -51,14 +61,14 @@ def _run(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"exssnet {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)  # its own options come with its module
+        commands.add_parser(name, help=text, add_help=False)  # the module of the command adds its options
     command = parser.parse_args(arguments[:1]).command
     status: int = import_module("exssnet.cli.commands").run(command, arguments[1:])
     return status
 
 
 def _open_closed() -> None:
-    """Standard streams that the caller closed lead nowhere: else the next file opened would have their number."""
+    """Open standard streams that the caller closed on the null device; else a file would get their number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -67,9 +77,14 @@ def _open_closed() -> None:
 
 
 class Output:
-    """A standard stream. What cannot be written ends the command where it is `needed`, and else is left out.
+    """A standard stream that may fail. Characters that its encoding lacks become question marks.
 
-    Characters that the stream's encoding lacks become question marks. `error` is the last failure.
+    Args:
+        stream: the stream; None: the caller closed it.
+        needed: whether text that cannot be written ends the command. Otherwise the text is dropped.
+
+    Attributes:
+        error: the last failure, or None.
     """
 
     def __init__(self, stream: Any, needed: bool = True) -> None:
@@ -81,6 +96,7 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
+        """Write a text, as a text stream does; SystemExit if that fails and the output is needed."""
         try:
             self._try(self.stream.write, text)
         except UnicodeEncodeError:
@@ -89,10 +105,11 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream; SystemExit if that fails and the output is needed."""
         self._try(self.stream.flush)
 
     def end(self) -> None:
-        """Write what is buffered; where that fails it goes nowhere, without complaints when Python ends."""
+        """Flush the stream at the end. After a failure the rest is dropped, so that Python ends silently."""
         with suppress(SystemExit):
             self.flush()
         if self.error is not None:
@@ -113,20 +130,24 @@ class Output:
 
 
 def results_are_files() -> None:
-    """From now on the command goes on where its output cannot be written: what counts is in its files."""
+    """Let the command continue when its output cannot be written, because its results are in files."""
     if hasattr(sys.stdout, "needed"):  # an `Output`, of this package or of its twin
         sys.stdout.needed = False
 
 
 def warn(text: str) -> None:
-    """Say something on stderr, or nothing where that cannot be written."""
+    """Print a warning on stderr; nothing happens if that fails."""
     with suppress(OSError):
         print(f"exssnet: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def secondary(failed: str) -> Iterator[None]:
-    """For what a command can do without: an error in the block becomes a warning, `failed` and why."""
+    """Turn an error in the block into a warning, for work that a command can do without.
+
+    Args:
+        failed: begins the warning; the error's text follows.
+    """
     try:
         yield
     except Exception as error:
