@@ -220,7 +220,7 @@ def _finish(job: Job, stopped: BaseException | None, unsaved: Exception | None) 
 
     The model is saved by now, so a failure in the result's files or tables is only a warning.
     """
-    learner, result = job.learner, RunResult.of(job.learner)
+    learner, result = job.learner, RunResult.of(job.learner.accuracy, job.learner.reports, job.learner.head)
     report.write(result, learner.reports, asdict(job.options), job.model, learner.phases.bank.nbytes, job.out)
     with secondary("the results were not shown"):
         terminal.show(result, job.out)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..continual import metrics
 from ..continual.learner import Learner, PhaseOptions
 from ..continual.task_inference import RULES, TaskInference, evaluate_without_task
 from ..io.values import shown, typed
@@ -26,10 +27,10 @@ from ..kernels.memory import keep_freed_memory, peak, resident, restart_peak
 from ..nn import convert
 from ..nn.models import MODELS
 from ..tasks import Task, stratified_split, stream
-from .baselines import BASELINES, Sequential
+from .baselines import BASELINES, Individual, Sequential
 from .comparison import Finished, write_report
 from .recipes import KKT, Rates, Recipe, Run, as_json
-from .results import MeasuredResult, RunResult
+from .results import MeasuredResult
 
 Outcome = MeasuredResult | float | str
 """What came of a job: the result of a run, the validation accuracy in tuning, or why training diverged."""
@@ -135,15 +136,18 @@ def perform(job: Job) -> Outcome:
     learner = learner_of(job, tasks)
     began = time.perf_counter()
     try:
-        learner.run(tasks)
+        accuracy = learner.run(tasks)
     except FloatingPointError as error:
         return str(error)
     if job.tuning:
-        return RunResult.of(learner).metrics["average accuracy"]
+        return metrics.average_accuracy(accuracy)
     seconds, memory = time.perf_counter() - began, peak() - before
     without = job.recipe.task_inference and job.run.density is not None
+    reports = learner.reports
+    if isinstance(learner, Individual):  # its networks share no weights that could be used up
+        reports = [replace(report, use={}) for report in reports]
     return MeasuredResult.of(
-        learner, seconds=seconds, memory=memory,
+        accuracy, reports, seconds=seconds, memory=memory,
         kept_bytes=learner.nbytes if isinstance(learner, Sequential) else learner.phases.nbytes,
         without_task_id=_without_task(learner, tasks) if without else None,
     )  # fmt: skip

@@ -1,12 +1,14 @@
 """The result of a run: its accuracies, tasks and metrics, computed in one place, and their JSON in an experiment."""
 
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from ..continual import metrics
-from ..continual.learner import Learner
-from ..continual.mask_bank import LayerUse, MaskBank
+from ..continual.mask_bank import LayerUse
 from ..continual.records import TaskReport
 from ..io.values import typed
 
@@ -45,22 +47,14 @@ class TaskResult:
     head: LayerUse | None = None
 
     @classmethod
-    def of(cls, report: TaskReport, bank: MaskBank, head: str) -> "TaskResult":
-        """Sum up the report of a task.
-
-        Args:
-            report: of the learner.
-            bank: its masks.
-            head: name of the output layer.
-        """
-        use: list[LayerUse] = []
-        if report.task < len(bank):
-            body = [name for name in bank.shapes if name != head]
-            use = [bank.total(report.task, names) for names in (body, [head] if head in bank.shapes else [])]
+    def of(cls, report: TaskReport, head: str) -> "TaskResult":
+        """Sum up the report of a task; `head` is the name of the output layer."""
+        body, last = (_total([u for n, u in report.use.items() if (n == head) is of_head]) for of_head in (False, True))
         return cls(
             report.name, report.classes, report.seconds, report.reverted,
             [r.accuracy if r.validation is None else r.validation for r in report.history],
-            None if report.kkt is None else report.kkt.sources, report.initial_accuracy, *use,
+            None if report.kkt is None else report.kkt.sources, report.initial_accuracy,
+            *((body, last) if report.use else ()),
         )  # fmt: skip
 
     @property
@@ -68,7 +62,7 @@ class TaskResult:
         """Use of all masked layers together."""
         assert self.body is not None
         assert self.head is not None
-        return LayerUse(*(a + b for a, b in zip(astuple(self.body), astuple(self.head), strict=True)))
+        return _total([self.body, self.head])
 
     def as_json(self) -> dict[str, Any]:
         """The task as an object of JSON; what it has not is left out."""
@@ -91,19 +85,19 @@ class RunResult:
     tasks: list[TaskResult]
 
     @classmethod
-    def of(cls: type[Result], learner: Learner, **measured: Any) -> Result:
-        """Take the result of a learner.
+    def of(
+        cls: type[Result], accuracy: Tensor, reports: Sequence[TaskReport], head: str | None = None, **measured: Any
+    ) -> Result:
+        """Take the result of what a learner reports.
 
         Args:
-            learner: of any method, at any time between two tasks.
+            accuracy: (T, T); entries [i, j] with j > i are not read.
+            reports: of the finished tasks, of which the last may not be evaluated yet.
+            head: name of the output layer; None: `HEAD`.
             measured: the attributes that a subclass adds.
         """
-        head, bank = learner.head or HEAD, learner.phases.bank
-        return cls(
-            accuracy=[row[: i + 1] for i, row in enumerate(learner.accuracy.tolist())],
-            tasks=[TaskResult.of(report, bank, head) for report in learner.reports],
-            **measured,
-        )
+        rows = [row[: i + 1] for i, row in enumerate(accuracy.tolist())]
+        return cls(accuracy=rows, tasks=[TaskResult.of(report, head or HEAD) for report in reports], **measured)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -171,6 +165,11 @@ class MeasuredResult(RunResult):
         if not tasks or sizes != list(range(1, len(sizes) + 1)):
             raise ValueError(f"{where}: expected rows of 1, 2, ... accuracies and their tasks, got {sizes}")
         return result
+
+
+def _total(uses: Sequence[LayerUse]) -> LayerUse:
+    """Use of several layers together."""
+    return LayerUse(*(sum(getattr(use, f.name) for use in uses) for f in fields(LayerUse)))
 
 
 def _named(kind: Any, values: Any, where: str) -> dict[str, Any]:

@@ -30,5 +30,5 @@ def test_the_head_is_left_out_by_name_not_by_its_place() -> None:
     learner.run(stream(1))
     for head, left in ((None, "aside"), ("aside", "head")):
         learner.head = head
-        entry = _entry(learner.reports[0], RunResult.of(learner).tasks[0])
+        entry = _entry(learner.reports[0], RunResult.of(learner.accuracy, learner.reports, learner.head).tasks[0])
         assert entry["free_without_head"] == entry["layers"][left]["free"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,14 +48,14 @@ def test_a_task_without_sources_says_so() -> None:
 def test_json_is_read_back_as_the_same_result() -> None:
     learned = learner("exssnet", kkt="best")
     learned.run(stream(3))
-    for result in (RESULT, MeasuredResult.of(learned, **COST)):
+    for result in (RESULT, MeasuredResult.of(learned.accuracy, learned.reports, **COST)):
         assert MeasuredResult.from_json(json.loads(json.dumps(result.as_json())), "it") == result
 
 
 def test_a_result_holds_what_the_learner_has_reached() -> None:
     learned = learner("exssnet", kkt="best")
     accuracy = learned.run(stream(3))
-    result = RunResult.of(learned)
+    result = RunResult.of(accuracy, learned.reports)
     starts = [report.initial_accuracy or (0.0, 0.0) for report in learned.reports]
     assert result.metrics == {
         "average accuracy": metrics.average_accuracy(accuracy),
@@ -66,7 +67,10 @@ def test_a_result_holds_what_the_learner_has_reached() -> None:
     for task, report in zip(result.tasks, learned.reports, strict=True):
         assert task.total == learned.phases.bank.total(report.task)
         assert task.head == report.use["head"]
-    assert (RunResult([], []).metrics, "forward transfer" in RunResult.of(learner("supsup")).metrics) == ({}, False)
+    alone = RunResult.of(accuracy[:1, :1], [replace(learned.reports[0], use={})])
+    assert list(alone.metrics) == ["average accuracy", "forgetting", "backward transfer", "learning accuracy"]
+    assert alone.tasks[0].body is None
+    assert RunResult([], []).metrics == {}
 
 
 def test_a_task_without_test_data_has_no_metrics() -> None:
