@@ -1,4 +1,4 @@
-"""``exssnet info``: the versions, the hardware, and which kernel serves each operator."""
+"""What this installation is made of, and which kernel serves each operator."""
 
 import argparse
 import os
@@ -11,22 +11,12 @@ from ..kernels import OPERATORS, native, triton_backend
 from ..kernels.native import serving
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``exssnet info``: there are none."""
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``exssnet info``; returns the exit status."""
-    print(describe())
-    return 0
-
-
 def _state(missing: str | None) -> str:
     return "loaded" if missing is None else f"not loaded: {missing}"
 
 
 def describe() -> str:
-    """The text that ``exssnet info`` prints."""
+    """The text of ``exssnet info``."""
     from .. import __version__
 
     gpu = "none"
@@ -50,9 +40,19 @@ def describe() -> str:
     wishes = []
     if native.missing is not None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
-        state = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
+        found = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
         wishes.append(
-            f"for the native CPU kernels: a C++20 compiler ({state}), then `pip install --force-reinstall --no-deps .` "
+            f"for the native CPU kernels: a C++20 compiler ({found}), then `pip install --force-reinstall --no-deps .` "
             "without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
         )
     return "\n".join(lines + wishes)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``exssnet info`` to a parser: there are none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``exssnet info``; returns the exit status."""
+    print(describe())
+    return 0
