@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..kernels import memory
 from ..nn import SupermaskLayer, stale, supermask_layers, unconvert
+from ..nn.modes import NoMask, Values
 from ..ops import unpack_mask
 from . import owners, stored
 from .freezing import freeze_weights
 from .mask_bank import MaskBank
 from .shared_weights import SharedWeights
 from .task_state import TaskState
-from .undo import undone_on_failure
+from .undo import held, undone_on_failure
 
 Phase = Literal["idle", "mask", "weight", "joint"]
 PHASES: tuple[Phase, ...] = ("idle", "mask", "weight", "joint")
@@ -72,8 +73,7 @@ class Phases:
         owners.end_joint(self)
         owners.own(self)
         self._ended("scores from before Phases was made")
-        for layer in self.layers.values():
-            layer._clear()
+        self._clear_modes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -145,7 +145,7 @@ class Phases:
                 self._open_free[name] = self.bank.free(name, mask) if exclusive else mask
                 layer.use_values(mask, self._open_free[name])
             if not self.parameters():  # a loss needs something to go back to, and optimizers refuse empty lists
-                layer.free_values = nn.Parameter(layer.dense_weight.new_empty(0))
+                layer.mode = Values(layer, mask, self._open_free[name])
         stale.phase_changes(self, scores, f"the scores of task {self.active}'s mask phase")
         self.phase = "weight"
 
@@ -191,8 +191,7 @@ class Phases:
         """Drop the open task and what it trained; the last finished task, if any, becomes active."""
         self.require("abandon_task", "mask", "joint", "weight")
         self._ended(f"parameters of task {self.active}, which was abandoned")
-        for layer in self.layers.values():
-            layer._clear()
+        self._clear_modes()
         self._weights.end(store=False)
         self._close()
         self.phase, self.active = "idle", None
@@ -244,7 +243,7 @@ class Phases:
         `exssnet.continual.serving.Served` for several. A backward pass may follow of a forward that went before.
         """
         self.require("using", *PHASES, looking=True)
-        held = {name: layer.hold() for name, layer in self.layers.items()}
+        put_back = held(self.layers.values())
         phase, active = self.phase, self.active
         self.looking.append(threading.get_ident())
         try:
@@ -255,8 +254,7 @@ class Phases:
                 self.phase, self.active = "idle", task
                 yield self.model
         finally:
-            for name, layer in self.layers.items():
-                layer.put_back(held[name])
+            put_back()
             self.phase, self.active = phase, active
             self.looking.pop()
 
@@ -357,7 +355,7 @@ class Phases:
         scores/LAYER (in the weight phase those that the masks were taken from), free/LAYER where weights are free,
         weight/LAYER in the joint phase, state/NAME; called: which layers were.
         """
-        found = {"called": torch.tensor([layer.called for layer in self.layers.values()])}
+        found = {"called": torch.tensor([layer.mode.called for layer in self.layers.values()])}
         for name, layer in self.layers.items():
             scores = self._open_scores[name] if layer.scores is None else layer.scores.detach()
             found[f"scores/{name}"] = scores
@@ -371,7 +369,7 @@ class Phases:
         """Open a task again in a phase, from the scores of `open_tensors`; its other tensors are then to be filled."""
         self.start_task(scores, joint=phase == "joint")
         for layer, was in zip(self.layers.values(), called.tolist(), strict=True):
-            layer.called = was
+            layer.mode.called = was
         if phase == "weight":
             self.start_weight_phase(exclusive)
 
@@ -418,8 +416,7 @@ class Phases:
         found.put(self)
         if active is None:
             self.active = None
-            for layer in self.layers.values():
-                layer._clear()
+            self._clear_modes()
         elif phase == "idle":
             self._activate(active)
         else:
@@ -430,7 +427,7 @@ class Phases:
         scores = {name: opened[f"scores/{name}"] for name in self.layers}
         self.start_task(scores, joint=phase == "joint")
         for (name, layer), called in zip(self.layers.items(), opened["called"].tolist(), strict=True):
-            layer.called = called
+            layer.mode.called = called
             if phase == "weight":
                 self._open_masks[name], self._open_free[name] = (
                     unpack_mask(opened[f"{kind}/{name}"], layer.dense_weight.shape).to(layer.dense_weight.device)
@@ -451,6 +448,10 @@ class Phases:
         self._open_masks, self._open_free, self._open_scores = {}, {}, {}
         memory.give_back_freed_memory()
 
+    def _clear_modes(self) -> None:
+        for layer in self.layers.values():
+            layer.mode = NoMask()
+
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})
 
@@ -466,7 +467,9 @@ class Phases:
     def _fix_masks(self) -> None:
         """The masks of the scores; layers that the task never called, while it called others, keep nothing."""
         unused = {
-            n for n, layer in self.layers.items() if not layer.called and getattr(layer.scores, "grad", None) is None
+            n
+            for n, layer in self.layers.items()
+            if not layer.mode.called and getattr(layer.scores, "grad", None) is None
         }
         unused = unused if len(unused) < len(self.layers) else set()
         self._open_masks = {

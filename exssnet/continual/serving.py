@@ -5,15 +5,15 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import PATTERN, TENSORS, supermask_layers
-from ..ops import sparse_pattern
+from ..nn import TENSORS, supermask_layers
+from ..nn.modes import Constant, NoMask
 from . import owners
 from .phases import Phases
 
@@ -23,7 +23,7 @@ class _Network:
     module: nn.Module
     history: Tensor  # see Served._history
     size: int = 0  # bytes of its own
-    kept: dict[Any, Any] = field(default_factory=dict)  # what its layers keep, see SupermaskLayer._once
+    kept: dict[Hashable, Any] = field(default_factory=dict)  # what its layers keep, see `Constant`
     counted: int = 0  # entries of `kept` in size
 
 
@@ -186,15 +186,8 @@ class Served:
         for name, layer in supermask_layers(network.module):
             weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
-            pattern = sparse_pattern(mask, groups=getattr(layer, "groups", 1))
-            layer.frozen_values = weight[mask]
-            nothing = pattern.col_t[:0].clone()  # the transposed pattern is for gradients
-            tensors = (
-                pattern.row_ptr, pattern.col, self._slots[: len(pattern.col)], pattern.row_ptr_t, nothing, nothing
-            )  # fmt: skip
-            for key, tensor in zip(PATTERN, tensors, strict=True):
-                setattr(layer, key, tensor)
-            layer._kept, layer._choices = network.kept, choices[name]
+            layer.mode = Constant(weight, mask, getattr(layer, "groups", 1), self._slots, network.kept)
+            layer._choices = choices[name]
         found = (*network.module.parameters(), *network.module.buffers())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
         for t in (*shared, self._slots):
@@ -219,5 +212,5 @@ def _without_weights(phases: Phases) -> nn.Module:
                 known[id(tensor)] = tensor.detach()
     model = copy.deepcopy(phases.model, known)
     for _, layer in supermask_layers(model):
-        layer._clear()
+        layer.mode = NoMask()
     return model.requires_grad_(False).eval()

@@ -12,15 +12,13 @@ from torch import nn
 from . import blocks, norms, stale
 from .choice import PRODUCTS, Products
 from .init import allocate_density, signed_constant_
-from .layers import ATTRIBUTES, TENSORS, SupermaskLayer, full_name
+from .layers import TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
 from .selector import Selector, forget_selection, select_for_all
 from .summary import summary
 
 MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
-    nn.Linear: SupermaskLinear,
-    nn.Conv1d: SupermaskConv1d,
-    nn.Conv2d: SupermaskConv2d,
+    kind.plain_type: kind for kind in (SupermaskLinear, SupermaskConv1d, SupermaskConv2d)
 }
 FEW = 0.8
 """Below this share of masked parameters `convert` warns: every task has a dense copy of the others."""
@@ -87,11 +85,9 @@ def convert(
     weights_before: list[Any] = [m.weight for m in layers.values()]
     stale.phase_changes(None, weights_before, "weights of a model from before convert")
     for layer, layer_density in zip(layers.values(), densities, strict=True):
-        layer.__class__ = MASKED[type(layer)]
-        assert isinstance(layer, SupermaskLayer)
-        layer._own_weight(layer_density, products)
+        masked = MASKED[type(layer)].from_plain(layer, layer_density, products)
         if weights == "signed_constant":
-            signed_constant_(layer.dense_weight, layer_density, init_scale)
+            signed_constant_(masked.dense_weight, layer_density, init_scale)
     for module in model.modules():
         module.__class__ = _swapped(module)
         for kind, switch in FAST_PATHS.items():
@@ -218,18 +214,9 @@ def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **option
 
 def unconvert(model: nn.Module) -> None:
     """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
-    backward = {new: old for old, new in (MASKED | swaps()).items()}  # type: ignore[operator]
+    backward = {new: old for old, new in swaps().items()}
     for _, layer in supermask_layers(model):
-        weight = layer.dense_weight.where(layer.mask(), 0)
-        layer._clear()
-        for name in TENSORS:
-            layer._parameters.pop(name, None)
-            layer._buffers.pop(name, None)
-            layer._non_persistent_buffers_set.discard(name)
-        for name in ATTRIBUTES:
-            layer.__dict__.pop(name, None)
-        layer.__class__ = backward[type(layer)]
-        layer._parameters = {"weight": nn.Parameter(weight), **layer._parameters}  # first, as in the plain layer
+        layer.to_plain()
     for module in model.modules():
         module.__class__ = backward.get(type(module), type(module))
         for hooks, ours in (

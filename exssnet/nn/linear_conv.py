@@ -1,6 +1,5 @@
 """`nn.Linear`, `nn.Conv1d` and `nn.Conv2d` with a supermask, which keeps a share of their weights."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..ops import (
     supermask_linear,
 )
 from .layers import SupermaskLayer
+from .modes import Fixed
 from .norms import TaskBatchNorm
 
 
@@ -30,63 +30,27 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]
     bias. The bias, if any, has no mask. x (..., in_features) to (..., out_features). ValueError for a wrong density.
     """
 
+    plain_type = nn.Linear
+    supermask_product = staticmethod(supermask_linear)
+    sparse_product = staticmethod(sparse_linear)
+    packed_product = staticmethod(packed_linear)
+    dense_product = staticmethod(F.linear)
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *options: Any, density: float = 0.1,
                  **more: Any) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias, *options, **more)
         self._own_weight(density)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_read()
-        sparse = self._sparse(x)
-        if self.scores is not None:
-            self._note_call()
-            if not self._fused(x):
-                return F.linear(x, self._masked_weight(x), self.bias)
-            return supermask_linear(x, self.dense_weight, self.scores, bias=self.bias, sparse=sparse, **self._scored())
-        if sparse:
-            return sparse_linear(x, *self._values(), self.bias)
-        if self._fused(x):
-            return packed_linear(x, *self._packed_values(), self.bias)
-        return F.linear(x, self._weight_of_values(), self.bias)
-
 
 class _SupermaskConv(SupermaskLayer):
-    """What both convolutions share; they name the operators."""
-
-    supermask_product: Callable[..., Tensor]
-    sparse_product: Callable[..., Tensor]
-    packed_product: Callable[..., Tensor]
-    dense_product: Callable[..., Tensor]
+    """What both convolutions share."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], *geometry: Any,
                  density: float = 0.1, bias: bool = False, **options: Any) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, *geometry, bias=bias, **options)  # type: ignore[call-arg]
         self._own_weight(density)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_read()
-        x, padding = self._padded(x)
-        sparse = self._sparse(x, padding)
-        if self.scores is not None:
-            self._note_call()
-            if not self._fused(x, padding):
-                weight = self._masked_weight(x)
-                return self.dense_product(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
-            return self.supermask_product(
-                x, self.dense_weight, self.scores, bias=self.bias, stride=self.stride, padding=padding,
-                dilation=self.dilation, groups=self.groups, sparse=sparse, **self._scored(),
-            )  # fmt: skip
-        if sparse:
-            return self.sparse_product(
-                x, *self._values(), self.kernel_size, self.bias, self.stride, padding, self.dilation
-            )  # fmt: skip
-        geometry = self.bias, self.stride, padding, self.dilation, self.groups
-        if self._fused(x, padding):
-            return self.packed_product(x, *self._packed_values(), *geometry)
-        return self.dense_product(x, self._weight_of_values(), *geometry)
-
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
-        """x with the padding that the operators do not know (modes other than zeros, "same"), and what is left."""
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return x, self.padding
         mode = "constant" if self.padding_mode == "zeros" else str(self.padding_mode)
@@ -100,6 +64,7 @@ class SupermaskConv1d(_SupermaskConv, nn.Conv1d):  # type: ignore[override]
     bias. See `SupermaskLayer` and `supermask_conv1d`.
     """
 
+    plain_type = nn.Conv1d
     supermask_product = staticmethod(supermask_conv1d)
     sparse_product = staticmethod(sparse_conv1d)
     packed_product = staticmethod(packed_conv1d)
@@ -113,6 +78,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
     bias. See `SupermaskLayer` and `supermask_conv2d`.
     """
 
+    plain_type = nn.Conv2d
     supermask_product = staticmethod(supermask_conv2d)
     sparse_product = staticmethod(sparse_conv2d)
     packed_product = staticmethod(packed_conv2d)
@@ -123,7 +89,8 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
 
         The norm's statistics become a scale and a bias of the output, see `sparse_conv2d_folded`.
         """
-        if self.frozen_values is None or norm.training or norm.running_var is None or norm.running_mean is None:
+        mode = self.mode
+        if not isinstance(mode, Fixed) or norm.training or norm.running_var is None or norm.running_mean is None:
             return None
         if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
             return None
@@ -132,9 +99,9 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
         x, padding = self._padded(x)
         if not self._sparse(x, padding):
             return None
-        scale, bias = self._once((self, norm), lambda: self._folded(norm))
+        scale, bias = mode.once((self, norm), lambda: self._folded(norm))
         return sparse_conv2d_folded(
-            x, *self._values(), self.kernel_size, scale, bias, residual, relu, self.stride, padding, self.dilation
+            x, *mode.values(self), self.kernel_size, scale, bias, residual, relu, self.stride, padding, self.dilation
         )  # type: ignore[arg-type]
 
     def _folded(self, norm: TaskBatchNorm) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,16 @@ class Handed(NamedTuple):
 
 
 class Selector:
-    """Selects for all layers of one converted model, which owns it.
+    """Selects for all layers of one converted model, which owns it; it alone sets the selections of their modes.
 
-    hint: what the last selection leaves to the next one, see `topk_masks`; (layers, 2), always the same tensor on one
-        device. passed_over: why layers have no mask, by name.
+    Args:
+        layers: the supermask layers of the model, in the order of its modules.
+        passed_over: why other layers have no mask, by name.
+
+    Attributes:
+        hint: what the last selection leaves to the next one, see `topk_masks`; (layers, 2), always the same tensor on
+            one device.
+        handed: selections that the optimizer made for the next forward, or None.
     """
 
     def __init__(self, layers: Sequence[Any], passed_over: Mapping[str, str]) -> None:
@@ -45,7 +51,7 @@ class Selector:
 
     def scored(self) -> list[Any]:
         """The layers that have scores, in the order of the model's modules."""
-        return [layer for layer in self.layers if layer._parameters["scores"] is not None]
+        return [layer for layer in self.layers if layer.mode.scored]
 
     def hint_for(self, layers: Sequence[Any]) -> Tensor | None:
         """The hint, on the device of the scores; None unless all layers have scores, and under `torch.func`."""
@@ -61,10 +67,37 @@ class Selector:
         """Let the next training forward use selections of the scores as they are now."""
         self.handed = Handed(_state(layers), selections, [layer.scores for layer in layers])
 
-    def selections(self, model: nn.Module, layers: Sequence[Any]) -> Sequence[Tensor]:
-        """A selection for each of the layers with scores."""
-        if (handed := self._handed(model, layers)) is not None:
-            return handed
+    def give(self, model: nn.Module) -> None:
+        """Before a forward of the model: set the selections of all layers that have scores."""
+        layers = self.scored()
+        if not layers:
+            self.handed = None
+            return
+        if _exporting():
+            raise RuntimeError(
+                "torch.export takes the network of a finished task: its masks are fixed, scores select anew"
+            )
+        handed = self._handed(model, layers)
+        for layer, selection in zip(layers, self._select(layers) if handed is None else handed, strict=True):
+            layer.mode.selection = selection
+        written = [layer for layer in layers if layer.mode.written]
+        if written:  # in one pass for all of them
+            weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
+            selections = [layer.mode.selection for layer in written]
+            masked = supermask_weights(weights, scores, selections, product_dtype(weights[0]))
+            for layer, weight in zip(written, masked, strict=True):
+                layer.mode.masked = weight
+
+    def take_back(self, recent: bool) -> None:
+        """After a forward of the model; recent: whether a backward pass may compute activations again."""
+        for layer in self.layers:
+            mode = layer.mode
+            if mode.selection is not None:
+                mode.recent = mode.selection if recent else None
+                mode.selection = mode.masked = None
+
+    def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
+        """A selection for each of the layers, from their scores as they are."""
         scores, k, hint = [layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers)
         if scores[0].device.type == "cpu":
             rows, new = topk_select(scores, k, hint)
@@ -124,22 +157,7 @@ def select_for_all(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         _running.forwards = forwards() + 1
         stale.check_replicas(p for layer in selector.layers for p in (layer.scores, layer.free_values) if p is not None)
-    layers = selector.scored()
-    if not layers:
-        selector.handed = None
-        return
-    if _exporting():
-        raise RuntimeError("torch.export takes the network of a finished task: its masks are fixed, scores select anew")
-    for layer, selection in zip(layers, selector.selections(model, layers), strict=True):
-        layer.selection = selection
-    written = [layer for layer in layers if layer.written]
-    if written:  # in one pass for all of them
-        weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
-        selections = [layer.selection for layer in written]
-        for layer, masked in zip(
-            written, supermask_weights(weights, scores, selections, product_dtype(weights[0])), strict=True
-        ):
-            layer.masked = masked
+    selector.give(model)
 
 
 def forget_selection(model: nn.Module, args: Any, output: Any) -> None:
@@ -147,11 +165,8 @@ def forget_selection(model: nn.Module, args: Any, output: Any) -> None:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _running.forwards = max(0, forwards() - 1)
-    recent = not compiling and torch.is_grad_enabled()
-    for layer in model._selector.layers:  # type: ignore[union-attr]
-        if layer.selection is not None:  # to set an attribute of a module is slow
-            layer.recent = layer.selection if recent else None
-            layer.selection = layer.masked = None
+    selector: Selector = model._selector  # type: ignore[assignment]
+    selector.take_back(recent=not compiling and torch.is_grad_enabled())
 
 
 def _state(layers: Sequence[Any]) -> list[tuple[int, ...]]:

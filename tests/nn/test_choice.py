@@ -384,14 +384,15 @@ def test_what_is_made_of_a_pattern_outlives_evaluations(monkeypatch: pytest.Monk
     phases.start_weight_phase()
     with torch.inference_mode():
         model(torch.randn(4, 6))
-    made = {name: dict(layer._made) for name, layer in supermask_layers(model)}
-    assert all(made.values())
+    computed = {name: dict(layer.mode._derived[1]) for name, layer in supermask_layers(model)}
+    assert all(computed.values())
     with phases.using(0):
         model(torch.randn(4, 6))
     model(torch.randn(4, 6)).sum().backward()
     for name, layer in supermask_layers(model):
-        assert layer._made.keys() == made[name].keys()
-        assert all(layer._made[what][1] is made[name][what][1] for what in made[name])
+        now = layer.mode._derived[1]
+        assert now.keys() == computed[name].keys()
+        assert all(now[what] is computed[name][what] for what in now)
 
 
 def test_written_weights_of_all_layers_are_made_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +401,7 @@ def test_written_weights_of_all_layers_are_made_in_one_call(monkeypatch: pytest.
         parameter.data = (8 * parameter.data).round()  # whole numbers: every order of a sum is exact
     model, x = convert(plain, density=0.5), torch.randn(4, 6).mul(8).round()
     expected = model(x)
-    monkeypatch.setattr(SupermaskLayer, "_fused", lambda layer, *_: setattr(layer, "written", True))
+    monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: False)
     assert torch.equal(model(x), expected)  # each by itself: the first forward tells the model that they want it
     with Calls() as calls:
         assert torch.equal(model(x), expected)
@@ -410,7 +411,7 @@ def test_written_weights_of_all_layers_are_made_in_one_call(monkeypatch: pytest.
     with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
         assert model(x).dtype == torch.bfloat16
     assert [len(arguments[0]) for name, arguments in calls.made if "weights" in name] == [2]
-    assert all(layer.masked is None for _, layer in supermask_layers(model))
+    assert all(layer.mode.masked is None for _, layer in supermask_layers(model))
 
 
 def trained(layer: SupermaskLayer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import exssnet.nn as exnn
 from exssnet import Phases, SupermaskConv1d, SupermaskConv2d, SupermaskLinear, TaskBatchNorm2d, convert, freeze_weights
 from exssnet.nn import TaskBatchNorm1d, allocate_density, selector, signed_constant_
+from exssnet.nn.modes import NoMask
 from exssnet.ops import topk_mask
 
 
@@ -44,7 +45,7 @@ def test_a_layer_is_its_plain_twin_under_the_mask(
     assert torch.equal(layer.mask(), mask)
     x = torch.randn(shape)
     twin = copy.deepcopy(layer)
-    twin._clear()
+    twin.mode = NoMask()
     del twin._buffers["dense_weight"]
     twin.__class__ = plain
     twin.weight = nn.Parameter(layer.dense_weight * mask)
@@ -148,7 +149,7 @@ def test_a_selection_never_outlives_its_forward() -> None:
     with pytest.raises(ValueError, match="channels"):
         model(torch.randn(2, 3, 8, 8))
     model(images())
-    assert all(layer.selection is None for _, layer in exnn.supermask_layers(model))
+    assert all(layer.mode.selection is None for _, layer in exnn.supermask_layers(model))
 
 
 def test_score_gradients_of_a_model_follow_the_straight_through_rule() -> None:

@@ -1,0 +1,271 @@
+"""The modes of a supermask layer: what it multiplies by, the tensors of that, and what is computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import (
+    PackedPattern,
+    SparsePattern,
+    kept_weights,
+    masked_weight,
+    pack_mask,
+    sparse_pattern,
+    supermask_weights,
+    topk_mask,
+    topk_masks,
+    unpack_mask,
+)
+from ..ops.library import product_dtype
+from ..ops.packed import as_packed
+from .choice import traced
+from .selector import capturing, in_backward, recomputable
+
+if TYPE_CHECKING:
+    from .layers import SupermaskLayer
+
+PATTERN = SparsePattern._fields[:-1]
+"""Names of the buffers that hold a layer's pattern."""
+PARAMETERS = ("scores", "free_values")
+BUFFERS = ("frozen_values", "packed_mask", "packed_free_mask", *PATTERN)
+"""Names under which the tensors of a mode are registered on its layer."""
+NO_MASK = "this layer has neither scores nor a mask: start a task or activate one"
+
+
+class Mode:
+    """What a supermask layer multiplies by; one mode belongs to one layer.
+
+    A mode owns tensors. While the layer has the mode, they are registered on the layer under fixed names, so that
+    state dicts, moves and compiled graphs see them: the layer's methods and the mode's read them there. The mode takes
+    the same tensors back when the layer gets another mode.
+
+    Attributes:
+        tensors: the tensors by name, or None while they are registered on the layer.
+        scored: whether the mask is selected from scores, by the model's `Selector` if there is one.
+        called: whether the layer was used since it got its scores.
+        selection: the selection of this layer's scores. The `Selector` sets it for one forward of the model.
+        masked: the masked weight in the dtype of the products. The `Selector` sets it likewise, where `written` asks.
+        recent: the selection of the last forward, for activations that are computed again in its backward pass.
+        written: whether the products of this layer want the masked weight written.
+    """
+
+    scored = False
+    called = False
+    selection: Tensor | None = None
+    masked: Tensor | None = None
+    recent: Tensor | None = None
+    written = False
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors: dict[str, Tensor] | None = tensors
+
+    def product(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> Tensor:
+        """The layer's output for x; padding: of a convolution."""
+        raise RuntimeError(NO_MASK)
+
+    def weight(self, layer: SupermaskLayer) -> Tensor:
+        """The weight in effect, ``dense_weight * mask``, with its gradient."""
+        raise RuntimeError(NO_MASK)
+
+    def mask(self, layer: SupermaskLayer) -> Tensor:
+        """The bool mask, of the weight's shape."""
+        raise RuntimeError(NO_MASK)
+
+
+class NoMask(Mode):
+    """Neither scores nor a mask: the layer cannot be called."""
+
+
+class Scores(Mode):
+    """The mask phase: `scores` is the parameter, and the mask is their top k.
+
+    Args:
+        layer: the layer that is to have the mode.
+        scores: of the weight's shape; they are copied to float32 on the layer's device.
+    """
+
+    scored = True
+
+    def __init__(self, layer: SupermaskLayer, scores: Tensor) -> None:
+        copied = scores.detach().to(layer.dense_weight.device, torch.float32, copy=True).contiguous()
+        super().__init__(scores=nn.Parameter(copied))
+
+    def product(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> Tensor:
+        sparse = layer._sparse(x, padding)
+        self._note_call()
+        fused, geometry = layer._fused(x, padding), layer._geometry(padding)
+        if fused == self.written and not traced():
+            self.written = not fused  # for the next forward of the model
+        if not fused:
+            return layer.dense_product(x, self._masked_weight(layer, x), layer.bias, *geometry)
+        selection = self._selected()
+        k = layer.k if selection is None else None
+        return layer.supermask_product(
+            x, layer.dense_weight, layer.scores, k, layer.bias, *geometry, selection=selection, sparse=sparse
+        )
+
+    def weight(self, layer: SupermaskLayer) -> Tensor:
+        self._note_call()
+        return self._weight(layer)
+
+    def mask(self, layer: SupermaskLayer) -> Tensor:
+        return topk_mask(layer.scores, layer.k)  # type: ignore[arg-type]
+
+    def _note_call(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.called = True
+
+    def _masked_weight(self, layer: SupermaskLayer, x: Tensor) -> Tensor:
+        """The masked weight in the dtype of the products of x."""
+        dtype = product_dtype(x)
+        if self.masked is not None and self.masked.dtype == dtype and not recomputable():
+            return self.masked
+        return self._weight(layer, dtype)
+
+    def _weight(self, layer: SupermaskLayer, dtype: torch.dtype | None = None) -> Tensor:
+        scores: Any = layer.scores
+        if (selection := self._selected()) is None:
+            selection = topk_masks([scores], [layer.k], packed=True).masks[0]
+        return supermask_weights([layer.dense_weight], [scores], [selection], dtype)[0]
+
+    def _selected(self) -> Tensor | None:
+        """The model's selection for this forward, or for the one that is computed again; None without."""
+        if self.selection is None and self.recent is not None and in_backward():
+            return self.recent
+        return self.selection
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recent": None}
+
+
+class Fixed(Mode):
+    """A fixed mask, of which no value trains: `frozen_values`, the packed masks and the pattern are buffers.
+
+    Args:
+        layer: the layer that is to have the mode.
+        mask: bool, of the weight's shape.
+        free_mask: bool, of the weight's shape; values inside it are left to `Values`.
+
+    Raises:
+        ValueError: if the masks do not fit the layer, or the free mask is not inside the mask.
+    """
+
+    _derived: tuple[SparsePattern, dict[str, Any]] | None = None
+
+    def __init__(self, layer: SupermaskLayer, mask: Tensor, free_mask: Tensor) -> None:
+        pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
+        super().__init__(
+            frozen_values=layer.dense_weight[mask & ~free_mask],
+            packed_mask=pack_mask(mask),
+            packed_free_mask=pack_mask(free_mask),
+            **dict(zip(PATTERN, pattern.tensors, strict=True)),
+        )
+
+    def product(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> Tensor:
+        sparse, geometry = layer._sparse(x, padding), layer._geometry(padding)
+        if sparse:
+            kernel = (layer.kernel_size,) if geometry else ()
+            return layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
+        if self._fuses(layer, x, padding):
+            return layer.packed_product(x, *self._packed_values(layer), layer.bias, *geometry)
+        return layer.dense_product(x, self.weight(layer), layer.bias, *geometry)
+
+    def weight(self, layer: SupermaskLayer) -> Tensor:
+        where = None
+        if not traced() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
+            where = self._once_a_pattern(layer, "where", lambda p: kept_weights(p, layer.dense_weight.shape))
+        return masked_weight(*self.values(layer), layer.dense_weight.shape, where)
+
+    def mask(self, layer: SupermaskLayer) -> Tensor:
+        return unpack_mask(layer.packed_mask, layer.dense_weight.shape)  # type: ignore[arg-type]
+
+    def values(self, layer: SupermaskLayer) -> tuple[Tensor, Tensor, SparsePattern]:
+        """Free values, frozen values and the pattern, as the sparse products take them."""
+        frozen: Any = layer._buffers["frozen_values"]  # read at every step: `getattr` of a module is slow
+        free = layer._parameters["free_values"]
+        return frozen.new_empty(0) if free is None else free, frozen, self._pattern(layer)[0]
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns. It follows from values and norms, which may change."""
+        return compute()
+
+    def _fuses(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> bool:
+        """Whether dense products mask the weight as they read it."""
+        return layer._fused(x, padding)
+
+    def _packed_values(self, layer: SupermaskLayer) -> tuple[Tensor, Tensor, PackedPattern]:
+        free, frozen, _ = self.values(layer)
+        shape, count = layer.dense_weight.shape, free.numel()
+        return free, frozen, self._once_a_pattern(layer, "packed", lambda p: as_packed(p, shape, count))
+
+    def _pattern(self, layer: SupermaskLayer) -> tuple[SparsePattern, dict[str, Any]]:
+        """The pattern, and what is computed from it by name. A move of the layer replaces both."""
+        buffers, known = layer._buffers, self._derived
+        recorded = traced()
+        if recorded or known is None or known[0].row_ptr is not buffers["row_ptr"]:
+            taps = math.prod(layer.dense_weight.shape[2:])
+            known = SparsePattern(*(buffers[name] for name in PATTERN), taps), {}  # type: ignore[arg-type, call-arg]
+            if not recorded:
+                self._derived = known
+        return known
+
+    def _once_a_pattern(self, layer: SupermaskLayer, name: str, compute: Callable[[SparsePattern], Any]) -> Any:
+        """What follows from the pattern alone, computed once for a pattern."""
+        pattern, known = self._pattern(layer)
+        if name not in known:
+            if traced() or capturing():
+                return compute(pattern)
+            with torch.inference_mode(False):
+                known[name] = compute(pattern)
+        return known[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": None}
+
+
+class Values(Fixed):
+    """The weight phase: `free_values`, the kept weights inside the free mask, is the parameter; else as `Fixed`."""
+
+    def __init__(self, layer: SupermaskLayer, mask: Tensor, free_mask: Tensor) -> None:
+        super().__init__(layer, mask, free_mask)
+        assert self.tensors is not None
+        self.tensors["free_values"] = nn.Parameter(layer.dense_weight[free_mask])
+
+
+class Constant(Fixed):
+    """A fixed mask for inference, whose values and norms never change again: what follows from them is kept.
+
+    Args:
+        weight: the dense weight.
+        mask: bool, of the weight's shape.
+        groups: of the layer.
+        slots: 0, 1, 2, ... in int32, at least as many as the weight has entries. All layers of a network share them:
+            the values lie in the pattern's order.
+        kept: where the results of `once` are kept; the layers of a network share it.
+    """
+
+    def __init__(self, weight: Tensor, mask: Tensor, groups: int, slots: Tensor, kept: dict[Hashable, Any]) -> None:
+        pattern = sparse_pattern(mask, groups=groups)
+        nothing = pattern.col_t[:0].clone()  # the transposed pattern is for gradients
+        tensors = pattern.row_ptr, pattern.col, slots[: len(pattern.col)], pattern.row_ptr_t, nothing, nothing
+        Mode.__init__(self, frozen_values=weight[mask], **dict(zip(PATTERN, tensors, strict=True)))
+        self._kept = kept
+
+    def weight(self, layer: SupermaskLayer) -> Tensor:
+        weight: Tensor = self.once(layer, lambda: super(Constant, self).weight(layer))
+        return weight
+
+    mask = Mode.mask  # only the values and their places are there
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+    def _fuses(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> bool:
+        return False  # the masked weight is written once
