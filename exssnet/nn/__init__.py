@@ -3,8 +3,9 @@
 from .convert import convert, plain_state_dict, supermask_layers, swaps, unconvert
 from .evaluation import evaluation
 from .init import allocate_density, signed_constant_
-from .layers import PATTERN, TENSORS, SupermaskLayer, full_name
+from .layers import TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
+from .modes import PATTERN
 from .norms import TaskBatchNorm1d, TaskBatchNorm2d
 from .summary import Summary, summary
 

@@ -132,7 +132,8 @@ class SupermaskLayer(nn.Module):
             return
         if mode.tensors is None:
             raise ValueError(f"mode: this {type(mode).__name__} is the mode of another layer; a mode serves one layer")
-        places = dict.fromkeys(PARAMETERS, self._parameters) | dict.fromkeys(BUFFERS, self._buffers)
+        places: dict[str, dict[str, Any]] = dict.fromkeys(PARAMETERS, self._parameters)
+        places |= dict.fromkeys(BUFFERS, self._buffers)
         self._mode.tensors = {name: t for name, place in places.items() if (t := place[name]) is not None}
         for name, place in places.items():
             place[name] = mode.tensors.get(name)

@@ -48,18 +48,10 @@ class Mode:
         tensors: the tensors by name, or None while they are registered on the layer.
         scored: whether the mask is selected from scores, by the model's `Selector` if there is one.
         called: whether the layer was used since it got its scores.
-        selection: the selection of this layer's scores. The `Selector` sets it for one forward of the model.
-        masked: the masked weight in the dtype of the products. The `Selector` sets it likewise, where `written` asks.
-        recent: the selection of the last forward, for activations that are computed again in its backward pass.
-        written: whether the products of this layer want the masked weight written.
     """
 
     scored = False
     called = False
-    selection: Tensor | None = None
-    masked: Tensor | None = None
-    recent: Tensor | None = None
-    written = False
 
     def __init__(self, **tensors: Tensor) -> None:
         self.tensors: dict[str, Tensor] | None = tensors
@@ -87,6 +79,12 @@ class Scores(Mode):
     Args:
         layer: the layer that is to have the mode.
         scores: of the weight's shape; they are copied to float32 on the layer's device.
+
+    Attributes:
+        selection: the selection of these scores. The `Selector` sets it for one forward of the model.
+        masked: the masked weight in the dtype of the products. The `Selector` sets it likewise, where `written` asks.
+        recent: the selection of the last forward, for activations that are computed again in its backward pass.
+        written: whether the products of this layer want the masked weight written.
     """
 
     scored = True
@@ -94,6 +92,10 @@ class Scores(Mode):
     def __init__(self, layer: SupermaskLayer, scores: Tensor) -> None:
         copied = scores.detach().to(layer.dense_weight.device, torch.float32, copy=True).contiguous()
         super().__init__(scores=nn.Parameter(copied))
+        self.called = self.written = False
+        self.selection: Tensor | None = None
+        self.masked: Tensor | None = None
+        self.recent: Tensor | None = None
 
     def product(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> Tensor:
         sparse = layer._sparse(x, padding)
@@ -155,7 +157,7 @@ class Fixed(Mode):
         ValueError: if the masks do not fit the layer, or the free mask is not inside the mask.
     """
 
-    _derived: tuple[SparsePattern, dict[str, Any]] | None = None
+    _derived: tuple[SparsePattern, dict[str, Any]] | None = None  # the pattern, and what is computed from it by name
 
     def __init__(self, layer: SupermaskLayer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
@@ -205,9 +207,9 @@ class Fixed(Mode):
 
     def _pattern(self, layer: SupermaskLayer) -> tuple[SparsePattern, dict[str, Any]]:
         """The pattern, and what is computed from it by name. A move of the layer replaces both."""
-        buffers, known = layer._buffers, self._derived
-        recorded = traced()
-        if recorded or known is None or known[0].row_ptr is not buffers["row_ptr"]:
+        buffers, recorded = layer._buffers, traced()
+        known = None if recorded else self._derived
+        if known is None or known[0].row_ptr is not buffers["row_ptr"]:
             taps = math.prod(layer.dense_weight.shape[2:])
             known = SparsePattern(*(buffers[name] for name in PATTERN), taps), {}  # type: ignore[arg-type, call-arg]
             if not recorded:

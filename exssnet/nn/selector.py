@@ -90,7 +90,7 @@ class Selector:
 
     def take_back(self, recent: bool) -> None:
         """After a forward of the model; recent: whether a backward pass may compute activations again."""
-        for layer in self.layers:
+        for layer in self.scored():
             mode = layer.mode
             if mode.selection is not None:
                 mode.recent = mode.selection if recent else None

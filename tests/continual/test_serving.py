@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from exssnet import Phases, Served, convert
 from exssnet.kernels import measured
-from exssnet.nn import choice, evaluation, layers
+from exssnet.nn import choice, evaluation, layers, modes
 from exssnet.nn.models import LeNet300100, ResNet18
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. masks cover")  # small embeddings are a large share here
@@ -165,8 +165,8 @@ def test_a_kept_weight_takes_8_bytes() -> None:
 
 
 def test_dense_weights_are_made_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    served, made, make = Served(learned("small", products="dense")), [], layers.masked_weight
-    monkeypatch.setattr(layers, "masked_weight", lambda *a: made.append(a) or make(*a))
+    served, made, make = Served(learned("small", products="dense")), [], modes.masked_weight
+    monkeypatch.setattr(modes, "masked_weight", lambda *a: made.append(a) or make(*a))
     for _ in range(3):
         served(torch.randn(2, 1, 8, 8), [0, 1])
     assert len(made) == 2 * len(served._phases.layers)
