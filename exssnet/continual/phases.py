@@ -466,14 +466,9 @@ class Phases:
 
     def _fix_masks(self) -> None:
         """The masks of the scores; layers that the task never called, while it called others, keep nothing."""
-        unused = {
-            n
-            for n, layer in self.layers.items()
-            if not layer.mode.called and getattr(layer.scores, "grad", None) is None
-        }
-        unused = unused if len(unused) < len(self.layers) else set()
+        used = {name for name, layer in self.layers.items() if layer.mode.used(layer)} or set(self.layers)
         self._open_masks = {
-            name: torch.zeros_like(layer.dense_weight, dtype=torch.bool) if name in unused else layer.mask()
+            name: layer.mask() if name in used else torch.zeros_like(layer.dense_weight, dtype=torch.bool)
             for name, layer in self.layers.items()
         }
         self._open_scores = {  # copies: an optimizer may still hold the parameters

@@ -1,10 +1,8 @@
 """The modes of a supermask layer: what it multiplies by, the tensors of that, and what is computed from them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +24,7 @@ from ..ops.packed import as_packed
 from .choice import traced
 from .selector import capturing, in_backward, recomputable
 
-if TYPE_CHECKING:
-    from .layers import SupermaskLayer
-
+Layer = Any  # a SupermaskLayer, whose module imports this one
 PATTERN = SparsePattern._fields[:-1]
 """Names of the buffers that hold a layer's pattern."""
 PARAMETERS = ("scores", "free_values")
@@ -47,7 +43,7 @@ class Mode:
     Attributes:
         tensors: the tensors by name, or None while they are registered on the layer.
         scored: whether the mask is selected from scores, by the model's `Selector` if there is one.
-        called: whether the layer was used since it got its scores.
+        called: whether the layer was called since it got its scores.
     """
 
     scored = False
@@ -56,17 +52,21 @@ class Mode:
     def __init__(self, **tensors: Tensor) -> None:
         self.tensors: dict[str, Tensor] | None = tensors
 
-    def product(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> Tensor:
+    def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
         """The layer's output for x; padding: of a convolution."""
         raise RuntimeError(NO_MASK)
 
-    def weight(self, layer: SupermaskLayer) -> Tensor:
+    def weight(self, layer: Layer) -> Tensor:
         """The weight in effect, ``dense_weight * mask``, with its gradient."""
         raise RuntimeError(NO_MASK)
 
-    def mask(self, layer: SupermaskLayer) -> Tensor:
+    def mask(self, layer: Layer) -> Tensor:
         """The bool mask, of the weight's shape."""
         raise RuntimeError(NO_MASK)
+
+    def used(self, layer: Layer) -> bool:
+        """Whether the scores had any part in what was computed since they are there."""
+        return False
 
 
 class NoMask(Mode):
@@ -89,7 +89,7 @@ class Scores(Mode):
 
     scored = True
 
-    def __init__(self, layer: SupermaskLayer, scores: Tensor) -> None:
+    def __init__(self, layer: Layer, scores: Tensor) -> None:
         copied = scores.detach().to(layer.dense_weight.device, torch.float32, copy=True).contiguous()
         super().__init__(scores=nn.Parameter(copied))
         self.called = self.written = False
@@ -97,7 +97,7 @@ class Scores(Mode):
         self.masked: Tensor | None = None
         self.recent: Tensor | None = None
 
-    def product(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> Tensor:
+    def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
         sparse = layer._sparse(x, padding)
         self._note_call()
         fused, geometry = layer._fused(x, padding), layer._geometry(padding)
@@ -111,25 +111,28 @@ class Scores(Mode):
             x, layer.dense_weight, layer.scores, k, layer.bias, *geometry, selection=selection, sparse=sparse
         )
 
-    def weight(self, layer: SupermaskLayer) -> Tensor:
+    def weight(self, layer: Layer) -> Tensor:
         self._note_call()
         return self._weight(layer)
 
-    def mask(self, layer: SupermaskLayer) -> Tensor:
-        return topk_mask(layer.scores, layer.k)  # type: ignore[arg-type]
+    def mask(self, layer: Layer) -> Tensor:
+        return topk_mask(layer.scores, layer.k)
+
+    def used(self, layer: Layer) -> bool:
+        return self.called or getattr(layer.scores, "grad", None) is not None
 
     def _note_call(self) -> None:
         if not torch.compiler.is_compiling():
             self.called = True
 
-    def _masked_weight(self, layer: SupermaskLayer, x: Tensor) -> Tensor:
+    def _masked_weight(self, layer: Layer, x: Tensor) -> Tensor:
         """The masked weight in the dtype of the products of x."""
         dtype = product_dtype(x)
         if self.masked is not None and self.masked.dtype == dtype and not recomputable():
             return self.masked
         return self._weight(layer, dtype)
 
-    def _weight(self, layer: SupermaskLayer, dtype: torch.dtype | None = None) -> Tensor:
+    def _weight(self, layer: Layer, dtype: torch.dtype | None = None) -> Tensor:
         scores: Any = layer.scores
         if (selection := self._selected()) is None:
             selection = topk_masks([scores], [layer.k], packed=True).masks[0]
@@ -159,7 +162,7 @@ class Fixed(Mode):
 
     _derived: tuple[SparsePattern, dict[str, Any]] | None = None  # the pattern, and what is computed from it by name
 
-    def __init__(self, layer: SupermaskLayer, mask: Tensor, free_mask: Tensor) -> None:
+    def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
         super().__init__(
             frozen_values=layer.dense_weight[mask & ~free_mask],
@@ -168,7 +171,7 @@ class Fixed(Mode):
             **dict(zip(PATTERN, pattern.tensors, strict=True)),
         )
 
-    def product(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> Tensor:
+    def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
         sparse, geometry = layer._sparse(x, padding), layer._geometry(padding)
         if sparse:
             kernel = (layer.kernel_size,) if geometry else ()
@@ -177,16 +180,16 @@ class Fixed(Mode):
             return layer.packed_product(x, *self._packed_values(layer), layer.bias, *geometry)
         return layer.dense_product(x, self.weight(layer), layer.bias, *geometry)
 
-    def weight(self, layer: SupermaskLayer) -> Tensor:
+    def weight(self, layer: Layer) -> Tensor:
         where = None
         if not traced() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
             where = self._once_a_pattern(layer, "where", lambda p: kept_weights(p, layer.dense_weight.shape))
         return masked_weight(*self.values(layer), layer.dense_weight.shape, where)
 
-    def mask(self, layer: SupermaskLayer) -> Tensor:
-        return unpack_mask(layer.packed_mask, layer.dense_weight.shape)  # type: ignore[arg-type]
+    def mask(self, layer: Layer) -> Tensor:
+        return unpack_mask(layer.packed_mask, layer.dense_weight.shape)
 
-    def values(self, layer: SupermaskLayer) -> tuple[Tensor, Tensor, SparsePattern]:
+    def values(self, layer: Layer) -> tuple[Tensor, Tensor, SparsePattern]:
         """Free values, frozen values and the pattern, as the sparse products take them."""
         frozen: Any = layer._buffers["frozen_values"]  # read at every step: `getattr` of a module is slow
         free = layer._parameters["free_values"]
@@ -196,16 +199,16 @@ class Fixed(Mode):
         """What `compute` returns. It follows from values and norms, which may change."""
         return compute()
 
-    def _fuses(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> bool:
+    def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         """Whether dense products mask the weight as they read it."""
         return layer._fused(x, padding)
 
-    def _packed_values(self, layer: SupermaskLayer) -> tuple[Tensor, Tensor, PackedPattern]:
+    def _packed_values(self, layer: Layer) -> tuple[Tensor, Tensor, PackedPattern]:
         free, frozen, _ = self.values(layer)
         shape, count = layer.dense_weight.shape, free.numel()
         return free, frozen, self._once_a_pattern(layer, "packed", lambda p: as_packed(p, shape, count))
 
-    def _pattern(self, layer: SupermaskLayer) -> tuple[SparsePattern, dict[str, Any]]:
+    def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[str, Any]]:
         """The pattern, and what is computed from it by name. A move of the layer replaces both."""
         buffers, recorded = layer._buffers, traced()
         known = None if recorded else self._derived
@@ -216,7 +219,7 @@ class Fixed(Mode):
                 self._derived = known
         return known
 
-    def _once_a_pattern(self, layer: SupermaskLayer, name: str, compute: Callable[[SparsePattern], Any]) -> Any:
+    def _once_a_pattern(self, layer: Layer, name: str, compute: Callable[[SparsePattern], Any]) -> Any:
         """What follows from the pattern alone, computed once for a pattern."""
         pattern, known = self._pattern(layer)
         if name not in known:
@@ -233,7 +236,7 @@ class Fixed(Mode):
 class Values(Fixed):
     """The weight phase: `free_values`, the kept weights inside the free mask, is the parameter; else as `Fixed`."""
 
-    def __init__(self, layer: SupermaskLayer, mask: Tensor, free_mask: Tensor) -> None:
+    def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         super().__init__(layer, mask, free_mask)
         assert self.tensors is not None
         self.tensors["free_values"] = nn.Parameter(layer.dense_weight[free_mask])
@@ -258,7 +261,7 @@ class Constant(Fixed):
         Mode.__init__(self, frozen_values=weight[mask], **dict(zip(PATTERN, tensors, strict=True)))
         self._kept = kept
 
-    def weight(self, layer: SupermaskLayer) -> Tensor:
+    def weight(self, layer: Layer) -> Tensor:
         weight: Tensor = self.once(layer, lambda: super(Constant, self).weight(layer))
         return weight
 
@@ -269,5 +272,5 @@ class Constant(Fixed):
             self._kept[key] = compute()
         return self._kept[key]
 
-    def _fuses(self, layer: SupermaskLayer, x: Tensor, padding: Any) -> bool:
+    def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         return False  # the masked weight is written once
