@@ -103,13 +103,16 @@ class Scores(Mode):
         fused, geometry = layer._fused(x, padding), layer._geometry(padding)
         if fused == self.written and not traced():
             self.written = not fused  # for the next forward of the model
-        if not fused:
-            return layer.dense_product(x, self._masked_weight(layer, x), layer.bias, *geometry)
-        selection = self._selected()
-        k = layer.k if selection is None else None
-        return layer.supermask_product(
-            x, layer.dense_weight, layer.scores, k, layer.bias, *geometry, selection=selection, sparse=sparse
-        )
+        y: Tensor
+        if fused:
+            selection = self._selected()
+            k = layer.k if selection is None else None
+            y = layer.supermask_product(
+                x, layer.dense_weight, layer.scores, k, layer.bias, *geometry, selection=selection, sparse=sparse
+            )
+        else:
+            y = layer.dense_product(x, self._masked_weight(layer, x), layer.bias, *geometry)
+        return y
 
     def weight(self, layer: Layer) -> Tensor:
         self._note_call()
@@ -173,12 +176,15 @@ class Fixed(Mode):
 
     def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
         sparse, geometry = layer._sparse(x, padding), layer._geometry(padding)
+        y: Tensor
         if sparse:
             kernel = (layer.kernel_size,) if geometry else ()
-            return layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
-        if self._fuses(layer, x, padding):
-            return layer.packed_product(x, *self._packed_values(layer), layer.bias, *geometry)
-        return layer.dense_product(x, self.weight(layer), layer.bias, *geometry)
+            y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
+        elif self._fuses(layer, x, padding):
+            y = layer.packed_product(x, *self._packed_values(layer), layer.bias, *geometry)
+        else:
+            y = layer.dense_product(x, self.weight(layer), layer.bias, *geometry)
+        return y
 
     def weight(self, layer: Layer) -> Tensor:
         where = None
@@ -201,7 +207,7 @@ class Fixed(Mode):
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         """Whether dense products mask the weight as they read it."""
-        return layer._fused(x, padding)
+        return bool(layer._fused(x, padding))
 
     def _packed_values(self, layer: Layer) -> tuple[Tensor, Tensor, PackedPattern]:
         free, frozen, _ = self.values(layer)

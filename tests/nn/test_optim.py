@@ -85,7 +85,7 @@ def test_selection_handed_over_is_that_of_the_scores() -> None:
     steps(model, ScoreAdam(groups(model), model, 0.1), 2)
     taken = {}
     for name, layer in supermask_layers(model):
-        layer.register_forward_pre_hook(lambda m, _, name=name: taken.update({name: m.selection}))
+        layer.register_forward_pre_hook(lambda m, _, name=name: taken.update({name: m.mode.selection}))
     model(images())
     for name, layer in supermask_layers(model):
         assert torch.equal(taken[name], ops.topk_select([layer.scores], [layer.k])[0][0])

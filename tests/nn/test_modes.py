@@ -1,0 +1,90 @@
+"""A layer's mode: its tensors are registered on the layer while it is there, and the mode's own otherwise."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from exssnet import Phases, SupermaskConv2d, SupermaskLinear, convert
+from exssnet.nn.modes import Fixed, Mode, NoMask, Scores, Values
+
+REGISTERED = {
+    "scores": {"scores"},
+    "values": {"free_values", "packed_mask", "packed_free_mask"},
+    "fixed": {"packed_mask", "packed_free_mask"},
+    "none": set(),
+}
+
+
+def mode_of(layer: SupermaskLinear, kind: str) -> Mode:
+    mask = torch.arange(layer.dense_weight.numel()).reshape(layer.dense_weight.shape) % 3 == 0
+    if kind == "scores":
+        return Scores(layer, torch.randn(layer.dense_weight.shape))
+    if kind == "none":
+        return NoMask()
+    return Values(layer, mask, mask) if kind == "values" else Fixed(layer, mask, torch.zeros_like(mask))
+
+
+@pytest.mark.parametrize("kind", REGISTERED)
+def test_a_layer_has_the_tensors_of_its_mode_alone(kind: str) -> None:
+    layer = SupermaskLinear(7, 5, density=0.3)
+    layer.mode = mode_of(layer, kind)
+    assert set(layer.state_dict()) == {"dense_weight", "kept", *REGISTERED[kind]}
+
+
+@pytest.mark.parametrize("other", REGISTERED)
+@pytest.mark.parametrize("kind", REGISTERED)
+def test_a_mode_comes_back_with_the_same_tensors(kind: str, other: str) -> None:
+    layer = SupermaskLinear(7, 5, density=0.3)
+    layer.mode = mode = mode_of(layer, kind)
+    before = {**layer._parameters, **layer._buffers}
+    layer.mode = mode_of(layer, other)
+    layer.mode = mode
+    after = {**layer._parameters, **layer._buffers}
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert layer.mode is mode
+
+
+def test_a_mode_serves_one_layer() -> None:
+    layer, other = SupermaskLinear(7, 5), SupermaskLinear(7, 5)
+    before = layer.scores
+    with pytest.raises(ValueError, match="this Scores is the mode of another layer"):
+        layer.mode = other.mode
+    assert layer.scores is before
+    layer.mode = layer.mode
+    assert layer.scores is before
+
+
+@pytest.mark.parametrize("kind", ["scores", "values", "fixed"])
+def test_a_copy_has_a_mode_of_its_own(kind: str) -> None:
+    layer, x = SupermaskConv2d(2, 3, 3, density=0.3), torch.randn(2, 2, 6, 6)
+    layer.mode = mode_of(layer, kind)
+    expected = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), expected)
+    twin.mode = NoMask()
+    assert torch.equal(layer(x), expected)
+    with pytest.raises(RuntimeError, match="neither scores nor a mask"):
+        twin(x)
+
+
+def test_a_replica_takes_no_selection_of_the_original() -> None:
+    """A replica of `nn.DataParallel` may be on another device."""
+    layer = SupermaskLinear(7, 5)
+    replica = layer._replicate_for_data_parallel()
+    assert isinstance(layer.mode, Scores)
+    layer.mode.selection = torch.zeros(5)
+    assert replica.mode.selection is None
+
+
+def test_a_block_of_using_swaps_the_modes_and_leaves_them_alone() -> None:
+    phases = Phases(convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), 0.4))
+    phases.start_task()
+    phases.finish_task()
+    phases.start_task()
+    modes = {name: layer.mode for name, layer in phases.layers.items()}
+    with phases.using(0):
+        assert all(isinstance(layer.mode, Fixed) for layer in phases.layers.values())
+        assert all(mode.tensors is not None for mode in modes.values())
+    assert all(layer.mode is modes[name] for name, layer in phases.layers.items())
