@@ -19,7 +19,7 @@ TENSORS = (
     "dense_weight", *PARAMETERS, "frozen_values", "packed_mask", "packed_free_mask", "kept", *PATTERN,
 )  # fmt: skip
 """Names of all parameters and buffers that a layer has in place of the plain layer's weight."""
-ATTRIBUTES = ("k", "products", "_mode", "_choices", "_read")
+ATTRIBUTES = ("k", "products", "written", "_mode", "_choices", "_read")
 """Names of all else that a layer has beside the plain layer's attributes."""
 
 # One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
@@ -50,6 +50,7 @@ class SupermaskLayer(nn.Module):
         weight: what the layer multiplies by, ``dense_weight * mask``, with its gradient.
         k: weights that a mask keeps.
         products: chooses between sparse and dense products, see `exssnet.nn.choice.sparse_is_faster`.
+        written: whether the products of the scores want the masked weight written before.
     """
 
     plain_type: type[nn.Module]
@@ -117,6 +118,7 @@ class SupermaskLayer(nn.Module):
             self.register_buffer(name, None)
         for name in ("frozen_values", *PATTERN):
             self.register_buffer(name, None, persistent=False)
+        self.written = False
         self._mode: Mode = NoMask()
         self._mode.tensors = None
         self.use_scores(self.random_scores())
@@ -231,7 +233,10 @@ class SupermaskLayer(nn.Module):
         def decide() -> bool:
             return fused_is_faster(x, self.dense_weight, dtype, self._geometry(padding), density)
 
-        return self._decided("fused", decide, x, x.stride(), dtype, density)
+        fused = self._decided("fused", decide, x, x.stride(), dtype, density)
+        if density is None and not traced():
+            self.written = not fused  # for the next forward of the model
+        return fused
 
     def _decided(self, what: str, decide: Callable[[], bool], x: Tensor, *more: Any) -> bool:
         if recorded():

@@ -82,9 +82,9 @@ class Scores(Mode):
 
     Attributes:
         selection: the selection of these scores. The `Selector` sets it for one forward of the model.
-        masked: the masked weight in the dtype of the products. The `Selector` sets it likewise, where `written` asks.
+        masked: the masked weight in the dtype of the products. The `Selector` sets it likewise, where the layer's
+            `written` asks for it.
         recent: the selection of the last forward, for activations that are computed again in its backward pass.
-        written: whether the products of this layer want the masked weight written.
     """
 
     scored = True
@@ -92,7 +92,7 @@ class Scores(Mode):
     def __init__(self, layer: Layer, scores: Tensor) -> None:
         copied = scores.detach().to(layer.dense_weight.device, torch.float32, copy=True).contiguous()
         super().__init__(scores=nn.Parameter(copied))
-        self.called = self.written = False
+        self.called = False
         self.selection: Tensor | None = None
         self.masked: Tensor | None = None
         self.recent: Tensor | None = None
@@ -101,8 +101,6 @@ class Scores(Mode):
         sparse = layer._sparse(x, padding)
         self._note_call()
         fused, geometry = layer._fused(x, padding), layer._geometry(padding)
-        if fused == self.written and not traced():
-            self.written = not fused  # for the next forward of the model
         y: Tensor
         if fused:
             selection = self._selected()

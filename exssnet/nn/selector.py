@@ -80,7 +80,7 @@ class Selector:
         handed = self._handed(model, layers)
         for layer, selection in zip(layers, self._select(layers) if handed is None else handed, strict=True):
             layer.mode.selection = selection
-        written = [layer for layer in layers if layer.mode.written]
+        written = [layer for layer in layers if layer.written]
         if written:  # in one pass for all of them
             weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
             selections = [layer.mode.selection for layer in written]

@@ -210,7 +210,7 @@ def test_checkpointed_activations_give_the_same_gradients(
     if written:  # as on a GPU, where a masked weight may be written for all layers before the forward
         monkeypatch.setattr("exssnet.nn.layers.SupermaskLayer._fused", lambda *_: False)
         for layer in phases.layers.values():
-            layer.mode.written = True
+            layer.written = True
     found = []
     for recompute in (False, True):
         model.recompute = recompute  # type: ignore[assignment]
