@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,12 +25,10 @@ PATIENCE = 1.0
 Way = Callable[[], object]
 Ways = tuple[Mapping[float, Way], Sequence[Way]]
 """What is timed of two candidates: the first at one or two densities, and all forms of the second."""
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class Operand(NamedTuple):
-    """What times depend on of a tensor: its shape, its dimensions from the outermost in memory on, and its dtype."""
+    """What times depend on of a tensor; for the layout, see `order`."""
 
     shape: tuple[int, ...]
     layout: tuple[int, ...]
@@ -53,11 +51,11 @@ class Key:
     def of(cls, operator: str, device: torch.device, *arguments: Any, density: float | None = None) -> "Key":
         """The key of a call on a device, as torch is set now."""
         hashable = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
-        density = None if density is None else round(density, 3)
+        call = operator, hashable, None if density is None else round(density, 3)
         if device.type == "cpu":
-            return cls(operator, hashable, density, "cpu", torch.get_num_threads(), (), device)
+            return cls(*call, "cpu", torch.get_num_threads(), (), device)
         precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        return cls(operator, hashable, density, torch.cuda.get_device_name(device), 0, precision, device)
+        return cls(*call, torch.cuda.get_device_name(device), 0, precision, device)
 
 
 _limits: dict[Key, float] = {}
@@ -80,14 +78,13 @@ def fastest(key: Key, candidates: tuple[str, str], ways: Callable[[], Ways] | No
     Args:
         key: What the measurement is kept by.
         candidates: The names of both.
-        ways: Makes what is timed. With None, nothing is measured.
+        ways: Makes what is timed; None measures nothing. Nothing is measured while a CUDA graph is captured.
         density: The density of this call, if the first candidate is timed at two densities.
 
     Returns:
-        The name; None if nothing is known and nothing can be measured, as while a CUDA graph is captured.
+        The name; None if it is not known and not measured.
     """
-    limit = _known(key)
-    if limit is None and ways is not None:
+    if (limit := _known(key)) is None and ways is not None:
         with _measuring:
             if key.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
                 return None
@@ -105,7 +102,7 @@ def _known(key: Key) -> float | None:
     return limit
 
 
-def remember(cache: dict[K, V], key: K, value: V) -> V:
+def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
     """What a cache holds for a key, or else this value. Beyond `ENTRIES`, the oldest is evicted."""
     value = cache.setdefault(key, value)
     for oldest in tuple(cache)[:-ENTRIES]:
@@ -161,10 +158,7 @@ def _seconds(device: torch.device, way: Way) -> float:
 
 
 def rounded(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape (N, C, ...) of an input, with all sizes but C rounded to powers of two.
-
-    So batches and images of many sizes need few measurements.
-    """
+    """An input's shape (N, C, ...), all but C rounded to powers of two, so that many sizes need few measurements."""
     return tuple(size if i == 1 else 1 << (size * size).bit_length() // 2 for i, size in enumerate(shape))
 
 

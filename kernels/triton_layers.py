@@ -55,8 +55,7 @@ def or_reference(kernel: Kernel) -> Kernel:
 
 
 def or_written(kernel: Kernel) -> Kernel:
-    """As `or_reference`; for served layers on a GPU the faster of the kernel and PyTorch's product with a weight that
-    is masked before."""
+    """As `or_reference`; on a GPU the faster of the kernel and PyTorch's product with a masked weight."""
     names = list(inspect.signature(kernel).parameters)
 
     def written(*args: Any) -> Any:

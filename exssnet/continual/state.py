@@ -133,7 +133,8 @@ def choices(phases: Phases) -> list[Choice]:
     stored = []
     for name, layer in phases.layers.items():
         for (what, x, dtype, device, threads, products, k, stride, product_dtype), chosen in layer._choices.items():
-            place = _name(dtype), str(device), threads, products, k, list(stride), _name(product_dtype)
+            dtypes = [str(d).removeprefix("torch.") for d in (dtype, product_dtype)]
+            place = dtypes[0], str(device), threads, products, k, list(stride), dtypes[1]
             stored.append(Choice(name, what, list(x), *place, chosen))
     return stored
 
@@ -144,10 +145,6 @@ def put_choices(phases: Phases, stored: Sequence[Choice]) -> None:
         device, dtype, product_dtype = torch.device(c.device), NUMBERS[c.dtype], NUMBERS[c.product_dtype]
         key = c.what, torch.Size(c.shape), dtype, device, c.threads, c.products, c.k, tuple(c.stride), product_dtype
         layer._choices[key] = c.chosen
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # The open task

@@ -75,18 +75,16 @@ def fused_is_faster(
 ) -> bool:
     """Whether a dense layer on a GPU should mask tiles of its weight while it multiplies them.
 
-    Otherwise the masked weight is written, and PyTorch's products take it. The environment's EXSSNET_MASKING decides,
-    or else the time, measured when a GPU, a shape and dtypes are first met. If it is not known and cannot be measured,
-    while operators are traced or a CUDA graph is captured, or without Triton's kernels, scores are fused and values
-    written.
+    Otherwise the masked weight is written before. EXSSNET_MASKING decides, or else the time, measured when a GPU, a
+    shape and dtypes are first met. Scores are fused and values written if nothing is known and nothing can be measured:
+    while operators are traced or a CUDA graph is captured, and without Triton's kernels.
 
     Args:
         x: The layer's input, as in `sparse_is_faster`.
         weight: The dense weight.
         dtype: The dtype of the products.
         geometry: As in `sparse_is_faster`.
-        density: The density in the weight phase, which has `packed_linear` and the like or `masked_weight`. None in the
-            mask phase, which has `supermask_linear` and the like or `supermask_weights`.
+        density: None in the mask phase, which has scores; the density in the weight phase.
     """
     if (asked := pinned("masking", MASKING)) != "auto":
         return asked == "fused"
@@ -120,8 +118,7 @@ def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tens
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_served(operator: str, device: str) -> bool:
-    served: bool = native.is_served(operator, device)
-    return served
+    return native.is_served(operator, device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -145,14 +142,14 @@ def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Way
 
     Output and input gradient of the weight phase; they decide for all phases.
     """
-    normal, random_mask = _random(x.device, shape)
-    images, filters = normal(x.new_empty(x.shape)), normal(x.new_empty(shape))
+    generator = torch.Generator(x.device).manual_seed(0)
+    images, filters = (x.new_empty(size).normal_(generator=generator) for size in (x.shape, shape))
     stored = images.movedim(0, -1).contiguous().movedim(-1, 0)
     forward, backward = _raw("sparse", geometry)
     of_kernel = (list(shape[2:]), *geometry[:3]) if geometry else ()
 
     def sparse(density: float) -> Way:
-        mask = random_mask(density)
+        mask = _random_mask(shape, density, generator)
         values, pattern = filters[mask], sparse_pattern(mask, groups=geometry[3] if geometry else 1)
         arguments = values, values[:0], *pattern.tensors
 
@@ -162,7 +159,7 @@ def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Way
 
         return run
 
-    fused, written = _value_ways(images, filters, random_mask(0.1), None, geometry)
+    fused, written = _value_ways(images, filters, _random_mask(shape, 0.1, generator), None, geometry)
     dense = [written, fused] if native.is_served("packed_linear", x.device.type) else [written]
     return {density: sparse(density) for density in (0.05, 0.25)}, dense
 
@@ -173,25 +170,19 @@ def fused_ways(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence
     Output, input gradient, and gradient of the scores or of the free values, half of those kept. The raw operators are
     timed, without autograd, which may be the one that asks.
     """
-    normal, random_mask = _random(x.device, weight.shape)
-    images, filters = normal(torch.empty_like(x, dtype=dtype)), normal(torch.empty_like(weight))
-    mask = random_mask(density or 0.1)
+    generator = torch.Generator(x.device).manual_seed(0)
+    of = (x, dtype), (weight, weight.dtype), (weight, torch.float32)
+    images, filters, scores = (torch.empty_like(t, dtype=d).normal_(generator=generator) for t, d in of)
+    mask, half = (_random_mask(weight.shape, share, generator) for share in (density or 0.1, 0.5))
     if density is None:
-        scores = normal(torch.empty_like(weight, dtype=torch.float32))
         fused, written = _score_ways(images, filters, scores, pack_mask(mask), geometry)
     else:
-        fused, written = _value_ways(images, filters, mask, mask & random_mask(0.5), geometry)
+        fused, written = _value_ways(images, filters, mask, mask & half, geometry)
     return {1.0: fused}, [written]
 
 
-def _random(device: torch.device, shape: Sequence[int]) -> tuple[Callable[[Tensor], Tensor], Callable[[float], Tensor]]:
-    """What fills a tensor with normal values, and what makes a mask of that shape and a density."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def mask(density: float) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device) < density
-
-    return lambda t: t.normal_(generator=generator), mask
+def _random_mask(shape: Sequence[int], density: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device) < density
 
 
 def _score_ways(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometry: Sequence[Any]) -> tuple[Way, Way]:

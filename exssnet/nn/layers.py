@@ -276,8 +276,7 @@ class SupermaskLayer(nn.Module):
         if recorded():
             return decide()
         key: Call = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
-        decided = self._choices.get(key)
-        if decided is None:
+        if (decided := self._choices.get(key)) is None:
             decided = decide()
             if not traced():
                 remember(self._choices, key, decided)
