@@ -19,7 +19,7 @@ stride of the input, dtype of the products. What does not count is "", 0 or ()."
 SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
 """A layer on a CPU is sparse without a measurement up to this density, from this many multiply-adds (dense) on, and if
 its kernel spans at most this many pixels: sparse products were 2.5 to 20 times faster on every such shape in
-docs/cpu-engine.md."""
+docs/internals/cpu-engine.md."""
 TINY_DENSITY, TINY_WEIGHTS, TINY_WORK = 0.5, 1 << 10, 1 << 18
 """So is a layer on a CPU up to these. Its steps took 0.1 to 0.7 ms, mostly PyTorch's overhead: sparse convolutions took
 0.4 to 1.1 times as long as dense ones, linear layers at most 0.05 ms longer. A measurement takes 15 ms."""
