@@ -17,8 +17,7 @@ from exssnet.io.writing import locked, write_text
 
 MASKING = ("auto", "fused", "written")
 KERNELS_VERSION = 3  # of what the file holds: raise it when kernels become faster, or when keys or numbers change
-ENTRIES = 4096
-"""How many answers a cache in memory holds; the oldest is evicted first."""
+ENTRIES = 4096  # answers that a cache in memory holds; the oldest is evicted first
 PATIENCE = 1.0
 """Seconds to wait for another process: it may itself wait for this one, which has not yet sent what a GPU expects."""
 
@@ -28,7 +27,7 @@ Ways = tuple[Mapping[float, Way], Sequence[Way]]
 
 
 class Operand(NamedTuple):
-    """What times depend on of a tensor; for the layout, see `order`."""
+    """What times depend on of a tensor; its layout is its strides, or their `order` where sizes are rounded."""
 
     shape: tuple[int, ...]
     layout: tuple[int, ...]

@@ -70,8 +70,9 @@ def or_written(kernel: Kernel) -> Kernel:
         x = args[names.index("x")]
         if (asked := pinned("masking", MASKING)) == "auto" and _can_be_timed(x):
             told = (
-                Operand((rounded if name in ("x", "grad") else tuple)(a.shape), order(a.stride()), a.dtype)
-                if isinstance(a, Tensor) else a
+                a if not isinstance(a, Tensor)
+                else Operand(rounded(a.shape), order(a.stride()), a.dtype) if name in ("x", "grad")
+                else Operand(tuple(a.shape), a.stride(), a.dtype)
                 for name, a in zip(names, args, strict=True)
             )  # fmt: skip
             ways = {1.0: lambda: kernel(*args)}, [lambda: written(*args)]
