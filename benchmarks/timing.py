@@ -14,7 +14,7 @@ from torch import Tensor
 
 import exssnet
 from exssnet.kernels import native
-from exssnet.kernels.measured import cpu_model
+from exssnet.kernels.autotune import cpu_model
 
 Variant = Callable[[], Any]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .measured import asked_masking, finish_on, measured, of_gpu, order, rounded, times
+from .autotune import MASKING, Key, Operand, fastest, order, pinned, rounded
 from .triton_mask import Gradients, Mask, OutputParts, finish, given, selected
 from .triton_product import Geometry, Weight, product, weight_gradients
 
@@ -55,55 +55,35 @@ def or_reference(kernel: Kernel) -> Kernel:
 
 
 def or_written(kernel: Kernel) -> Kernel:
-    """As `or_reference`, and of served layers on a GPU the faster of the kernel and PyTorch's product, which takes a
-    masked weight that is written before; measured when a GPU, shapes, strides and dtypes are first met."""
+    """As `or_reference`; on a GPU the faster of the kernel and PyTorch's product with a masked weight."""
     names = list(inspect.signature(kernel).parameters)
-    takes, otherwise = _takes(kernel), getattr(reference, kernel.__name__)
-    chosen: dict[Any, bool] = {}  # by what the key in the file is made of: that of each call would take 10 us
 
     def written(*args: Any) -> Any:
         given = dict(zip(names, args, strict=True))
         for name in ("mask", "free_mask"):
             if given[name] is not None and given[name].dtype == torch.uint8:
                 given[name] = torch.ops.exssnet.unpack_mask(given[name], list(given["weight"].shape))
-        return otherwise(*given.values())
-
-    def is_fused(x: Tensor, args: tuple[Any, ...]) -> bool:
-        if (asked := asked_masking()) != "auto" or not _can_be_timed(x):
-            return asked != "written"
-        what = x.device, *of_gpu(x.device), *(
-            (a.dtype, *((rounded(a.shape), order(a.stride())) if name in ("x", "grad") else (a.shape, a.stride())))
-            if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
-            for name, a in zip(names, args, strict=True)
-        )  # fmt: skip
-        if what not in chosen:
-            key = " ".join(map(str, (kernel.__name__, *what[1:])))
-            ratio = measured(key, True, lambda: _ratio(x.device, lambda: kernel(*args), lambda: written(*args)))
-            if ratio is None:
-                return True
-            chosen[what] = ratio <= 1
-        return chosen[what]
+        return getattr(reference, kernel.__name__)(*given.values())
 
     @functools.wraps(kernel)
-    def call(*args: Any) -> Any:
-        if not takes(*args):
-            return otherwise(*args)
-        return (kernel if is_fused(args[names.index("x")], args) else written)(*args)
+    def faster(*args: Any) -> Any:
+        x = args[names.index("x")]
+        if (asked := pinned("masking", MASKING)) == "auto" and _can_be_timed(x):
+            told = (
+                a if not isinstance(a, Tensor)
+                else Operand(rounded(a.shape), order(a.stride()), a.dtype) if name in ("x", "grad")
+                else Operand(tuple(a.shape), a.stride(), a.dtype)
+                for name, a in zip(names, args, strict=True)
+            )  # fmt: skip
+            ways = {1.0: lambda: kernel(*args)}, [lambda: written(*args)]
+            asked = fastest(Key.of(kernel.__name__, x.device, *told), ("fused", "written"), lambda: ways) or "fused"
+        return (written if asked == "written" else kernel)(*args)
 
-    return cast(Kernel, call)
+    return or_reference(cast(Kernel, faster))
 
 
 def _can_be_timed(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.numel() > 0
-
-
-def _ratio(device: torch.device, *ways: Callable[[], object]) -> float:
-    """The time of the first way over that of the second, or 0 where the memory does not hold the second."""
-    try:
-        first, second = times(finish_on(device), *ways)
-    except torch.OutOfMemoryError:
-        return 0.0
-    return first / second
 
 
 def _images(t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..continual import owners, state, stored
 from ..continual.learner import Learner
 from ..continual.phases import Phases
 from ..io.values import printable, shown, typed
-from ..kernels.measured import cpu_model
+from ..kernels.autotune import cpu_model
 from ..tasks import Task
 from . import container
 from .container import CHECKSUM, Container

@@ -130,21 +130,20 @@ def fingerprint(task: Task) -> str:
 
 def choices(phases: Phases) -> list[Choice]:
     """The choices between products that were made so far."""
-    found = []
+    stored = []
     for name, layer in phases.layers.items():
-        for (what, shape, dtype, device, threads, *more), chosen in layer._choices.items():
-            products, k, stride, product_dtype = (*more, (), dtype) if what == "sparse" else ("", 0, *more)
-            own, products_own = (str(d).removeprefix("torch.") for d in (dtype, product_dtype))
-            place = str(device), threads, products, k, list(stride)
-            found.append(Choice(name, what, list(shape), own, *place, products_own, chosen))
-    return found
+        for (what, x, dtype, device, threads, products, k, stride, product_dtype), chosen in layer._choices.items():
+            dtypes = [str(d).removeprefix("torch.") for d in (dtype, product_dtype)]
+            place = dtypes[0], str(device), threads, products, k, list(stride), dtypes[1]
+            stored.append(Choice(name, what, list(x), *place, chosen))
+    return stored
 
 
-def put_choices(phases: Phases, made: Sequence[Choice]) -> None:
-    for c in made:
+def put_choices(phases: Phases, stored: Sequence[Choice]) -> None:
+    for c in stored:
         layer: SupermaskLayer = phases.layers[c.layer]
-        more = (c.products, c.k) if c.what == "sparse" else (tuple(c.stride), NUMBERS[c.product_dtype])
-        key = c.what, torch.Size(c.shape), NUMBERS[c.dtype], torch.device(c.device), c.threads, *more
+        device, dtype, product_dtype = torch.device(c.device), NUMBERS[c.dtype], NUMBERS[c.product_dtype]
+        key = c.what, torch.Size(c.shape), dtype, device, c.threads, c.products, c.k, tuple(c.stride), product_dtype
         layer._choices[key] = c.chosen
 
 

@@ -1,10 +1,5 @@
-"""Which products a layer is made of: measured once on this machine, where two can serve.
+"""Chooses sparse, fused or dense kernels for a layer by timing each shape once, see `fastest`."""
 
-Sparse or dense ones: the density up to which a layer's sparse ones are faster. Dense ones on a GPU: fused with their
-masks, or PyTorch's own with a masked weight that is written before: the ratio of their times.
-"""
-
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,45 +8,47 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from ..kernels import native
-from ..kernels.measured import asked_masking, finish_on, known, measured, of_gpu, order, rounded, times
+from ..kernels.autotune import MASKING, Key, Operand, Way, Ways, fastest, order, pinned, rounded
 from ..ops import kept_weights, masked_weight, pack_mask, packed_pattern, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
-Masking = Literal["auto", "fused", "written"]
+Call = tuple[str, torch.Size, torch.dtype, torch.device, int, str, int, tuple[int, ...], torch.dtype]
+"""What a layer decided, "sparse" or "fused"; shape, dtype and device of its input, number of threads, `products` and k,
+stride of the input, dtype of the products. What does not count is "", 0 or ()."""
 SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
-"""Up to this density a layer of at least so many multiply-adds (dense), whose kernel spans at most so many pixels, is
-not measured on a CPU: sparse products were 2.5 to 20 times faster on every such shape in docs/cpu-engine.md."""
+"""A layer on a CPU is sparse without a measurement up to this density, from this many multiply-adds (dense) on, and if
+its kernel spans at most this many pixels: sparse products were 2.5 to 20 times faster on every such shape in
+docs/internals/cpu-engine.md."""
 TINY_DENSITY, TINY_WEIGHTS, TINY_WORK = 0.5, 1 << 10, 1 << 18
-"""Up to these a layer is not measured on a CPU either, and is sparse. Its steps took 0.1 to 0.7 ms, mostly PyTorch's
-overhead: sparse convolutions 0.4 to 1.1 times as long as dense ones, linear layers at most 0.05 ms longer. To measure
-takes 15 ms."""
+"""So is a layer on a CPU up to these. Its steps took 0.1 to 0.7 ms, mostly PyTorch's overhead: sparse convolutions took
+0.4 to 1.1 times as long as dense ones, linear layers at most 0.05 ms longer. A measurement takes 15 ms."""
 
 
 def sparse_is_faster(
     x: Tensor, weight: Tensor, density: float, geometry: Sequence[Any] = (), products: Products = "auto"
 ) -> bool:
-    """Whether a layer over x should multiply only the kept entries of its weight.
+    """Whether a layer should multiply only the kept entries of its weight.
 
-    x: (..., I) or (N, C, ...).
-    geometry: (stride, padding, dilation, groups) of a convolution, in one dimension for x (N, C, L).
-    products: "sparse" or "dense" decide alone, and so does the environment's EXSSNET_PRODUCTS over "auto". Otherwise
-        the layer's crossover decides: the density at which output and input gradient cost the same either way,
-        measured when a shape is first met, and kept in a file of the user's cache folder. Sizes of batches and images
-        count there as the nearest powers of two.
-    Dense without a kernel for the sparse products on x's device, for an empty x, and where these refuse the layer.
-    On a CPU tiny layers, see `TINY_WORK`, and large ones of low density, see `SURE_WORK`, are sparse without a
-    measurement. While operators are traced nothing is measured: what is known decides; where nothing is, or sizes
-    are not fixed, low density alone.
+    The layer's crossover decides: the density at which sparse and dense products take equally long, measured when a
+    shape is first met. Sizes of batches and images count as the nearest powers of two. On a CPU tiny layers, see
+    `TINY_WORK`, and large ones of low density, see `SURE_WORK`, are not measured. Nothing is measured while operators
+    are traced: what is known decides, and low density alone if nothing is known or if sizes are not fixed.
+
+    Args:
+        x: The layer's input, (..., I) or (N, C, ...).
+        weight: The dense weight.
+        density: The share of the weight that is kept.
+        geometry: Stride, padding, dilation and groups of a convolution, in one dimension for x (N, C, L).
+        products: "sparse" or "dense" decide alone. Over "auto", the environment's EXSSNET_PRODUCTS does.
+
+    Returns:
+        False if x's device has no kernel for sparse products, if x is empty, and if these kernels refuse the layer.
     """
-    if products == "auto":
-        products = os.environ.get("EXSSNET_PRODUCTS", "auto")  # type: ignore[assignment]
-    if products not in PRODUCTS:
-        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
-    if products != "auto":
-        return products == "sparse"
-    on_cpu = x.device.type == "cpu"
-    if not _is_served(f"sparse_{'linear' if weight.dim() == 2 else 'conv2d'}", x.device.type):
+    if (asked := pinned("products", PRODUCTS, products)) != "auto":
+        return asked == "sparse"
+    operator, on_cpu = f"sparse_{'linear' if weight.dim() == 2 else 'conv2d'}", x.device.type == "cpu"
+    if not _is_served(operator, x.device.type):
         return False
     sure = on_cpu and density <= SURE_DENSITY and _span(weight, geometry) <= SURE_SPAN
     if traced() and (any(isinstance(n, Tensor) for n in x.shape) or not all(map(has_static_value, x.shape))):
@@ -67,41 +64,48 @@ def sparse_is_faster(
     tiny = weights <= TINY_WEIGHTS and work <= TINY_WORK and density <= TINY_DENSITY
     if on_cpu and (tiny or (sure and work >= SURE_WORK)):
         return True
-    layer = x.shape, weight.shape, geometry, x.dtype, x.device
-    if traced():
-        crossed = _known_crossover(*layer)
-        return sure if crossed is None else density <= crossed
-    try:
-        crossed = measured(_crossover_key(*layer), not on_cpu, lambda: crossover(*layer))
-    except RuntimeError:  # there is no such layer, as PyTorch will tell, or the sparse products refuse it
-        return False
-    return crossed is not None and density <= crossed
+    layer = operator, x.shape, (), x.dtype, weight.shape, x.dtype, geometry, x.device
+    ways = None if traced() else lambda: sparse_ways(x, weight.shape, geometry)
+    faster = _faster(("sparse", "dense"), ways, density, None, *layer)
+    return faster == "sparse" or (faster is None and traced() and sure)
+
+
+def fused_is_faster(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any] = (), density: float | None = None
+) -> bool:
+    """Whether a dense layer on a GPU should mask tiles of its weight while it multiplies them.
+
+    Otherwise the masked weight is written before. EXSSNET_MASKING decides, or else the time, measured when a GPU, a
+    shape and dtypes are first met. Scores are fused and values written if nothing is known and nothing can be measured:
+    while operators are traced or a CUDA graph is captured, and without Triton's kernels.
+
+    Args:
+        x: The layer's input, as in `sparse_is_faster`.
+        weight: The dense weight.
+        dtype: The dtype of the products.
+        geometry: As in `sparse_is_faster`.
+        density: None in the mask phase, which has scores; the density in the weight phase.
+    """
+    if (asked := pinned("masking", MASKING)) != "auto":
+        return asked == "fused"
+    unknown = density is None
+    fixed = not traced() or all(map(has_static_value, x.shape))
+    if not fixed or not x.numel() or not _is_served("supermask_weights" if unknown else "packed_linear", x.device.type):
+        return unknown
+    if weight.dim() == 2:
+        x = x.reshape(-1, x.shape[-1])
+    x, weight, geometry = _as_images(x, weight, geometry)
+    operator = f"{'supermask' if unknown else 'packed'}_{'conv2d' if geometry else 'linear'}"
+    layer = operator, x.shape, x.stride(), dtype, weight.shape, weight.dtype, geometry, x.device
+    ways = None if traced() else lambda: fused_ways(x, weight, dtype, geometry, density)
+    faster = _faster(("fused", "written"), ways, 1.0, density, *layer)
+    return unknown if faster is None else faster == "fused"
 
 
 def _span(weight: Tensor, geometry: Sequence[Any]) -> int:
     """Pixels from one end of a kernel to the other."""
     dilation = geometry[2] if geometry else ()
     return max((d * (taps - 1) + 1 for d, taps in zip(dilation, weight.shape[2:], strict=True)), default=1)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_served(operator: str, device: str) -> bool:
-    served: bool = native.is_served(operator, device)
-    return served
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _known_crossover(*layer: Any) -> float | None:
-    crossed: float | None = known(_crossover_key(*layer))
-    return crossed
-
-
-def _crossover_key(
-    x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], dtype: torch.dtype, device: torch.device
-) -> str:
-    on_cpu = device.type == "cpu"
-    where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
-    return " ".join(map(str, (*rounded(x), "to", *weight, *geometry, where, dtype)))
 
 
 def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Any]]:
@@ -112,83 +116,76 @@ def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tens
     return x.unsqueeze(2), weight.unsqueeze(2), ((1, *stride), (0, *padding), (1, *dilation), groups)
 
 
-def fused_is_faster(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any] = (), density: float | None = None,
-    masking: Masking = "auto",
-) -> bool:  # fmt: skip
-    """Whether a dense layer over x, on a GPU, should mask tiles of its weight while it multiplies them.
-
-    Otherwise the masked weight is written, and PyTorch's products take it.
-    x, geometry: as in `sparse_is_faster`; dtype: in which x is multiplied.
-    density: in the weight phase, which has `packed_linear` and the like or `masked_weight`; None in the mask phase,
-        which has `supermask_linear` and the like or `supermask_weights`.
-    masking: "fused" or "written" decide alone, and so does the environment's EXSSNET_MASKING over "auto". Otherwise the
-        ratio of their times decides, which is measured when a GPU, a shape and dtypes are first met, and kept in the
-        file of `sparse_is_faster`. Where it is not known and cannot be measured, while operators are traced or a CUDA
-        graph is captured, or without Triton's kernels, scores are fused and values written.
-    """
-    if (asked := asked_masking(masking)) != "auto":
-        return bool(asked == "fused")
-    unknown = density is None
-    operator = "supermask_weights" if unknown else "packed_linear"
-    fixed = not traced() or all(map(has_static_value, x.shape))
-    if not fixed or not x.numel() or not _is_served(operator, x.device.type):
-        return unknown
-    if weight.dim() == 2:
-        x = x.reshape(-1, x.shape[-1])
-    x, weight, geometry = _as_images(x, weight, geometry)
-    what = "masking" if density is None else f"values {density:.3f}"
-    layer = what, x.device, x.shape, x.stride(), "to", weight.dtype, *weight.shape, *geometry, dtype
-    try:
-        if traced():
-            ratio = _known_ratio(*layer)
-        else:
-            ratio = measured(_ratio_key(*layer), True, lambda: fused_over_written(x, weight, dtype, geometry, density))
-    except RuntimeError:  # no such layer: the operators tell what is wrong
-        return unknown
-    return unknown if ratio is None else ratio <= 1
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_served(operator: str, device: str) -> bool:
+    return native.is_served(operator, device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _known_ratio(*layer: Any) -> float | None:
-    ratio: float | None = known(_ratio_key(*layer))
-    return ratio
+def _faster(
+    candidates: tuple[str, str], ways: Callable[[], Ways] | None, at: float, density: float | None, operator: str,
+    x: Sequence[int], stride: Sequence[int], dtype: torch.dtype, weight: Sequence[int], weight_dtype: torch.dtype,
+    geometry: Sequence[Any], device: torch.device,
+) -> str | None:  # fmt: skip
+    """The faster candidate, see `fastest`; None also if there is no such layer, or if its kernels refuse it."""
+    operands = Operand(rounded(x), order(stride), dtype), Operand(tuple(weight), (), weight_dtype)
+    key = Key.of(operator, device, *operands, *geometry, density=density)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            return fastest(key, candidates, ways, at)
+        except RuntimeError:
+            return None
 
 
-def _ratio_key(what: str, device: torch.device, x: Sequence[int], stride: Sequence[int], *layer: Any) -> str:
-    return " ".join(map(str, (what, *rounded(x), order(stride), *layer, *of_gpu(device))))
+def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Ways:
+    """Sparse products at densities of 5 and 25 %, and dense ones; on a GPU these are written or fused.
+
+    Output and input gradient of the weight phase; they decide for all phases.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
+    images, filters = (x.new_empty(size).normal_(generator=generator) for size in (x.shape, shape))
+    stored = images.movedim(0, -1).contiguous().movedim(-1, 0)
+    forward, backward = _raw("sparse", geometry)
+    of_kernel = (list(shape[2:]), *geometry[:3]) if geometry else ()
+
+    def sparse(density: float) -> Way:
+        mask = _random_mask(shape, density, generator)
+        values, pattern = filters[mask], sparse_pattern(mask, groups=geometry[3] if geometry else 1)
+        arguments = values, values[:0], *pattern.tensors
+
+        def run() -> None:
+            y = forward(stored, *arguments, None, *of_kernel)
+            backward(y, stored, *arguments, *of_kernel, [True, False])
+
+        return run
+
+    fused, written = _value_ways(images, filters, _random_mask(shape, 0.1, generator), None, geometry)
+    dense = [written, fused] if native.is_served("packed_linear", x.device.type) else [written]
+    return {density: sparse(density) for density in (0.05, 0.25)}, dense
 
 
-def fused_over_written(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any], density: float | None
-) -> float:
-    """The time of a layer's fused products over that of PyTorch's with a written weight, measured now.
+def fused_ways(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any], density: float | None) -> Ways:
+    """A layer's fused products, and PyTorch's with a written weight.
 
     Output, input gradient, and gradient of the scores or of the free values, half of those kept. The raw operators are
     timed, without autograd, which may be the one that asks.
     """
     generator = torch.Generator(x.device).manual_seed(0)
-
-    def normal(t: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(t, dtype=dtype).normal_(generator=generator)
-
-    def random_mask(share: float) -> Tensor:
-        return torch.rand(weight.shape, generator=generator, device=weight.device) < share
-
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        images, filters, mask = normal(x, dtype), normal(weight, weight.dtype), random_mask(density or 0.1)
-        if density is None:
-            ways = _ways_of_scores(images, filters, normal(weight, torch.float32), pack_mask(mask), geometry)
-        else:
-            ways = _ways_of_values(images, filters, mask, mask & random_mask(0.5), geometry)
-        of_fused, of_written = times(finish_on(x.device), *ways)
-    return float(of_fused / of_written)
+    of = (x, dtype), (weight, weight.dtype), (weight, torch.float32)
+    images, filters, scores = (torch.empty_like(t, dtype=d).normal_(generator=generator) for t, d in of)
+    mask, half = (_random_mask(weight.shape, share, generator) for share in (density or 0.1, 0.5))
+    if density is None:
+        fused, written = _score_ways(images, filters, scores, pack_mask(mask), geometry)
+    else:
+        fused, written = _value_ways(images, filters, mask, mask & half, geometry)
+    return {1.0: fused}, [written]
 
 
-Ways = tuple[Callable[[], object], Callable[[], object]]
+def _random_mask(shape: Sequence[int], density: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device) < density
 
 
-def _ways_of_scores(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometry: Sequence[Any]) -> Ways:
+def _score_ways(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometry: Sequence[Any]) -> tuple[Way, Way]:
     forward, backward = _raw("supermask", geometry)
     steps, ops = list(geometry), torch.ops.exssnet
 
@@ -204,8 +201,12 @@ def _ways_of_scores(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geo
     return fused, written
 
 
-def _ways_of_values(x: Tensor, weight: Tensor, mask: Tensor, free: Tensor, geometry: Sequence[Any]) -> Ways:
+def _value_ways(
+    x: Tensor, weight: Tensor, mask: Tensor, free: Tensor | None, geometry: Sequence[Any]
+) -> tuple[Way, Way]:
+    """With the gradient of the free values, if a free mask is given."""
     forward, backward = _raw("packed", geometry)
+    trains, free = free is not None, mask if free is None else free
     values, frozen = weight[free], weight[mask & ~free]
     words, shape, steps = packed_pattern(mask, free).words, list(weight.shape), list(geometry)
     pattern = sparse_pattern(mask, free, geometry[3] if geometry else 1)
@@ -214,12 +215,14 @@ def _ways_of_values(x: Tensor, weight: Tensor, mask: Tensor, free: Tensor, geome
     def fused() -> None:
         arguments = values.to(x.dtype), frozen.to(x.dtype), words
         y = forward(x, *arguments, None, shape, *steps)
-        backward(y, x, *arguments, shape, *steps, [True, True])[1].to(weight.dtype)
+        backward(y, x, *arguments, shape, *steps, [True, trains])[1].to(weight.dtype)
 
     def written() -> None:
-        made = masked_weight(values, frozen, pattern, shape, kept).to(x.dtype)
-        grad = _dense_step(x, made, geometry).to(weight.dtype).reshape(-1)[kept]
-        torch.zeros_like(grad).index_add_(0, pattern.slot, grad)  # what autograd makes of `masked_weight`
+        filters = masked_weight(values, frozen, pattern, shape, kept).to(x.dtype)
+        grad = _dense_step(x, filters, geometry, trains)
+        if trains:  # the gradient of `masked_weight`
+            grad = grad.to(weight.dtype).reshape(-1)[kept]
+            torch.zeros_like(grad).index_add_(0, pattern.slot, grad)
 
     return fused, written
 
@@ -251,58 +254,3 @@ def traced() -> bool:
 def recorded() -> bool:
     """Whether a graph is made, by the compiler or by `torch.jit.trace`."""
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
-
-
-def crossover(
-    x: Sequence[int], weight: Sequence[int], geometry: Sequence[Any], dtype: torch.dtype, device: torch.device
-) -> float:
-    """The density in [0, 1] at which a layer's sparse products take as long as its dense ones, measured now.
-
-    Output and input gradient of the weight phase, with the making of the dense weight; it decides for all phases. On a
-    GPU the dense ones are the faster of written and fused ones.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
-
-    def random_mask(density: float) -> Tensor:
-        return (torch.rand(*weight, generator=generator, device="cpu") < density).to(device)
-
-    images, filters = random(*x), random(*weight)
-    steps, shape, groups = list(geometry), list(weight), geometry[3] if geometry else 1
-
-    mask = random_mask(0.1)
-    kept_values, where, packed = filters[mask], sparse_pattern(mask, groups=groups), packed_pattern(mask)
-    kept = kept_weights(where, shape)
-
-    def dense() -> None:
-        _dense_step(images, masked_weight(kept_values, kept_values[:0], where, shape, kept), geometry, False)
-
-    def fused() -> None:
-        forward, backward = _raw("packed", geometry)
-        arguments = kept_values, kept_values[:0], packed.words
-        y = forward(images, *arguments, None, shape, *steps)
-        backward(y, images, *arguments, shape, *steps, [True, False])
-
-    def sparse(density: float) -> Callable[[], None]:
-        mask = random_mask(density)
-        pattern, values = sparse_pattern(mask, groups=groups), filters[mask]
-        arguments = (values, values[:0], *pattern.tensors)
-        of_kernel = (shape[2:], *steps[:3]) if geometry else ()
-        stored = images.movedim(0, -1).contiguous().movedim(-1, 0)
-        forward, backward = _raw("sparse", geometry)
-
-        def run() -> None:
-            y = forward(stored, *arguments, None, *of_kernel)
-            backward(y, stored, *arguments, *of_kernel, [True, False])
-
-        return run
-
-    low, high = 0.05, 0.25
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        of_dense = [dense, fused] if native.is_served("packed_linear", device.type) else [dense]
-        at_low, at_high, *whole = times(finish_on(device), sparse(low), sparse(high), *of_dense)
-    slope = max((at_high - at_low) / (high - low), 1e-12)
-    crossed: float = low + (min(whole) - at_low) / slope
-    return min(1.0, max(0.0, crossed))

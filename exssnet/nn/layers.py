@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import config as compiler
 
+from ..kernels.autotune import remember
 from ..ops import density_to_k, unpack_mask
 from ..ops.library import product_dtype
-from .choice import Products, fused_is_faster, recorded, sparse_is_faster, traced
+from .choice import Call, Products, fused_is_faster, recorded, sparse_is_faster, traced
 from .modes import BUFFERS, PARAMETERS, PATTERN, Fixed, Mode, NoMask, Scores, Values
 from .selector import forwards
 
@@ -106,7 +107,7 @@ class SupermaskLayer(nn.Module):
     def _own_weight(self, density: float, products: Products = "auto") -> None:
         """Turn the plain layer's weight into a buffer and start with random scores."""
         self.products = products
-        self._choices: dict[tuple[Any, ...], bool] = {}
+        self._choices: dict[Call, bool] = {}
         weight = self._parameters.pop("weight")
         assert weight is not None
         self.k = density_to_k(weight.numel(), density)
@@ -217,36 +218,38 @@ class SupermaskLayer(nn.Module):
         return self._mode.mask(self)
 
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
-        """Whether to multiply only what is kept, see `sparse_is_faster`; decided once for a shape of x."""
+        """Whether to multiply only what is kept, see `sparse_is_faster`."""
 
         def decide() -> bool:
             return sparse_is_faster(x, self.dense_weight, self.density, self._geometry(padding), self.products)
 
-        return self._decided("sparse", decide, x, self.products, self.k)
+        return self._decided(decide, x, "sparse", self.products, self.k, (), x.dtype)
 
     def _fused(self, x: Tensor, padding: Any = None) -> bool:
         """Whether a dense weight is masked as it is multiplied, see `fused_is_faster`; on a CPU by scores alone."""
+        scored = self.scores is not None
         if x.device.type == "cpu":
-            return self.scores is not None
-        dtype, density = product_dtype(x), None if self.scores is not None else self.density
+            return scored
+        dtype, density = product_dtype(x), None if scored else self.density
 
         def decide() -> bool:
             return fused_is_faster(x, self.dense_weight, dtype, self._geometry(padding), density)
 
-        fused = self._decided("fused", decide, x, x.stride(), dtype, density)
-        if density is None and not traced():
+        fused = self._decided(decide, x, "fused", "", 0 if scored else self.k, x.stride(), dtype)
+        if scored and not traced():
             self.written = not fused  # for the next forward of the model
         return fused
 
-    def _decided(self, what: str, decide: Callable[[], bool], x: Tensor, *more: Any) -> bool:
+    def _decided(self, decide: Callable[[], bool], x: Tensor, what: str, *more: Any) -> bool:
+        """What this layer decided for such an x, or decides now: a run and its checkpoint keep to it."""
         if recorded():
             return decide()
-        key = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
-        if key not in self._choices:
-            if traced():
-                return decide()
-            self._choices[key] = decide()
-        return self._choices[key]
+        key: Call = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
+        if (decided := self._choices.get(key)) is None:
+            decided = decide()
+            if not traced():
+                remember(self._choices, key, decided)
+        return decided
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
         return () if padding is None else (self.stride, padding, self.dilation, self.groups)

@@ -22,7 +22,7 @@ from networks import small_net
 
 from exssnet import Phases, checkpoint
 from exssnet.io import writing
-from exssnet.kernels import measured
+from exssnet.kernels import autotune
 from exssnet.tasks import features
 
 if writing.fcntl is None:
@@ -216,16 +216,16 @@ def test_a_disk_that_fails_to_sync_the_folder_is_told_as_it_is(tmp_path: Path) -
 
 
 def test_what_was_measured_survives_a_fault_at_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "_file", lambda: tmp_path / "crossovers.json")
-    monkeypatch.setattr(measured, "_known", {"one": 0.1})
+    monkeypatch.setattr(autotune, "_file", lambda: tmp_path / "crossovers.json")
+    monkeypatch.setattr(autotune, "_limits", {"one": 0.1})
     count = At()
     with between(count):
-        measured._write()
+        autotune._write()
     for number in range(len(count.names)):
-        measured._known["two"] = float(number)
+        autotune._limits["two"] = number / len(count.names)
         with between(At(number, fails_late)):
-            measured._write()
-        assert measured._read().keys() >= {"one"}
+            autotune._write()
+        assert autotune._read().keys() >= {"'one'"}
         assert alone(tmp_path / "crossovers.json")
 
 

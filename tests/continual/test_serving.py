@@ -17,7 +17,7 @@ from processes import in_child
 from torch import Tensor, nn
 
 from exssnet import Phases, Served, convert
-from exssnet.kernels import measured
+from exssnet.kernels import autotune
 from exssnet.nn import choice, evaluation, layers, modes
 from exssnet.nn.models import LeNet300100, ResNet18
 
@@ -178,10 +178,10 @@ def test_200_batch_sizes_are_measured_as_few_for_all_tasks_together(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(measured, "_known", {})
+    monkeypatch.setattr(autotune, "_limits", {})
     asked: list[object] = []
     measurements: list[object] = []
-    monkeypatch.setattr(choice, "crossover", lambda *layer: measurements.append(layer) or 0.5)
+    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: measurements.append(key) or 0.5)
     monkeypatch.setattr(layers, "sparse_is_faster", lambda *a: asked.append(a) or choice.sparse_is_faster(*a))
     served = Served(learned("lenet"))
     asked.clear()
@@ -201,7 +201,7 @@ def test_the_slowest_calls_of_mixed_sizes_take_at_most_5_times_the_median(
 
     def ratio(trial: int) -> float:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(trial)))
-        monkeypatch.setattr(measured, "_known", {})
+        monkeypatch.setattr(autotune, "_limits", {})
         served = Served(phases)
         for count in (1, 2, 4, 8, 16, 32, 64):
             for ids in ([0] * count, [1] * count, [2] * count, [i % 3 for i in range(count)]):

@@ -12,6 +12,7 @@ from networks import SmallNet, changes, picture, stream
 from torch import Tensor, nn
 
 from exssnet import METHODS, Learner, PhaseOptions, convert
+from exssnet.continual import state as learner_state
 from exssnet.tasks import Labelled, Task, loader, split_by_class
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
@@ -187,6 +188,25 @@ def test_choices_of_kernels_are_taken_over_and_not_made_again() -> None:
     again.restore(*flipped, noisy_stream())
     for name, layer in again.phases.layers.items():
         assert layer._choices == {key: not sparse for key, sparse in known[name].items()}
+
+
+def test_choices_of_fused_products_are_stored_as_well() -> None:
+    """A GPU makes them, in the mask phase and in the weight phase; the device here is one without memory."""
+    learned, again = made(), made(seed=1)
+    learned.phases.start_task()
+    for phase in ("scores", "values"):
+        for name, layer in learned.phases.layers.items():
+            if phase == "values":
+                mask = layer.mask()
+                layer.use_values(mask, mask)
+            x = torch.empty(3, *layer.dense_weight.shape[1:], device="meta")
+            layer._fused(x, *([(0, 0)] if x.dim() == 4 else []))
+            assert [what for what, *_ in layer._choices].count("fused") == 1 + (phase == "values"), name
+    stored = learner_state.choices(learned.phases)
+    assert {choice.chosen for choice in stored} == {True, False}  # without Triton scores are fused, values written
+    learner_state.put_choices(again.phases, stored)
+    for name, layer in learned.phases.layers.items():
+        assert again.phases.layers[name]._choices == layer._choices
 
 
 def test_skipped_batches_are_not_read() -> None:

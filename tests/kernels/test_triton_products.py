@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from products import Problem, geometry, output_masks, problem
 from torch import Tensor
 
-from exssnet.kernels import measured, reference, triton_conv, triton_layers, triton_linear, triton_product
+from exssnet.kernels import autotune, reference, triton_conv, triton_layers, triton_linear, triton_product
 from exssnet.ops import packed_pattern
 
 pytestmark = pytest.mark.proof
@@ -329,12 +329,15 @@ def test_masked_products_are_the_faster_of_the_kernel_and_of_a_written_weight(
 ) -> None:
     """Each operator, and each kind of mask, is measured once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: f"GPU {ratio}")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(autotune, "_limits", {})
     monkeypatch.setattr(triton_layers, "_can_be_timed", lambda x: True)
     timed: list[object] = []
-    monkeypatch.setattr(triton_layers, "_ratio", lambda _, *ways: timed.append([way() for way in ways]) or ratio)
+
+    def times(device: torch.device, *ways: Callable[[], object]) -> list[float]:
+        timed.append([way() for way in ways])
+        return [ratio, 1.0]
+
+    monkeypatch.setattr(autotune, "times", times)
     for masks in ((), ("mask", "free")):
         p = problem(layer, torch.bfloat16, integers=True)
         calls = arguments(p, change=lambda name, t, masks=masks: reference.pack_mask(t) if name in masks else t)

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from exssnet import Phases, convert
-from exssnet.kernels import measured
+from exssnet.kernels import autotune
 from exssnet.nn import SupermaskConv2d, SupermaskLayer, choice, supermask_layers
 
 X, W = torch.zeros(8, 32, 9, 9), torch.zeros(6, 32, 3, 3)
+CPU = torch.device("cpu")
 GEOMETRY = (1, 1), (1, 1), (1, 1), 1
 
 
@@ -30,14 +31,14 @@ GEOMETRY = (1, 1), (1, 1), (1, 1), 1
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, of which nothing is in memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(measured, "_known", {})
+    monkeypatch.setattr(autotune, "_limits", {})
     return tmp_path / "exssnet" / "crossovers.json"
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, crossover: float) -> list[Any]:
-    """Let every measurement find this crossover; returns the list of what was measured."""
+    """Let every measurement find this crossover; returns the keys of what was measured."""
     calls: list[Any] = []
-    monkeypatch.setattr(choice, "crossover", lambda *shape: calls.append(shape) or crossover)
+    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: calls.append(key) or crossover)
     return calls
 
 
@@ -53,7 +54,7 @@ def test_shape_is_measured_once_and_kept_for_other_processes(monkeypatch: pytest
     calls = measured_as(monkeypatch, 0.3)
     for _ in range(2):
         choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
-    monkeypatch.setattr(measured, "_known", {})  # another process
+    monkeypatch.setattr(autotune, "_limits", {})  # another process
     assert choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
     assert len(calls) == 1
     assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [0.3]
@@ -73,7 +74,7 @@ def test_threads_that_meet_a_shape_together_measure_it_once_and_choose_alike(mon
         together.wait(30)
         return choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
 
-    monkeypatch.setattr(choice, "crossover", crossover)
+    monkeypatch.setattr(autotune, "measured_limit", crossover)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == [False] * 4
     assert calls == [0.1]
@@ -154,7 +155,7 @@ def test_200_batch_sizes_are_measured_as_nine_and_the_file_is_written_as_often(
     for n in range(1, 201):
         assert choice.sparse_is_faster(torch.zeros(n, 512), torch.zeros(256, 512), 0.2)
     assert (len(calls), len(writes)) == (9, 9)  # 1, 2, 4 ... 256
-    monkeypatch.setattr(measured, "_known", {})  # another process
+    monkeypatch.setattr(autotune, "_limits", {})  # another process
     for n in range(1, 201):
         assert choice.sparse_is_faster(torch.zeros(n, 512), torch.zeros(256, 512), 0.2)
     assert (len(calls), len(writes)) == (9, 9)
@@ -193,7 +194,9 @@ def test_patches_are_measured_at_low_density_too(monkeypatch: pytest.MonkeyPatch
     ids=["linear", "conv2d"],
 )
 def test_measured_crossover_is_a_density(x: Any, weight: Any, geometry: Any) -> None:
-    assert 0 <= choice.crossover(x, weight, geometry, torch.float32, torch.device("cpu")) <= 1
+    first, second = choice.sparse_ways(torch.zeros(x), weight, geometry)
+    assert list(first) == [0.05, 0.25]
+    assert all(0 < seconds < 60 for seconds in autotune.times(CPU, *first.values(), *second))
 
 
 @pytest.mark.parametrize("products", ["sparse", "dense"])
@@ -233,19 +236,17 @@ def in_phase(name: str, phase: str) -> SupermaskLayer:
     return layer
 
 
+G = torch.empty(X.shape, device="meta")
+"""An input on a GPU, as far as the choice can tell."""
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU and its kernels, as far as the choice can tell."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(choice.native, "is_served", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-
-def fused_takes(monkeypatch: pytest.MonkeyPatch, ratio: float) -> list[Any]:
-    """Let every measurement find this ratio of times; returns the list of what was measured."""
-    calls: list[Any] = []
-    monkeypatch.setattr(choice, "fused_over_written", lambda *layer: calls.append(layer) or ratio)
-    return calls
 
 
 of_phases = pytest.mark.parametrize("values", [None, 0.1], ids=["scores", "values"])
@@ -253,32 +254,32 @@ of_phases = pytest.mark.parametrize("values", [None, 0.1], ids=["scores", "value
 
 @of_phases
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("ratio", "expected"), [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize(("limit", "expected"), [(1.0, True), (0.0, False)])
 def test_faster_of_fused_and_written_is_measured_once_and_kept(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, ratio: float, expected: bool, values: float | None
+    monkeypatch: pytest.MonkeyPatch, cache: Path, limit: float, expected: bool, values: float | None
 ) -> None:
-    calls = fused_takes(monkeypatch, ratio)
+    calls = measured_as(monkeypatch, limit)
     for _ in range(2):
-        assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY, values) is expected
-        monkeypatch.setattr(measured, "_known", {})  # another process
+        assert choice.fused_is_faster(G, W, torch.float32, GEOMETRY, values) is expected
+        monkeypatch.setattr(autotune, "_limits", {})  # another process
     assert len(calls) == 1
-    assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [ratio]
+    assert list(*(machine.values() for machine in json.loads(cache.read_text()).values())) == [limit]
 
 
 @pytest.mark.usefixtures("gpu", "cache")
 def test_phase_gpu_shape_layout_dtype_and_precision_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fused_takes(monkeypatch, 2.0)
-    choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
-    choice.fused_is_faster(X[:4], W, torch.float32, GEOMETRY)
-    choice.fused_is_faster(X.to(memory_format=torch.channels_last), W, torch.float32, GEOMETRY)
-    choice.fused_is_faster(X, W, torch.bfloat16, GEOMETRY)
-    choice.fused_is_faster(X, W.bfloat16(), torch.bfloat16, GEOMETRY)
+    calls = measured_as(monkeypatch, 0.0)
+    choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(G[:4], W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(G.to(memory_format=torch.channels_last), W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(G, W, torch.bfloat16, GEOMETRY)
+    choice.fused_is_faster(G, W.bfloat16(), torch.bfloat16, GEOMETRY)
     for density in (0.1, 0.5):
-        choice.fused_is_faster(X, W, torch.float32, GEOMETRY, density)
+        choice.fused_is_faster(G, W, torch.float32, GEOMETRY, density)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "another GPU")
-    choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
     assert len(calls) == 9
 
 
@@ -288,14 +289,14 @@ def test_phase_gpu_shape_layout_dtype_and_precision_are_measured_apart(monkeypat
 def test_what_cannot_be_measured_is_fused_of_scores_and_written_of_values(
     monkeypatch: pytest.MonkeyPatch, case: str, values: float | None
 ) -> None:
-    calls = fused_takes(monkeypatch, 0.5 if values else 2.0)
-    x = X[:0] if case == "empty" else X
+    calls = measured_as(monkeypatch, float(values is not None))
+    x = G[:0] if case == "empty" else G
     if case == "captured":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     elif case == "no kernel":
         monkeypatch.setattr(choice.native, "is_served", lambda *_: False)
     elif case == "no such layer":
-        monkeypatch.setattr(choice, "fused_over_written", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        monkeypatch.setattr(autotune, "measured_limit", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with Calls() if case == "traced" else contextlib.nullcontext():
         assert choice.fused_is_faster(x, W, torch.float32, GEOMETRY, values) is (values is None)
     assert calls == []
@@ -303,20 +304,21 @@ def test_what_cannot_be_measured_is_fused_of_scores_and_written_of_values(
 
 @pytest.mark.usefixtures("gpu", "cache")
 def test_captured_graph_uses_what_was_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused_takes(monkeypatch, 2.0)
-    assert not choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    measured_as(monkeypatch, 0.0)
+    assert not choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+    assert not choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
 
 
 @pytest.mark.usefixtures("gpu")
-def test_masking_is_decided_by_argument_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_decides_how_masks_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXSSNET_MASKING", "written")
-    assert not choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
-    assert choice.fused_is_faster(X, W, torch.float32, GEOMETRY, masking="fused")
+    assert not choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
+    monkeypatch.setenv("EXSSNET_MASKING", "fused")
+    assert choice.fused_is_faster(G, W, torch.float32, GEOMETRY, 0.1)
     monkeypatch.setenv("EXSSNET_MASKING", "quick")
     with pytest.raises(ValueError, match=r"^masking must be one of auto, fused, written, got 'quick'$"):
-        choice.fused_is_faster(X, W, torch.float32, GEOMETRY)
+        choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
 
 
 @pytest.mark.parametrize(
@@ -324,20 +326,23 @@ def test_masking_is_decided_by_argument_then_environment(monkeypatch: pytest.Mon
     [((64, 20), (10, 20), ()), ((8, 4, 9, 9), (6, 2, 3, 3), ([2, 1], [1, 0], [1, 2], 2))],
     ids=["linear", "conv2d"],
 )
-def test_measured_ratio_is_positive(x: Any, weight: Any, geometry: Any) -> None:
+def test_fused_and_written_products_can_be_timed(x: Any, weight: Any, geometry: Any) -> None:
     for density in (None, 0.1, 1.0):
         for dtype in (torch.float32, torch.bfloat16):
-            with torch.inference_mode():
-                ratio = choice.fused_over_written(torch.zeros(x), torch.zeros(weight), dtype, geometry, density)
-            assert ratio > 0
+            first, second = choice.fused_ways(torch.zeros(x), torch.zeros(weight), dtype, geometry, density)
+            assert all(0 < seconds < 60 for seconds in autotune.times(CPU, *first.values(), *second))
 
 
-def test_crossover_is_that_with_the_faster_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([1.0, 5.0, 4.0, 2.0])  # sparse at 5 and 25 %, written, fused
+def test_on_a_gpu_sparse_products_are_compared_with_the_faster_of_written_and_fused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(choice.native, "is_served", lambda *_: True)
-    monkeypatch.setattr(choice, "times", lambda finish, *ways: [way() or next(seconds) for way in ways])
-    crossed = choice.crossover(X.shape, W.shape, GEOMETRY, torch.float32, torch.device("cpu"))
-    assert crossed == pytest.approx(0.1)
+    first, second = choice.sparse_ways(X, W.shape, GEOMETRY)
+    with Calls() as calls:
+        for way in (*first.values(), *second):
+            way()
+    assert {name for name, _ in calls.made if not name.endswith("backward")} >= {"sparse_conv2d", "packed_conv2d"}
+    assert (len(first), len(second)) == (2, 2)
 
 
 @pytest.mark.parametrize("phase", ["mask", "weight"])

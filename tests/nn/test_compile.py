@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from exssnet import Phases, convert
-from exssnet.kernels import measured
-from exssnet.nn import choice
+from exssnet.kernels import autotune
 from exssnet.nn.models import BasicBlock, LeNet300100, ResNet
 
 
@@ -139,13 +138,13 @@ def test_what_is_known_of_a_shape_decides_and_nothing_is_measured(
 ) -> None:
     model, x = in_phase(convert(nn.Sequential(nn.Linear(64, 48)), 0.3), "fixed").model, torch.randn(9, 64)
     operators: list[str] = []
-    monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(measured, "_read", dict)
-    monkeypatch.setattr(measured, "_write", lambda: None)
+    monkeypatch.setattr(autotune, "_limits", {})
+    monkeypatch.setattr(autotune, "_read", dict)
+    monkeypatch.setattr(autotune, "_write", lambda: None)
     if crossover is not None:
-        monkeypatch.setattr(choice, "crossover", lambda *_: crossover)
+        monkeypatch.setattr(autotune, "measured_limit", lambda *_: crossover)
         model(x)
-    monkeypatch.setattr(choice, "crossover", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(autotune, "measured_limit", lambda *_: pytest.fail("measured"))
 
     def backend(graph: Any, inputs: Any) -> Any:
         operators.extend(str(node.target) for node in graph.graph.nodes)

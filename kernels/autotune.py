@@ -1,0 +1,230 @@
+"""Chooses the faster of two kernels by timing each shape once; the user's cache folder keeps what was measured."""
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from exssnet.io.writing import locked, write_text
+
+MASKING = ("auto", "fused", "written")
+KERNELS_VERSION = 3  # of what the file holds: raise it when kernels become faster, or when keys or numbers change
+ENTRIES = 4096  # answers that a cache in memory holds; the oldest is evicted first
+PATIENCE = 1.0
+"""Seconds to wait for another process: it may itself wait for this one, which has not yet sent what a GPU expects."""
+
+Way = Callable[[], object]
+Ways = tuple[Mapping[float, Way], Sequence[Way]]
+"""What is timed of two candidates: the first at one or two densities, and all forms of the second."""
+
+
+class Operand(NamedTuple):
+    """What times depend on of a tensor; its layout is its strides, or their `order` where sizes are rounded."""
+
+    shape: tuple[int, ...]
+    layout: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the times of an operator depend on."""
+
+    operator: str
+    arguments: tuple[Any, ...]  # operands, geometry and options
+    density: float | None
+    hardware: str
+    threads: int
+    precision: tuple[str, ...]  # how a GPU multiplies float32
+    device: torch.device = field(compare=False, repr=False)  # where to measure
+
+    @classmethod
+    def of(cls, operator: str, device: torch.device, *arguments: Any, density: float | None = None) -> "Key":
+        """The key of a call on a device, as torch is set now."""
+        hashable = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
+        call = operator, hashable, None if density is None else round(density, 3)
+        if device.type == "cpu":
+            return cls(*call, "cpu", torch.get_num_threads(), (), device)
+        precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return cls(*call, torch.cuda.get_device_name(device), 0, precision, device)
+
+
+_limits: dict[Key, float] = {}
+_measuring = threading.Lock()  # threads that meet a shape together measure it once, and choose alike
+
+
+def _free_lock() -> None:
+    """In a forked child, which has none of the threads that may have held the lock."""
+    global _measuring
+    _measuring = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_lock)
+
+
+def fastest(key: Key, candidates: tuple[str, str], ways: Callable[[], Ways] | None, density: float = 1.0) -> str | None:
+    """The faster of two candidates, as measured in this run, in an earlier one, or else now.
+
+    Args:
+        key: What the measurement is kept by.
+        candidates: The names of both.
+        ways: Makes what is timed; None measures nothing. Nothing is measured while a CUDA graph is captured.
+        density: The density of this call, if the first candidate is timed at two densities.
+
+    Returns:
+        The name; None if it is not known and not measured.
+    """
+    if (limit := _known(key)) is None and ways is not None:
+        with _measuring:
+            if key.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+                return None
+            with _alone(key):
+                if (limit := _known(key)) is None:
+                    limit = remember(_limits, key, measured_limit(key, ways))
+                    _write()
+    return None if limit is None else candidates[density > limit]
+
+
+def _known(key: Key) -> float | None:
+    """The limit of this run, which stays, or the one in the file."""
+    if (limit := _limits.get(key)) is None and (limit := _read().get(repr(key))) is not None:
+        limit = remember(_limits, key, limit)
+    return limit
+
+
+def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
+    """What a cache holds for a key, or else this value. Beyond `ENTRIES`, the oldest is evicted."""
+    value = cache.setdefault(key, value)
+    for oldest in tuple(cache)[:-ENTRIES]:
+        cache.pop(oldest, None)
+    return value
+
+
+def measured_limit(key: Key, ways: Callable[[], Ways]) -> float:
+    """The density in [0, 1] up to which the first candidate takes no longer than the second, measured now.
+
+    Times at two densities make a line. A candidate with one time is faster at all densities, or at none.
+    """
+    first, second = ways()
+    seconds = times(key.device, *first.values(), *second)
+    own, other = seconds[: len(first)], min(seconds[len(first) :])
+    if len(own) == 1:
+        return float(own[0] <= other)
+    low, high = first
+    slope = max((own[1] - own[0]) / (high - low), 1e-12)
+    return min(1.0, max(0.0, low + (other - own[0]) / slope))
+
+
+def times(device: torch.device, *ways: Way) -> list[float]:
+    """Seconds that each takes by the device's clock: the least of several rounds, over at least 10 ms.
+
+    Infinite where the memory is too small.
+    """
+    best = [float("inf")] * len(ways)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for way in ways:
+            _seconds(device, way)
+        began, rounds = time.perf_counter(), 0
+        while rounds < 3 or time.perf_counter() - began < 0.01:
+            best = [min(least, _seconds(device, way)) for least, way in zip(best, ways, strict=True)]
+            rounds += 1
+    return best
+
+
+def _seconds(device: torch.device, way: Way) -> float:
+    try:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            way()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        way()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+    except torch.OutOfMemoryError:
+        return float("inf")
+
+
+def rounded(shape: Sequence[int]) -> tuple[int, ...]:
+    """An input's shape (N, C, ...), all but C rounded to powers of two, so that many sizes need few measurements."""
+    return tuple(size if i == 1 else 1 << (size * size).bit_length() // 2 for i, size in enumerate(shape))
+
+
+def order(stride: Sequence[int]) -> tuple[int, ...]:
+    """The dimensions from the outermost in memory to the innermost."""
+    return tuple(sorted(range(len(stride)), key=lambda i: -stride[i]))
+
+
+def pinned(setting: str, allowed: Sequence[str], asked: str = "auto") -> str:
+    """A setting as asked for; over "auto", the environment's EXSSNET_<SETTING> decides."""
+    if asked == "auto":
+        asked = os.environ.get(f"EXSSNET_{setting.upper()}", "auto")
+    if asked not in allowed:
+        raise ValueError(f"{setting} must be one of {', '.join(allowed)}, got {asked!r}")
+    return asked
+
+
+def _file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "exssnet" / "crossovers.json"
+
+
+def cpu_model() -> str:
+    """The CPU's name, as the operating system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _machine() -> str:
+    versions = f"kernels {KERNELS_VERSION}, torch {torch.__version__}"
+    return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {versions}"
+
+
+def _everything() -> dict[str, Any]:
+    """The file's content by machine; nothing if it cannot be read: then it is written anew."""
+    try:
+        content = json.loads(_file().read_text())
+    except (OSError, RuntimeError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read() -> dict[str, float]:
+    """What processes measured on this machine: limits in [0, 1], by key."""
+    own = _everything().get(_machine())
+    limits = own.items() if isinstance(own, dict) else ()
+    return {key: limit for key, limit in limits if isinstance(limit, float) and 0 <= limit <= 1}
+
+
+def _write() -> None:
+    """Add what this run knows to the file; if it cannot be written, later runs measure again."""
+    with suppress(OSError, RuntimeError, ValueError):
+        limits = _read() | {repr(key): limit for key, limit in tuple(_limits.items())}
+        everything = _everything() | {_machine(): limits}
+        write_text(_file(), json.dumps(everything, indent=1), lasting=False)  # nothing waits for the disk here
+
+
+@contextmanager
+def _alone(key: Key) -> Iterator[None]:
+    """Waits while another process measures, at most `PATIENCE` and until the key is known."""
+    with ExitStack() as held:
+        with suppress(OSError, RuntimeError):
+            file = _file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            until = time.monotonic() + PATIENCE
+            lock = file.with_suffix(".lock")
+            held.enter_context(locked(lock, lambda: time.monotonic() < until and _known(key) is None))
+        yield
