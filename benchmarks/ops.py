@@ -172,11 +172,11 @@ def at_kept(layer: Layer, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...
     return output, grad_x, grad_weight[mask]
 
 
-def packed(layer: Layer, density: float) -> Cases:
+def bitmap(layer: Layer, density: float) -> Cases:
     """On a CPU the reference; on a GPU the tensor cores' alternative to `sparse`."""
-    operator = ops.packed_linear if layer.is_linear else ops.packed_conv2d
+    operator = ops.bitmap_linear if layer.is_linear else ops.bitmap_conv2d
     mask = layer.mask(density)
-    pattern, none = ops.packed_pattern(mask), layer.weight[:0].flatten()
+    pattern, none = ops.bitmap_pattern(mask), layer.weight[:0].flatten()
     ours = step(
         lambda x, values: operator(x, values, none, pattern, **layer.geometry), layer.grad, layer.x, layer.weight[mask]
     )
@@ -357,8 +357,8 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "supermask_weights": masks.supermask_weights,
     "masked_linear": layers(masked, linear=True, densities=(0.1,)),
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
-    "packed_linear": layers(packed, linear=True, densities=(0.1,)),
-    "packed_conv2d": layers(packed, linear=False, densities=(0.1,)),
+    "bitmap_linear": layers(bitmap, linear=True, densities=(0.1,)),
+    "bitmap_conv2d": layers(bitmap, linear=False, densities=(0.1,)),
     "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d": layers(sparse, linear=False, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d_folded": layers(folded, linear=False, densities=(0.1, 0.02)),

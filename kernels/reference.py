@@ -246,57 +246,57 @@ def masked_conv2d_backward(
     return grad_x, _masked_gradient(effective, weight, mask, free_mask) if output_mask[1] else effective
 
 
-def packed_masks(pattern: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
-    """(mask, free mask), bool, of a packed pattern."""
+def bitmap_masks(pattern: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
+    """(mask, free mask), bool, of a bitmap pattern."""
     bits = pattern[:, :, None] >> torch.arange(32, device=pattern.device) & 1
     mask, free = (bits[:, i].reshape(-1)[: math.prod(shape)].reshape(shape).to(torch.bool) for i in range(2))
     return mask, free
 
 
-def _packed_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
-    """The dense weight that a packed pattern and its values stand for."""
-    mask, free = packed_masks(pattern, shape)
+def _bitmap_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
+    """The dense weight that a bitmap pattern and its values stand for."""
+    mask, free = bitmap_masks(pattern, shape)
     weight = free_values.new_zeros(shape)
     return weight.masked_scatter(free, free_values).masked_scatter(mask & ~free, frozen_values)
 
 
-def _packed_gradient(effective: Tensor, free_values: Tensor, pattern: Tensor) -> Tensor:
+def _bitmap_gradient(effective: Tensor, free_values: Tensor, pattern: Tensor) -> Tensor:
     """Entries of a dense gradient at the free values; the number of these is known, so that no device is waited for."""
-    _, free = packed_masks(pattern, list(effective.shape))
+    _, free = bitmap_masks(pattern, list(effective.shape))
     where = torch.nonzero_static(free.reshape(-1), size=free_values.numel()).squeeze(1)
     return effective.reshape(-1)[where]
 
 
-def packed_linear(
+def bitmap_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int]
 ) -> Tensor:
-    return F.linear(x, _packed_weight(free_values, frozen_values, pattern, shape), bias)
+    return F.linear(x, _bitmap_weight(free_values, frozen_values, pattern, shape), bias)
 
 
-def packed_linear_backward(
+def bitmap_linear_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = _packed_weight(free_values, frozen_values, pattern, shape)
+    weight = _bitmap_weight(free_values, frozen_values, pattern, shape)
     grad_x, effective = _linear_gradients(grad, x, weight, *output_mask)
-    return grad_x, _packed_gradient(effective, free_values, pattern) if output_mask[1] else effective
+    return grad_x, _bitmap_gradient(effective, free_values, pattern) if output_mask[1] else effective
 
 
-def packed_conv2d(
+def bitmap_conv2d(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    weight = _packed_weight(free_values, frozen_values, pattern, shape)
+    weight = _bitmap_weight(free_values, frozen_values, pattern, shape)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
 
 
-def packed_conv2d_backward(
+def bitmap_conv2d_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = _packed_weight(free_values, frozen_values, pattern, shape)
+    weight = _bitmap_weight(free_values, frozen_values, pattern, shape)
     grad_x, effective = _conv2d_gradients(grad, x, weight, (stride, padding, dilation, groups), *output_mask)
-    return grad_x, _packed_gradient(effective, free_values, pattern) if output_mask[1] else effective
+    return grad_x, _bitmap_gradient(effective, free_values, pattern) if output_mask[1] else effective
 
 
 def _rows(row_ptr: Tensor, nnz: int) -> Tensor:

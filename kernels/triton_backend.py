@@ -23,10 +23,10 @@ OPERATORS = {
     "supermask_conv2d_backward": "triton_conv",
     "masked_conv2d": "triton_conv",
     "masked_conv2d_backward": "triton_conv",
-    "packed_linear": "triton_linear",
-    "packed_linear_backward": "triton_linear",
-    "packed_conv2d": "triton_conv",
-    "packed_conv2d_backward": "triton_conv",
+    "bitmap_linear": "triton_linear",
+    "bitmap_linear_backward": "triton_linear",
+    "bitmap_conv2d": "triton_conv",
+    "bitmap_conv2d_backward": "triton_conv",
 }
 """Operator -> the module whose function of that name is its kernel."""
 

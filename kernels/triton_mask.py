@@ -2,7 +2,7 @@
 """Masks inside Triton kernels, and what the gradient of a masked weight becomes.
 
 A mask is a tensor over the flat weight, told by its dtype: scores with the selection that picks from them, int8 with a
-byte a weight, uint8 with a bit, or int64, the packed pattern of a weight that is given as its free and frozen values.
+byte a weight, uint8 with a bit, or int64, the bitmap pattern of a weight that is given as its free and frozen values.
 Flat indices are an int64 `base` of a tile plus an int32 `local` index in it.
 """
 
@@ -71,7 +71,7 @@ def threshold_of(selection):
 
 @triton.jit
 def _entry(pattern, base, local, inside, FREE: tl.constexpr):
-    """(whether a packed pattern keeps the weights base + local, how many of those before them), or FREE, of the free
+    """(whether a bitmap pattern keeps the weights base + local, how many of those before them), or FREE, of the free
     ones."""
     place = (base % 32).to(tl.int32) + local
     word = tl.load(pattern + (base // 32 + place // 32) * 2 + (1 if FREE else 0), mask=inside, other=0)
@@ -121,7 +121,7 @@ def store_gradients(
     gradient, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
 ):  # fmt: skip
     """From the gradient G of the effective weight: G W sign(S) (straight-through), and G where mask and free mask keep,
-    which of a packed pattern are the free values, stored one after the other.
+    which of a bitmap pattern are the free values, stored one after the other.
 
     grad_scores, grad_weight: None where not asked, scores with grad_scores; free_mask: None frees the whole mask.
     """

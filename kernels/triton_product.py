@@ -327,7 +327,7 @@ def product(
     parts to `finish`.
 
     transposed: with the gradient of the input (N, C, H, W) for `source`, the gradient of the output.
-    weight, mask: of the layer, (O, C/groups, R, S), or the values and the packed pattern that stand for it.
+    weight, mask: of the layer, (O, C/groups, R, S), or the values and the bitmap pattern that stand for it.
     """
     if result.numel() == 0:
         return None

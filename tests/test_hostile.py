@@ -111,18 +111,18 @@ CALLS: dict[str, Call] = {
     "unpack_mask": lambda a: ops.unpack_mask(a("packed", ops.pack_mask(MASK)), (a("rows", 4), 6)),
     "free_mask": lambda a: ops.free_mask(a("mask", MASK), a("used_mask", ~MASK)),
     "sparse_pattern": lambda a: ops.sparse_pattern(a("mask", MASK), a("free_mask", MASK), a("groups", 1)),
-    "packed_pattern": lambda a: ops.packed_pattern(a("mask", MASK), a("free_mask", MASK)),
-    "packed_linear": lambda a: ops.packed_linear(
-        a("x", whole(5, 6)), a("free_values", whole(8)), a("frozen_values", whole(0)), ops.packed_pattern(MASK),
+    "bitmap_pattern": lambda a: ops.bitmap_pattern(a("mask", MASK), a("free_mask", MASK)),
+    "bitmap_linear": lambda a: ops.bitmap_linear(
+        a("x", whole(5, 6)), a("free_values", whole(8)), a("frozen_values", whole(0)), ops.bitmap_pattern(MASK),
         a("bias", whole(4)),
     ),
-    "packed_conv1d": lambda a: ops.packed_conv1d(
-        a("x", whole(3, 6, 7)), a("free_values", whole(8)), whole(0), ops.packed_pattern(MASK[:, :, None]),
+    "bitmap_conv1d": lambda a: ops.bitmap_conv1d(
+        a("x", whole(3, 6, 7)), a("free_values", whole(8)), whole(0), ops.bitmap_pattern(MASK[:, :, None]),
         a("bias", whole(4)), **geometry(a),
     ),
-    "packed_conv2d": lambda a: ops.packed_conv2d(
+    "bitmap_conv2d": lambda a: ops.bitmap_conv2d(
         a("x", whole(3, 2, 5, 4)), a("free_values", whole(24)), a("frozen_values", whole(0)),
-        ops.packed_pattern(a("mask", FILTERS)), a("bias", whole(4)), groups=a("groups", 1), **geometry(a),
+        ops.bitmap_pattern(a("mask", FILTERS)), a("bias", whole(4)), groups=a("groups", 1), **geometry(a),
     ),
     "masked_weight": lambda a: ops.masked_weight(
         a("free_values", whole(8)), a("frozen_values", whole(0)), ops.sparse_pattern(MASK), (a("rows", 4), 6)
@@ -431,16 +431,16 @@ def test_arrays_of_other_kinds_are_learned_from_or_told_in_one_sentence(folder: 
 
 
 @settings(max_examples=3 * EXAMPLES)
-@given(damage=damage, which=st.integers(0, 3), packed=st.booleans())
+@given(damage=damage, which=st.integers(0, 3), zipped=st.booleans())
 def test_a_damaged_idx_file_is_read_right_or_told_in_one_sentence(
-    tmp_path_factory: pytest.TempPathFactory, damage: tuple[int, int, bool], which: int, packed: bool
+    tmp_path_factory: pytest.TempPathFactory, damage: tuple[int, int, bool], which: int, zipped: bool
 ) -> None:
     root = tmp_path_factory.mktemp("idx")
     for number, (name, array) in enumerate(zip(IDX, ARRAYS.values(), strict=True)):
         header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
         content = header + array.astype(np.uint8).tobytes()
-        content = gzip.compress(content) if packed else content
-        (root / (name + ".gz" * packed)).write_bytes(damaged(content, *damage) if number == which else content)
+        content = gzip.compress(content) if zipped else content
+        (root / (name + ".gz" * zipped)).write_bytes(damaged(content, *damage) if number == which else content)
     read_or_told(lambda: load("mnist", root))
 
 

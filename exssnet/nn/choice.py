@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from ..kernels import native
 from ..kernels.measured import asked_masking, finish_on, known, measured, of_gpu, order, rounded, times
-from ..ops import kept_weights, masked_weight, pack_mask, packed_pattern, sparse_pattern
+from ..ops import bitmap_pattern, kept_weights, masked_weight, pack_mask, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
@@ -120,7 +120,7 @@ def fused_is_faster(
 
     Otherwise the masked weight is written, and PyTorch's products take it.
     x, geometry: as in `sparse_is_faster`; dtype: in which x is multiplied.
-    density: in the weight phase, which has `packed_linear` and the like or `masked_weight`; None in the mask phase,
+    density: in the weight phase, which has `bitmap_linear` and the like or `masked_weight`; None in the mask phase,
         which has `supermask_linear` and the like or `supermask_weights`.
     masking: "fused" or "written" decide alone, and so does the environment's EXSSNET_MASKING over "auto". Otherwise the
         ratio of their times decides, which is measured when a GPU, a shape and dtypes are first met, and kept in the
@@ -130,7 +130,7 @@ def fused_is_faster(
     if (asked := asked_masking(masking)) != "auto":
         return bool(asked == "fused")
     unknown = density is None
-    operator = "supermask_weights" if unknown else "packed_linear"
+    operator = "supermask_weights" if unknown else "bitmap_linear"
     fixed = not traced() or all(map(has_static_value, x.shape))
     if not fixed or not x.numel() or not _is_served(operator, x.device.type):
         return unknown
@@ -205,9 +205,9 @@ def _ways_of_scores(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geo
 
 
 def _ways_of_values(x: Tensor, weight: Tensor, mask: Tensor, free: Tensor, geometry: Sequence[Any]) -> Ways:
-    forward, backward = _raw("packed", geometry)
+    forward, backward = _raw("bitmap", geometry)
     values, frozen = weight[free], weight[mask & ~free]
-    words, shape, steps = packed_pattern(mask, free).words, list(weight.shape), list(geometry)
+    words, shape, steps = bitmap_pattern(mask, free).words, list(weight.shape), list(geometry)
     pattern = sparse_pattern(mask, free, geometry[3] if geometry else 1)
     kept = kept_weights(pattern, shape)
 
@@ -273,15 +273,15 @@ def crossover(
     steps, shape, groups = list(geometry), list(weight), geometry[3] if geometry else 1
 
     mask = random_mask(0.1)
-    kept_values, where, packed = filters[mask], sparse_pattern(mask, groups=groups), packed_pattern(mask)
+    kept_values, where, bitmap = filters[mask], sparse_pattern(mask, groups=groups), bitmap_pattern(mask)
     kept = kept_weights(where, shape)
 
     def dense() -> None:
         _dense_step(images, masked_weight(kept_values, kept_values[:0], where, shape, kept), geometry, False)
 
     def fused() -> None:
-        forward, backward = _raw("packed", geometry)
-        arguments = kept_values, kept_values[:0], packed.words
+        forward, backward = _raw("bitmap", geometry)
+        arguments = kept_values, kept_values[:0], bitmap.words
         y = forward(images, *arguments, None, shape, *steps)
         backward(y, images, *arguments, shape, *steps, [True, False])
 
@@ -301,7 +301,7 @@ def crossover(
 
     low, high = 0.05, 0.25
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        of_dense = [dense, fused] if native.is_served("packed_linear", device.type) else [dense]
+        of_dense = [dense, fused] if native.is_served("bitmap_linear", device.type) else [dense]
         at_low, at_high, *whole = times(finish_on(device), sparse(low), sparse(high), *of_dense)
     slope = max((at_high - at_low) / (high - low), 1e-12)
     crossed: float = low + (min(whole) - at_low) / slope

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import config as compiler
 
 from ..ops import (
-    PackedPattern,
+    BitmapPattern,
     SparsePattern,
     density_to_k,
     kept_weights,
@@ -21,8 +21,8 @@ from ..ops import (
     topk_masks,
     unpack_mask,
 )
+from ..ops.bitmap import as_bitmap
 from ..ops.library import product_dtype
-from ..ops.packed import as_packed
 from .choice import Products, fused_is_faster, recorded, sparse_is_faster, traced
 from .selector import capturing, forwards, in_backward, recomputable
 
@@ -233,9 +233,9 @@ class SupermaskLayer(nn.Module):
         weight: Tensor = self._once(self, make)
         return weight
 
-    def _packed_values(self) -> tuple[Tensor, Tensor, PackedPattern]:
+    def _bitmap_values(self) -> tuple[Tensor, Tensor, BitmapPattern]:
         free, frozen, _ = self._values()
-        return free, frozen, self._of_pattern("packed", lambda p: as_packed(p, self.dense_weight.shape, free.numel()))
+        return free, frozen, self._of_pattern("bitmap", lambda p: as_bitmap(p, self.dense_weight.shape, free.numel()))
 
     def _of_pattern(self, what: str, make: Callable[[SparsePattern], Any]) -> Any:
         """What follows from the pattern alone, made once for a pattern."""

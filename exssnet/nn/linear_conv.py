@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import (
-    packed_conv1d,
-    packed_conv2d,
-    packed_linear,
+    bitmap_conv1d,
+    bitmap_conv2d,
+    bitmap_linear,
     sparse_conv1d,
     sparse_conv2d,
     sparse_conv2d_folded,
@@ -46,7 +46,7 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]
         if sparse:
             return sparse_linear(x, *self._values(), self.bias)
         if self._fused(x):
-            return packed_linear(x, *self._packed_values(), self.bias)
+            return bitmap_linear(x, *self._bitmap_values(), self.bias)
         return F.linear(x, self._weight_of_values(), self.bias)
 
 
@@ -55,7 +55,7 @@ class _SupermaskConv(SupermaskLayer):
 
     supermask_product: Callable[..., Tensor]
     sparse_product: Callable[..., Tensor]
-    packed_product: Callable[..., Tensor]
+    bitmap_product: Callable[..., Tensor]
     dense_product: Callable[..., Tensor]
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], *geometry: Any,
@@ -82,7 +82,7 @@ class _SupermaskConv(SupermaskLayer):
             )  # fmt: skip
         geometry = self.bias, self.stride, padding, self.dilation, self.groups
         if self._fused(x, padding):
-            return self.packed_product(x, *self._packed_values(), *geometry)
+            return self.bitmap_product(x, *self._bitmap_values(), *geometry)
         return self.dense_product(x, self._weight_of_values(), *geometry)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -102,7 +102,7 @@ class SupermaskConv1d(_SupermaskConv, nn.Conv1d):  # type: ignore[override]
 
     supermask_product = staticmethod(supermask_conv1d)
     sparse_product = staticmethod(sparse_conv1d)
-    packed_product = staticmethod(packed_conv1d)
+    bitmap_product = staticmethod(bitmap_conv1d)
     dense_product = staticmethod(F.conv1d)
 
 
@@ -115,7 +115,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
 
     supermask_product = staticmethod(supermask_conv2d)
     sparse_product = staticmethod(sparse_conv2d)
-    packed_product = staticmethod(packed_conv2d)
+    bitmap_product = staticmethod(bitmap_conv2d)
     dense_product = staticmethod(F.conv2d)
 
     def normalised(self, x: Tensor, norm: TaskBatchNorm, residual: Tensor | None, relu: bool) -> Tensor | None:

@@ -3,10 +3,11 @@
 from ..kernels import native as _native
 from . import flops as _flops
 from .adam import adam_topk
+from .bitmap import BitmapPattern, bitmap_conv1d, bitmap_conv2d, bitmap_linear, bitmap_pattern
+from .former_names import *  # noqa: F403
 from .knn import knn_classify
 from .masked import masked_conv1d, masked_conv2d, masked_linear
 from .norm import batch_norm_act
-from .packed import PackedPattern, packed_conv1d, packed_conv2d, packed_linear, packed_pattern
 from .selection import (
     TopK,
     density_to_k,
@@ -35,11 +36,15 @@ _native.load()
 _flops.register()
 
 __all__ = [
-    "PackedPattern",
+    "BitmapPattern",
     "SparsePattern",
     "TopK",
     "adam_topk",
     "batch_norm_act",
+    "bitmap_conv1d",
+    "bitmap_conv2d",
+    "bitmap_linear",
+    "bitmap_pattern",
     "density_to_k",
     "free_mask",
     "kept_weights",
@@ -50,10 +55,6 @@ __all__ = [
     "masked_weight",
     "nan_scores_seen",
     "pack_mask",
-    "packed_conv1d",
-    "packed_conv2d",
-    "packed_linear",
-    "packed_pattern",
     "sparse_conv1d",
     "sparse_conv2d",
     "sparse_conv2d_folded",

@@ -32,7 +32,7 @@ def _sparse(free_values: Tensor, frozen_values: Tensor, *rest: Any) -> tuple[int
     return free_values.numel() + frozen_values.numel(), free_values.numel()
 
 
-def _packed(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, *rest: Any) -> tuple[int, int]:
+def _bitmap(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, *rest: Any) -> tuple[int, int]:
     shape = next(a for a in rest if isinstance(a, list))
     return torch.Size(shape).numel(), torch.Size(shape).numel()
 
@@ -63,7 +63,7 @@ def _knn(features: Tensor, labels: Tensor, queries: Tensor, *rest: Any, out_val:
 
 def register() -> None:
     """Let `FlopCounterMode` know the operators, which are defined by now."""
-    for family, count in (("supermask", _supermask), ("masked", _masked), ("sparse", _sparse), ("packed", _packed)):
+    for family, count in (("supermask", _supermask), ("masked", _masked), ("sparse", _sparse), ("bitmap", _bitmap)):
         for kind in ("linear", "conv2d"):
             _register(f"{family}_{kind}", count)
     _register("sparse_conv2d_folded", _sparse)

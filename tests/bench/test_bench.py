@@ -373,7 +373,7 @@ def test_the_work_of_a_layer_counts_products_activations_and_weights() -> None:
     stored = {
         "supermask_conv2d": 24.25 * 270,  # scores; twice weights and bits; weights, scores and their gradient
         "masked_conv2d": 15 * 270,  # weights, or their gradient, and bytes of the mask
-        "packed_conv2d": 3 * (8 / 32 * 270 + 4 * 27),
+        "bitmap_conv2d": 3 * (8 / 32 * 270 + 4 * 27),
         "sparse_conv2d": 3 * 8 * 27,
     }
     small = command.ops.Layer(8, 5, 6, 8)

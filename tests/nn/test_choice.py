@@ -351,7 +351,7 @@ def test_fused_and_written_layers_have_the_same_output_and_gradients(
     monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: True)
     with Calls() as calls:
         fused, truth = trained(layer, x, torch.float32), trained(copy.deepcopy(layer).double(), x, torch.float64)
-    assert {made.partition("_")[0] for made, _ in calls.made} >= {"supermask" if phase == "mask" else "packed"}
+    assert {made.partition("_")[0] for made, _ in calls.made} >= {"supermask" if phase == "mask" else "bitmap"}
     monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: False)
     written = trained(layer, x, torch.float32)
     assert_accurate(written, fused, truth)

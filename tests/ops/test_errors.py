@@ -20,7 +20,7 @@ KERNELS = torch.zeros(8, 4, 3, 3)
 LINES = torch.zeros(2, 4, 9)
 TAPS = torch.zeros(8, 4, 3)
 ROW = torch.tensor([0, 0])
-PATTERN, PACKED = ops.sparse_pattern(M), ops.packed_pattern(M)
+PATTERN, BITMAP = ops.sparse_pattern(M), ops.bitmap_pattern(M)
 VALUES, NONE = torch.zeros(20), torch.zeros(0)
 FEATURES, LABELS = torch.zeros(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
 FAR = torch.zeros(4, 5, device="meta")
@@ -120,34 +120,34 @@ SENTENCES: dict[str, Callable[[], object]] = {
         lambda: ops.sparse_pattern(M, M[:, 0])
     ),
     "sparse_pattern: mask must have at least 2 dimensions, got 1": lambda: ops.sparse_pattern(M[0]),
-    "packed_pattern: mask and free_mask must be bool of one shape, got torch.bool of (4, 5) and torch.bool of (4,)": (
-        lambda: ops.packed_pattern(M, M[:, 0])
+    "bitmap_pattern: mask and free_mask must be bool of one shape, got torch.bool of (4, 5) and torch.bool of (4,)": (
+        lambda: ops.bitmap_pattern(M, M[:, 0])
     ),
-    "packed_pattern: free_mask has 20 entries outside the mask": lambda: ops.packed_pattern(~M, M),
-    "packed_linear: the pattern must be of a weight (O, I), got (8, 4, 3)": lambda: ops.packed_linear(
-        X, VALUES, NONE, ops.packed_pattern(TAPS == 0)
+    "bitmap_pattern: free_mask has 20 entries outside the mask": lambda: ops.bitmap_pattern(~M, M),
+    "bitmap_linear: the pattern must be of a weight (O, I), got (8, 4, 3)": lambda: ops.bitmap_linear(
+        X, VALUES, NONE, ops.bitmap_pattern(TAPS == 0)
     ),
-    "packed_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
-    "(0,)": lambda: ops.packed_linear(X, VALUES[1:], NONE, PACKED),
-    "packed_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
-    "(1,)": lambda: ops.packed_linear(X, VALUES[1:], VALUES[:1], PACKED),
-    "packed_linear: x is on cpu but the pattern is on meta": lambda: ops.packed_linear(
-        X, VALUES, NONE, PACKED._replace(words=PACKED.words.to("meta"))
+    "bitmap_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
+    "(0,)": lambda: ops.bitmap_linear(X, VALUES[1:], NONE, BITMAP),
+    "bitmap_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
+    "(1,)": lambda: ops.bitmap_linear(X, VALUES[1:], VALUES[:1], BITMAP),
+    "bitmap_linear: x is on cpu but the pattern is on meta": lambda: ops.bitmap_linear(
+        X, VALUES, NONE, BITMAP._replace(words=BITMAP.words.to("meta"))
     ),
-    "packed_linear: expected x with 5 features in its last dimension, got shape (4, 4)": lambda: ops.packed_linear(
-        W[:, 1:], VALUES, NONE, PACKED
+    "bitmap_linear: expected x with 5 features in its last dimension, got shape (4, 4)": lambda: ops.bitmap_linear(
+        W[:, 1:], VALUES, NONE, BITMAP
     ),
-    "packed_linear: x is torch.float32 but free_values is torch.float64": lambda: ops.packed_linear(
-        X, VALUES.double(), NONE, PACKED
+    "bitmap_linear: x is torch.float32 but free_values is torch.float64": lambda: ops.bitmap_linear(
+        X, VALUES.double(), NONE, BITMAP
     ),
-    "packed_conv2d: the pattern must be of a weight (O, C/groups, R, S), got (4, 5)": lambda: ops.packed_conv2d(
-        IMAGES, VALUES, NONE, PACKED
+    "bitmap_conv2d: the pattern must be of a weight (O, C/groups, R, S), got (4, 5)": lambda: ops.bitmap_conv2d(
+        IMAGES, VALUES, NONE, BITMAP
     ),
-    "packed_conv2d: groups must divide the 8 output channels, got 3": lambda: ops.packed_conv2d(
-        IMAGES, VALUES, NONE, ops.packed_pattern(KERNELS == 0), groups=3
+    "bitmap_conv2d: groups must divide the 8 output channels, got 3": lambda: ops.bitmap_conv2d(
+        IMAGES, VALUES, NONE, ops.bitmap_pattern(KERNELS == 0), groups=3
     ),
-    "packed_conv1d: the pattern must be of a weight (O, C/groups, S), got (4, 5)": lambda: ops.packed_conv1d(
-        LINES, VALUES, NONE, PACKED
+    "bitmap_conv1d: the pattern must be of a weight (O, C/groups, S), got (4, 5)": lambda: ops.bitmap_conv1d(
+        LINES, VALUES, NONE, BITMAP
     ),
     "sparse_pattern: free_mask has 20 entries outside the mask": lambda: ops.sparse_pattern(~M, M),
     "sparse_pattern: groups must divide the 4 rows, got 3": lambda: ops.sparse_pattern(M, groups=3),

@@ -35,8 +35,8 @@ PRODUCTS: dict[str, tuple[Product, Tensor, tuple[int, int, int]]] = {
         WEIGHT[FREE],
         (20, 20, 8),
     ),
-    "packed": (
-        lambda x, t: ops.packed_conv2d(x, t, FROZEN, ops.packed_pattern(MASK, FREE), **STEPS, groups=2),
+    "bitmap": (
+        lambda x, t: ops.bitmap_conv2d(x, t, FROZEN, ops.bitmap_pattern(MASK, FREE), **STEPS, groups=2),
         WEIGHT[FREE],
         (72, 72, 72),
     ),
@@ -86,7 +86,7 @@ def dense_linear(family: str) -> Product:
         "sparse-supermask": lambda x, t: ops.supermask_linear(x, torch.ones(7, 9), t.reshape(7, 9), 63, sparse=True),
         "masked": lambda x, t: ops.masked_linear(x, t.reshape(7, 9), mask),
         "sparse": lambda x, t: ops.sparse_linear(x, t, none, ops.sparse_pattern(of_linear)),
-        "packed": lambda x, t: ops.packed_linear(x, t, none, ops.packed_pattern(of_linear)),
+        "bitmap": lambda x, t: ops.bitmap_linear(x, t, none, ops.bitmap_pattern(of_linear)),
     }[family]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.reference import packed_masks
+from ..kernels.reference import bitmap_masks
 from .geometry import CONV, check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, fake_backward, in_rows
 from .library import autocast, define, differentiable, same_kind
 from .selection import pack_mask
@@ -25,16 +25,16 @@ def _fake_conv2d(
 
 
 define(
-    f"packed_linear(Tensor x, {_VALUES}, Tensor? bias, int[] shape) -> Tensor",
+    f"bitmap_linear(Tensor x, {_VALUES}, Tensor? bias, int[] shape) -> Tensor",
     lambda x, free_values, frozen_values, pattern, bias, shape: x.new_empty(x.shape[0], shape[0]),
 )
 define(
-    f"packed_linear_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, bool[] output_mask) -> (Tensor, Tensor)",
+    f"bitmap_linear_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, bool[] output_mask) -> (Tensor, Tensor)",
     fake_backward,
 )
-define(f"packed_conv2d(Tensor x, {_VALUES}, Tensor? bias, int[] shape, {CONV}) -> Tensor", _fake_conv2d)
+define(f"bitmap_conv2d(Tensor x, {_VALUES}, Tensor? bias, int[] shape, {CONV}) -> Tensor", _fake_conv2d)
 define(
-    f"packed_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, {CONV}, bool[] output_mask) -> "
+    f"bitmap_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, int[] shape, {CONV}, bool[] output_mask) -> "
     "(Tensor, Tensor)",
     fake_backward,
 )
@@ -42,7 +42,7 @@ define(
 
 def _plain_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
     """The weight that the values make, constant outside the free mask."""
-    mask, free = packed_masks(pattern, shape)
+    mask, free = bitmap_masks(pattern, shape)
     weight = free_values.new_zeros(math.prod(shape))
     for at, values in ((free, free_values), (mask & ~free, frozen_values.detach())):
         where = torch.nonzero_static(at.reshape(-1), size=values.numel()).squeeze(1)
@@ -64,11 +64,11 @@ def _plain_conv2d(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-_linear = differentiable("packed_linear", gradients=(0, 1), bias=4, plain=_plain_linear)
-_conv2d = differentiable("packed_conv2d", gradients=(0, 1), bias=4, plain=_plain_conv2d)
+_linear = differentiable("bitmap_linear", gradients=(0, 1), bias=4, plain=_plain_linear)
+_conv2d = differentiable("bitmap_conv2d", gradients=(0, 1), bias=4, plain=_plain_conv2d)
 
 
-class PackedPattern(NamedTuple):
+class BitmapPattern(NamedTuple):
     """Where the kept weights of a layer are, as bits.
 
     words: int64, (ceil(n / 32), 2), half a byte a weight. A row stands for 32 of the n weights in flat order: the first
@@ -82,26 +82,26 @@ class PackedPattern(NamedTuple):
     free: int
 
 
-def packed_pattern(mask: Tensor, free_mask: Tensor | None = None) -> PackedPattern:
-    """The pattern of a bool mask of a weight's shape for the packed products. Build it once per mask.
+def bitmap_pattern(mask: Tensor, free_mask: Tensor | None = None) -> BitmapPattern:
+    """The pattern of a bool mask of a weight's shape for the bitmap products. Build it once per mask.
 
     free_mask: which kept weights are trainable (``None``: all), of the mask's shape and inside it. Then
     ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen ones, as in `sparse_pattern`.
     """
     free = mask if free_mask is None else free_mask
-    check_masks("packed_pattern", mask, free)
+    check_masks("bitmap_pattern", mask, free)
     if mask.numel() >= 2**31:
-        raise ValueError(f"packed_pattern: a pattern holds fewer than 2^31 weights, got {mask.numel()}")
-    return PackedPattern(_words(mask, free), tuple(mask.shape), int(mask.sum()), int(free.sum()))
+        raise ValueError(f"bitmap_pattern: a pattern holds fewer than 2^31 weights, got {mask.numel()}")
+    return BitmapPattern(_words(mask, free), tuple(mask.shape), int(mask.sum()), int(free.sum()))
 
 
-def as_packed(pattern: SparsePattern, shape: Sequence[int], free: int) -> PackedPattern:
-    """The packed pattern of a sparse one with so many free values, without waiting for a device."""
+def as_bitmap(pattern: SparsePattern, shape: Sequence[int], free: int) -> BitmapPattern:
+    """The bitmap pattern of a sparse one with so many free values, without waiting for a device."""
     kept = kept_weights(pattern, shape)
     masks = torch.zeros(2, math.prod(shape), dtype=torch.bool, device=kept.device)
     masks[0].index_fill_(0, kept, True)
     masks[1].index_put_((kept,), pattern.slot < free)
-    return PackedPattern(_words(*masks), tuple(shape), kept.numel(), free)
+    return BitmapPattern(_words(*masks), tuple(shape), kept.numel(), free)
 
 
 def _words(mask: Tensor, free_mask: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _words(mask: Tensor, free_mask: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def _check(operator: str, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern) -> None:
+def _check(operator: str, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: BitmapPattern) -> None:
     if not (
         free_values.shape == (pattern.free,) and frozen_values.dim() == 1
         and free_values.numel() + frozen_values.numel() == pattern.kept
@@ -127,8 +127,8 @@ def _check(operator: str, x: Tensor, free_values: Tensor, frozen_values: Tensor,
         raise ValueError(f"{operator}: x is on {x.device} but the pattern is on {pattern.words.device}")
 
 
-def packed_linear(
-    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern, bias: Tensor | None = None
+def bitmap_linear(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: BitmapPattern, bias: Tensor | None = None
 ) -> Tensor:
     """Linear layer with the kept weights of a fixed mask, multiplied as a dense weight that is never in memory.
 
@@ -136,52 +136,52 @@ def packed_linear(
     values are constants. On a GPU, tiles of the weight are made of bits and values as they are loaded, and of the
     gradient's tiles the free entries are stored.
 
-    x: (..., I); free_values: (F,) and frozen_values, of x's dtype, ordered as `packed_pattern` tells; bias: (O,).
+    x: (..., I); free_values: (F,) and frozen_values, of x's dtype, ordered as `bitmap_pattern` tells; bias: (O,).
     Returns (..., O). ValueError on wrong shapes. No second derivative. Source: arXiv 2210.10209, section 3, eq. 2.
     """
     if len(pattern.shape) != 2:
-        raise ValueError(f"packed_linear: the pattern must be of a weight (O, I), got {pattern.shape}")
+        raise ValueError(f"bitmap_linear: the pattern must be of a weight (O, I), got {pattern.shape}")
     out_features, in_features = pattern.shape
-    check_linear("packed_linear", x, out_features, in_features, bias)
-    _check("packed_linear", x, free_values, frozen_values, pattern)
+    check_linear("bitmap_linear", x, out_features, in_features, bias)
+    _check("bitmap_linear", x, free_values, frozen_values, pattern)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
-    same_kind("packed_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    same_kind("bitmap_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
     return in_rows(_linear, x, free_values, frozen_values, pattern.words, bias, list(pattern.shape))
 
 
-def packed_conv2d(
-    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern, bias: Tensor | None = None,
+def bitmap_conv2d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: BitmapPattern, bias: Tensor | None = None,
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """2-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `packed_linear`.
+    """2-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `bitmap_linear`.
 
     x: (N, C, H, W); pattern: of a weight (O, C/groups, R, S). Returns (N, O, H', W').
     """
     shape = pattern.shape
     if len(shape) != 4:
-        raise ValueError(f"packed_conv2d: the pattern must be of a weight (O, C/groups, R, S), got {shape}")
+        raise ValueError(f"bitmap_conv2d: the pattern must be of a weight (O, C/groups, R, S), got {shape}")
     if groups < 1 or shape[0] % groups:
-        raise ValueError(f"packed_conv2d: groups must divide the {shape[0]} output channels, got {groups}")
-    geometry = conv_geometry("packed_conv2d", x, shape[1] * groups, shape[2:], stride, padding, dilation)
-    check_bias("packed_conv2d", bias, shape[0])
-    _check("packed_conv2d", x, free_values, frozen_values, pattern)
+        raise ValueError(f"bitmap_conv2d: groups must divide the {shape[0]} output channels, got {groups}")
+    geometry = conv_geometry("bitmap_conv2d", x, shape[1] * groups, shape[2:], stride, padding, dilation)
+    check_bias("bitmap_conv2d", bias, shape[0])
+    _check("bitmap_conv2d", x, free_values, frozen_values, pattern)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
-    same_kind("packed_conv2d", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    same_kind("bitmap_conv2d", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
     return _conv2d(x, free_values, frozen_values, pattern.words, bias, list(shape), *geometry, groups)
 
 
-def packed_conv1d(
-    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: PackedPattern, bias: Tensor | None = None,
+def bitmap_conv1d(
+    x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: BitmapPattern, bias: Tensor | None = None,
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """1-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `packed_linear`.
+    """1-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `bitmap_linear`.
 
     x: (N, C, L); pattern: of a weight (O, C/groups, S). Returns (N, O, L').
     """
     if len(pattern.shape) != 3:
-        raise ValueError(f"packed_conv1d: the pattern must be of a weight (O, C/groups, S), got {pattern.shape}")
-    x, steps, pads, gaps = conv1d_as_2d("packed_conv1d", x, stride, padding, dilation)
+        raise ValueError(f"bitmap_conv1d: the pattern must be of a weight (O, C/groups, S), got {pattern.shape}")
+    x, steps, pads, gaps = conv1d_as_2d("bitmap_conv1d", x, stride, padding, dilation)
     flat = pattern._replace(shape=(*pattern.shape[:2], 1, pattern.shape[2]))
-    return packed_conv2d(x, free_values, frozen_values, flat, bias, steps, pads, gaps, groups).squeeze(2)
+    return bitmap_conv2d(x, free_values, frozen_values, flat, bias, steps, pads, gaps, groups).squeeze(2)

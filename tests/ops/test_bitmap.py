@@ -1,4 +1,4 @@
-"""packed_linear, packed_conv1d, packed_conv2d: dense products with the compact values of a fixed mask."""
+"""bitmap_linear, bitmap_conv1d, bitmap_conv2d: dense products with the compact values of a fixed mask."""
 
 from typing import Any
 
@@ -10,36 +10,38 @@ from products import Family, LayerFunction, Problem, ProductTests, geometry, pro
 from test_sparse import Sparse, frozen_values
 from torch import Tensor
 
+import exssnet
 from exssnet import ops
-from exssnet.ops.packed import as_packed
+from exssnet.ops import former_names
+from exssnet.ops.bitmap import as_bitmap
 
 FUNCTIONS = {
-    "packed_linear": ops.packed_linear,
-    "packed_conv1d": ops.packed_conv1d,
-    "packed_conv2d": ops.packed_conv2d,
+    "bitmap_linear": ops.bitmap_linear,
+    "bitmap_conv1d": ops.bitmap_conv1d,
+    "bitmap_conv2d": ops.bitmap_conv2d,
 }
 
 
-class Packed(Family):
-    name = "packed"
+class Bitmap(Family):
+    name = "bitmap"
     bias_index = 4
     gradients = ("x", "free_values")
     leaves, effective = Sparse.leaves, Sparse.effective
 
     def public(self, p: Problem) -> LayerFunction:
-        constants = frozen_values(p), ops.packed_pattern(p.mask, p.free)
+        constants = frozen_values(p), ops.bitmap_pattern(p.mask, p.free)
         groups = {} if p.layer.kind == "linear" else {"groups": p.layer.groups}
-        function = FUNCTIONS[f"packed_{p.layer.kind}"]
+        function = FUNCTIONS[f"bitmap_{p.layer.kind}"]
         return lambda t: function(t["x"], t["free_values"], *constants, t.get("bias"), **p.layer.steps, **groups)
 
     def raw(self, p: Problem, t: Results) -> tuple[Any, ...]:
         convolution = () if p.layer.kind == "linear" else (*geometry(p.layer), p.layer.groups)
-        words, shape = ops.packed_pattern(p.mask, p.free).words, list(p.layer.weight)
+        words, shape = ops.bitmap_pattern(p.mask, p.free).words, list(p.layer.weight)
         return t["x"], t["free_values"], frozen_values(p), words, t.get("bias"), shape, *convolution
 
 
-class TestPacked(ProductTests):
-    family = Packed()
+class TestBitmap(ProductTests):
+    family = Bitmap()
 
     @dtypes()
     @layers(FEW)
@@ -66,7 +68,7 @@ def bits_of(words: Tensor, n: int) -> Tensor:
 def test_words_are_bits_and_counts_before_them(shape: tuple[int, ...], density: float) -> None:
     mask = torch.rand(shape) < density
     free = mask & (torch.rand(shape) < 0.5)
-    words, of_shape, kept, count = ops.packed_pattern(mask, free)
+    words, of_shape, kept, count = ops.bitmap_pattern(mask, free)
     assert (words.dtype, words.shape, of_shape) == (torch.int64, (-(-mask.numel() // 32), 2), shape)
     assert (kept, count) == (int(mask.sum()), int(free.sum()))
     for i, m in enumerate((mask, free)):
@@ -79,21 +81,27 @@ def test_words_are_bits_and_counts_before_them(shape: tuple[int, ...], density: 
 def test_strides_of_masks_do_not_matter(layout: str) -> None:
     mask = torch.rand(6, 3, 3, 3) < 0.4
     free = mask & (torch.rand(mask.shape) < 0.5)
-    strided = ops.packed_pattern(LAYOUTS[layout](mask), LAYOUTS[layout](free))
-    assert torch.equal(strided.words, ops.packed_pattern(mask, free).words)
+    strided = ops.bitmap_pattern(LAYOUTS[layout](mask), LAYOUTS[layout](free))
+    assert torch.equal(strided.words, ops.bitmap_pattern(mask, free).words)
 
 
 def test_without_a_free_mask_all_are_free() -> None:
     mask = torch.rand(9, 5) < 0.4
-    assert torch.equal(ops.packed_pattern(mask).words, ops.packed_pattern(mask, mask).words)
+    assert torch.equal(ops.bitmap_pattern(mask).words, ops.bitmap_pattern(mask, mask).words)
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((9, 5), 1), ((6, 2, 3, 3), 3), ((0, 4), 1), ((5, 3, 2), 1)], ids=str)
-def test_packed_pattern_of_a_sparse_one_is_that_of_its_masks(shape: tuple[int, ...], groups: int) -> None:
+def test_bitmap_of_a_sparse_one_is_that_of_its_masks(shape: tuple[int, ...], groups: int) -> None:
     mask = torch.rand(shape) < 0.4
     free = mask & (torch.rand(shape) < 0.5)
     made, expected = (
-        as_packed(ops.sparse_pattern(mask, free, groups), shape, int(free.sum())), ops.packed_pattern(mask, free)
+        as_bitmap(ops.sparse_pattern(mask, free, groups), shape, int(free.sum())), ops.bitmap_pattern(mask, free)
     )  # fmt: skip
     assert torch.equal(made.words, expected.words)
     assert made[1:] == expected[1:]
+
+
+def test_former_names_are_the_same_functions() -> None:
+    for name in former_names.__all__:
+        new = name.replace("packed", "bitmap").replace("Packed", "Bitmap")
+        assert getattr(exssnet, name) is getattr(ops, name) is getattr(ops, new)
