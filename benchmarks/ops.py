@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from exssnet import ops
-from exssnet.kernels import OPERATORS, reference
+from exssnet.kernels import reference
+from exssnet.kernels.registry import OPERATORS
 
 from . import masks, peers, plain
 from .ceilings import floors, machine_peak
