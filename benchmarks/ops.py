@@ -367,6 +367,8 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "knn_classify": knn_classify,
 }
 """The rows of each operator; True asks for one small shape."""
+SELECTION = ("topk_masks", "sparse_linear", "sparse_conv2d")
+"""The operators that `exssnet bench` measures without a kind."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .library import define, refuse_derivative
 from .selection import TopK, check_topk, new_masks
 
+__all__ = ["adam_topk"]
+
 define(
     "adam_topk(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
     "Tensor(d!)[] steps, Tensor(e!)[] masks, int[] k, Tensor? hint, float lr, float beta1, float beta2, float eps, "

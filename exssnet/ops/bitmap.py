@@ -14,6 +14,8 @@ from .library import autocast, define, differentiable, same_kind
 from .selection import pack_mask
 from .sparse import SparsePattern, check_masks, kept_weights
 
+__all__ = ["BitmapPattern", "bitmap_conv1d", "bitmap_conv2d", "bitmap_linear", "bitmap_pattern"]
+
 _VALUES = "Tensor free_values, Tensor frozen_values, Tensor pattern"
 
 
@@ -132,7 +134,7 @@ def bitmap_linear(
 ) -> Tensor:
     """Linear layer with the kept weights of a fixed mask, multiplied as a dense weight that is never in memory.
 
-    The same function of the same values as `sparse_linear`: the gradient is that of the *free* values alone, frozen
+    The same function of the same values as the sparse product: the gradient is that of the *free* values alone, frozen
     values are constants. On a GPU, tiles of the weight are made of bits and values as they are loaded, and of the
     gradient's tiles the free entries are stored.
 

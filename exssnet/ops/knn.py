@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .library import define, same_kind
 
+__all__ = ["knn_classify"]
+
 define(
     "knn_classify(Tensor features, Tensor labels, Tensor queries, int k, int classes) -> Tensor",
     lambda features, labels, queries, k, classes: labels.new_empty(queries.shape[0]),

@@ -20,6 +20,8 @@ from .geometry import (
 )
 from .library import autocast, define, differentiable, same_kind
 
+__all__ = ["masked_conv1d", "masked_conv2d", "masked_linear"]
+
 define(
     "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, Tensor? bias) -> Tensor",
     lambda x, weight, mask, free_mask, bias: x.new_empty(x.shape[0], weight.shape[0]),

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..kernels.reference import empty_batch_last
 from .library import bind_gradient, chosen, define, refuse_tangents, same_kind
 
+__all__ = ["batch_norm_act"]
+
 
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     fresh = (

@@ -10,6 +10,18 @@ from torch import Tensor
 from ..kernels import nan_flag
 from .library import FLOATS, define
 
+__all__ = [
+    "TopK",
+    "density_to_k",
+    "free_mask",
+    "nan_scores_seen",
+    "pack_mask",
+    "topk_mask",
+    "topk_masks",
+    "topk_select",
+    "unpack_mask",
+]
+
 
 def new_masks(scores: Sequence[Tensor], packed: bool) -> list[Tensor]:
     """Memory for the masks of some scores."""

@@ -12,6 +12,17 @@ from ..kernels.reference import dense_weight, empty_batch_last
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
 from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
 
+__all__ = [
+    "SparsePattern",
+    "kept_weights",
+    "masked_weight",
+    "sparse_conv1d",
+    "sparse_conv2d",
+    "sparse_conv2d_folded",
+    "sparse_linear",
+    "sparse_pattern",
+]
+
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"

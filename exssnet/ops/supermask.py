@@ -11,6 +11,8 @@ from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d
 from .library import FLOATS, autocast, define, differentiable, same_kind
 from .selection import topk_select
 
+__all__ = ["supermask_conv1d", "supermask_conv2d", "supermask_linear"]
+
 
 def _fake_linear(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool

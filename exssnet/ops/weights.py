@@ -9,6 +9,8 @@ from torch import Tensor
 from .library import bind_gradient, chosen, define, refuse_tangents
 from .supermask import plain_weight
 
+__all__ = ["supermask_weights"]
+
 
 def _fresh(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     return [torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in tensors]

@@ -7,6 +7,7 @@ import torch
 from accuracy import Results, assert_exact
 from cases import FEW, LAYOUTS, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, geometry, problem
+from refusals import IMAGES, KERNELS, LINES, NONE, TAPS, VALUES, Calls, M, W, X, check_refusal, short
 from test_sparse import Sparse, frozen_values
 from torch import Tensor
 
@@ -105,3 +106,42 @@ def test_former_names_are_the_same_functions() -> None:
     for name in former_names.__all__:
         new = name.replace("packed", "bitmap").replace("Packed", "Bitmap")
         assert getattr(exssnet, name) is getattr(ops, name) is getattr(ops, new)
+
+
+BITMAP = ops.bitmap_pattern(M)
+SENTENCES: Calls = {
+    "bitmap_pattern: mask and free_mask must be bool of one shape, got torch.bool of (4, 5) and torch.bool of (4,)": (
+        lambda: ops.bitmap_pattern(M, M[:, 0])
+    ),
+    "bitmap_pattern: free_mask has 20 entries outside the mask": lambda: ops.bitmap_pattern(~M, M),
+    "bitmap_linear: the pattern must be of a weight (O, I), got (8, 4, 3)": lambda: ops.bitmap_linear(
+        X, VALUES, NONE, ops.bitmap_pattern(TAPS == 0)
+    ),
+    "bitmap_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
+    "(0,)": lambda: ops.bitmap_linear(X, VALUES[1:], NONE, BITMAP),
+    "bitmap_linear: the pattern keeps 20 weights, 20 of them free, got free_values of (19,) and frozen_values of "
+    "(1,)": lambda: ops.bitmap_linear(X, VALUES[1:], VALUES[:1], BITMAP),
+    "bitmap_linear: x is on cpu but the pattern is on meta": lambda: ops.bitmap_linear(
+        X, VALUES, NONE, BITMAP._replace(words=BITMAP.words.to("meta"))
+    ),
+    "bitmap_linear: expected x with 5 features in its last dimension, got shape (4, 4)": lambda: ops.bitmap_linear(
+        W[:, 1:], VALUES, NONE, BITMAP
+    ),
+    "bitmap_linear: x is torch.float32 but free_values is torch.float64": lambda: ops.bitmap_linear(
+        X, VALUES.double(), NONE, BITMAP
+    ),
+    "bitmap_conv2d: the pattern must be of a weight (O, C/groups, R, S), got (4, 5)": lambda: ops.bitmap_conv2d(
+        IMAGES, VALUES, NONE, BITMAP
+    ),
+    "bitmap_conv2d: groups must divide the 8 output channels, got 3": lambda: ops.bitmap_conv2d(
+        IMAGES, VALUES, NONE, ops.bitmap_pattern(KERNELS == 0), groups=3
+    ),
+    "bitmap_conv1d: the pattern must be of a weight (O, C/groups, S), got (4, 5)": lambda: ops.bitmap_conv1d(
+        LINES, VALUES, NONE, BITMAP
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
+def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
+    check_refusal(sentence, SENTENCES[sentence])
