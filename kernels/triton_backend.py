@@ -1,4 +1,4 @@
-"""Registers the Triton kernels with PyTorch's dispatcher, for CUDA and ROCm, where nothing else serves an operator."""
+"""Registers the Triton kernels with PyTorch's dispatcher, for operators without a compiled kernel on CUDA or ROCm."""
 
 import functools
 import importlib.util
@@ -19,7 +19,7 @@ _library: torch.library.Library | None = None
 
 
 def kernels() -> dict[str, str]:
-    """The operators with a Triton kernel, backward ones as well, and the module whose function of that name it is."""
+    """The operators with a Triton kernel, including backward operators, and the module that holds its function."""
     defined = torch.ops.exssnet
     return {
         name: Path(row.triton).stem
@@ -31,7 +31,7 @@ def kernels() -> dict[str, str]:
 
 
 def _kernel(name: str, module: str) -> Callable[..., Any]:
-    """The function of that name, its module imported at the first call, on the device of its first tensor."""
+    """A function of a module that is imported at the first call; it runs on the device of its first tensor."""
 
     @functools.cache
     def function() -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def _kernel(name: str, module: str) -> Callable[..., Any]:
 
 
 def _key() -> str:
-    """The dispatch key to serve: CUDA, which ROCm has too; in Triton's interpreter, when asked for Triton, the CPU."""
+    """The dispatch key to register for: CUDA, also on ROCm; CPU if EXSSNET_BACKEND=triton runs in the interpreter."""
     if os.environ.get("EXSSNET_BACKEND") != "triton":
         return "CUDA"
     interpret = os.environ.get("TRITON_INTERPRET", "")
@@ -56,7 +56,7 @@ def _key() -> str:
 
 
 def load() -> None:
-    """Register the kernels; `missing` says why they are not, or is None. Operators that have a kernel keep it."""
+    """Register the kernels, or set `missing` to the reason why not. Operators that have a kernel keep it."""
     global missing, _library
     key = _key()
     if os.environ.get("EXSSNET_BACKEND") == "reference":

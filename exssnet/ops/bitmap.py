@@ -1,4 +1,4 @@
-"""Dense products with the compact values of a fixed mask: where tensor cores outrun what sparse products save."""
+"""Dense products with the compact values of a fixed mask, for GPUs whose tensor cores beat the sparse products."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ define(
 
 
 def _plain_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
-    """The weight that the values make, constant outside the free mask."""
+    """The dense weight of the values, constant outside the free mask."""
     mask, free = bitmap_masks(pattern, shape)
     weight = free_values.new_zeros(math.prod(shape))
     for at, values in ((free, free_values), (mask & ~free, frozen_values.detach())):
@@ -71,24 +71,37 @@ _conv2d = differentiable("bitmap_conv2d", gradients=(0, 1), bias=4, plain=_plain
 
 
 class BitmapPattern(NamedTuple):
-    """Where the kept weights of a layer are, as bits.
+    """Positions of the kept weights of a layer as bits: half a byte a weight.
 
-    words: int64, (ceil(n / 32), 2), half a byte a weight. A row stands for 32 of the n weights in flat order: the first
-    number for the mask, the second for the free mask. Bit i of a number is that of weight i, its upper half, bits 32
-    and up, counts what is kept, or free, before these 32.
+    Attributes:
+        words: int64, (ceil(n / 32), 2) for n weights in flat order. A row describes 32 weights: column 0 by the mask,
+            column 1 by the free mask. The lower 32 bits of a number are the bits of its 32 weights, least significant
+            bit first. The upper 32 bits count the set bits of all rows before it.
+        shape: The shape of the weight.
+        kept: The number of kept weights.
+        free: The number of free weights.
     """
 
     words: Tensor
-    shape: tuple[int, ...]  # of the weight
-    kept: int  # how many weights are
+    shape: tuple[int, ...]
+    kept: int
     free: int
 
 
 def bitmap_pattern(mask: Tensor, free_mask: Tensor | None = None) -> BitmapPattern:
-    """The pattern of a bool mask of a weight's shape for the bitmap products. Build it once per mask.
+    """The pattern of a mask for the bitmap products. Build it once per mask.
 
-    free_mask: which kept weights are trainable (``None``: all), of the mask's shape and inside it. Then
-    ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen ones, as in `sparse_pattern`.
+    Args:
+        mask: bool, of the weight's shape.
+        free_mask: Which kept weights are trainable: bool, of the mask's shape and inside it. None means all. Then
+            ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen values, as in
+            `sparse_pattern`.
+
+    Returns:
+        The pattern, on the device of the mask.
+
+    Raises:
+        ValueError: The masks do not match, or have 2^31 weights or more.
     """
     free = mask if free_mask is None else free_mask
     check_masks("bitmap_pattern", mask, free)
@@ -98,7 +111,7 @@ def bitmap_pattern(mask: Tensor, free_mask: Tensor | None = None) -> BitmapPatte
 
 
 def as_bitmap(pattern: SparsePattern, shape: Sequence[int], free: int) -> BitmapPattern:
-    """The bitmap pattern of a sparse one with so many free values, without waiting for a device."""
+    """The bitmap pattern of a sparse pattern with the given number of free values. Does not synchronise a GPU."""
     kept = kept_weights(pattern, shape)
     masks = torch.zeros(2, math.prod(shape), dtype=torch.bool, device=kept.device)
     masks[0].index_fill_(0, kept, True)
@@ -132,14 +145,25 @@ def _check(operator: str, x: Tensor, free_values: Tensor, frozen_values: Tensor,
 def bitmap_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: BitmapPattern, bias: Tensor | None = None
 ) -> Tensor:
-    """Linear layer with the kept weights of a fixed mask, multiplied as a dense weight that is never in memory.
+    """Linear layer with the compact values of a fixed mask, multiplied in dense tiles.
 
-    The same function of the same values as the sparse product: the gradient is that of the *free* values alone, frozen
-    values are constants. On a GPU, tiles of the weight are made of bits and values as they are loaded, and of the
-    gradient's tiles the free entries are stored.
+    It computes the same function as the sparse product: gradients reach x, the bias and the *free* values; frozen
+    values are constants. A GPU expands tiles of the weight from bits and values as it loads them, and stores only the
+    free entries of the gradient's tiles. So neither the dense weight nor its gradient is ever in memory. The format is
+    known as bitmap encoding, e.g. in SpInfer (EuroSys 2025). Source of the layer: arXiv 2210.10209, section 3, eq. 2.
 
-    x: (..., I); free_values: (F,) and frozen_values, of x's dtype, ordered as `bitmap_pattern` tells; bias: (O,).
-    Returns (..., O). ValueError on wrong shapes. No second derivative. Source: arXiv 2210.10209, section 3, eq. 2.
+    Args:
+        x: (..., I), float32, bfloat16, float16 or float64.
+        free_values: (F,), of x's dtype, in the order that `bitmap_pattern` describes.
+        frozen_values: (K - F,), of x's dtype, in the same order.
+        pattern: The `bitmap_pattern` of a mask (O, I) that keeps K weights.
+        bias: (O,), of x's dtype.
+
+    Returns:
+        (..., O). It has no second derivative.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match.
     """
     if len(pattern.shape) != 2:
         raise ValueError(f"bitmap_linear: the pattern must be of a weight (O, I), got {pattern.shape}")
@@ -156,9 +180,24 @@ def bitmap_conv2d(
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """2-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `bitmap_linear`.
+    """2-D convolution with the compact values of a fixed mask, multiplied in dense tiles.
 
-    x: (N, C, H, W); pattern: of a weight (O, C/groups, R, S). Returns (N, O, H', W').
+    Args:
+        x: (N, C, H, W).
+        free_values: As in `bitmap_linear`.
+        frozen_values: As in `bitmap_linear`.
+        pattern: The `bitmap_pattern` of a mask (O, C/groups, R, S).
+        bias: (O,).
+        stride: One or two integers of at least 1, as in `torch.nn.functional.conv2d`.
+        padding: One or two integers of at least 0.
+        dilation: One or two integers of at least 1.
+        groups: Divides O and C.
+
+    Returns:
+        (N, O, H', W').
+
+    Raises:
+        ValueError: As in `bitmap_linear`, or the kernel is larger than the padded image.
     """
     shape = pattern.shape
     if len(shape) != 4:
@@ -178,9 +217,9 @@ def bitmap_conv1d(
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """1-D convolution with the kept weights of a fixed mask; values, gradients and errors as in `bitmap_linear`.
+    """1-D convolution with the compact values of a fixed mask: x (N, C, L) to (N, O, L').
 
-    x: (N, C, L); pattern: of a weight (O, C/groups, S). Returns (N, O, L').
+    Args and errors are those of `bitmap_conv2d`, with one dimension less; the mask is (O, C/groups, S).
     """
     if len(pattern.shape) != 3:
         raise ValueError(f"bitmap_conv1d: the pattern must be of a weight (O, C/groups, S), got {pattern.shape}")
