@@ -1,4 +1,4 @@
-"""The examples in the operators' docstrings."""
+"""The examples in the docstrings of the operators."""
 
 import doctest
 import importlib
