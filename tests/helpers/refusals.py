@@ -1,4 +1,4 @@
-"""Arguments from which the operators' tests make wrong ones, and the check of the sentence that refuses them."""
+"""Arguments from which the operators' tests make wrong ones, and the tests that they are refused."""
 
 import re
 from collections.abc import Callable
@@ -21,10 +21,24 @@ STEPS = [1, 1], [0, 0], [1, 1]
 Calls = dict[str, Callable[[], object]]
 
 
-def short(sentence: str) -> str:
-    return sentence[:60]
+def refused(sentences: Calls) -> Callable[[str], None]:
+    """A test that each call raises ValueError with its sentence."""
+
+    @pytest.mark.parametrize("sentence", sentences, ids=lambda sentence: sentence[:60])
+    def test(sentence: str) -> None:
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            sentences[sentence]()
+
+    return test
 
 
-def check_refusal(sentence: str, call: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        call()
+def guarded(calls: Calls) -> Callable[[str], None]:
+    """A test that native kernels raise RuntimeError instead of touching memory that is not theirs."""
+
+    @pytest.mark.usefixtures("native")
+    @pytest.mark.parametrize("what", calls)
+    def test(what: str) -> None:
+        with pytest.raises(RuntimeError):
+            calls[what]()
+
+    return test

@@ -7,7 +7,7 @@ import torch
 from accuracy import Results, assert_exact
 from cases import FEW, LAYOUTS, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, geometry, problem
-from refusals import IMAGES, KERNELS, LINES, NONE, TAPS, VALUES, Calls, M, W, X, check_refusal, short
+from refusals import IMAGES, KERNELS, LINES, NONE, TAPS, VALUES, Calls, M, W, X, refused
 from test_sparse import Sparse, frozen_values
 from torch import Tensor
 
@@ -140,8 +140,4 @@ SENTENCES: Calls = {
         LINES, VALUES, NONE, BITMAP
     ),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)

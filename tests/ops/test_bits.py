@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import LAYOUTS
-from refusals import RAW, Calls, M, W, check_refusal, short
+from refusals import RAW, Calls, M, W, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -126,21 +126,11 @@ SENTENCES: Calls = {
     "free_mask: mask and used_mask must both be bool, or both packed uint8, of one shape, got torch.bool of (4, 5) and "
     "torch.uint8 of (3,)": lambda: ops.free_mask(M, ops.pack_mask(M)),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
     "too few packed bytes": lambda: RAW.unpack_mask(SHORT, [4, 5]),
     "a short used mask": lambda: RAW.free_mask(ops.pack_mask(M), SHORT),
 }
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("what", FOREIGN_MEMORY)
-def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
-    with pytest.raises(RuntimeError):
-        FOREIGN_MEMORY[what]()
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from cases import dtypes
-from refusals import RAW, Calls, X, check_refusal, short
+from refusals import RAW, Calls, X, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -160,11 +160,7 @@ SENTENCES: Calls = {
     ),
     "knn_classify: labels must be in [0, 2), got 0 to 2": lambda: ops.knn_classify(FEATURES, LABELS, FEATURES, 1, 2),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
@@ -172,10 +168,4 @@ FOREIGN_MEMORY: Calls = {
     "more neighbours than features": lambda: RAW.knn_classify(FEATURES, LABELS, FEATURES, 7, 3),
     "queries of other length": lambda: RAW.knn_classify(FEATURES, LABELS, X, 1, 3),
 }
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("what", FOREIGN_MEMORY)
-def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
-    with pytest.raises(RuntimeError):
-        FOREIGN_MEMORY[what]()
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

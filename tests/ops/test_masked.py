@@ -8,7 +8,7 @@ import torch
 from accuracy import Results, assert_exact, run
 from cases import CONV1D, FEW, LAYOUTS, SMALL, Layer, layers
 from products import Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
-from refusals import FAR, IMAGES, KERNELS, LINES, RAW, STEPS, TAPS, Calls, M, W, X, check_refusal, short
+from refusals import FAR, IMAGES, KERNELS, LINES, RAW, STEPS, TAPS, Calls, M, W, X, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -139,11 +139,7 @@ SENTENCES: Calls = {
     "masked_conv2d: bias must have shape (8,), got (4,)": lambda: conv(bias=W[:, 0]),
     "masked_conv1d: x must have 3 dimensions (N, C, L), got 2": lambda: ops.masked_conv1d(X, TAPS, M),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
@@ -151,10 +147,4 @@ FOREIGN_MEMORY: Calls = {
     "a short packed mask of a convolution": lambda: RAW.masked_conv2d(IMAGES, KERNELS, SHORT, None, None, *STEPS, 1),
     "a short free mask": lambda: RAW.masked_linear_backward(W[:3, :4], X, W, M, SHORT, [True, True]),
 }
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("what", FOREIGN_MEMORY)
-def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
-    with pytest.raises(RuntimeError):
-        FOREIGN_MEMORY[what]()
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

@@ -10,7 +10,7 @@ import torch
 from accuracy import Results, assert_accurate, assert_exact, run
 from cases import LAYOUTS
 from products import opcheck_warning
-from refusals import IMAGES, LINES, NONE, RAW, VALUES, Calls, W, X, check_refusal, short
+from refusals import IMAGES, LINES, NONE, RAW, VALUES, Calls, W, X, guarded, refused
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -322,11 +322,7 @@ SENTENCES: Calls = {
     ),
     "batch_norm_act: x is on cpu but residual is on meta": lambda: ops.batch_norm_act(IMAGES, IMAGES.to("meta")),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
@@ -337,10 +333,4 @@ FOREIGN_MEMORY: Calls = {
         X[:2], X, None, None, None, X[0], X[0], 0.1, True, True, [True] * 4
     ),
 }
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("what", FOREIGN_MEMORY)
-def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
-    with pytest.raises(RuntimeError):
-        FOREIGN_MEMORY[what]()
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

@@ -9,7 +9,7 @@ import torch
 from accuracy import Results, assert_exact, representable, run
 from cases import DENSITIES, FEW, LARGE, LAYERS, TAILS, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
-from refusals import IMAGES, KERNELS, NONE, RAW, VALUES, Calls, M, W, X, check_refusal, short
+from refusals import IMAGES, KERNELS, NONE, RAW, VALUES, Calls, M, W, X, guarded, refused
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -321,11 +321,7 @@ SENTENCES: Calls = {
     "sparse_conv2d: kernel_size must be one or two integers of at least 1, got 0": lambda: sparse_conv(0),
     "sparse_conv2d: bias must have shape (8,), got (4,)": lambda: sparse_conv(bias=W[:, 0]),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
@@ -339,10 +335,4 @@ FOREIGN_MEMORY: Calls = {
         W[:3, :4], *LAYER, *broken(col_t=PATTERN.col_t + 1), [True, True]
     ),
 }
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("what", FOREIGN_MEMORY)
-def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
-    with pytest.raises(RuntimeError):
-        FOREIGN_MEMORY[what]()
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

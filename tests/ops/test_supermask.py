@@ -8,7 +8,7 @@ import torch
 from accuracy import Results, assert_exact, representable, run
 from cases import DTYPES, FEW, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, dense, geometry, problem
-from refusals import FAR, IMAGES, KERNELS, LINES, RAW, ROW, STEPS, TAPS, Calls, W, X, check_refusal, short
+from refusals import FAR, IMAGES, KERNELS, LINES, RAW, ROW, STEPS, TAPS, Calls, W, X, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -163,11 +163,7 @@ SENTENCES: Calls = {
         LINES, TAPS, TAPS, 1, stride=(1, 2)
     ),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
@@ -177,10 +173,4 @@ FOREIGN_MEMORY: Calls = {
     ),
     "a short selection": lambda: RAW.supermask_linear(X, W, W, ROW[:1], None, True),
 }
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("what", FOREIGN_MEMORY)
-def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
-    with pytest.raises(RuntimeError):
-        FOREIGN_MEMORY[what]()
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

@@ -7,7 +7,7 @@ import torch
 from cases import DTYPES, LAYOUTS, PATTERNS, SIZES, dtypes, scores_of
 from hypothesis import given
 from hypothesis import strategies as st
-from refusals import FAR, RAW, ROW, Calls, W, check_refusal, short
+from refusals import FAR, RAW, ROW, Calls, W, guarded, refused
 from selections import HINTED, HINTS, drawn
 from torch import Tensor
 
@@ -264,21 +264,11 @@ SENTENCES: Calls = {
         [W], [1], torch.zeros(1, 2)
     ),
 }
-
-
-@pytest.mark.parametrize("sentence", SENTENCES, ids=short)
-def test_wrong_arguments_are_refused_in_a_sentence(sentence: str) -> None:
-    check_refusal(sentence, SENTENCES[sentence])
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
     "more to keep than there is": lambda: RAW.topk_masks([W], [21], None, True),
     "a short hint": lambda: RAW.topk_masks([W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64), True),
 }
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("what", FOREIGN_MEMORY)
-def test_native_kernels_touch_no_foreign_memory_given(what: str) -> None:
-    with pytest.raises(RuntimeError):
-        FOREIGN_MEMORY[what]()
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)
