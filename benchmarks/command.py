@@ -18,7 +18,7 @@ from . import ceilings, memory, ops, serving, sweep, timing, training
 
 KINDS: dict[str, Any] = {"ops": ops, "training": training, "sweep": sweep, "memory": memory, "serving": serving}
 SELECTION = {
-    "ops": ["--only", "topk_masks", "sparse_linear", "sparse_conv2d", "--densities", "0.1"],
+    "ops": ["--only", *ops.SELECTION, "--densities", "0.1"],
     "training": ["--cases", "weight/resnet18-20", "weight/lenet-300-100", "--densities", "0.1", "0.02"],
     "memory": ["--networks", "resnet18-20"],
 }

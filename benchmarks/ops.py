@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from exssnet import ops
-from exssnet.kernels import OPERATORS, reference
+from exssnet.kernels import reference
+from exssnet.kernels.registry import OPERATORS
 
 from . import masks, peers, plain
 from .ceilings import floors, machine_peak
@@ -172,11 +173,11 @@ def at_kept(layer: Layer, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...
     return output, grad_x, grad_weight[mask]
 
 
-def packed(layer: Layer, density: float) -> Cases:
+def bitmap(layer: Layer, density: float) -> Cases:
     """On a CPU the reference; on a GPU the tensor cores' alternative to `sparse`."""
-    operator = ops.packed_linear if layer.is_linear else ops.packed_conv2d
+    operator = ops.bitmap_linear if layer.is_linear else ops.bitmap_conv2d
     mask = layer.mask(density)
-    pattern, none = ops.packed_pattern(mask), layer.weight[:0].flatten()
+    pattern, none = ops.bitmap_pattern(mask), layer.weight[:0].flatten()
     ours = step(
         lambda x, values: operator(x, values, none, pattern, **layer.geometry), layer.grad, layer.x, layer.weight[mask]
     )
@@ -357,8 +358,8 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "supermask_weights": masks.supermask_weights,
     "masked_linear": layers(masked, linear=True, densities=(0.1,)),
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
-    "packed_linear": layers(packed, linear=True, densities=(0.1,)),
-    "packed_conv2d": layers(packed, linear=False, densities=(0.1,)),
+    "bitmap_linear": layers(bitmap, linear=True, densities=(0.1,)),
+    "bitmap_conv2d": layers(bitmap, linear=False, densities=(0.1,)),
     "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d": layers(sparse, linear=False, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d_folded": layers(folded, linear=False, densities=(0.1, 0.02)),
@@ -366,6 +367,8 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "knn_classify": knn_classify,
 }
 """The rows of each operator; True asks for one small shape."""
+SELECTION = ("topk_masks", "sparse_linear", "sparse_conv2d")
+"""The operators that `exssnet bench` measures without a kind."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

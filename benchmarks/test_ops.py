@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exssnet.bench.ops import CASES
-from exssnet.kernels import OPERATORS
+from exssnet.kernels.registry import OPERATORS
 
 
 def test_every_operator_has_a_row() -> None:

@@ -17,6 +17,7 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
+napoleon_use_ivar = True  # autodoc lists the fields of a NamedTuple itself
 python_maximum_signature_line_length = 100
 default_role = "code"  # docstrings put code between single backticks
 exclude_patterns = ["notebooks"]

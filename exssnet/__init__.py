@@ -22,6 +22,7 @@ from .nn import (
 from .nn.optim import ScoreAdam
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
+from .ops.former_names import *  # noqa: F403
 
 __version__ = VERSION
 

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and held at its peak, and what it does with freed memory."""
+"""The resident memory of this process, its peak, and what the allocator does with freed memory."""
 
 import ctypes
 import platform
@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-# The peak is Linux's VmHWM where there is one: a child's ru_maxrss begins with its parent's, and does not go back.
+# The peak is VmHWM where Linux has it: ru_maxrss of a child process starts at its parent's, and cannot be reset.
 
 
 def _status(key: str) -> int | None:
@@ -18,34 +18,37 @@ def _status(key: str) -> int | None:
 
 
 def peak() -> int:
-    """Bytes of the largest resident memory since `restart_peak`, or since the process began where that is unknown."""
-    found = _status("VmHWM")
-    if found is None:
+    """Peak resident memory in bytes since `restart_peak`; since the process began, where that cannot be reset."""
+    size = _status("VmHWM")
+    if size is None:
         import resource
 
-        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return found
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return size
 
 
 def resident() -> int:
-    """Bytes resident now; the peak where that is unknown."""
-    found = _status("VmRSS")
-    return peak() if found is None else found
+    """Resident memory in bytes; the peak where it is unknown."""
+    size = _status("VmRSS")
+    return peak() if size is None else size
 
 
 def restart_peak() -> None:
-    """Let the peak begin anew, where the system can (Linux)."""
+    """Reset the peak, on Linux; elsewhere it stays."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 1 GB of freed memory for what it allocates next; returns whether that could be done.
+    """Let this process keep up to 1 GB of freed memory for its next allocations.
 
-    Otherwise glibc gives activations back to the kernel after a step, which clears every page of 4 KB that the next one
-    asks for, at about 2 us. It is for the process and for good, in tensors of up to 32 MB, as by
-    ``MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824`` in the environment. False where memory is not
-    allocated by glibc: with another C library, or with jemalloc, tcmalloc or another allocator in its place.
+    By default glibc returns activations to the kernel after a step. The kernel clears each page of 4 KB that the next
+    step asks for, which takes about 2 us a page. The setting holds for the whole process until its end, for tensors of
+    up to 32 MB. ``MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824`` in the environment does the same.
+
+    Returns:
+        Whether it was set. False where glibc does not allocate the memory: with another C library, or with jemalloc,
+        tcmalloc or another allocator.
     """
     if not _glibc_allocates():
         return False
@@ -54,14 +57,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, 1 << 30))
 
 
-_after_trim = 0  # bytes that were resident
+_after_trim = 0  # resident bytes
 
 
 def give_back_freed_memory() -> None:
-    """Give freed memory back to the system, where glibc allocates, if the process has grown by a tenth since last time.
+    """Return freed memory to the system, if the process has grown by a tenth since the last time; needs glibc.
 
-    glibc keeps what lies between blocks that stay, and does not fill it with tensors again: 500 tasks of LeNet-300-100,
-    18 MB, had 870 MB. `keep_freed_memory` is about the steps of one task.
+    glibc keeps free memory between live blocks, and does not reuse it for tensors: 500 tasks of LeNet-300-100, 18 MB,
+    took 870 MB. `keep_freed_memory` is about the steps of one task.
     """
     global _after_trim
     if resident() > 1.1 * _after_trim and _glibc_allocates():
@@ -70,7 +73,7 @@ def give_back_freed_memory() -> None:
 
 
 def _glibc_allocates() -> bool:
-    """Whether malloc is glibc's own: another allocator that is linked or preloaded takes its place."""
+    """Whether malloc is glibc's own: an allocator that is linked or preloaded replaces it."""
     if platform.libc_ver()[0] != "glibc":
         return False
     used, own = (ctypes.cast(library.malloc, ctypes.c_void_p) for library in map(ctypes.CDLL, (None, "libc.so.6")))

@@ -1,4 +1,4 @@
-"""Whether scores held NaN: a flag on each GPU, which selections raise there so that the host need not wait for them."""
+"""A flag on each GPU that tells whether scores were NaN. Selections set it, so that the host need not wait for them."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ _flags: dict[torch.device, Tensor] = {}
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """The device with its number: "cuda" is the current one."""
+    """The device with its number; "cuda" alone means the current one."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def flag(device: torch.device) -> Tensor:
-    """The flag of a device, int32 of shape (1,): a selection sets it to 1 and never clears it.
+    """The flag of a device, int32 of shape (1,). A selection sets it to 1 and never clears it.
 
-    It is made at the device's first selection, which must not be one that a CUDA graph captures.
+    It is allocated at the device's first selection, which must not be captured by a CUDA graph.
     """
     device = _numbered(device)
     if device not in _flags:
@@ -25,10 +25,10 @@ def flag(device: torch.device) -> Tensor:
 
 
 def seen(device: torch.device) -> bool:
-    """Whether a selection on the device has met NaN scores since this was last asked; waits for the device."""
+    """Whether a selection on the device has met NaN since the last call, which clears the flag. Synchronises."""
     device = _numbered(device)
     if device not in _flags:
         return False
-    found = bool(_flags[device])
+    raised = bool(_flags[device])
     _flags[device].zero_()
-    return found
+    return raised

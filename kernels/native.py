@@ -1,4 +1,4 @@
-"""Loads the kernels; `missing` says why the compiled ones for CPUs are not there, or is None."""
+"""Loads the compiled kernels and tells which file serves an operator."""
 
 import os
 import warnings
@@ -6,19 +6,25 @@ from pathlib import Path
 
 import torch
 
-from . import KERNELS, REFERENCE, cuda_adam, cuda_topk, triton_backend
+from . import cuda_selection, triton_backend
+from .registry import OPERATORS, REFERENCE
 
 BACKENDS = ("reference", "native", "triton")
 missing: str | None = "not loaded yet"
+"""Why the compiled CPU kernels are unavailable, or None."""
 missing_cuda: str | None = "not loaded yet"
-"""The same of the compiled kernels for CUDA."""
+"""Why the compiled CUDA kernels are unavailable, or None."""
 
 
 def load() -> None:
-    """Register the kernels that EXSSNET_BACKEND asks for: the compiled ones ("native", the default) and, where those
-    have none for a GPU, Triton's; Triton's alone ("triton"); or none ("reference").
+    """Register the kernels that EXSSNET_BACKEND asks for.
 
-    The reference serves what is left; where the CPU's are missing one warning says so.
+    "native", the default: the compiled kernels, and Triton kernels for operators without a compiled CUDA kernel.
+    "triton": Triton kernels only. "reference": none. The reference serves every operator that is left. One warning
+    tells when the compiled CPU kernels are missing.
+
+    Raises:
+        ValueError: EXSSNET_BACKEND has another value.
     """
     global missing, missing_cuda
     backend = os.environ.get("EXSSNET_BACKEND", "native")
@@ -34,15 +40,14 @@ def load() -> None:
     else:
         missing_cuda = _load("_cuda", "reinstall with nvcc at hand (CUDA_HOME) and FORCE_CUDA=1")
     if missing_cuda is None:
-        cuda_topk.register()
-        cuda_adam.register()
+        cuda_selection.register()
     triton_backend.load()
     if missing is not None:
         warnings.warn(f"exssnet runs on its reference in plain PyTorch, native kernels: {missing}", stacklevel=2)
 
 
 def _load(name: str, remedy: str) -> str | None:
-    """Registers the kernels of a compiled library; why it could not, or None."""
+    """Load a compiled library, which registers its kernels; returns why it could not, or None."""
     libraries = sorted(Path(__file__).parent.glob(f"{name}*"))
     if not libraries:
         return f"the package was installed without it; {remedy}"
@@ -54,13 +59,13 @@ def _load(name: str, remedy: str) -> str | None:
 
 
 def serving(operator: str, device: str) -> str:
-    """The file whose kernel serves an operator on a device ("cpu" or "cuda"), as the dispatcher has it now."""
+    """The file whose kernel serves an operator on a device ("cpu" or "cuda"), as it is registered now."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{operator}", device.upper()):
         return REFERENCE
     compiled = (missing if device == "cpu" else missing_cuda) is None
-    return next(f for f in KERNELS[operator, device] if compiled or not f.startswith("csrc/"))
+    return next(f for f in OPERATORS[operator].files(device) if compiled or not f.startswith("csrc/"))
 
 
 def is_served(operator: str, device: str) -> bool:
-    """Whether an operator has a kernel of its own on a device, and not the reference alone."""
-    return (operator, device) in KERNELS and serving(operator, device) != REFERENCE
+    """Whether an operator has a kernel of its own on a device, besides the reference."""
+    return device in ("cpu", "cuda") and serving(operator, device) != REFERENCE

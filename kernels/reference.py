@@ -1,9 +1,9 @@
-"""Every operator in plain PyTorch: the definition that the other kernels are held to.
+"""Every operator in plain PyTorch: the definition that all other kernels are compared with.
 
 Legend of shapes: B batch, I in, O out features; N, C, H, W images, kernel R x S; n weights of a layer.
-Convolutions and linear layers are functional: outputs are new, inputs are never changed, and what an
-`output_mask` does not ask for is returned as an empty tensor. Whatever the strides of the inputs, outputs are
-contiguous, those of the sparse layers with the batch innermost.
+Products are functional: outputs are new tensors, and inputs are never changed. A gradient that the `output_mask` does
+not ask for is an empty tensor. Inputs may have any strides; outputs are contiguous, those of the sparse products with
+the batch innermost.
 """
 
 import math
@@ -26,7 +26,7 @@ def magnitude_bits(scores: Tensor) -> Tensor:
 
 
 def select(bits: Tensor, k: int) -> Tensor:
-    """(threshold bits, tie index) of the k largest; of equal magnitudes the smaller flat index is kept."""
+    """(threshold bits, tie index) of the k largest; ties go to the smaller flat index."""
     if k == 0:
         return torch.tensor([torch.iinfo(torch.int64).max, -1], device=bits.device)
     last = torch.sort(bits, descending=True, stable=True).indices[k - 1]
@@ -34,7 +34,7 @@ def select(bits: Tensor, k: int) -> Tensor:
 
 
 def mask_of(scores: Tensor, selection: Tensor) -> Tensor:
-    """The bool mask, in the shape of scores, that a selection stands for: a row of `topk_masks`, or a packed mask."""
+    """The bool mask of a selection, of the scores' shape; a selection is a row of `topk_masks` or a packed mask."""
     if selection.dtype == torch.uint8:
         return unpack_mask(selection, list(scores.shape))
     bits = magnitude_bits(scores)
@@ -60,7 +60,7 @@ def adam_topk(
     masks: list[Tensor], k: list[int], hint: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, maximize: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adam's step, operation by operation that of `torch.optim.Adam(foreach=False)`, then `topk_masks` into masks."""
+    """The operations of `torch.optim.Adam(foreach=False)`, one by one, then `topk_masks` into masks."""
     for s, g, m, v, t in zip(scores, grads, exp_avg, exp_avg_sq, steps, strict=True):
         t += 1
         step = t.item()
@@ -71,14 +71,14 @@ def adam_topk(
         denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
         s.addcdiv_(m, denominator, value=-(lr / (1 - beta1**step)))
     packed = len(masks) > 0 and masks[0].dtype == torch.uint8
-    found, selection, hint = topk_masks(scores, k, hint, len(masks) > 0, packed)
-    for mask, made in zip(masks, found, strict=True):
-        mask.copy_(made)
+    new_masks, selection, hint = topk_masks(scores, k, hint, len(masks) > 0, packed)
+    for mask, new in zip(masks, new_masks, strict=True):
+        mask.copy_(new)
     return selection, hint
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Bit j of byte i is flat entry 8 i + j; the last byte is filled with zeros."""
+    """Bit j of byte i is flat entry 8 i + j; spare bits of the last byte are zero."""
     flat = F.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
     return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
@@ -123,10 +123,9 @@ def _conv2d_gradients(
 
 
 def empty_batch_last(x: Tensor, *shape: int) -> Tensor:
-    """A fresh tensor of the given logical shape with the batch, dimension 0, stored innermost: (N, C, H, W) in storage
-    order (C, H, W, N).
+    """A new tensor of the given shape, stored with the batch, dimension 0, innermost: (N, C, H, W) as (C, H, W, N).
 
-    It is no view: autograd lets nobody change a view in place that a Function has returned, as ReLU may.
+    It is not a view. Autograd forbids in-place changes, such as those of ReLU, of a view that a Function returned.
     """
     return x.new_empty_strided(shape, torch.empty(*shape[1:], shape[0], device="meta").movedim(-1, 0).stride())
 
@@ -181,11 +180,11 @@ def supermask_weights_backward(
     grads: list[Tensor], weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], output_mask: list[bool]
 ) -> tuple[list[Tensor], list[Tensor]]:
     of_layers = zip(grads, weights, scores, selections, strict=True)
-    found = [
+    gradients = [
         _supermask_gradients(g.to(torch.promote_types(g.dtype, w.dtype)), w, s, mask_of(s, m), [False, *output_mask])
         for g, w, s, m in of_layers
     ]
-    of_scores, of_weights = ([gradients[i] for gradients in found] if output_mask[i] else [] for i in range(2))
+    of_scores, of_weights = ([pair[i] for pair in gradients] if output_mask[i] else [] for i in range(2))
     return of_scores, [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=False)]
 
 
@@ -246,57 +245,57 @@ def masked_conv2d_backward(
     return grad_x, _masked_gradient(effective, weight, mask, free_mask) if output_mask[1] else effective
 
 
-def packed_masks(pattern: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
-    """(mask, free mask), bool, of a packed pattern."""
+def bitmap_masks(pattern: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
+    """(mask, free mask), bool, of a bitmap pattern."""
     bits = pattern[:, :, None] >> torch.arange(32, device=pattern.device) & 1
     mask, free = (bits[:, i].reshape(-1)[: math.prod(shape)].reshape(shape).to(torch.bool) for i in range(2))
     return mask, free
 
 
-def _packed_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
-    """The dense weight that a packed pattern and its values stand for."""
-    mask, free = packed_masks(pattern, shape)
+def _bitmap_weight(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int]) -> Tensor:
+    """The dense weight of a bitmap pattern and its values."""
+    mask, free = bitmap_masks(pattern, shape)
     weight = free_values.new_zeros(shape)
     return weight.masked_scatter(free, free_values).masked_scatter(mask & ~free, frozen_values)
 
 
-def _packed_gradient(effective: Tensor, free_values: Tensor, pattern: Tensor) -> Tensor:
-    """Entries of a dense gradient at the free values; the number of these is known, so that no device is waited for."""
-    _, free = packed_masks(pattern, list(effective.shape))
+def _bitmap_gradient(effective: Tensor, free_values: Tensor, pattern: Tensor) -> Tensor:
+    """Entries of a dense gradient at the free values; their number is known, so a GPU is not synchronised."""
+    _, free = bitmap_masks(pattern, list(effective.shape))
     where = torch.nonzero_static(free.reshape(-1), size=free_values.numel()).squeeze(1)
     return effective.reshape(-1)[where]
 
 
-def packed_linear(
+def bitmap_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int]
 ) -> Tensor:
-    return F.linear(x, _packed_weight(free_values, frozen_values, pattern, shape), bias)
+    return F.linear(x, _bitmap_weight(free_values, frozen_values, pattern, shape), bias)
 
 
-def packed_linear_backward(
+def bitmap_linear_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = _packed_weight(free_values, frozen_values, pattern, shape)
+    weight = _bitmap_weight(free_values, frozen_values, pattern, shape)
     grad_x, effective = _linear_gradients(grad, x, weight, *output_mask)
-    return grad_x, _packed_gradient(effective, free_values, pattern) if output_mask[1] else effective
+    return grad_x, _bitmap_gradient(effective, free_values, pattern) if output_mask[1] else effective
 
 
-def packed_conv2d(
+def bitmap_conv2d(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    weight = _packed_weight(free_values, frozen_values, pattern, shape)
+    weight = _bitmap_weight(free_values, frozen_values, pattern, shape)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
 
 
-def packed_conv2d_backward(
+def bitmap_conv2d_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = _packed_weight(free_values, frozen_values, pattern, shape)
+    weight = _bitmap_weight(free_values, frozen_values, pattern, shape)
     grad_x, effective = _conv2d_gradients(grad, x, weight, (stride, padding, dilation, groups), *output_mask)
-    return grad_x, _packed_gradient(effective, free_values, pattern) if output_mask[1] else effective
+    return grad_x, _bitmap_gradient(effective, free_values, pattern) if output_mask[1] else effective
 
 
 def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
@@ -308,7 +307,7 @@ def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
 def dense_weight(
     free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int
 ) -> Tensor:
-    """The (O, columns) weight that a pattern and its values stand for."""
+    """The dense weight (O, columns) of a pattern and its values."""
     weight = free_values.new_zeros(row_ptr.numel() - 1, columns)
     values = torch.cat([free_values, frozen_values])[slot.long()]
     return weight.index_put((_rows(row_ptr, col.numel()), col.long()), values)
@@ -379,12 +378,12 @@ def sparse_conv2d_backward(
 
 
 def _channels(t: Tensor) -> Tensor:
-    """A batch (N, C, ...) as (1, C, all else), in memory as it lies where the batch is stored innermost."""
+    """A batch (N, C, ...) as (1, C, all else); no copy if the batch is stored innermost."""
     return t.movedim(0, -1).reshape(1, t.shape[1], t.numel() // max(t.shape[1], 1)).contiguous()
 
 
 def _from_channels(rows: Tensor, x: Tensor) -> Tensor:
-    """The other way round, but no view."""
+    """The inverse of `_channels`, as a tensor that is not a view."""
     t = rows.contiguous().reshape(x.movedim(0, -1).shape).movedim(-1, 0)
     return x.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
@@ -417,7 +416,7 @@ def batch_norm_act_backward(
     grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     eps: float, relu: bool, training: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y: the output, which with ReLU after a residual tells where it was positive; else x does."""
+    """y: the output; with a residual it tells where ReLU was positive. Without y, x tells."""
     rows, grads = _channels(x), _channels(grad)
     if relu and x.numel() > 0:
         output = _normalised(rows, weight, bias, mean, var, eps) if y is None else _channels(y)
@@ -440,12 +439,12 @@ def batch_norm_act_backward(
 
 
 def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
-    """Blocks of 1024 queries; |q|^2 is the same for a whole row and left out of the distance."""
+    """Blocks of 1024 queries. The distance omits |q|^2, which is the same for a whole row."""
     squared = features.square().sum(1)
     predictions = []
     for block in queries.split(1024):
         distance = squared - 2 * block @ features.t()
         nearest = labels[distance.sort(dim=1, stable=True).indices[:, :k]]
         votes = F.one_hot(nearest, classes).sum(1)
-        predictions.append(votes.argmax(1))  # argmax returns the first of equal votes: the smallest label
+        predictions.append(votes.argmax(1))  # argmax breaks ties by the smallest label
     return torch.cat(predictions) if predictions else labels.new_empty(0)

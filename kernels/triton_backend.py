@@ -1,48 +1,42 @@
-"""Registers the Triton kernels with PyTorch's dispatcher, for CUDA and ROCm, where nothing else serves an operator."""
+"""Registers the Triton kernels with PyTorch's dispatcher, for operators without a compiled kernel on CUDA or ROCm."""
 
 import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-OPERATORS = {
-    "topk_masks": "triton_topk",
-    "pack_mask": "triton_bits",
-    "unpack_mask": "triton_bits",
-    "free_mask": "triton_bits",
-    "supermask_linear": "triton_linear",
-    "supermask_linear_backward": "triton_linear",
-    "supermask_weights": "triton_weights",
-    "supermask_weights_backward": "triton_weights",
-    "masked_linear": "triton_linear",
-    "masked_linear_backward": "triton_linear",
-    "supermask_conv2d": "triton_conv",
-    "supermask_conv2d_backward": "triton_conv",
-    "masked_conv2d": "triton_conv",
-    "masked_conv2d_backward": "triton_conv",
-    "packed_linear": "triton_linear",
-    "packed_linear_backward": "triton_linear",
-    "packed_conv2d": "triton_conv",
-    "packed_conv2d_backward": "triton_conv",
-}
-"""Operator -> the module whose function of that name is its kernel."""
+from .registry import OPERATORS
 
 YES, NO = ("1", "true", "yes", "on", "y"), ("0", "false", "no", "off", "n")
-"""What Triton takes for yes, and what can only be meant as no."""
+"""What Triton accepts as yes in TRITON_INTERPRET, and what can only mean no."""
 missing: str | None = "not loaded yet"
+"""Why the Triton kernels are unavailable, or None."""
 _library: torch.library.Library | None = None
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    """An operator's function, its module imported at the first call, on the device of its first tensor."""
+def kernels() -> dict[str, str]:
+    """The operators with a Triton kernel, including backward operators, and the module that holds its function."""
+    defined = torch.ops.exssnet
+    return {
+        name: Path(row.triton).stem
+        for operator, row in OPERATORS.items()
+        if row.triton is not None
+        for name in (operator, f"{operator}_backward")
+        if hasattr(defined, name)
+    }
+
+
+def _kernel(name: str, module: str) -> Callable[..., Any]:
+    """A function of a module that is imported at the first call; it runs on the device of its first tensor."""
 
     @functools.cache
     def function() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(importlib.import_module(f".{OPERATORS[name]}", __package__), name)
-        return found
+        kernel: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __package__), name)
+        return kernel
 
     def call(*args: Any) -> Any:
         with torch.cuda.device_of(args[0][0] if isinstance(args[0], list) else args[0]):
@@ -52,7 +46,7 @@ def _kernel(name: str) -> Callable[..., Any]:
 
 
 def _key() -> str:
-    """The dispatch key to serve: CUDA, which ROCm has too; in Triton's interpreter, when asked for Triton, the CPU."""
+    """The dispatch key to register for: CUDA, also on ROCm; CPU if EXSSNET_BACKEND=triton runs in the interpreter."""
     if os.environ.get("EXSSNET_BACKEND") != "triton":
         return "CUDA"
     interpret = os.environ.get("TRITON_INTERPRET", "")
@@ -62,7 +56,7 @@ def _key() -> str:
 
 
 def load() -> None:
-    """Register the kernels; `missing` says why they are not, or is None. Operators that have a kernel keep it."""
+    """Register the kernels, or set `missing` to the reason why not. Operators that have a kernel keep it."""
     global missing, _library
     key = _key()
     if os.environ.get("EXSSNET_BACKEND") == "reference":
@@ -73,7 +67,7 @@ def load() -> None:
         missing = "this torch has neither CUDA nor ROCm"
     else:
         _library = torch.library.Library("exssnet", "IMPL", key)
-        for name in OPERATORS:
+        for name, module in kernels().items():
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{name}", key):
-                _library.impl(name, _kernel(name))
+                _library.impl(name, _kernel(name, module))
         missing = None

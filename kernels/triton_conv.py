@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .triton_layers import forward, masked_backward, or_reference, or_written, packed_backward, supermask_backward
+from .triton_layers import bitmap_backward, forward, masked_backward, or_reference, or_written, supermask_backward
 from .triton_mask import given, selected
 from .triton_product import Geometry
 
@@ -53,7 +53,7 @@ def masked_conv2d_backward(
 
 
 @or_reference
-def packed_conv2d(
+def bitmap_conv2d(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
@@ -62,9 +62,9 @@ def packed_conv2d(
 
 
 @or_reference
-def packed_conv2d_backward(
+def bitmap_conv2d_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int],
     stride: list[int], padding: list[int], dilation: list[int], groups: int, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     geometry = _geometry(shape, stride, padding, dilation, groups)
-    return packed_backward(grad, x, free_values, frozen_values, pattern, geometry, output_mask)
+    return bitmap_backward(grad, x, free_values, frozen_values, pattern, geometry, output_mask)

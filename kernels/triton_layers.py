@@ -147,7 +147,7 @@ def masked_backward(
     return grad_x, or_empty(grad_weight, weight)
 
 
-def packed_backward(
+def bitmap_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, geometry: Geometry,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .triton_layers import forward, masked_backward, or_reference, or_written, packed_backward, supermask_backward
+from .triton_layers import bitmap_backward, forward, masked_backward, or_reference, or_written, supermask_backward
 from .triton_mask import given, selected
 from .triton_product import LINEAR
 
@@ -34,15 +34,15 @@ def masked_linear_backward(
 
 
 @or_reference
-def packed_linear(
+def bitmap_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, bias: Tensor | None, shape: list[int]
 ) -> Tensor:
     return forward(x, (free_values, frozen_values), shape[0], given(pattern), bias, LINEAR)
 
 
 @or_reference
-def packed_linear_backward(
+def bitmap_linear_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: Tensor, shape: list[int],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return packed_backward(grad, x, free_values, frozen_values, pattern, LINEAR, output_mask)
+    return bitmap_backward(grad, x, free_values, frozen_values, pattern, LINEAR, output_mask)

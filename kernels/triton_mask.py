@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Masks inside Triton kernels, and what the gradient of a masked weight becomes.
+"""Masks inside Triton kernels, and the gradients that follow from that of a masked weight.
 
-A mask is a tensor over the flat weight, told by its dtype: scores with the selection that picks from them, int8 with a
-byte a weight, uint8 with a bit, or int64, the packed pattern of a weight that is given as its free and frozen values.
-Flat indices are an int64 `base` of a tile plus an int32 `local` index in it.
+A mask is a tensor over the flat weight; its dtype tells the kind. Scores come with a selection, int8 has a byte a
+weight, uint8 a bit a weight. int64 is the bitmap pattern of a weight that is given as its free and frozen values. A
+flat index is the int64 `base` of a tile plus an int32 `local` index in it.
 """
 
 from dataclasses import dataclass
@@ -18,31 +18,34 @@ BLOCK = 1024  # weights, or results, of one program of an elementwise kernel
 
 
 def ceil_div(a: int, b: int) -> int:
-    """As `triton.cdiv`, which takes 2 us on the host."""
+    """The same as `triton.cdiv`, which takes 2 us on the host."""
     return -(-a // b)
 
 
 @dataclass(frozen=True)
 class Mask:
+    """The tensor of a mask, and for scores the selection."""
+
     data: Tensor
     selection: Tensor | None
 
 
 def selected(scores: Tensor, selection: Tensor) -> Mask:
-    """What a selection picks from scores, which a packed mask leaves unread."""
+    """The mask of a selection: packed bits, or scores compared with a threshold."""
     if selection.dtype == torch.uint8:
         return given(selection)
     return Mask(scores.contiguous(), selection.contiguous())
 
 
 def given(mask: Tensor) -> Mask:
+    """The mask of a bool tensor, of packed bits, or of a bitmap pattern."""
     mask = mask.contiguous()
     return Mask(mask.view(torch.int8) if mask.dtype == torch.bool else mask, None)
 
 
 @triton.jit
 def of_layer(pointers, layer):
-    """Of the tensors of many layers, a tuple, that of one."""
+    """The tensor of one layer from the tuple of all layers' tensors."""
     pointer = pointers[0]
     for i in tl.static_range(1, len(pointers)):
         pointer = tl.where(layer == i, pointers[i], pointer)
@@ -60,7 +63,7 @@ def _magnitude_bits(scores):
 
 @triton.jit
 def threshold_of(selection):
-    """(threshold bits, tie index) of a selection; (0, 0), which nobody reads, without one."""
+    """(threshold bits, tie index) of a selection; without one (0, 0), which are not read."""
     if selection is None:
         threshold, tie = 0, 0
     else:
@@ -71,13 +74,15 @@ def threshold_of(selection):
 
 @triton.jit
 def _entry(pattern, base, local, inside, FREE: tl.constexpr):
-    """(whether a packed pattern keeps the weights base + local, how many of those before them), or FREE, of the free
-    ones."""
+    """(whether the weights base + local are kept, the number of kept weights before each) by a bitmap pattern.
+
+    FREE: the same for the free weights.
+    """
     place = (base % 32).to(tl.int32) + local
     word = tl.load(pattern + (base // 32 + place // 32) * 2 + (1 if FREE else 0), mask=inside, other=0)
     bits, bit = word.to(tl.uint32), (place % 32).to(tl.uint32)
     below = bits & ((tl.full([], 1, tl.uint32) << bit) - 1)
-    below -= below >> 1 & 0x55555555  # of each pair of bits, how many are set; then of four, of eight, of all
+    below -= below >> 1 & 0x55555555  # set bits of each pair of bits; then of four, of eight, of all
     below = (below & 0x33333333) + (below >> 2 & 0x33333333)
     below = below + (below >> 4) & 0x0F0F0F0F
     below += below >> 8
@@ -87,7 +92,7 @@ def _entry(pattern, base, local, inside, FREE: tl.constexpr):
 
 @triton.jit
 def is_kept(mask, threshold, tie, base, local, inside):
-    """Whether a mask keeps the weights base + local; of those not inside nothing is promised."""
+    """Whether a mask keeps the weights base + local; undefined for those not inside."""
     if mask.dtype.element_ty.is_floating():
         bits = _magnitude_bits(tl.load(mask + base + local, mask=inside, other=0.0))
         last = tl.minimum(tl.maximum(tie - base, -1), 0x7FFFFFFF).to(tl.int32)
@@ -103,7 +108,7 @@ def is_kept(mask, threshold, tie, base, local, inside):
 
 @triton.jit
 def kept_weight(weight, mask, threshold, tie, base, local, inside):
-    """The weights base + local where the mask keeps them, else 0."""
+    """The weights base + local, 0 where the mask does not keep them."""
     if mask.dtype.element_ty == tl.int64:
         free_values, frozen_values = weight
         kept, place = _entry(mask, base, local, inside, False)
@@ -120,10 +125,10 @@ def kept_weight(weight, mask, threshold, tie, base, local, inside):
 def store_gradients(
     gradient, base, local, inside, weight, scores, mask, threshold, tie, free_mask, grad_scores, grad_weight
 ):  # fmt: skip
-    """From the gradient G of the effective weight: G W sign(S) (straight-through), and G where mask and free mask keep,
-    which of a packed pattern are the free values, stored one after the other.
+    """Store the gradients that follow from the gradient G of the effective weight.
 
-    grad_scores, grad_weight: None where not asked, scores with grad_scores; free_mask: None frees the whole mask.
+    grad_scores: G W sign(S) (straight-through), or None. grad_weight: G inside mask and free mask, or None; for a
+    bitmap pattern it holds the free values only. scores: needed for grad_scores. free_mask: None means the whole mask.
     """
     if grad_scores is not None:
         score = tl.load(scores + base + local, mask=inside, other=0.0)
@@ -144,7 +149,7 @@ def store_gradients(
 
 @triton.jit
 def _sum_of_parts(parts, count, n, base, local, inside):
-    """Flat entries base + local of `count` tensors of n entries that lie one after the other, summed in that order."""
+    """Entries base + local of `count` consecutive tensors of n entries each, summed in order."""
     total = tl.load(parts + base + local, mask=inside, other=0.0).to(tl.float32)
     for _ in range(1, count):
         parts += n
@@ -157,7 +162,7 @@ def _finish_kernel(
     output_parts, output_count, output_n, bias, channels, inner, output, output_blocks,
     parts, count, n, weight, scores, mask, selection, free_mask, grad_scores, grad_weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first output_blocks programs fill the output, the others the gradients; parts of neither are None.
+    """The first output_blocks programs fill the output, the others the gradients. Absent parts are None.
 
     bias[(i // inner) % channels] is added to entry i of the output's storage; bias may be None.
     """
@@ -184,7 +189,7 @@ def _finish_kernel(
 
 
 class OutputParts(NamedTuple):
-    """An output (N, O, H, W) to fill from its parts (P, ...), which lie in the order of its storage."""
+    """An output (N, O, H, W), and the parts (P, ...) of its sum, in the order of its storage."""
 
     parts: Tensor
     bias: Tensor | None
@@ -192,9 +197,9 @@ class OutputParts(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients that are wanted of a layer, contiguous or None, and what they are made of.
+    """The gradients to compute for a layer, contiguous or None, and the tensors that they need.
 
-    weight, scores: None where the gradient of scores is not wanted; free_mask: None frees the whole mask.
+    weight, scores: needed for the gradient of the scores only, else None. free_mask: None means the whole mask.
     """
 
     weight: Tensor | None
@@ -205,7 +210,7 @@ class Gradients(NamedTuple):
     of_weight: Tensor | None
 
     def arguments(self) -> tuple[Tensor | None, ...]:
-        """As the kernels take them."""
+        """The arguments of the kernels."""
         weight, scores = (None if self.of_scores is None else t for t in (self.weight, self.scores))
         return (
             None if weight is None else weight.contiguous(), None if scores is None else scores.contiguous(),
@@ -215,14 +220,14 @@ class Gradients(NamedTuple):
 
 
 class GradientParts(NamedTuple):
-    """Gradients to fill from that of the effective weight, the sum of parts (P, weights)."""
+    """The parts (P, weights) of the effective weight's gradient, and the gradients that follow from their sum."""
 
     parts: Tensor
     gradients: Gradients
 
 
 def finish(of_output: OutputParts | None, of_gradients: GradientParts | None) -> None:
-    """Add the parts of an output and of a layer's gradients, in one launch for both."""
+    """Add up the parts of an output and of a layer's gradients, in one launch."""
     first: tuple[Any, ...] = (None, 0, 0, None, 1, 1, None, 0)
     second: tuple[Any, ...] = (None, 0, 0, *[None] * 7)
     blocks = 0

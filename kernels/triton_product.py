@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The products of all layers under a mask, as tiles of one implicit matrix product; the mask is applied to tiles.
 
-A linear layer is the 1 x 1 convolution of 1 x 1 images. Tensors (N, C, H, W) are read and written by their strides. A
-tile has BLOCK_O outputs, BLOCK_K weights of each and BLOCK_P pixels, counted over all images. Sums are float32; where
-tiles are few, each sum is split into parts, which are added afterwards, always in the same order.
+A linear layer is a 1 x 1 convolution of 1 x 1 images. Tensors (N, C, H, W) are read and written by their strides. A
+tile has BLOCK_O outputs, BLOCK_K weights of each and BLOCK_P pixels, counted over all images. Sums are float32. If
+there are few tiles, each sum is split into parts, which are added afterwards in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ from .triton_mask import (
 
 Weight = Tensor | tuple[Tensor, ...]  # dense, or its free and frozen values
 
-PROGRAMS = 256  # as many keep a large GPU busy
-PART = 256  # least length of a part of a sum
+PROGRAMS = 256  # enough to keep a large GPU busy
+PART = 256  # minimum length of a part of a sum
 MOST_PARTS = 64
-FEW_CHANNELS = 16  # up to so many, a tile's weights are of all taps; of more, they are of one tap
+FEW_CHANNELS = 16  # up to this many, a tile holds weights of all taps; above, of one tap
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a convolution; the default is that of a linear layer."""
+    """The geometry of a convolution; the default is a linear layer."""
 
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
@@ -50,7 +50,7 @@ class Geometry:
         return self.kernel[0] * self.kernel[1]
 
     def output_size(self, size: Sequence[int]) -> list[int]:
-        """Of images of a size; of a linear layer, which has none, none."""
+        """The size of the output images; empty for a linear layer."""
         windows = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=False)
         return [(n + 2 * p - d * (taps - 1) - 1) // step + 1 for n, taps, step, p, d in windows]
 
@@ -63,7 +63,7 @@ LINEAR = Geometry()
 
 @triton.jit
 def _pixel(p, size, batch, BATCH_INNER: tl.constexpr):
-    """(image, line, column) of pixels counted with the columns innermost, or with the images innermost."""
+    """(image, line, column) of pixels; their count runs over columns first, or over images if BATCH_INNER."""
     if BATCH_INNER:
         n, column = p % batch, p // batch % size[1]
         line = p // batch // size[1]
@@ -77,8 +77,8 @@ def _pixel(p, size, batch, BATCH_INNER: tl.constexpr):
 def _weights_of_block(block, KERNEL: tl.constexpr, MIXED: tl.constexpr, BLOCK_K: tl.constexpr):
     """(first channel, channels, tap) of a block of BLOCK_K weights of an output.
 
-    MIXED: they are consecutive, one tap each; else they are of consecutive channels and one tap, the channels advancing
-    after all taps, so that the next taps find the same lines of memory in the caches.
+    MIXED: the weights are consecutive, each with its own tap. Otherwise a block has consecutive channels and one tap.
+    Channels advance after all taps, so that the next taps find the same memory in the caches.
     """
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
     if MIXED:
@@ -94,7 +94,7 @@ def _weights_of_block(block, KERNEL: tl.constexpr, MIXED: tl.constexpr, BLOCK_K:
 def _reach(
     at, tap, size, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """(position, whether it exists) of what a tap multiplies for a result at `at`, in one dimension."""
+    """(position, whether it exists) of the input that a tap multiplies for a result at `at`, in one dimension."""
     if TRANSPOSED:
         steps = at + PADDING - tap * DILATION
         position = steps // STRIDE
@@ -110,7 +110,7 @@ def _gathered(
     source, strides, size, channel, channel_exists, tap, n, line, column, pixel_exists, KERNEL: tl.constexpr,
     STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """The tile (channels and taps, pixels) of what is multiplied with weights; 0 in the padding."""
+    """The tile (channels and taps, pixels) of inputs that the weights multiply; 0 in the padding."""
     if MIXED:
         tap = tap[:, None]
     down, right = tap // KERNEL[1], tap % KERNEL[1]
@@ -123,7 +123,7 @@ def _gathered(
 
 @triton.jit
 def _part(blocks):
-    """(first, past the last) block of the sum that this program makes."""
+    """(first, past the last) block of the sum that this program computes."""
     length = tl.cdiv(blocks, tl.num_programs(1))
     first = tl.program_id(1) * length
     return first, tl.minimum(first + length, blocks)
@@ -131,7 +131,7 @@ def _part(blocks):
 
 @triton.jit
 def _tile(tiles_o, others):
-    """(group, tile of outputs, other tile) of this program: neighbours share both operands in the caches."""
+    """(group, tile of outputs, other tile) of this program; neighbours share both operands in the caches."""
     of_group = tiles_o * others
     group, tile = tl.program_id(0) // of_group, tl.program_id(0) % of_group
     other, tile_o = tl.swizzle2d(tile // tiles_o, tile % tiles_o, others, tiles_o, 8)
@@ -147,14 +147,15 @@ GRADIENT_TILES: dict[str, list[Tile]] = {
     "half": [(64, 128, 32, 8), (128, 64, 32, 8), (64, 64, 32, 4), (32, 64, 64, 8), (64, 16, 64, 8)],
     "float32": [(128, 64, 16, 8), (64, 128, 16, 8), (64, 64, 16, 4), (32, 64, 32, 8), (64, 16, 32, 4), (32, 32, 16, 4)],
 }
-"""Of float32 less fits into the registers: at full precision each number is two, and each product three."""
+"""float32 tiles are smaller: at full precision a number takes two registers, and a product is three products."""
 LARGE_FOR_VALUES = {(128, 64, 32, 4), (64, 16, 64, 4), (64, 64, 32, 8)}
-"""Tiles that leave too few registers to make a weight from its values. With the others, programs may have 255 of them:
-ptxas by itself takes less, and keeps some in memory. Other products are left to it: 255 would cost them occupancy."""
+"""Tiles that leave too few registers to expand a weight from its values. The other tiles get up to 255 registers for
+it, because ptxas alone allots fewer and spills. Products with a dense weight keep the choice of ptxas: 255 registers
+would cost occupancy."""
 
 
 def _tuning(operand: str, blocks: Sequence[str], tiles: dict[str, list[Tile]], key: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the autotuner: the tiles, and which of them the dtype of an operand has."""
+    """Arguments of the autotuner: all tiles, and a filter by the dtype of an operand."""
 
     def config(tile: Tile) -> triton.Config:
         return triton.Config(dict(zip(blocks, tile, strict=False)), num_warps=tile[3], num_stages=3)
@@ -197,10 +198,10 @@ def product_kernel(
     TRANSPOSED: tl.constexpr, BATCH_INNER: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A layer's output, or, TRANSPOSED, the gradient of its input, gathered from that of its output.
+    """A layer's output; if TRANSPOSED, the gradient of its input, gathered from that of its output.
 
-    channels, outputs: of source and result, in each group; scale: of the number of pixels, for the choice of tiles.
-    Program (tile of a group, part of the sum); with several parts, `result` holds them part_stride apart.
+    channels, outputs: of source and result, in each group. scale: the bit length of the number of pixels, by which
+    tiles are tuned. Program ids: (tile of a group, part of the sum). `result` holds the parts part_stride apart.
     """
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
     pixels = batch * result_size[0] * result_size[1]
@@ -257,9 +258,9 @@ def gradient_kernel(
     BATCH_INNER: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of scores and weight, summed over all pixels; or, with `parts`, parts of that of W M.
+    """The gradients of scores and weight, summed over all pixels; with `parts`, parts of that of the effective weight.
 
-    Program (tile of a group's weights, part of the sum).
+    Program ids: (tile of a group's weights, part of the sum).
     """
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
     row = channels * TAPS
@@ -299,14 +300,14 @@ def gradient_kernel(
 
 
 def _precision() -> str:
-    """How float32 tiles are multiplied: as PyTorch's matrix products are allowed to be."""
+    """How float32 tiles are multiplied, by the precision that PyTorch's matrix products are set to."""
     if torch.version.hip:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _parts(rows: int, columns: int, length: int, groups: int) -> int:
-    """Into how many parts the sums of a matrix (rows, columns) are split, of `length` terms each."""
+    """The number of parts into which each sum, of `length` terms, of a matrix (rows, columns) is split."""
     tiles = ceil_div(rows, 64) * ceil_div(columns, 64) * groups
     return max(1, min(PROGRAMS // tiles, length // PART, MOST_PARTS))
 
@@ -323,11 +324,19 @@ def product(
     source: Tensor, weight: Weight, mask: Mask, bias: Tensor | None, geometry: Geometry, result: Tensor,
     transposed: bool,
 ) -> OutputParts | None:  # fmt: skip
-    """Fill `result` (N, O, H', W'), dense in memory, with the layer's output for `source` (N, C, H, W), or give its
-    parts to `finish`.
+    """Compute a layer's output, or the gradient of its input.
 
-    transposed: with the gradient of the input (N, C, H, W) for `source`, the gradient of the output.
-    weight, mask: of the layer, (O, C/groups, R, S), or the values and the packed pattern that stand for it.
+    Args:
+        source: x (N, C, H, W); if transposed, the gradient of the output.
+        weight: (O, C/groups, R, S), or its free and frozen values.
+        mask: The mask of the weight; for values the bitmap pattern.
+        bias: (O,).
+        geometry: Of the layer.
+        result: The output (N, O, H', W'); if transposed, the gradient of x. It is dense in memory, and filled here.
+        transposed: Whether the gradient of the input is computed.
+
+    Returns:
+        None, or the parts of the result, which `finish` must add up.
     """
     if result.numel() == 0:
         return None
@@ -351,8 +360,7 @@ def product(
 
 
 def weight_gradients(grad: Tensor, x: Tensor, geometry: Geometry, gradients: Gradients) -> GradientParts | None:
-    """Fill the gradients that are wanted from grad (N, O, H', W') and x (N, C, H, W), or give their parts to
-    `finish`."""
+    """Compute the asked gradients from grad (N, O, H', W') and x (N, C, H, W); returns None, or parts for `finish`."""
     groups = geometry.groups
     channels, outputs, pixels = x.shape[1] // groups, grad.shape[1] // groups, _pixels(grad)
     n = grad.shape[1] * channels * geometry.taps

@@ -1,19 +1,19 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Exact selection of the scores of largest magnitude in Triton; definitions in kernels/reference.py.
 
-A radix select on the bits of the magnitudes, from the highest digit to the lowest: a pass over the scores counts the
-values of a digit among the magnitudes that agree with the threshold so far, then one program a layer picks the value
-that the threshold has. Further passes count the entries equal to the threshold, find the last of them that is kept,
-and, where masks are asked for, write those.
+It is a radix select on the bits of the magnitudes, from the highest digit to the lowest. A pass over the scores counts
+the values of a digit among the magnitudes that match the threshold so far. Then one program a layer chooses the digit
+of the threshold. Further passes count the entries equal to the threshold, find the last one that is kept, and write the
+masks if asked.
 
-All layers of one dtype share the launches: their scores are laid one after the other, and programs look up in a table
-whose piece theirs is. The table reaches the device in the parameters of kernels, those of `torch._foreach_add_`: so the
-host never waits, and a CUDA graph keeps the table with the launch. A table of pointers would spare the copy of the
-scores, but give the memory that kernels read no owner that a graph, or the interpreter's guard, could see.
+All layers of one dtype share the launches. Their scores are concatenated, and each program looks up its layer in a
+table. The table reaches the device in the parameters of `torch._foreach_add_`, so the host never waits, and a CUDA
+graph keeps the table with the launch. A table of pointers would save the copy of the scores. But then the memory that
+kernels read would have no owner that a graph, or the interpreter's guard, could see.
 
-Launches: 2 per digit of at most 11 bits (float32 has 3), 2 for the ties, one for all packed masks, or one for each mask
-of bytes; PyTorch's own are one per digit and four more. Scores are read once for the copy, once a digit, once for the
-ties and once for the masks.
+Launches: 2 per digit of at most 11 bits (float32 has 3 digits), 2 for the ties, and one for all packed masks or one for
+each bool mask. PyTorch adds one per digit and four more. Scores are read once for the copy, once per digit, once for
+the ties and once for the masks.
 """
 
 from itertools import accumulate, pairwise
@@ -29,7 +29,7 @@ from .triton_mask import ceil_div, of_layer
 
 
 class Format(NamedTuple):
-    """Of a score: an integer of its width, bits of its magnitude, and those of infinity."""
+    """A float format: the integer of its width, the number of magnitude bits, the bits of infinity."""
 
     integer: torch.dtype
     bits: int
@@ -49,14 +49,14 @@ CHUNK = 8 * BLOCK  # entries of one program
 
 @triton.jit
 def _magnitudes(scores, index, inside, BITS: tl.constexpr):
-    """The bits of the magnitudes of scores; of those not inside, 0."""
+    """The bits of the magnitudes of scores; 0 for those not inside."""
     bits = tl.load(scores + index, mask=inside, other=0)
     return bits.to(tl.int64 if BITS == 63 else tl.int32) & ((1 << BITS) - 1)
 
 
 @triton.jit
 def _chunk_of_program(first_chunk, first, count, layers, LAYERS: tl.constexpr, CHUNK: tl.constexpr):
-    """(layer, its first entry, where the program's chunk begins and ends in it); empty layers have no chunk."""
+    """(layer, its first entry, begin and end of the program's chunk in it); empty layers have no chunk."""
     column = tl.arange(0, LAYERS)
     begins = tl.load(first_chunk + column, mask=column < layers, other=0x7FFFFFFFFFFFFFFF)
     layer = tl.sum((begins <= tl.program_id(0)).to(tl.int32), 0) - 1
@@ -69,7 +69,7 @@ def _count_digit(
     scores, first_chunk, first, count, threshold, digits, nan, layers, INFINITY: tl.constexpr, BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Of the magnitudes that agree with the threshold above bit HIGH, counts the values of bits LOW to HIGH."""
+    """Count the values of bits LOW to HIGH among the magnitudes that match the threshold above bit HIGH."""
     layer, start, begin, end = _chunk_of_program(first_chunk, first, count, layers, LAYERS, CHUNK)
     VALUES: tl.constexpr = 1 << (HIGH - LOW)
     known = tl.load(threshold + layer)
@@ -81,15 +81,15 @@ def _count_digit(
         digit = ((bits >> LOW) & (VALUES - 1)).to(tl.int32)
         counts += tl.histogram(digit, VALUES, mask=inside & ((bits >> HIGH) == known))
         if HIGH == BITS:  # the first digit
-            found = tl.max((bits > INFINITY).to(tl.int32), 0)
-            tl.atomic_max(nan, found, mask=found > 0, sem="relaxed")
+            is_nan = tl.max((bits > INFINITY).to(tl.int32), 0)
+            tl.atomic_max(nan, is_nan, mask=is_nan > 0, sem="relaxed")
     value = tl.arange(0, VALUES)
     tl.atomic_add(digits + layer * VALUES + value, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
 def _choose_digit(threshold, rank, digits, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """Appends to the threshold the digit of the entry with the rank; then the rank counts among those that have it."""
+    """Append the digit of the entry with that rank to the threshold; then the rank counts within the digit."""
     layer = tl.program_id(0)
     VALUES: tl.constexpr = 1 << (HIGH - LOW)
     value = tl.arange(0, VALUES)
@@ -107,7 +107,7 @@ def _count_ties(
     scores, first_chunk, first, count, threshold, ties, layers, BITS: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk, the number of entries that equal the threshold."""
+    """The number of entries equal to the threshold in each chunk."""
     layer, start, begin, end = _chunk_of_program(first_chunk, first, count, layers, LAYERS, CHUNK)
     bits = tl.load(threshold + layer)
     equal = tl.zeros((BLOCK,), tl.int32)
@@ -123,7 +123,7 @@ def _select(
     scores, first_chunk, first, count, row, threshold, rank, ties, selection, BITS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Finds the last kept one of a layer's ties, by the number of ties before it, and writes the selection."""
+    """Find the last kept tie of a layer by the number of ties before it, and write the selection."""
     layer = tl.program_id(0)
     bits, wanted = tl.load(threshold + layer), tl.load(rank + layer)
     n, lane = tl.load(count + layer), tl.arange(0, BLOCK)
@@ -159,7 +159,7 @@ def _write_bits(
     scores, first_chunk, first, count, row, selection, masks, layers, BITS: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Packed masks, which are a tuple."""
+    """Write the packed masks, given as a tuple."""
     layer, start, begin, end = _chunk_of_program(first_chunk, first, count, layers, LAYERS, CHUNK)
     pair = selection + 2 * tl.load(row + layer)
     threshold, tie = tl.load(pair), tl.load(pair + 1)
@@ -185,7 +185,7 @@ def _write_mask(scores, selection, mask, n, BITS: tl.constexpr, BLOCK: tl.conste
 def _select_layers(
     scores: list[Tensor], form: Format, k: list[int], rows: list[int], selection: Tensor, packed: bool
 ) -> list[Tensor]:
-    """Writes rows of the selection from the bits of flat scores of one format; their packed masks where asked."""
+    """Write the rows of the selection for flat scores of one format; returns their packed masks, if asked."""
     device, layers = selection.device, len(scores)
     sizes = [s.numel() for s in scores]
     *first_chunks, chunks = accumulate((ceil_div(n, CHUNK) for n in sizes), initial=0)
@@ -220,7 +220,7 @@ def _select_layers(
 def topk_masks(
     scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """As the reference, but NaN scores do not raise: they count as more than infinity, and the flag tells of them."""
+    """NaN scores do not raise here: they count as larger than infinity, and set the flag."""
     selection = torch.empty(len(scores), 2, dtype=torch.int64, device=scores[0].device)
     flat = [s.contiguous().view(-1).view(FORMATS[s.dtype].integer) for s in scores]
     bits: dict[int, Tensor] = {}

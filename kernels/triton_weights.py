@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The masked weights of all layers in one launch, and their gradients in another; definitions in kernels/reference.py.
+"""Masked weights of all layers in one launch, their gradients in another; definitions in kernels/reference.py.
 
-A launch has the tensors of up to LAYERS layers as its parameters: no table of pointers lies in memory, and a CUDA graph
-keeps them with the launch. A program works on CHUNK weights of the layer that its number falls into. Layers of other
-dtypes are launches of their own.
+The tensors of up to LAYERS layers are the parameters of a launch. So no table of pointers is in memory, and a CUDA
+graph keeps the tensors with the launch. A program handles CHUNK weights of one layer. Layers of different dtypes need
+launches of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ LAYERS = 64  # whose pointers fit into the 4 KB of a launch's parameters
 
 @triton.jit
 def _chunk_of_program(sizes, CHUNK: tl.constexpr):
-    """(layer, where the program's chunk begins and ends in it)"""
+    """(layer, begin and end of the program's chunk in it)"""
     program = tl.program_id(0)
     layer, size, first, before = 0, sizes[0], 0, 0
     for i in tl.static_range(1, len(sizes)):
@@ -54,7 +54,7 @@ def _weights_kernel(weights, masks, outputs, sizes, BLOCK: tl.constexpr, CHUNK: 
 def _gradients_kernel(
     grads, weights, scores, masks, grad_scores, grad_weights, sizes, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """grad_scores, grad_weights: None where not asked."""
+    """grad_scores, grad_weights: None if not asked."""
     layer, begin, end = _chunk_of_program(sizes, CHUNK)
     grad, weight, score, mask = (
         of_layer(grads, layer), of_layer(weights, layer), of_layer(scores, layer), of_layer(masks, layer)
@@ -70,14 +70,14 @@ def _gradients_kernel(
 
 
 def _served(weights: Sequence[Tensor], scores: Sequence[Tensor], selections: Sequence[Tensor]) -> bool:
-    """Packed masks, and nothing of float64: the reference takes the rest."""
+    """Whether the kernels serve these: packed masks, no float64. The reference serves the rest."""
     return all(s.dtype == torch.uint8 for s in selections) and all(
         t.dtype != torch.float64 and t.numel() < 1 << 31 for t in (*weights, *scores)
     )
 
 
 def _groups(*tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[int, ...], dict[str, int]]]:
-    """(layers of one launch, their sizes, its blocks): those of the same dtypes that are not empty."""
+    """For each launch (its layers, their sizes, its block sizes): layers of equal dtypes that are not empty."""
     dtypes = [tuple(t.dtype for t in of_layer) for of_layer in zip(*tensors, strict=True)]
     sizes = [t.numel() for t in tensors[0]]
     for same in dict.fromkeys(dtypes):
@@ -115,6 +115,6 @@ def supermask_weights_backward(
     for layers, sizes, blocks in _groups(grads, weights, scores) if any(output_mask) else ():
         grid = (sum(ceil_div(n, CHUNK) for n in sizes),)
         inputs = (_of(tensors, layers) for tensors in (grads, weights, scores, selections))
-        outputs = (_of(made, layers) if made else None for made in (of_scores, of_weights))
+        outputs = (_of(gradients, layers) if gradients else None for gradients in (of_scores, of_weights))
         _gradients_kernel[grid](*inputs, *outputs, sizes, **blocks)
     return of_scores, of_weights

@@ -52,19 +52,37 @@ def whole(*shape: int) -> Tensor:
     return torch.randint(-4, 5, shape).float()
 
 
-def sparse(of: Callable[..., Any], x: tuple[int, ...], mask: Tensor, *more: Any) -> Call:
-    kept = int(mask.sum())
-
-    def call(a: Callable[[str, Any], Any]) -> Any:
-        pattern = ops.sparse_pattern(a("mask", mask), groups=a("groups", 1))
-        inputs = a("x", whole(*x)), a("free_values", whole(kept)), a("frozen_values", whole(0))
-        return of(*inputs, pattern, *(m(a) for m in more), bias=a("bias", whole(4)))
-
-    return call
-
-
 def geometry(a: Callable[[str, Any], Any]) -> dict[str, Any]:
     return {name: a(name, usual) for name, usual in (("stride", 1), ("padding", 1), ("dilation", 1))}
+
+
+SHAPES = {"linear": ((5, 6), (4, 6)), "conv1d": ((3, 6, 7), (4, 6, 1)), "conv2d": ((3, 2, 5, 4), (4, 2, 3, 3))}
+"""Of the input and of the weight."""
+
+
+def product(family: str, kind: str) -> Call:
+    """A product whose mask keeps a third of the weights."""
+    shape_of_x, shape = SHAPES[kind]
+    third = torch.arange(math.prod(shape)).reshape(shape) % 3 == 0
+    function = getattr(ops, f"{family}_{kind}")
+
+    def call(a: Callable[[str, Any], Any]) -> Any:
+        options = {"bias": a("bias", whole(4))} | ({} if kind == "linear" else geometry(a))
+        groups = {} if kind == "linear" else {"groups": a("groups", 1)}
+        x = a("x", whole(*shape_of_x))
+        if family == "supermask":
+            options |= {"sparse": a("sparse", True)} | groups
+            return function(x, a("weight", whole(*shape)), a("scores", whole(*shape)), a("k", 7), **options)
+        mask = a("mask", third)
+        if family == "masked":
+            return function(x, a("weight", whole(*shape)), mask, a("free_mask", None), **options, **groups)
+        values = a("free_values", whole(int(third.sum()))), a("frozen_values", whole(0))
+        if family == "bitmap":
+            return function(x, *values, ops.bitmap_pattern(mask), **options, **groups)
+        kernel_size = () if kind == "linear" else (a("kernel_size", shape[-1]),)
+        return function(x, *values, ops.sparse_pattern(mask, **groups), *kernel_size, **options)
+
+    return call
 
 
 def frozen_step(mask: Tensor) -> None:
@@ -104,6 +122,10 @@ def stepped(lr: float, weight_decay: float, grad: Tensor) -> None:
 
 
 CALLS: dict[str, Call] = {
+    **{
+        f"{family}_{kind}": product(family, kind)
+        for family in ("supermask", "masked", "bitmap", "sparse") for kind in SHAPES
+    },
     "topk_mask": lambda a: ops.topk_mask(a("scores", whole(4, 6)), a("k", 5)),
     "topk_masks": lambda a: ops.topk_masks([a("scores", whole(4, 6)), whole(3)], [a("k", 5), 1], a("hint", None)),
     "topk_select": lambda a: ops.topk_select([a("scores", whole(4, 6))], [a("k", 5)]),
@@ -112,59 +134,14 @@ CALLS: dict[str, Call] = {
     "unpack_mask": lambda a: ops.unpack_mask(a("packed", ops.pack_mask(MASK)), (a("rows", 4), 6)),
     "free_mask": lambda a: ops.free_mask(a("mask", MASK), a("used_mask", ~MASK)),
     "sparse_pattern": lambda a: ops.sparse_pattern(a("mask", MASK), a("free_mask", MASK), a("groups", 1)),
-    "packed_pattern": lambda a: ops.packed_pattern(a("mask", MASK), a("free_mask", MASK)),
-    "packed_linear": lambda a: ops.packed_linear(
-        a("x", whole(5, 6)), a("free_values", whole(8)), a("frozen_values", whole(0)), ops.packed_pattern(MASK),
-        a("bias", whole(4)),
-    ),
-    "packed_conv1d": lambda a: ops.packed_conv1d(
-        a("x", whole(3, 6, 7)), a("free_values", whole(8)), whole(0), ops.packed_pattern(MASK[:, :, None]),
-        a("bias", whole(4)), **geometry(a),
-    ),
-    "packed_conv2d": lambda a: ops.packed_conv2d(
-        a("x", whole(3, 2, 5, 4)), a("free_values", whole(24)), a("frozen_values", whole(0)),
-        ops.packed_pattern(a("mask", FILTERS)), a("bias", whole(4)), groups=a("groups", 1), **geometry(a),
-    ),
+    "bitmap_pattern": lambda a: ops.bitmap_pattern(a("mask", MASK), a("free_mask", MASK)),
     "masked_weight": lambda a: ops.masked_weight(
         a("free_values", whole(8)), a("frozen_values", whole(0)), ops.sparse_pattern(MASK), (a("rows", 4), 6)
-    ),
-    "sparse_linear": sparse(ops.sparse_linear, (5, 6), MASK),
-    "sparse_conv1d": lambda a: ops.sparse_conv1d(
-        a("x", whole(3, 6, 7)), a("free_values", whole(8)), whole(0), ops.sparse_pattern(MASK[:, :, None]),
-        a("kernel_size", 1), a("bias", whole(4)), **geometry(a),
-    ),
-    "sparse_conv2d": lambda a: ops.sparse_conv2d(
-        a("x", whole(3, 2, 5, 4)), a("free_values", whole(24)), a("frozen_values", whole(0)),
-        ops.sparse_pattern(a("mask", FILTERS), groups=a("groups", 1)), a("kernel_size", 3), a("bias", whole(4)),
-        **geometry(a),
     ),
     "sparse_conv2d_folded": lambda a: ops.sparse_conv2d_folded(
         a("x", whole(3, 2, 5, 4)), whole(0), a("frozen_values", whole(24)), ops.sparse_pattern(FILTERS),
         a("kernel_size", 3), a("scale", whole(4)), a("bias", whole(4)), a("residual", whole(3, 4, 5, 4)), True,
         **geometry(a),
-    ),
-    "supermask_linear": lambda a: ops.supermask_linear(
-        a("x", whole(5, 6)), a("weight", whole(4, 6)), a("scores", whole(4, 6)), a("k", 7), a("bias", whole(4)),
-        sparse=a("sparse", True),
-    ),
-    "supermask_conv1d": lambda a: ops.supermask_conv1d(
-        a("x", whole(3, 2, 7)), a("weight", whole(4, 2, 3)), a("scores", whole(4, 2, 3)), a("k", 7),
-        a("bias", whole(4)), groups=a("groups", 1), **geometry(a),
-    ),
-    "supermask_conv2d": lambda a: ops.supermask_conv2d(
-        a("x", whole(3, 2, 5, 4)), a("weight", whole(4, 2, 3, 3)), a("scores", whole(4, 2, 3, 3)), a("k", 17),
-        a("bias", whole(4)), groups=a("groups", 1), sparse=a("sparse", True), **geometry(a),
-    ),
-    "masked_linear": lambda a: ops.masked_linear(
-        a("x", whole(5, 6)), a("weight", whole(4, 6)), a("mask", MASK), a("free_mask", None), a("bias", whole(4))
-    ),
-    "masked_conv1d": lambda a: ops.masked_conv1d(
-        a("x", whole(3, 6, 7)), a("weight", whole(4, 6, 1)), a("mask", MASK[:, :, None]), a("free_mask", None),
-        a("bias", whole(4)), groups=a("groups", 1), **geometry(a),
-    ),
-    "masked_conv2d": lambda a: ops.masked_conv2d(
-        a("x", whole(3, 2, 5, 4)), a("weight", whole(4, 2, 3, 3)), a("mask", FILTERS), a("free_mask", None),
-        a("bias", whole(4)), groups=a("groups", 1), **geometry(a),
     ),
     "batch_norm_act": lambda a: ops.batch_norm_act(
         a("x", whole(5, 3, 2)), a("residual", whole(5, 3, 2)), a("weight", whole(3)), a("bias", whole(3)),
@@ -432,16 +409,16 @@ def test_arrays_of_other_kinds_are_learned_from_or_told_in_one_sentence(folder: 
 
 
 @settings(max_examples=3 * EXAMPLES)
-@given(damage=damage, which=st.integers(0, 3), packed=st.booleans())
+@given(damage=damage, which=st.integers(0, 3), zipped=st.booleans())
 def test_a_damaged_idx_file_is_read_right_or_told_in_one_sentence(
-    tmp_path_factory: pytest.TempPathFactory, damage: tuple[int, int, bool], which: int, packed: bool
+    tmp_path_factory: pytest.TempPathFactory, damage: tuple[int, int, bool], which: int, zipped: bool
 ) -> None:
     root = tmp_path_factory.mktemp("idx")
     for number, (name, array) in enumerate(zip(IDX, ARRAYS.values(), strict=True)):
         header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
         content = header + array.astype(np.uint8).tobytes()
-        content = gzip.compress(content) if packed else content
-        (root / (name + ".gz" * packed)).write_bytes(damaged(content, *damage) if number == which else content)
+        content = gzip.compress(content) if zipped else content
+        (root / (name + ".gz" * zipped)).write_bytes(damaged(content, *damage) if number == which else content)
     read_or_told(lambda: load("mnist", root))
 
 

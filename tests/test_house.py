@@ -13,7 +13,8 @@ import torch
 
 import exssnet
 from exssnet.bench.ops import CASES
-from exssnet.kernels import KERNELS, OPERATORS, REFERENCE, native, reference
+from exssnet.kernels import native, reference
+from exssnet.kernels.registry import OPERATORS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,24 +167,43 @@ def test_operators_are_those_that_are_defined() -> None:
     assert ours == set(OPERATORS)
 
 
-@pytest.mark.parametrize("file", sorted({file for files in KERNELS.values() for file in files}))
-def test_table_of_kernels_names_a_file_that_exists(file: str) -> None:
-    assert (ROOT / file).is_file()
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_table_of_operators_names_files_that_exist(operator: str) -> None:
+    files = {*OPERATORS[operator].files("cpu"), *OPERATORS[operator].files("cuda")}
+    assert {file for file in files if not (ROOT / file).is_file()} == set()
 
 
-def test_table_of_kernels_has_every_operator_on_every_device() -> None:
-    assert set(KERNELS) == {(operator, device) for operator in OPERATORS for device in ("cpu", "cuda")}
-
-
-@pytest.mark.parametrize(("operator", "kind"), sorted(KERNELS))
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.usefixtures("native")
-def test_table_of_kernels_is_what_the_dispatcher_has(operator: str, kind: str) -> None:
+def test_table_of_operators_is_what_the_dispatcher_has(operator: str, kind: str) -> None:
     both = [name for name in (operator, f"{operator}_backward") if hasattr(torch.ops.exssnet, name)]
     registered = {torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{n}", kind.upper()) for n in both}
     serving = native.serving(operator, kind)
     assert registered == {serving != REFERENCE}
     if kind == "cpu" or native.missing_cuda is None:
-        assert serving == KERNELS[operator, kind][0]
+        assert serving == OPERATORS[operator].files(kind)[0]
+
+
+def operators_as_markdown() -> str:
+    rows = [("operator", "what it computes", "CPU", "CUDA", "Triton"), ("---",) * 5]
+    for name, row in OPERATORS.items():
+        rows.append((f"`{name}`", row.what, *(f"`{file}`" if file else "" for file in row[1:])))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def test_the_documentation_has_the_table_of_operators() -> None:
+    pages = [file for file in tracked() if file.suffix == ".md"]
+    assert any(operators_as_markdown() in page.read_text() for page in pages), operators_as_markdown()
+
+
+@pytest.mark.parametrize("operator", ["_".join((family, "linear")) for family in ("masked", "bitmap", "sparse")])
+def test_one_word_finds_an_operator(operator: str) -> None:
+    """Its row, definition, reference, kernels, tests and benchmark; the layers that call it are not counted."""
+    folders = {ROOT / name for name in ("benchmarks", "csrc", "exssnet/ops", "kernels", "tests")}
+    files = [f for f in tracked() if f.suffix in SOURCES and folders & set(f.parents)]
+    naming = [str(f.relative_to(ROOT)) for f in files if re.search(rf"\b{operator}\b", f.read_text())]
+    assert len(naming) <= 8, naming
 
 
 RUNS = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

@@ -1,4 +1,4 @@
-"""What this installation is made of, and which kernel serves each operator."""
+"""Versions, hardware and kernel libraries of this installation, and the file that serves each operator."""
 
 import argparse
 import os
@@ -7,8 +7,9 @@ import shutil
 
 import torch
 
-from ..kernels import OPERATORS, native, triton_backend
+from ..kernels import native, triton_backend
 from ..kernels.native import serving
+from ..kernels.registry import OPERATORS
 
 
 def _state(missing: str | None) -> str:
@@ -16,7 +17,7 @@ def _state(missing: str | None) -> str:
 
 
 def describe() -> str:
-    """The text of ``exssnet info``."""
+    """The text that ``exssnet info`` prints."""
     from .. import __version__
 
     gpu = "none"
@@ -25,6 +26,8 @@ def describe() -> str:
             f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
             for i in range(torch.cuda.device_count())
         )
+    table = [("operator", "cpu", "cuda"), *((op, serving(op, "cpu"), serving(op, "cuda")) for op in OPERATORS)]
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
     lines = [
         f"exssnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
@@ -33,17 +36,16 @@ def describe() -> str:
         f"cuda    {_state(native.missing_cuda)}",
         f"triton  {_state(triton_backend.missing)}",
         "",
-        f"{'operator':<22}{'cpu':<24}cuda",
-        *(f"{op:<22}{serving(op, 'cpu'):<24}{serving(op, 'cuda')}" for op in OPERATORS),
+        *(f"{operator:<{widths[0]}}{cpu:<{widths[1]}}{cuda}" for operator, cpu, cuda in table),
         "",
     ]
     wishes = []
     if native.missing is not None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
-        found = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
+        advice = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
         wishes.append(
-            f"for the native CPU kernels: a C++20 compiler ({found}), then `pip install --force-reinstall --no-deps .` "
-            "without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
+            f"for the native CPU kernels: a C++20 compiler ({advice}), then `pip install --force-reinstall --no-deps "
+            ".` without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
         )
     return "\n".join(lines + wishes)
 

@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from ..kernels import native
 from ..kernels.autotune import MASKING, Key, Operand, Way, Ways, fastest, order, pinned, rounded
-from ..ops import kept_weights, masked_weight, pack_mask, packed_pattern, sparse_pattern
+from ..ops import bitmap_pattern, kept_weights, masked_weight, pack_mask, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
@@ -90,12 +90,12 @@ def fused_is_faster(
         return asked == "fused"
     unknown = density is None
     fixed = not traced() or all(map(has_static_value, x.shape))
-    if not fixed or not x.numel() or not _is_served("supermask_weights" if unknown else "packed_linear", x.device.type):
+    if not fixed or not x.numel() or not _is_served("supermask_weights" if unknown else "bitmap_linear", x.device.type):
         return unknown
     if weight.dim() == 2:
         x = x.reshape(-1, x.shape[-1])
     x, weight, geometry = _as_images(x, weight, geometry)
-    operator = f"{'supermask' if unknown else 'packed'}_{'conv2d' if geometry else 'linear'}"
+    operator = f"{'supermask' if unknown else 'bitmap'}_{'conv2d' if geometry else 'linear'}"
     layer = operator, x.shape, x.stride(), dtype, weight.shape, weight.dtype, geometry, x.device
     ways = None if traced() else lambda: fused_ways(x, weight, dtype, geometry, density)
     faster = _faster(("fused", "written"), ways, 1.0, density, *layer)
@@ -160,7 +160,7 @@ def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Way
         return run
 
     fused, written = _value_ways(images, filters, _random_mask(shape, 0.1, generator), None, geometry)
-    dense = [written, fused] if native.is_served("packed_linear", x.device.type) else [written]
+    dense = [written, fused] if native.is_served("bitmap_linear", x.device.type) else [written]
     return {density: sparse(density) for density in (0.05, 0.25)}, dense
 
 
@@ -205,10 +205,10 @@ def _value_ways(
     x: Tensor, weight: Tensor, mask: Tensor, free: Tensor | None, geometry: Sequence[Any]
 ) -> tuple[Way, Way]:
     """With the gradient of the free values, if a free mask is given."""
-    forward, backward = _raw("packed", geometry)
+    forward, backward = _raw("bitmap", geometry)
     trains, free = free is not None, mask if free is None else free
     values, frozen = weight[free], weight[mask & ~free]
-    words, shape, steps = packed_pattern(mask, free).words, list(weight.shape), list(geometry)
+    words, shape, steps = bitmap_pattern(mask, free).words, list(weight.shape), list(geometry)
     pattern = sparse_pattern(mask, free, geometry[3] if geometry else 1)
     kept = kept_weights(pattern, shape)
 

@@ -57,7 +57,7 @@ class SupermaskLayer(nn.Module):
     plain_type: type[nn.Module]
     supermask_product: Callable[..., Tensor]
     sparse_product: Callable[..., Tensor]
-    packed_product: Callable[..., Tensor]
+    bitmap_product: Callable[..., Tensor]
     dense_product: Callable[..., Tensor]
 
     products: Products

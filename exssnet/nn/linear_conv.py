@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import (
-    packed_conv1d,
-    packed_conv2d,
-    packed_linear,
+    bitmap_conv1d,
+    bitmap_conv2d,
+    bitmap_linear,
     sparse_conv1d,
     sparse_conv2d,
     sparse_conv2d_folded,
@@ -33,7 +33,7 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]
     plain_type = nn.Linear
     supermask_product = staticmethod(supermask_linear)
     sparse_product = staticmethod(sparse_linear)
-    packed_product = staticmethod(packed_linear)
+    bitmap_product = staticmethod(bitmap_linear)
     dense_product = staticmethod(F.linear)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *options: Any, density: float = 0.1,
@@ -67,7 +67,7 @@ class SupermaskConv1d(_SupermaskConv, nn.Conv1d):  # type: ignore[override]
     plain_type = nn.Conv1d
     supermask_product = staticmethod(supermask_conv1d)
     sparse_product = staticmethod(sparse_conv1d)
-    packed_product = staticmethod(packed_conv1d)
+    bitmap_product = staticmethod(bitmap_conv1d)
     dense_product = staticmethod(F.conv1d)
 
 
@@ -81,7 +81,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
     plain_type = nn.Conv2d
     supermask_product = staticmethod(supermask_conv2d)
     sparse_product = staticmethod(sparse_conv2d)
-    packed_product = staticmethod(packed_conv2d)
+    bitmap_product = staticmethod(bitmap_conv2d)
     dense_product = staticmethod(F.conv2d)
 
     def normalised(self, x: Tensor, norm: TaskBatchNorm, residual: Tensor | None, relu: bool) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import (
-    PackedPattern,
+    BitmapPattern,
     SparsePattern,
     kept_weights,
     masked_weight,
@@ -19,8 +19,8 @@ from ..ops import (
     topk_masks,
     unpack_mask,
 )
+from ..ops.bitmap import as_bitmap
 from ..ops.library import product_dtype
-from ..ops.packed import as_packed
 from .choice import traced
 from .selector import capturing, in_backward, recomputable
 
@@ -179,7 +179,7 @@ class Fixed(Mode):
             kernel = (layer.kernel_size,) if geometry else ()
             y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
         elif self._fuses(layer, x, padding):
-            y = layer.packed_product(x, *self._packed_values(layer), layer.bias, *geometry)
+            y = layer.bitmap_product(x, *self._bitmap_values(layer), layer.bias, *geometry)
         else:
             y = layer.dense_product(x, self.weight(layer), layer.bias, *geometry)
         return y
@@ -207,10 +207,10 @@ class Fixed(Mode):
         """Whether dense products mask the weight as they read it."""
         return bool(layer._fused(x, padding))
 
-    def _packed_values(self, layer: Layer) -> tuple[Tensor, Tensor, PackedPattern]:
+    def _bitmap_values(self, layer: Layer) -> tuple[Tensor, Tensor, BitmapPattern]:
         free, frozen, _ = self.values(layer)
         shape, count = layer.dense_weight.shape, free.numel()
-        return free, frozen, self._once_a_pattern(layer, "packed", lambda p: as_packed(p, shape, count))
+        return free, frozen, self._once_a_pattern(layer, "bitmap", lambda p: as_bitmap(p, shape, count))
 
     def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[str, Any]]:
         """The pattern, and what is computed from it by name. A move of the layer replaces both."""

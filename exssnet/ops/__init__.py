@@ -1,70 +1,29 @@
 """The operators: per family its schemas, shapes, gradients and public functions."""
 
 from ..kernels import native as _native
-from . import flops as _flops
-from .adam import adam_topk
-from .knn import knn_classify
-from .masked import masked_conv1d, masked_conv2d, masked_linear
-from .norm import batch_norm_act
-from .packed import PackedPattern, packed_conv1d, packed_conv2d, packed_linear, packed_pattern
-from .selection import (
-    TopK,
-    density_to_k,
-    free_mask,
-    nan_scores_seen,
-    pack_mask,
-    topk_mask,
-    topk_masks,
-    topk_select,
-    unpack_mask,
-)
-from .sparse import (
-    SparsePattern,
-    kept_weights,
-    masked_weight,
-    sparse_conv1d,
-    sparse_conv2d,
-    sparse_conv2d_folded,
-    sparse_linear,
-    sparse_pattern,
-)
-from .supermask import supermask_conv1d, supermask_conv2d, supermask_linear
-from .weights import supermask_weights
+from . import adam, bitmap, flops, knn, masked, norm, selection, sparse, supermask, weights
+from .adam import *  # noqa: F403
+from .bitmap import *  # noqa: F403
+from .former_names import *  # noqa: F403
+from .knn import *  # noqa: F403
+from .masked import *  # noqa: F403
+from .norm import *  # noqa: F403
+from .selection import *  # noqa: F403
+from .sparse import *  # noqa: F403
+from .supermask import *  # noqa: F403
+from .weights import *  # noqa: F403
 
 _native.load()
-_flops.register()
+flops.register()
 
 __all__ = [
-    "PackedPattern",
-    "SparsePattern",
-    "TopK",
-    "adam_topk",
-    "batch_norm_act",
-    "density_to_k",
-    "free_mask",
-    "kept_weights",
-    "knn_classify",
-    "masked_conv1d",
-    "masked_conv2d",
-    "masked_linear",
-    "masked_weight",
-    "nan_scores_seen",
-    "pack_mask",
-    "packed_conv1d",
-    "packed_conv2d",
-    "packed_linear",
-    "packed_pattern",
-    "sparse_conv1d",
-    "sparse_conv2d",
-    "sparse_conv2d_folded",
-    "sparse_linear",
-    "sparse_pattern",
-    "supermask_conv1d",
-    "supermask_conv2d",
-    "supermask_linear",
-    "supermask_weights",
-    "topk_mask",
-    "topk_masks",
-    "topk_select",
-    "unpack_mask",
+    *adam.__all__,
+    *bitmap.__all__,
+    *knn.__all__,
+    *masked.__all__,
+    *norm.__all__,
+    *selection.__all__,
+    *sparse.__all__,
+    *supermask.__all__,
+    *weights.__all__,
 ]

@@ -1,4 +1,4 @@
-"""Adam on the scores, with the next selection."""
+"""A step of Adam on the scores, fused with the next selection."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .library import define, refuse_derivative
 from .selection import TopK, check_topk, new_masks
+
+__all__ = ["adam_topk"]
 
 define(
     "adam_topk(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
@@ -23,17 +25,35 @@ def adam_topk(
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, maximize: bool = False,
     packed: bool = False,
 ) -> TopK:  # fmt: skip
-    r"""A step of Adam that changes the scores in place, and `topk_masks` of the scores that it leaves.
+    r"""One step of Adam on the scores, in place, and `topk_masks` of the new scores.
 
-    With g the gradient, :math:`m \leftarrow \beta_1 m + (1 - \beta_1) g`, :math:`v \leftarrow \beta_2 v +
-    (1 - \beta_2) g^2`, :math:`S \leftarrow S - \eta \hat m / (\sqrt{\hat v} + \epsilon)`, as `torch.optim.Adam` does
-    it; on a GPU the new scores are compared with the last threshold while they are in registers, and not read again.
+    With the gradient g: :math:`m \leftarrow \beta_1 m + (1 - \beta_1) g`, :math:`v \leftarrow \beta_2 v +
+    (1 - \beta_2) g^2`, :math:`S \leftarrow S - \eta \hat m / (\sqrt{\hat v} + \epsilon)`, the same step as that of
+    `torch.optim.Adam`. On a GPU the new scores are compared with the last threshold while they are in registers, so
+    they are not read again for the selection. Source: Kingma and Ba 2015, algorithm 1.
 
-    scores, grads, exp_avg (m), exp_avg_sq (v): of each layer, of one shape; on GPUs float32, else the reference serves.
-    steps: of each layer one number, float32, the steps made before; incremented.
-    k, hint, packed: as in `topk_masks`.
-    ValueError on wrong shapes, before anything changes; RuntimeError where a score has become NaN, after the step.
-    Source: Kingma and Ba 2015, algorithm 1.
+    Args:
+        scores: The scores of each layer, of any shape; changed in place. float32 on GPUs, where the reference serves
+            other dtypes.
+        grads: The gradient of each score tensor, of its shape and dtype.
+        exp_avg: The first moment m of each, of the same shape and dtype; changed in place.
+        exp_avg_sq: The second moment v of each, of the same shape and dtype; changed in place.
+        steps: For each layer the number of steps before this one, float32 of shape (); incremented.
+        k: As in `topk_masks`.
+        hint: As in `topk_masks`.
+        lr: The learning rate.
+        betas: The decay rates of m and v.
+        eps: Added to the denominator.
+        weight_decay: The L2 penalty, added to the gradient.
+        maximize: Ascend instead of descending.
+        packed: As in `topk_masks`.
+
+    Returns:
+        Masks, selection and hint of the new scores.
+
+    Raises:
+        ValueError: Lengths, shapes, dtypes or devices do not match. Nothing has changed then.
+        RuntimeError: A score became NaN, on a CPU. The step has been made then.
     """
     check_topk("adam_topk", scores, k, hint)
     of_layers = {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": steps}

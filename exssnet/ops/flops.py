@@ -1,7 +1,7 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts of the operators: two for each multiply-add that is made.
+"""The FLOPs of the operators for `torch.utils.flop_counter.FlopCounterMode`: two for each multiply-add.
 
-A product counts the weights that it multiplies, at each image and output pixel: those that are kept where it is sparse,
-all of them where it is dense. Masking, selection and norms count nothing, as elementwise operations do in PyTorch.
+A product counts the weights that it multiplies, at each image and output pixel: a sparse product the kept ones, a dense
+product all of them. Masking, selection and norms count zero, like elementwise operations in PyTorch.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from torch.utils.flop_counter import register_flop_formula
 from ..kernels.reference import mask_of
 
 Count = Callable[..., tuple[int, int]]
-"""From the arguments that follow x: of how many weights output and input gradient are made, and how many have one."""
+"""Takes the arguments after x; returns how many weights the product multiplies, and how many get a gradient."""
 
 
 def _supermask(weight: Tensor, scores: Tensor, selection: Tensor, *rest: Any) -> tuple[int, int]:
-    unknown = selection.is_meta or isinstance(selection, FakeTensor)  # then all weights are the upper bound
+    unknown = selection.is_meta or isinstance(selection, FakeTensor)  # all weights are an upper bound then
     kept = weight.numel() if unknown or not rest[-1] else int(mask_of(scores, selection).sum())
     return kept, weight.numel()
 
@@ -32,13 +32,13 @@ def _sparse(free_values: Tensor, frozen_values: Tensor, *rest: Any) -> tuple[int
     return free_values.numel() + frozen_values.numel(), free_values.numel()
 
 
-def _packed(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, *rest: Any) -> tuple[int, int]:
+def _bitmap(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, *rest: Any) -> tuple[int, int]:
     shape = next(a for a in rest if isinstance(a, list))
     return torch.Size(shape).numel(), torch.Size(shape).numel()
 
 
 def _places(t: Tensor) -> int:
-    """Images times output pixels, of an output or its gradient (N, O, ...)."""
+    """The number of images times output pixels, from an output or its gradient (N, O, ...)."""
     return t.numel() // max(1, t.shape[1])
 
 
@@ -49,8 +49,8 @@ def _register(operator: str, count: Count) -> None:
     def backward(grad: Tensor, x: Tensor, *args: Any, out_val: object) -> int:
         *rest, output_mask = args
         multiplied, trained = count(*rest)
-        made = (multiplied if output_mask[0] else 0) + (trained if any(output_mask[1:]) else 0)
-        return 2 * _places(grad) * made
+        weights = (multiplied if output_mask[0] else 0) + (trained if any(output_mask[1:]) else 0)
+        return 2 * _places(grad) * weights
 
     register_flop_formula(getattr(torch.ops.exssnet, operator), get_raw=True)(forward)
     if hasattr(torch.ops.exssnet, f"{operator}_backward"):
@@ -62,8 +62,8 @@ def _knn(features: Tensor, labels: Tensor, queries: Tensor, *rest: Any, out_val:
 
 
 def register() -> None:
-    """Let `FlopCounterMode` know the operators, which are defined by now."""
-    for family, count in (("supermask", _supermask), ("masked", _masked), ("sparse", _sparse), ("packed", _packed)):
+    """Register the counts with `FlopCounterMode`; the operators must be defined."""
+    for family, count in (("supermask", _supermask), ("masked", _masked), ("sparse", _sparse), ("bitmap", _bitmap)):
         for kind in ("linear", "conv2d"):
             _register(f"{family}_{kind}", count)
     _register("sparse_conv2d_folded", _sparse)

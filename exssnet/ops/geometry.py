@@ -1,4 +1,4 @@
-"""Shapes that the convolutions share: their arguments, their outputs, and one dimension seen as two."""
+"""Checks and shapes that linear layers and convolutions share; 1-D convolutions as 2-D ones."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def conv_geometry(
     padding: int | Sequence[int],
     dilation: int | Sequence[int],
 ) -> tuple[list[int], list[int], list[int]]:
-    """Checked (stride, padding, dilation), two numbers each, of a convolution over x (N, C, H, W)."""
+    """(stride, padding, dilation), checked, two numbers each, of a convolution over x (N, C, H, W)."""
     if x.dim() != 4:
         raise ValueError(f"{operator}: x must have 4 dimensions (N, C, H, W), got {x.dim()}")
     if x.shape[1] != in_channels:
@@ -38,7 +38,7 @@ def conv_geometry(
 def conv_shape(
     x: Tensor, kernel_size: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[int]:
-    """(H, W) of the output of a convolution."""
+    """(H', W') of the output of a convolution."""
     return [
         (size + 2 * p - d * (taps - 1) - 1) // s + 1
         for size, taps, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
@@ -52,12 +52,12 @@ def fake_conv2d(
     x: Tensor, weight: Tensor, mask: Tensor, also: Tensor | None, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """Shape of a convolution with a dense weight (O, C/groups, R, S), whatever masks it."""
+    """The output's shape of a convolution with a dense weight (O, C/groups, R, S), under any mask."""
     return x.new_empty(x.shape[0], weight.shape[0], *conv_shape(x, weight.shape[2:], stride, padding, dilation))
 
 
 def fake_backward(grad: Tensor, x: Tensor, trained: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    """Shapes of the gradients of a layer's input and of what it trains, as far as the output mask asks for them."""
+    """Shapes of the gradients of x and of the trained tensor; empty where the output mask is False."""
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
         for t, needed in zip((x, trained), rest[-1], strict=True)  # type: ignore[call-overload]
@@ -103,7 +103,7 @@ def check_linear(operator: str, x: Tensor, out_features: int, in_features: int, 
 
 
 def in_rows(product: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """The product of a linear layer, which takes x (B, I), over x (..., I)."""
+    """A product that takes x (B, I), applied to x (..., I)."""
     if x.dim() == 2:  # a view of the same shape would be a node of the graph
         return product(x, *args)
     y = product(x.reshape(-1, x.shape[-1]), *args)

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .library import define, same_kind
 
+__all__ = ["knn_classify"]
+
 define(
     "knn_classify(Tensor features, Tensor labels, Tensor queries, int k, int classes) -> Tensor",
     lambda features, labels, queries, k, classes: labels.new_empty(queries.shape[0]),
@@ -12,11 +14,23 @@ define(
 
 
 def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
-    """Labels of queries (m, d) by majority vote of their k nearest features (n, d), Euclidean distance.
+    """Labels of queries by majority vote of their k nearest features in Euclidean distance.
 
-    Of equal distances the smaller index is nearer; of equal votes the smaller label wins. Works in blocks of queries:
-    neither an (n, m, d) nor an (n, m) tensor is built. features and queries: one floating dtype; labels: (n,) int64 in
-    [0, classes); k in [1, n]. Returns (m,) int64.
+    Ties of distance go to the smaller index, ties of votes to the smaller label. Queries are processed in blocks, so
+    neither an (n, m, d) nor an (n, m) tensor is built. Source: arXiv 2210.10209, section 3.3.
+
+    Args:
+        features: (n, d), floating point.
+        labels: (n,), int64 in [0, classes).
+        queries: (m, d), of the features' dtype.
+        k: The number of neighbours, in [1, n].
+        classes: The number of classes.
+
+    Returns:
+        (m,), int64.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match, or k or a label is out of range.
     """
     if not (features.dim() == 2 and queries.dim() == 2 and features.shape[1] == queries.shape[1]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Registration of operators with PyTorch's dispatcher, and the rules that all of them share."""
+"""Registration of operators with PyTorch's dispatcher: schema, reference, shapes, gradient; and shared checks."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Define an operator, its reference for every device, and its shapes for tracing."""
+    """Define an operator by its schema, with its reference for every device and its output shapes for tracing."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -25,11 +25,16 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
 def differentiable(
     name: str, gradients: Sequence[int], bias: int, plain: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """A callable for operator `name` (tensors, bias, anything else), whose backward is the operator `<name>_backward`.
+    """A callable for an operator whose gradient is another operator, `<name>_backward`.
 
-    The backward operator takes the output's gradient, then every argument of the forward but the bias, then an
-    `output_mask`; it returns one gradient for each argument index in `gradients`. The bias, argument index `bias`,
-    has its gradient summed here. `plain` is the operator with its gradients in plain PyTorch, for `torch.func`.
+    The operator takes tensors, a bias, and other arguments, in this order. The backward operator takes the output's
+    gradient, then every argument of the forward but the bias, then an `output_mask`.
+
+    Args:
+        name: The name of the operator.
+        gradients: The argument index of each gradient that the backward operator returns.
+        bias: The argument index of the bias. Its gradient is summed here.
+        plain: The operator and its gradients in plain PyTorch, for `torch.func`.
     """
     forward_op = getattr(torch.ops.exssnet, name).default
     backward_op = getattr(torch.ops.exssnet, f"{name}_backward").default
@@ -47,29 +52,29 @@ def differentiable(
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
             needed = ctx.needs_input_grad
-            result: list[Tensor | None] = [None] * len(needed)
+            grads: list[Tensor | None] = [None] * len(needed)
             output_mask = [needed[i] for i in gradients]
             refuse_tangents(name, [grad])
             if any(output_mask):
-                saved = ctx.saved_tensors  # may compute the forward again, which autograd has to see
+                saved = ctx.saved_tensors  # a checkpoint recomputes the forward here, and autograd must see that
                 with torch._C._AutoDispatchBelowAutograd():
-                    found = backward_op(grad, *saved, *ctx.others, output_mask)
-                for i, gradient in zip(gradients, found, strict=True):
-                    result[i] = gradient if needed[i] else None
+                    results = backward_op(grad, *saved, *ctx.others, output_mask)
+                for i, gradient in zip(gradients, results, strict=True):
+                    grads[i] = gradient if needed[i] else None
             if needed[bias]:
-                result[bias] = grad.sum([d for d in range(grad.dim()) if d != 1])
-            return tuple(result)
+                grads[bias] = grad.sum([d for d in range(grad.dim()) if d != 1])
+            return tuple(grads)
 
     bind_gradient(name, Boundary)
     return chosen(forward_op, Boundary.apply, plain)
 
 
 def chosen(operator: Callable[..., Any], apply: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable that is one of three, which do the same.
+    """A callable that picks one of three equivalent ones at each call.
 
-    The compiler traces the operator and finds the Function at its Autograd key. In eager mode, calling the Function
-    directly saves one trip through the dispatcher into Python. The transforms of `torch.func` want PyTorch's own
-    operators, of which they know how to derive and batch each.
+    The compiler traces `operator` and finds its Function at its Autograd key. In eager mode, `apply` calls the Function
+    directly, which saves one trip through the dispatcher into Python. The transforms of `torch.func` need PyTorch's own
+    operators, as in `plain`.
     """
 
     def call(*args: Any) -> Any:
@@ -81,7 +86,7 @@ def chosen(operator: Callable[..., Any], apply: Callable[..., Any], plain: Calla
 
 
 def bind_gradient(name: str, boundary: type[torch.autograd.Function], apply: Callable[..., Any] | None = None) -> None:
-    """Give operator `name` the gradient of a Function, which `apply` applies; its backward operator has none."""
+    """Register a Function, called by `apply`, as the gradient of an operator; its backward operator has no gradient."""
     boundary.__name__ = boundary.__qualname__ = name
     boundary.jvp = staticmethod(lambda ctx, *tangents: _no_tangents(name))  # type: ignore[assignment]
     _library.impl(name, apply or boundary.apply, "Autograd")
@@ -93,7 +98,7 @@ def _no_tangents(name: str) -> None:
 
 
 def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
-    """Refuse dual numbers, whose tangents a kernel would drop."""
+    """Refuse dual numbers: a kernel would drop their tangents."""
     if _has_tangents(tensors):
         _no_tangents(name)
 
@@ -105,7 +110,7 @@ def _has_tangents(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def refuse_derivative(name: str, why: str) -> None:
-    """Let an operator without a gradient raise when somebody differentiates through it."""
+    """Let an operator without a gradient raise when it is differentiated."""
     op = getattr(torch.ops.exssnet, name).default
 
     def refuse(*args: Any) -> Any:
@@ -120,7 +125,7 @@ def refuse_derivative(name: str, why: str) -> None:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Autocast's dtype, where it is on for the device of x and takes x."""
+    """Autocast's dtype, if autocast is on for the device of x and applies to x."""
     kind = x.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)  # torch 2.11 cannot compile is_autocast_available
     return torch.get_autocast_dtype(kind) if on and x.is_floating_point() and x.dtype != torch.float64 else None
@@ -132,7 +137,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The arguments in autocast's dtype where autocast is on for the device of x, else unchanged."""
+    """The arguments in autocast's dtype, if autocast is on for the device of x; otherwise unchanged."""
     dtype = _autocast_dtype(x)
     if dtype is None:
         return x, *others
@@ -140,7 +145,7 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def same_kind(operator: str, x: Tensor, **others: Tensor | None) -> None:
-    """Refuse an x that is not real, and arguments on another device, or of another dtype, than x."""
+    """Refuse an x that is not floating point, and arguments whose device or dtype differs from that of x."""
     if x.dtype not in FLOATS:
         raise ValueError(f"{operator}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     for name, t in others.items():
@@ -161,7 +166,7 @@ def pair(operator: str, name: str, value: int | Sequence[int], least: int) -> li
 
 
 def single(operator: str, name: str, value: int | Sequence[int], least: int) -> int:
-    """The one integer of a one-dimensional geometry argument, given plain or as a sequence of one."""
+    """One integer, from itself or from a sequence of one."""
     one = [value] if isinstance(value, int) else list(value)
     if not (len(one) == 1 and one[0] >= least):
         raise ValueError(f"{operator}: {name} must be one integer of at least {least}, got {value}")

@@ -1,4 +1,4 @@
-"""Products with a dense weight under a given mask, for people who keep their own weight and optimizer."""
+"""Products with a dense weight under a given mask, for users who keep their own weight and optimizer."""
 
 from collections.abc import Sequence
 
@@ -19,6 +19,8 @@ from .geometry import (
     in_rows,
 )
 from .library import autocast, define, differentiable, same_kind
+
+__all__ = ["masked_conv1d", "masked_conv2d", "masked_linear"]
 
 define(
     "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? free_mask, Tensor? bias) -> Tensor",
@@ -84,12 +86,22 @@ def masked_linear(
 ) -> Tensor:
     r"""Linear layer with a masked dense weight: :math:`y = x (W \odot M)^T + b`.
 
-    The weight's gradient is dense in storage and zero outside ``mask & free_mask`` (``free_mask=None``: the whole
-    mask). A zero gradient alone does not freeze a weight under momentum or weight decay: see `exssnet.freeze_weights`.
+    The weight's gradient has the weight's shape and is zero outside ``mask & free_mask``. A zero gradient alone does
+    not freeze a weight under momentum or weight decay: see `exssnet.freeze_weights`. Source: arXiv 2210.10209,
+    section 3, eq. 2.
 
-    x: (..., I); weight: (O, I), of x's dtype; mask, free_mask: bool (O, I), or packed by `pack_mask`; bias: (O,).
-    Returns (..., O). Raises ValueError on wrong shapes. No second derivative.
-    Source: arXiv 2210.10209, section 3, eq. 2.
+    Args:
+        x: (..., I), float32, bfloat16, float16 or float64.
+        weight: (O, I), of x's dtype.
+        mask: bool of the weight's shape, or packed by `pack_mask`.
+        free_mask: Which kept weights are trainable, in either form. None means all.
+        bias: (O,), of x's dtype.
+
+    Returns:
+        (..., O). It has no second derivative.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match.
     """
     if weight.dim() != 2:
         raise ValueError(f"masked_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
@@ -105,9 +117,24 @@ def masked_conv2d(
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """2-D convolution with a masked dense weight; masks, gradients and errors as in `masked_linear`.
+    """2-D convolution with a masked dense weight; masks and gradients as in `masked_linear`.
 
-    x: (N, C, H, W); weight: (O, C/groups, R, S); bias: (O,). Returns (N, O, H', W').
+    Args:
+        x: (N, C, H, W).
+        weight: (O, C/groups, R, S).
+        mask: As in `masked_linear`.
+        free_mask: As in `masked_linear`.
+        bias: (O,).
+        stride: One or two integers of at least 1, as in `torch.nn.functional.conv2d`.
+        padding: One or two integers of at least 0.
+        dilation: One or two integers of at least 1.
+        groups: Divides O and C.
+
+    Returns:
+        (N, O, H', W').
+
+    Raises:
+        ValueError: As in `masked_linear`, or the kernel is larger than the padded image.
     """
     check_groups("masked_conv2d", weight, groups)
     geometry = conv_geometry("masked_conv2d", x, weight.shape[1] * groups, weight.shape[2:], stride, padding, dilation)
@@ -123,9 +150,9 @@ def masked_conv1d(
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """1-D convolution with a masked dense weight; masks, gradients and errors as in `masked_linear`.
+    """1-D convolution with a masked dense weight: x (N, C, L) and weight (O, C/groups, S) to (N, O, L').
 
-    x: (N, C, L); weight: (O, C/groups, S); bias: (O,). Returns (N, O, L').
+    Args and errors are those of `masked_conv2d`, with one dimension less.
     """
     if weight.dim() != 3:
         raise ValueError(f"masked_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")

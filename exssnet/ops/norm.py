@@ -1,4 +1,4 @@
-"""Batch norm fused with what follows it in a network, for a batch that is stored innermost."""
+"""Batch norm fused with the residual and the ReLU that follow it, for a batch that is stored innermost."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..kernels.reference import empty_batch_last
 from .library import bind_gradient, chosen, define, refuse_tangents, same_kind
+
+__all__ = ["batch_norm_act"]
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -43,7 +45,7 @@ class _Boundary(torch.autograd.Function):
             y, m, v = _forward(x, residual, weight, bias, mean, var, eps, relu)
         ctx.mark_non_differentiable(m, v)
         ctx.set_materialize_grads(False)
-        # Where ReLU was positive follows from x, or with a residual from y, which whatever comes next keeps as well.
+        # x tells where ReLU was positive; with a residual y does. The next layer saves y anyway.
         ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, m, v)
         ctx.options = eps, relu, mean is None
         return y, m, v
@@ -56,12 +58,12 @@ class _Boundary(torch.autograd.Function):
         refuse_tangents("batch_norm_act", [grad])
         relu, needed = ctx.options[1], ctx.needs_input_grad[:4]
         output_mask = [needed[0], needed[1] and relu, needed[2], needed[3]]
-        found: tuple[Tensor, ...] = (grad,) * 4
+        results: tuple[Tensor, ...] = (grad,) * 4
         if any(output_mask):
-            saved = ctx.saved_tensors  # may compute the forward again, which autograd has to see
+            saved = ctx.saved_tensors  # a checkpoint recomputes the forward here, and autograd must see that
             with torch._C._AutoDispatchBelowAutograd():
-                found = _backward(grad, *saved, *ctx.options, output_mask)
-        gradients = [g if asked else None for g, asked in zip(found, output_mask, strict=True)]
+                results = _backward(grad, *saved, *ctx.options, output_mask)
+        gradients = [g if asked else None for g, asked in zip(results, output_mask, strict=True)]
         if needed[1] and not relu:
             gradients[1] = grad
         return *gradients, None, None, None, None
@@ -91,18 +93,28 @@ def batch_norm_act(
     x: Tensor, residual: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
     mean: Tensor | None = None, var: Tensor | None = None, eps: float = 1e-5, relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    r"""Batch norm, then a residual added, then ReLU, as one operation: (y, mean, var) with
+    r"""Batch norm, then a residual added, then ReLU, in one pass.
 
-    :math:`y = \max(0, (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot w + b + r)`.
+    :math:`y = \max(0, (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot w + b + r)`. y, and the gradients of x and of the
+    residual, are stored with the batch innermost, in the order (C, ..., N). If x is stored this way, a channel is one
+    row of memory. Source: Ioffe and Szegedy 2015, algorithm 1.
 
-    x: (N, C, ...), float32 or float64, of any strides; residual: of x's shape; weight, bias: (C,), default 1 and 0.
-    mean, var: (C,), the statistics to normalise by, returned as copies (evaluation). Without them they are those of
-        the batch, over all dimensions but 1, the variance biased; y's gradient then goes through them (training).
-        The returned ones carry no gradient.
-    relu: without it, y may be negative.
-    y, and the gradients of x and residual, are stored with the batch innermost, (C, ..., N): for an x that lies so, a
-    channel is one row, and each tensor passes through memory once. Raises ValueError on wrong shapes and dtypes. No
-    second derivative. Source: Ioffe & Szegedy 2015, algorithm 1.
+    Args:
+        x: (N, C, ...), float32 or float64, of any strides.
+        residual: r, of x's shape.
+        weight: w, (C,); default 1.
+        bias: b, (C,); default 0.
+        mean: (C,), the mean to normalise by, for evaluation. Without it, mean and biased variance are those of the
+            batch, over all dimensions but 1, and gradients flow through them, for training.
+        var: (C,), the variance to normalise by, together with `mean`.
+        eps: Added to the variance.
+        relu: Whether the ReLU follows.
+
+    Returns:
+        (y, mean, var): the statistics that were used, as new tensors without gradient. It has no second derivative.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match, or only one of mean and var is given.
     """
     if x.dim() < 2:
         raise ValueError(f"batch_norm_act: x must have shape (N, C, ...), got {tuple(x.shape)}")

@@ -1,4 +1,4 @@
-"""Exact selection of the scores of largest magnitude, and masks as bits."""
+"""Exact selection of the scores of largest magnitude; masks as bits."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,21 @@ from torch import Tensor
 from ..kernels import nan_flag
 from .library import FLOATS, define
 
+__all__ = [
+    "TopK",
+    "density_to_k",
+    "free_mask",
+    "nan_scores_seen",
+    "pack_mask",
+    "topk_mask",
+    "topk_masks",
+    "topk_select",
+    "unpack_mask",
+]
+
 
 def new_masks(scores: Sequence[Tensor], packed: bool) -> list[Tensor]:
-    """Memory for the masks of some scores."""
+    """Memory for the masks of the given scores."""
     if packed:
         return [s.new_empty(-(-s.numel() // 8), dtype=torch.uint8) for s in scores]
     return [torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format) for s in scores]
@@ -41,7 +53,22 @@ define(
 
 
 def density_to_k(n: int, density: float) -> int:
-    """Number of weights that a density keeps: ``n - int((1 - density) * n)``, the official rule (int truncates)."""
+    """The number of weights that a density keeps: ``n - int((1 - density) * n)``, as in the official implementation.
+
+    Args:
+        n: The number of weights.
+        density: The fraction of weights to keep, in [0, 1].
+
+    Returns:
+        k, in [0, n].
+
+    Raises:
+        ValueError: n is negative, or the density is out of range.
+
+    Example:
+        >>> density_to_k(1000, 0.1)
+        100
+    """
     if n < 0:
         raise ValueError(f"density_to_k: n must be at least 0, got {n}")
     if not 0 <= density <= 1:
@@ -50,12 +77,13 @@ def density_to_k(n: int, density: float) -> int:
 
 
 class TopK(NamedTuple):
-    """What `topk_masks` returns.
+    """The result of `topk_masks`.
 
-    masks: one bool tensor per layer, in the shape of its scores; or packed, as `pack_mask` gives it.
-    selection: (layers, 2) int64, (threshold bits, tie index): entry i of a layer is kept when the bits of its
-        magnitude exceed the threshold, or equal it and i <= tie index. A mask can be computed from it inline.
-    hint: pass it to the next call on slightly changed scores; it changes speed, never results.
+    Attributes:
+        masks: For each layer a bool tensor of its scores' shape, or its packed form as from `pack_mask`.
+        selection: int64, (layers, 2): (threshold bits, tie index). Entry i of a layer is kept if the bits of its
+            magnitude exceed the threshold, or equal it and i <= tie index. A kernel can compute the mask from this.
+        hint: Pass it to the next call with slightly changed scores. It changes speed, never results.
     """
 
     masks: list[Tensor]
@@ -64,7 +92,7 @@ class TopK(NamedTuple):
 
 
 def check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None) -> None:
-    """Refuse what `topk_masks` does not take."""
+    """Refuse arguments that `topk_masks` does not accept."""
     if not scores:
         raise ValueError(f"{operator}: expected at least one score tensor, got none")
     if len(scores) != len(k):
@@ -83,43 +111,103 @@ def check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: 
 
 
 def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None, packed: bool = False) -> TopK:
-    """Supermasks of all layers of a model: for each, the k entries of largest magnitude, exactly k.
+    """Supermasks of all layers of a model: for each layer, exactly the k scores of largest magnitude.
 
-    Of equal magnitudes the smaller flat index is kept, so masks agree bit for bit on every device. Scores of any
-    shape, layout and of dtype float32, bfloat16, float16 or float64; k in [0, n]. NaN scores raise RuntimeError.
-    packed: masks of one bit a weight, which the supermask layers take as `selection`.
-    Source: Ramanujan et al. 2020 (edge-popup); "Exclusive Supermask Subnetwork Training", arXiv 2210.10209.
+    Ties go to the smaller flat index, so masks agree bit for bit on every device. Source: Ramanujan et al. 2020
+    (edge-popup); arXiv 2210.10209, "Exclusive Supermask Subnetwork Training".
+
+    Args:
+        scores: The scores of each layer, of any shape and strides; float32, bfloat16, float16 or float64.
+        k: For each layer the number of weights to keep, in [0, n].
+        hint: The hint of the last call; see `TopK`.
+        packed: Return masks of 1 bit a weight, which the supermask layers take as `selection`.
+
+    Returns:
+        Masks, selection and hint.
+
+    Raises:
+        ValueError: Lengths, dtypes or devices do not match, or a k is out of range.
+        RuntimeError: A score is NaN, on a CPU. On a GPU `nan_scores_seen` tells.
     """
     check_topk("topk_masks", scores, k, hint)
     return TopK(*torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, True, packed))
 
 
 def topk_select(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(selection, hint) of `topk_masks` without writing the masks: what the supermask layers take."""
+    """Selection and hint of `topk_masks`, without writing the masks: what the supermask layers take.
+
+    Args:
+        scores: As in `topk_masks`.
+        k: As in `topk_masks`.
+        hint: As in `topk_masks`.
+
+    Returns:
+        (selection, hint), see `TopK`.
+
+    Raises:
+        ValueError: As in `topk_masks`.
+        RuntimeError: As in `topk_masks`.
+    """
     check_topk("topk_select", scores, k, hint)
     _, selection, hint = torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, False)
     return selection, hint
 
 
 def topk_mask(scores: Tensor, k: int) -> Tensor:
-    """Bool mask, in the shape of scores, of the k entries of largest magnitude: `topk_masks` for one tensor."""
+    """The mask of the k scores of largest magnitude: `topk_masks` for one tensor.
+
+    Args:
+        scores: As one of those of `topk_masks`.
+        k: The number of weights to keep, in [0, n].
+
+    Returns:
+        bool, of the scores' shape.
+
+    Raises:
+        ValueError: As in `topk_masks`.
+        RuntimeError: As in `topk_masks`.
+
+    Example:
+        >>> topk_mask(torch.tensor([0.1, -3.0, 2.0, 2.0]), 2)
+        tensor([False,  True,  True, False])
+    """
     check_topk("topk_mask", [scores], [k], None)
     mask: Tensor = torch.ops.exssnet.topk_masks([scores.detach()], [k], None, True)[0][0]
     return mask
 
 
 def nan_scores_seen(device: torch.device | str) -> bool:
-    """Whether a selection on a GPU has met NaN scores since this was last asked; waits for the GPU.
+    """Whether a selection on a GPU has met NaN scores since this was last called. Synchronises the GPU.
 
-    There selections do not raise, which would make every step wait: NaN counts as more than infinity, and raises a flag
-    on the device. Ask where the host waits anyway, say for the loss of an epoch. On a CPU, where they raise, False.
+    Selections on a GPU do not raise, since each step would have to wait for the result. NaN ranks above infinity there,
+    and sets a flag on the device. Call this where the host waits anyway, e.g. for the loss of an epoch.
+
+    Args:
+        device: The device of the scores.
+
+    Returns:
+        Whether NaN was met. Always False for a CPU, where selections raise.
     """
     seen: bool = nan_flag.seen(torch.device(device))
     return seen
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Mask as bits: uint8 of ceil(n / 8) bytes, bit j of byte i is flat entry 8 i + j, spare bits zero."""
+    """A mask as bits: bit j of byte i is flat entry 8 i + j, spare bits are zero.
+
+    Args:
+        mask: bool, of any shape and strides.
+
+    Returns:
+        uint8, (ceil(n / 8),).
+
+    Raises:
+        ValueError: The mask is not bool.
+
+    Example:
+        >>> pack_mask(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
     if mask.dtype != torch.bool:
         raise ValueError(f"pack_mask: mask must be bool, got {mask.dtype}")
     packed: Tensor = torch.ops.exssnet.pack_mask(mask)
@@ -127,7 +215,18 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Bool mask of the given shape from the bytes of `pack_mask`."""
+    """The mask of the given shape from the bits of `pack_mask`.
+
+    Args:
+        packed: uint8, (ceil(n / 8),).
+        shape: The shape of the mask, of n entries.
+
+    Returns:
+        bool, of that shape.
+
+    Raises:
+        ValueError: The shape does not fit the bytes.
+    """
     n = math.prod(shape)
     if any(size < 0 for size in shape):
         raise ValueError(f"unpack_mask: sizes must be at least 0, got {tuple(shape)}")
@@ -140,7 +239,18 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def free_mask(mask: Tensor, used_mask: Tensor) -> Tensor:
-    """``mask & ~used_mask``: the weights that a task alone may change. Both packed (uint8) or both bool."""
+    """``mask & ~used_mask``: the weights that a task alone may change.
+
+    Args:
+        mask: bool, or packed by `pack_mask`.
+        used_mask: The union of the earlier tasks' masks, in the same form.
+
+    Returns:
+        The free mask, in the same form.
+
+    Raises:
+        ValueError: Dtypes or shapes do not match.
+    """
     if not (
         mask.dtype in (torch.bool, torch.uint8) and mask.dtype == used_mask.dtype and mask.shape == used_mask.shape
     ):

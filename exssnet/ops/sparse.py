@@ -1,4 +1,4 @@
-"""Products with the compact values of a fixed mask: the weight phase, and evaluation of finished tasks."""
+"""Sparse products with the compact values of a fixed mask, for the weight phase and for finished tasks."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,17 @@ from torch.nn import functional as F
 from ..kernels.reference import dense_weight, empty_batch_last
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
 from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
+
+__all__ = [
+    "SparsePattern",
+    "kept_weights",
+    "masked_weight",
+    "sparse_conv1d",
+    "sparse_conv2d",
+    "sparse_conv2d_folded",
+    "sparse_linear",
+    "sparse_pattern",
+]
 
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
@@ -77,30 +88,38 @@ _conv2d = differentiable("sparse_conv2d", gradients=(0, 1), bias=9, plain=_plain
 
 
 class SparsePattern(NamedTuple):
-    """Where the kept weights of a layer are, by rows of the weight and of its transpose. The tensors are int32.
+    """Positions of the kept weights of a layer, by rows of the weight and of its transpose (CSR), as int32.
 
-    The weight is seen as a matrix of O rows and C * R * S columns (column = (channel * R + r) * S + s; for a linear
-    layer the column is the input feature), its transpose, the weight (C, O, R, S), as one of C rows and O * R * S
-    columns. Of a grouped convolution, each row has entries only in the columns of its group. `slot` maps an entry to
-    its place in the concatenation [free_values; frozen_values].
+    The weight is seen as a matrix of O rows and C * R * S columns: column = (channel * R + r) * S + s. For a linear
+    layer the column is the input feature. Its transpose is the weight (C, O, R, S) as a matrix of C rows and O * R * S
+    columns. In a grouped convolution each row has entries only in the columns of its group.
+
+    Attributes:
+        row_ptr: (O + 1,). Entries row_ptr[o] to row_ptr[o + 1] - 1 belong to row o; their columns ascend.
+        col: (nnz,), the column of each entry.
+        slot: (nnz,), the position of each entry's value in the concatenation [free_values; frozen_values].
+        row_ptr_t: (C + 1,), the same for the transpose.
+        col_t: (nnz,), the same for the transpose.
+        slot_t: (nnz,), the same for the transpose.
+        taps: R * S; 1 for a linear layer.
     """
 
-    row_ptr: Tensor  # (O + 1,) entries row_ptr[o] ... row_ptr[o + 1] - 1 are those of row o, columns ascending
-    col: Tensor  # (nnz,)
-    slot: Tensor  # (nnz,)
-    row_ptr_t: Tensor  # (C + 1,) the same of the transpose
-    col_t: Tensor  # (nnz,)
-    slot_t: Tensor  # (nnz,)
-    taps: int  # R * S, 1 for a linear layer
+    row_ptr: Tensor
+    col: Tensor
+    slot: Tensor
+    row_ptr_t: Tensor
+    col_t: Tensor
+    slot_t: Tensor
+    taps: int
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All but `taps`, as the raw operators take them. Compiled code slices: torch 2.10 cannot read a property."""
+        """All fields but `taps`, for the operators. Compiled code slices: torch 2.10 cannot trace a property."""
         return self[:-1]
 
 
 def check_masks(operator: str, mask: Tensor, free_mask: Tensor) -> None:
-    """Refuse masks that are not bool, of one shape and device, the free one inside the other."""
+    """Refuse masks that are not bool of one shape and device, or a free mask that is not inside the mask."""
     if not (mask.dtype == torch.bool and free_mask.dtype == torch.bool and mask.shape == free_mask.shape):
         raise ValueError(
             f"{operator}: mask and free_mask must be bool of one shape, got {mask.dtype} of {tuple(mask.shape)} and "
@@ -114,10 +133,24 @@ def check_masks(operator: str, mask: Tensor, free_mask: Tensor) -> None:
 
 
 def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 1) -> SparsePattern:
-    """The pattern of a bool mask of shape (O, I), (O, C/groups, S) or (O, C/groups, R, S). Build it once per mask.
+    """The pattern of a mask for the sparse products. Build it once per mask.
 
-    free_mask: which kept weights are trainable (``None``: all), of the mask's shape and inside it. Then
-    ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen ones, in that order.
+    Args:
+        mask: bool, (O, I), (O, C/groups, S) or (O, C/groups, R, S).
+        free_mask: Which kept weights are trainable: bool, of the mask's shape and inside it. None means all. Then
+            ``weight[free_mask]`` are the free values and ``weight[mask & ~free_mask]`` the frozen values.
+        groups: The groups of the convolution.
+
+    Returns:
+        The pattern, on the device of the mask.
+
+    Raises:
+        ValueError: The masks do not match, groups do not divide the rows, or there are 2^31 weights or more.
+
+    Example:
+        >>> mask = torch.tensor([[True, False], [True, True]])
+        >>> sparse_pattern(mask).col.tolist()
+        [0, 0, 1]
     """
     free = mask if free_mask is None else free_mask
     if mask.dim() < 2:
@@ -151,10 +184,20 @@ def sparse_pattern(mask: Tensor, free_mask: Tensor | None = None, groups: int = 
 def masked_weight(
     free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, shape: Sequence[int], kept: Tensor | None = None
 ) -> Tensor:
-    """The dense weight of the given shape that a pattern and its values stand for, differentiable in the values.
+    """The dense weight of a pattern and its values, zero elsewhere; differentiable in the values.
 
-    kept: `kept_weights` of the pattern, where they are at hand.
-    ValueError for another number of values, or a shape that is not the pattern's.
+    Args:
+        free_values: (F,).
+        frozen_values: (K - F,), of the same dtype.
+        pattern: A `sparse_pattern` that keeps K weights.
+        shape: The shape of the weight.
+        kept: `kept_weights` of the pattern, if the caller has them.
+
+    Returns:
+        The weight, of that shape.
+
+    Raises:
+        ValueError: The number of values, or the shape, does not fit the pattern.
     """
     _check_values("masked_weight", pattern, free_values, frozen_values, shape[2:])
     same_kind("masked_weight", free_values, frozen_values=frozen_values)
@@ -170,9 +213,17 @@ def masked_weight(
 
 
 def kept_weights(pattern: SparsePattern, shape: Sequence[int]) -> Tensor:
-    """Flat indices, ascending, of the weights that a pattern keeps of a weight of the given shape.
+    """Flat indices of the weights that a pattern keeps, ascending.
 
-    ValueError for a shape that is not the pattern's, with any number of groups.
+    Args:
+        pattern: A `sparse_pattern`, with any number of groups.
+        shape: The shape of the weight.
+
+    Returns:
+        int64, (K,).
+
+    Raises:
+        ValueError: The shape does not fit the pattern.
     """
     _check_shape("kept_weights", pattern, shape)
     rows = torch.arange(shape[0], device=pattern.col.device)
@@ -194,7 +245,7 @@ def _check_shape(operator: str, pattern: SparsePattern, shape: Sequence[int]) ->
 def _check_values(
     operator: str, pattern: SparsePattern, free_values: Tensor, frozen_values: Tensor, kernel_size: Sequence[int]
 ) -> int:
-    """The number of input channels or features of a pattern that fits the values and the kernel."""
+    """The number of input channels or features of a pattern, after checking values and kernel against it."""
     kept, given = pattern.slot.numel(), free_values.numel() + frozen_values.numel()
     if not (free_values.dim() == 1 and frozen_values.dim() == 1 and kept == given):
         raise ValueError(
@@ -211,14 +262,30 @@ def _check_values(
 def sparse_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, pattern: SparsePattern, bias: Tensor | None = None
 ) -> Tensor:
-    """Linear layer with the kept weights only: cost and optimizer state are proportional to the density.
+    """Linear layer that multiplies the kept weights only; its cost is proportional to the density.
 
-    The backward pass gives the input's gradient and the gradient of the *free* values alone (a sampled dense-dense
-    product); frozen values are constants.
+    Gradients reach x, the bias and the *free* values (a sampled dense-dense product); frozen values are constants. So
+    the optimizer's state is proportional to the density too. Source: arXiv 2210.10209, section 3, eq. 2: only the new
+    weights of a task's mask are trained.
 
-    x: (..., I); free_values: (F,) and frozen_values, of x's dtype, ordered as `sparse_pattern` tells; bias: (O,).
-    Returns (..., O), stored with the batch innermost. Any strides are accepted. No second derivative.
-    Source: arXiv 2210.10209, section 3, eq. 2: only W[M_t and not used] is trained.
+    Args:
+        x: (..., I), float32, bfloat16, float16 or float64, of any strides.
+        free_values: (F,), of x's dtype, in the order that `sparse_pattern` describes.
+        frozen_values: (K - F,), of x's dtype, in the same order.
+        pattern: The `sparse_pattern` of a mask (O, I) that keeps K weights.
+        bias: (O,), of x's dtype.
+
+    Returns:
+        (..., O), stored with the batch innermost. It has no second derivative.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> mask = weight != 0
+        >>> sparse_linear(torch.ones(1, 2), weight[mask], torch.empty(0), sparse_pattern(mask))
+        tensor([[1., 2.]])
     """
     in_features = _check_values("sparse_linear", pattern, free_values, frozen_values, ())
     out_features = pattern.row_ptr.numel() - 1
@@ -233,10 +300,27 @@ def sparse_conv2d(
     bias: Tensor | None = None, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:  # fmt: skip
-    """2-D convolution with the kept weights only; values, gradients and errors as in `sparse_linear`.
+    """2-D convolution that multiplies the kept weights only; values and gradients as in the linear layer.
 
-    x: (N, C, H, W) of any strides. Returns (N, O, H', W') in storage order (O, H', W', N): the batch is innermost, so
-    that each kept weight meets a whole vector of images, and so is the input's gradient. Groups are in the pattern.
+    Output and input gradient are stored in the order (O, H', W', N) and (C, H, W, N): with the batch innermost, each
+    kept weight meets a whole vector of images.
+
+    Args:
+        x: (N, C, H, W), of any strides.
+        free_values: As in the linear layer.
+        frozen_values: As in the linear layer.
+        pattern: The `sparse_pattern` of a mask (O, C/groups, R, S); it knows the groups.
+        kernel_size: R and S, or one integer for both.
+        bias: (O,).
+        stride: One or two integers of at least 1, as in `torch.nn.functional.conv2d`.
+        padding: One or two integers of at least 0.
+        dilation: One or two integers of at least 1.
+
+    Returns:
+        (N, O, H', W').
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match, or the kernel is larger than the padded image.
     """
     taps = pair("sparse_conv2d", "kernel_size", kernel_size, 1)
     channels = _check_values("sparse_conv2d", pattern, free_values, frozen_values, taps)
@@ -252,7 +336,10 @@ def sparse_conv1d(
     bias: Tensor | None = None, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:  # fmt: skip
-    """1-D convolution with the kept weights only: x (N, C, L) to (N, O, L'), otherwise as `sparse_conv2d`."""
+    """1-D convolution that multiplies the kept weights only: x (N, C, L) to (N, O, L').
+
+    Args and errors are those of `sparse_conv2d`, with one dimension less; the mask is (O, C/groups, S).
+    """
     x, *geometry = conv1d_as_2d("sparse_conv1d", x, stride, padding, dilation)
     taps = [1, single("sparse_conv1d", "kernel_size", kernel_size, 1)]
     return sparse_conv2d(x, free_values, frozen_values, pattern, taps, bias, *geometry).squeeze(2)
@@ -263,11 +350,30 @@ def sparse_conv2d_folded(
     scale: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False,
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
 ) -> Tensor:  # fmt: skip
-    r"""`sparse_conv2d` with a batch norm folded in, for inference: :math:`y = a \cdot (x * W) + b + r`, then ReLU.
+    r"""`sparse_conv2d` with a folded batch norm, a residual and ReLU: :math:`y = \max(0, a \cdot (x * W) + b + r)`.
 
-    scale, bias: (O,), of x's dtype; for a batch norm in evaluation :math:`a = w / \sqrt{\sigma^2 + \epsilon}` and
-        b its bias minus a times its mean. residual: of y's shape. All of it happens while an output is in registers.
-    No gradients: RuntimeError where one is required.
+    It is for inference. All of this is computed while an output is in registers.
+
+    Args:
+        x: As in `sparse_conv2d`.
+        free_values: As in `sparse_conv2d`.
+        frozen_values: As in `sparse_conv2d`.
+        pattern: As in `sparse_conv2d`.
+        kernel_size: As in `sparse_conv2d`.
+        scale: a, (O,), of x's dtype. For a batch norm in evaluation it is :math:`w / \sqrt{\sigma^2 + \epsilon}`.
+        bias: b, (O,), of x's dtype. For a batch norm it is the norm's bias minus a times its mean.
+        residual: r, of y's shape.
+        relu: Whether the ReLU follows.
+        stride: As in `sparse_conv2d`.
+        padding: As in `sparse_conv2d`.
+        dilation: As in `sparse_conv2d`.
+
+    Returns:
+        y, (N, O, H', W').
+
+    Raises:
+        ValueError: As in `sparse_conv2d`.
+        RuntimeError: A gradient is required.
     """
     taps = pair("sparse_conv2d_folded", "kernel_size", kernel_size, 1)
     channels = _check_values("sparse_conv2d_folded", pattern, free_values, frozen_values, taps)

@@ -11,6 +11,8 @@ from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d
 from .library import FLOATS, autocast, define, differentiable, same_kind
 from .selection import topk_select
 
+__all__ = ["supermask_conv1d", "supermask_conv2d", "supermask_linear"]
+
 
 def _fake_linear(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
@@ -57,7 +59,7 @@ define(
 
 
 def plain_weight(weight: Tensor, scores: Tensor, selection: Tensor) -> Tensor:
-    """weight * mask, where the mask counts as abs(scores) to any transform of autograd."""
+    """weight * mask, where every transform of autograd sees abs(scores) in place of the mask."""
     magnitude = scores.abs()
     straight_through = (magnitude - magnitude.detach()).to(weight.dtype)  # zeros
     return weight.where(mask_of(scores.detach(), selection), 0) + weight * straight_through
@@ -81,7 +83,7 @@ _conv2d = differentiable("supermask_conv2d", gradients=(0, 2, 1), bias=4, plain=
 
 
 def _selection(operator: str, weight: Tensor, scores: Tensor, k: int | None, selection: Tensor | None) -> Tensor:
-    """The given selection of these scores, or their top k."""
+    """The given selection of these scores, or the selection of their top k."""
     if not (scores.shape == weight.shape and scores.device == weight.device):
         raise ValueError(
             f"{operator}: scores must lie beside the weight, {tuple(weight.shape)} on {weight.device}, "
@@ -113,17 +115,28 @@ def supermask_linear(
 ) -> Tensor:  # fmt: skip
     r"""Linear layer with the k weights of largest score: :math:`y = x (W \odot M)^T + b`, M = top-k of abs(S).
 
-    The mask counts as abs(S) in the backward pass (straight-through estimator): with G the gradient with respect to
-    the effective weight, dS = G * W * sign(S) everywhere, and, where the weight requires a gradient, dW = G * M.
+    In the backward pass the mask counts as abs(S) (straight-through estimator). With the gradient G of the effective
+    weight, dS = G * W * sign(S) everywhere, and dW = G * M if the weight requires a gradient. Source: Ramanujan et al.
+    2020, eq. 3; arXiv 2210.10209, section 3.
 
-    x: (..., I); weight: (O, I), of x's dtype; scores: (O, I), float32, bfloat16, float16 or float64; bias: (O,).
-    k: weights to keep, in [0, O * I]; or `selection`: the layer's row of `topk_select`, or its packed mask of
-        `topk_masks`, for a selection that was made for all layers of a model at once. Exactly one of the two. From a
-        row the mask is computed inline, which reads the scores; a packed mask is 1 bit a weight.
-    sparse: multiply only what the mask keeps, at a cost that falls with k / (O I), in the output and in the input's
-        gradient; both are then stored with the batch innermost. The score gradient is dense in any case.
-    Returns (..., O). Raises ValueError on wrong shapes, RuntimeError on NaN scores. No second derivative.
-    Source: arXiv 2210.10209, section 3; Ramanujan et al. 2020, eq. 3.
+    Args:
+        x: (..., I), float32, bfloat16, float16 or float64.
+        weight: (O, I), of x's dtype.
+        scores: (O, I), float32, bfloat16, float16 or float64.
+        k: The number of weights to keep, in [0, O * I]. Give either k or `selection`.
+        bias: (O,), of x's dtype.
+        selection: A selection that was made for all layers of a model at once: the layer's row of `topk_select`, or
+            its packed mask of `topk_masks`. From a row the mask is computed inline, which reads the scores. A packed
+            mask is 1 bit a weight.
+        sparse: Multiply only the kept weights in the output and in the input's gradient, at a cost that falls with
+            the density. Both are then stored with the batch innermost. The score gradient is always dense.
+
+    Returns:
+        (..., O). It has no second derivative.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match, or k is out of range.
+        RuntimeError: A score is NaN, on a CPU.
     """
     if weight.dim() != 2:
         raise ValueError(f"supermask_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
@@ -139,9 +152,27 @@ def supermask_conv2d(
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1, *, selection: Tensor | None = None, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """2-D convolution with the k weights of largest score; mask, gradients and errors as in `supermask_linear`.
+    """2-D convolution with the k weights of largest score; mask and gradients as in `supermask_linear`.
 
-    x: (N, C, H, W); weight and scores: (O, C/groups, R, S); bias: (O,). Returns (N, O, H', W').
+    Args:
+        x: (N, C, H, W).
+        weight: (O, C/groups, R, S).
+        scores: Of the weight's shape.
+        k: As in `supermask_linear`.
+        bias: (O,).
+        stride: One or two integers of at least 1, as in `torch.nn.functional.conv2d`.
+        padding: One or two integers of at least 0.
+        dilation: One or two integers of at least 1.
+        groups: Divides O and C.
+        selection: As in `supermask_linear`.
+        sparse: As in `supermask_linear`.
+
+    Returns:
+        (N, O, H', W').
+
+    Raises:
+        ValueError: As in `supermask_linear`, or the kernel is larger than the padded image.
+        RuntimeError: As in `supermask_linear`.
     """
     check_groups("supermask_conv2d", weight, groups)
     geometry = conv_geometry(
@@ -159,9 +190,9 @@ def supermask_conv1d(
     stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
     groups: int = 1, *, selection: Tensor | None = None, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """1-D convolution with the k weights of largest score; mask, gradients and errors as in `supermask_linear`.
+    """1-D convolution with the k weights of largest score: x (N, C, L) and weight (O, C/groups, S) to (N, O, L').
 
-    x: (N, C, L); weight and scores: (O, C/groups, S); bias: (O,). Returns (N, O, L').
+    Args and errors are those of `supermask_conv2d`, with one dimension less.
     """
     if weight.dim() != 3:
         raise ValueError(f"supermask_conv1d: weight must have shape (O, C/groups, S), got {tuple(weight.shape)}")

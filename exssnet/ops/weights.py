@@ -1,4 +1,4 @@
-"""The masked weights of all layers of a model at once, trained through their scores, for PyTorch's own products."""
+"""The masked weights of all layers of a model in one pass, trained through their scores, for PyTorch's products."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .library import bind_gradient, chosen, define, refuse_tangents
 from .supermask import plain_weight
+
+__all__ = ["supermask_weights"]
 
 
 def _fresh(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -45,8 +47,8 @@ class _Boundary(torch.autograd.Function):
         lists = [list(saved[i : i + count]) for i in range(0, 3 * count, count)]
         of_weights, of_scores = (any(ctx.needs_input_grad[2 + i : 2 + i + count]) for i in (0, count))
         with torch._C._AutoDispatchBelowAutograd():
-            found = torch.ops.exssnet.supermask_weights_backward(list(grads), *lists, [of_scores, of_weights])
-        scores, weights = (gradients or [None] * count for gradients in found)
+            gradients = torch.ops.exssnet.supermask_weights_backward(list(grads), *lists, [of_scores, of_weights])
+        scores, weights = (of_kind or [None] * count for of_kind in gradients)
         return None, None, *weights, *scores, *[None] * count
 
 
@@ -70,14 +72,22 @@ _call = chosen(torch.ops.exssnet.supermask_weights.default, _differentiable, _pl
 def supermask_weights(
     weights: Sequence[Tensor], scores: Sequence[Tensor], selections: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Of each layer ``weight * mask``, contiguous and of `dtype` (None: the weight's), in one pass for all layers.
+    """``weight * mask`` of each layer, in one pass for all layers.
 
-    Gradients are those of `supermask_linear`, and are made for all layers at once as well, when those of all masked
-    weights are there: memory holds these until then.
+    The gradients are those of the supermask layers. They too are computed for all layers at once, when the gradients of
+    all masked weights are there; until then these stay in memory.
 
-    weights, scores: of each layer, of one shape; float32, bfloat16, float16 or float64.
-    selections: of each layer its packed mask of `topk_masks`, or its row of `topk_select`.
-    ValueError where the lists or shapes do not match. No second derivative.
+    Args:
+        weights: The weight of each layer; float32, bfloat16, float16 or float64.
+        scores: The scores of each layer, of its weight's shape.
+        selections: For each layer its packed mask of `topk_masks`, or its row of `topk_select`.
+        dtype: The dtype of the results. None means that of each weight.
+
+    Returns:
+        The masked weights, contiguous. They have no second derivative.
+
+    Raises:
+        ValueError: Lengths, shapes or devices do not match.
     """
     if not len(weights) == len(scores) == len(selections):
         raise ValueError(
@@ -93,5 +103,5 @@ def supermask_weights(
                 f"{tuple(w.shape)} on {w.device}, got {tuple(s.shape)} on {s.device} and {m.dtype} of "
                 f"{tuple(m.shape)} on {m.device}"
             )
-    found: list[Tensor] = _call(list(weights), list(scores), list(selections), dtype)
-    return found
+    masked: list[Tensor] = _call(list(weights), list(scores), list(selections), dtype)
+    return masked

@@ -31,12 +31,12 @@ def package(module: str, package: str) -> Any:
         raise ModuleNotFoundError(f"this data set is read with {package}: pip install {package}") from None
 
 
-def check_unpacked(unpacked: int, packed: int) -> None:
-    """ValueError for a file of `packed` bytes that unpacks to so many that it was made to fill the memory."""
-    if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * packed):
+def check_unpacked(unpacked: int, compressed: int) -> None:
+    """ValueError for a file of `compressed` bytes that unpacks to so many that it was made to fill the memory."""
+    if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * compressed):
         raise ValueError(
-            f"its {packed} bytes unpack to {unpacked} or more, which is over {UNPACKED_RATIO} times as much: if this "
-            "is right, store it unpacked"
+            f"its {compressed} bytes unpack to {unpacked} or more, which is over {UNPACKED_RATIO} times as much: if "
+            "this is right, store it unpacked"
         )
 
 
@@ -45,7 +45,7 @@ class Unpacked(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self._file = gzip.open(path)  # noqa: SIM115
-        self._packed, self._done = path.stat().st_size, 0
+        self._compressed, self._done = path.stat().st_size, 0
 
     def readable(self) -> bool:
         return True
@@ -56,7 +56,7 @@ class Unpacked(io.RawIOBase):
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(str(error)) from None
         self._done += count
-        check_unpacked(self._done, self._packed)
+        check_unpacked(self._done, self._compressed)
         return count
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from .files import opened, package
 
 Column: TypeAlias = str | int
 
-FORMATS = tuple(f"{kind}{packed}" for kind in (".tsv", ".csv", ".jsonl") for packed in ("", ".gz"))
+FORMATS = tuple(f"{kind}{ending}" for kind in (".tsv", ".csv", ".jsonl") for ending in ("", ".gz"))
 """How the names of tables end."""
 
 

@@ -15,7 +15,7 @@ from exssnet.bench.budget import GROUPS, group
 from exssnet.bench.networks import NETWORKS, PEERS, Start
 from exssnet.bench.timing import Row, Timing, WrongResult
 from exssnet.cli.commands import main
-from exssnet.kernels import OPERATORS
+from exssnet.kernels.registry import OPERATORS
 from exssnet.nn import SupermaskConv2d
 
 TINY = NETWORKS["resnet18-4"]
@@ -140,7 +140,7 @@ def test_without_a_kind_a_selection_of_all_runs(tmp_path: Path, monkeypatch: pyt
     assert {(tuple(o.threads), o.quick) for o in asked} == {((2,), True)}
     assert main(["bench"]) == 0
     assert [(tuple(o.threads), o.quick) for o in asked[len(command.SELECTION) :]] == [((1,), False)] * len(asked[3:])
-    assert asked[3].only == ["topk_masks", "sparse_linear", "sparse_conv2d"]
+    assert asked[3].only == list(command.ops.SELECTION)
 
 
 @pytest.mark.parametrize("kind", [command.ops, training], ids=["ops", "training"])
@@ -179,7 +179,7 @@ def off(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrong
 
 
-@pytest.mark.parametrize("operator", ["sparse_linear", "sparse_conv2d", "supermask_linear", "masked_conv2d"])
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name.endswith(("_linear", "_conv2d"))])
 def test_a_wrong_operator_is_not_timed(
     operator: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,7 +373,7 @@ def test_the_work_of_a_layer_counts_products_activations_and_weights() -> None:
     stored = {
         "supermask_conv2d": 24.25 * 270,  # scores; twice weights and bits; weights, scores and their gradient
         "masked_conv2d": 15 * 270,  # weights, or their gradient, and bytes of the mask
-        "packed_conv2d": 3 * (8 / 32 * 270 + 4 * 27),
+        "bitmap_conv2d": 3 * (8 / 32 * 270 + 4 * 27),
         "sparse_conv2d": 3 * 8 * 27,
     }
     small = command.ops.Layer(8, 5, 6, 8)

@@ -6,7 +6,8 @@ import torch
 import exssnet
 from exssnet.cli.commands import main
 from exssnet.cli.info import describe, serving
-from exssnet.kernels import KERNELS, OPERATORS, native
+from exssnet.kernels import native
+from exssnet.kernels.registry import OPERATORS
 
 
 def test_info_tells_versions_and_the_kernel_of_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,5 +25,5 @@ def test_the_kernel_told_is_the_one_that_the_dispatcher_takes() -> None:
     for operator in OPERATORS:
         told = serving(operator, "cpu")
         own = torch._C._dispatch_has_kernel_for_dispatch_key(f"exssnet::{operator}", "CPU")
-        assert told == KERNELS[operator, "cpu"][0 if own else -1]
+        assert told == OPERATORS[operator].files("cpu")[0 if own else -1]
         assert native.missing is None or told == "kernels/reference.py"

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import exssnet
 from exssnet import Phases, Served, checkpoint
+from exssnet.kernels import registry
 from exssnet.nn.optim import ScoreAdam
 
 PACKAGE = str(Path(exssnet.__file__).parent)
-OPERATORS = tuple(f"{name}:" for name in exssnet.kernels.OPERATORS)
+OPERATORS = tuple(f"{name}:" for name in registry.OPERATORS)
 REFUSALS = (RuntimeError, ValueError, IndexError, FloatingPointError)
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1),

@@ -100,7 +100,7 @@ def masked_linear(dtype: torch.dtype, packed: bool) -> dict[str, Call]:
     }
 
 
-def packed(dtype: torch.dtype, convolution: bool) -> dict[str, Call]:
+def bitmap(dtype: torch.dtype, convolution: bool) -> dict[str, Call]:
     x, weight, grad = meta(4096, 1024, dtype=dtype), meta(2048, 1024, dtype=dtype), meta(4096, 2048, dtype=dtype)
     geometry: list[Any] = []
     if convolution:
@@ -108,9 +108,9 @@ def packed(dtype: torch.dtype, convolution: bool) -> dict[str, Call]:
     values, shape = meta(weight.numel() // 20, dtype=dtype), list(weight.shape)
     words = meta(weight.numel() // 32, 2, dtype=torch.int64)
     forward, backward = (
-        (triton_conv.packed_conv2d, triton_conv.packed_conv2d_backward)
+        (triton_conv.bitmap_conv2d, triton_conv.bitmap_conv2d_backward)
         if convolution
-        else (triton_linear.packed_linear, triton_linear.packed_linear_backward)
+        else (triton_linear.bitmap_linear, triton_linear.bitmap_linear_backward)
     )
     return {
         "output": lambda: forward(x, values, values, words, None, shape, *geometry),
@@ -163,9 +163,9 @@ VARIANTS: dict[str, Callable[[], dict[str, Call]]] = {
     "3x3 depthwise": lambda: supermask_conv2d(BFLOAT16, channels=128, groups=128),
     "3x3 packed mask": lambda: masked_conv2d(BFLOAT16, packed=True),
     "3x3 bool mask": lambda: masked_conv2d(BFLOAT16, packed=False),
-    "linear packed pattern": lambda: packed(BFLOAT16, convolution=False),
-    "3x3 packed pattern": lambda: packed(BFLOAT16, convolution=True),
-    "3x3 packed pattern float32": lambda: packed(FLOAT32, convolution=True),
+    "linear bitmap pattern": lambda: bitmap(BFLOAT16, convolution=False),
+    "3x3 bitmap pattern": lambda: bitmap(BFLOAT16, convolution=True),
+    "3x3 bitmap pattern float32": lambda: bitmap(FLOAT32, convolution=True),
     "weights of all layers": lambda: weights(BFLOAT16, 64),
     "linear gradients in parts": lambda: gradients_in_parts(BFLOAT16),
     "linear packed selection": lambda: supermask_linear(BFLOAT16, packed=True),

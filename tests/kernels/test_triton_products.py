@@ -1,4 +1,4 @@
-"""supermask_*, masked_* and packed_*, linear and conv2d, in Triton, interpreted under the guard.
+"""supermask_*, masked_* and bitmap_*, linear and conv2d, in Triton, interpreted under the guard.
 
 Truth is the reference in float64.
 """
@@ -19,7 +19,7 @@ from products import Problem, geometry, output_masks, problem
 from torch import Tensor
 
 from exssnet.kernels import autotune, reference, triton_conv, triton_layers, triton_linear, triton_product
-from exssnet.ops import packed_pattern
+from exssnet.ops import bitmap_pattern
 
 pytestmark = pytest.mark.proof
 
@@ -54,7 +54,7 @@ def arguments(p: Problem, *, sparse: bool = False, change: Callable[[str, Tensor
     convolution = () if linear else (*geometry(p.layer), p.layer.groups)
     row = reference.select(reference.magnitude_bits(p.scores), p.k)
     kind, shape = p.layer.kind, list(p.weight.shape)
-    words = packed_pattern(p.mask, p.free).words
+    words = bitmap_pattern(p.mask, p.free).words
     free_values, frozen_values = (
         change(n, p.weight[m]) for n, m in (("free_values", p.free), ("frozen_values", p.mask & ~p.free))
     )
@@ -63,8 +63,8 @@ def arguments(p: Problem, *, sparse: bool = False, change: Callable[[str, Tensor
         f"supermask_{kind}_backward": (grad, x, weight, scores, row, *convolution, sparse, [True] * 3),
         f"masked_{kind}": (x, weight, mask, free, p.bias, *convolution),
         f"masked_{kind}_backward": (grad, x, weight, mask, free, *convolution, [True] * 2),
-        f"packed_{kind}": (x, free_values, frozen_values, words, p.bias, shape, *convolution),
-        f"packed_{kind}_backward": (grad, x, free_values, frozen_values, words, shape, *convolution, [True] * 2),
+        f"bitmap_{kind}": (x, free_values, frozen_values, words, p.bias, shape, *convolution),
+        f"bitmap_{kind}_backward": (grad, x, free_values, frozen_values, words, shape, *convolution, [True] * 2),
     }
 
 
@@ -143,10 +143,10 @@ def test_exact_in_every_configuration_of_float32(index: int, layer: Layer) -> No
 @pytest.mark.parametrize("index", range(max(HALF, FLOAT32)))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @layers(SMALL[:1] + SMALL[-1:])
-def test_packed_products_are_exact_in_every_configuration(layer: Layer, dtype: torch.dtype, index: int) -> None:
+def test_bitmap_products_are_exact_in_every_configuration(layer: Layer, dtype: torch.dtype, index: int) -> None:
     calls = arguments(problem(layer, dtype, integers=True))
     with triton_guard.configuration(index):
-        check_exact({name: args for name, args in calls.items() if name.startswith("packed")})
+        check_exact({name: args for name, args in calls.items() if name.startswith("bitmap")})
 
 
 def test_float32_is_tf32_only_where_pytorch_allows_it() -> None:
@@ -188,7 +188,7 @@ def test_exact_in_parts(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(counts) > 1
 
 
-@pytest.mark.parametrize("family", ["supermask", "masked", "packed"])
+@pytest.mark.parametrize("family", ["supermask", "masked", "bitmap"])
 @layers(SMALL[:1] + SMALL[-1:])
 def test_backward_is_three_launches_where_both_sums_are_in_parts(
     layer: Layer, family: str, monkeypatch: pytest.MonkeyPatch

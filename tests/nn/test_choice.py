@@ -341,7 +341,7 @@ def test_on_a_gpu_sparse_products_are_compared_with_the_faster_of_written_and_fu
     with Calls() as calls:
         for way in (*first.values(), *second):
             way()
-    assert {name for name, _ in calls.made if not name.endswith("backward")} >= {"sparse_conv2d", "packed_conv2d"}
+    assert {name for name, _ in calls.made if not name.endswith("backward")} >= {"sparse_conv2d", "bitmap_conv2d"}
     assert (len(first), len(second)) == (2, 2)
 
 
@@ -356,7 +356,7 @@ def test_fused_and_written_layers_have_the_same_output_and_gradients(
     monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: True)
     with Calls() as calls:
         fused, truth = trained(layer, x, torch.float32), trained(copy.deepcopy(layer).double(), x, torch.float64)
-    assert {made.partition("_")[0] for made, _ in calls.made} >= {"supermask" if phase == "mask" else "packed"}
+    assert {made.partition("_")[0] for made, _ in calls.made} >= {"supermask" if phase == "mask" else "bitmap"}
     monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: False)
     written = trained(layer, x, torch.float32)
     assert_accurate(written, fused, truth)

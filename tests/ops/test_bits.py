@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import LAYOUTS
+from refusals import RAW, Calls, M, W, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -114,3 +115,22 @@ def test_compiles_in_one_graph_with_the_same_bits() -> None:
         return ops.unpack_mask(ops.free_mask(ops.pack_mask(mask), ops.pack_mask(used)), mask.shape)
 
     assert torch.equal(torch.compile(free, fullgraph=True, backend="aot_eager")(mask, used), mask & ~used)
+
+
+SHORT = ops.pack_mask(M)[:2]
+SENTENCES: Calls = {
+    "pack_mask: mask must be bool, got torch.float32": lambda: ops.pack_mask(W),
+    "unpack_mask: 20 entries are 3 bytes of uint8, got torch.uint8 of (2,)": lambda: ops.unpack_mask(
+        torch.zeros(2, dtype=torch.uint8), (4, 5)
+    ),
+    "free_mask: mask and used_mask must both be bool, or both packed uint8, of one shape, got torch.bool of (4, 5) and "
+    "torch.uint8 of (3,)": lambda: ops.free_mask(M, ops.pack_mask(M)),
+}
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
+
+
+FOREIGN_MEMORY: Calls = {
+    "too few packed bytes": lambda: RAW.unpack_mask(SHORT, [4, 5]),
+    "a short used mask": lambda: RAW.free_mask(ops.pack_mask(M), SHORT),
+}
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

@@ -35,8 +35,8 @@ PRODUCTS: dict[str, tuple[Product, Tensor, tuple[int, int, int]]] = {
         WEIGHT[FREE],
         (20, 20, 8),
     ),
-    "packed": (
-        lambda x, t: ops.packed_conv2d(x, t, FROZEN, ops.packed_pattern(MASK, FREE), **STEPS, groups=2),
+    "bitmap": (
+        lambda x, t: ops.bitmap_conv2d(x, t, FROZEN, ops.bitmap_pattern(MASK, FREE), **STEPS, groups=2),
         WEIGHT[FREE],
         (72, 72, 72),
     ),
@@ -78,16 +78,17 @@ def test_checkpointing_counts_the_output_twice(name: str) -> None:
     assert counted(step) == 2 * PLACES * (of[0] + sum(of))
 
 
-def dense_linear(family: str) -> Product:
-    mask = torch.ones(7, 9, dtype=torch.bool)
-    none, of_linear = torch.empty(0), mask.new_ones(7, 9)
-    return {
-        "supermask": lambda x, t: ops.supermask_linear(x, torch.ones(7, 9), t.reshape(7, 9), 63),
-        "sparse-supermask": lambda x, t: ops.supermask_linear(x, torch.ones(7, 9), t.reshape(7, 9), 63, sparse=True),
-        "masked": lambda x, t: ops.masked_linear(x, t.reshape(7, 9), mask),
-        "sparse": lambda x, t: ops.sparse_linear(x, t, none, ops.sparse_pattern(of_linear)),
-        "packed": lambda x, t: ops.packed_linear(x, t, none, ops.packed_pattern(of_linear)),
-    }[family]
+def dense_linear(name: str) -> Product:
+    everything, none = torch.ones(7, 9, dtype=torch.bool), torch.empty(0)
+    family = name.rpartition("-")[2]
+    arguments: dict[str, Callable[[Tensor], tuple[object, ...]]] = {
+        "supermask": lambda t: (torch.ones(7, 9), t.reshape(7, 9), 63),
+        "masked": lambda t: (t.reshape(7, 9), everything),
+        "sparse": lambda t: (t, none, ops.sparse_pattern(everything)),
+        "bitmap": lambda t: (t, none, ops.bitmap_pattern(everything)),
+    }
+    options = {"sparse": True} if name == "sparse-supermask" else {}
+    return lambda x, t: getattr(ops, f"{family}_linear")(x, *arguments[family](t), **options)
 
 
 @products

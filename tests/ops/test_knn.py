@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from cases import dtypes
+from refusals import RAW, Calls, X, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -139,3 +140,32 @@ def test_memory_grows_by_less_than_the_distances_would_take() -> None:
     command = [sys.executable, "-W", "ignore", "-c", MEMORY]
     mebibytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert mebibytes < 60  # 500 x 60,000 float32 distances are 114 MiB, all differences are 7.2 GiB
+
+
+FEATURES, LABELS = torch.zeros(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+SENTENCES: Calls = {
+    "knn_classify: features and queries must be (n, d) and (m, d), got (6, 2) and (3, 5)": lambda: ops.knn_classify(
+        FEATURES, LABELS, X, 1, 3
+    ),
+    "knn_classify: labels must be int64 of shape (6,), got torch.int32 of (6,)": lambda: ops.knn_classify(
+        FEATURES, LABELS.int(), FEATURES, 1, 3
+    ),
+    "knn_classify: k must be in [1, 6], got 7": lambda: ops.knn_classify(FEATURES, LABELS, FEATURES, 7, 3),
+    "knn_classify: k must be in [1, 6], got 0": lambda: ops.knn_classify(FEATURES, LABELS, FEATURES, 0, 3),
+    "knn_classify: features must be floating point, got torch.int64": lambda: ops.knn_classify(
+        FEATURES.long(), LABELS, FEATURES.long(), 1, 3
+    ),
+    "knn_classify: x is torch.float32 but queries is torch.float64": lambda: ops.knn_classify(
+        FEATURES, LABELS, FEATURES.double(), 1, 3
+    ),
+    "knn_classify: labels must be in [0, 2), got 0 to 2": lambda: ops.knn_classify(FEATURES, LABELS, FEATURES, 1, 2),
+}
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
+
+
+FOREIGN_MEMORY: Calls = {
+    "a label beyond the classes": lambda: RAW.knn_classify(FEATURES, LABELS, FEATURES, 3, 2),
+    "more neighbours than features": lambda: RAW.knn_classify(FEATURES, LABELS, FEATURES, 7, 3),
+    "queries of other length": lambda: RAW.knn_classify(FEATURES, LABELS, X, 1, 3),
+}
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

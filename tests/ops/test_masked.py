@@ -8,6 +8,7 @@ import torch
 from accuracy import Results, assert_exact, run
 from cases import CONV1D, FEW, LAYOUTS, SMALL, Layer, layers
 from products import Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
+from refusals import FAR, IMAGES, KERNELS, LINES, RAW, STEPS, TAPS, Calls, M, W, X, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -102,3 +103,48 @@ class TestMasked(ProductTests):
         p = problem(layer)
         holes = replace(p, weight=p.weight.where(p.mask, torch.nan))
         assert_exact(self.family.kernel(holes), self.family.kernel(p))
+
+
+SHORT = ops.pack_mask(M)[:2]
+
+
+def conv(images: Tensor = IMAGES, kernels: Tensor = KERNELS, **options: object) -> Tensor:
+    return ops.masked_conv2d(images, kernels, torch.ones(kernels.shape, dtype=torch.bool), **options)  # type: ignore
+
+
+SENTENCES: Calls = {
+    "masked_linear: weight must have shape (O, I), got (8, 4, 3)": lambda: ops.masked_linear(X, TAPS, M),
+    "masked_linear: bias must have shape (4,), got (5,)": lambda: ops.masked_linear(X, W, M, bias=X[0]),
+    "masked_linear: x is torch.float64 but bias is torch.float32": lambda: ops.masked_linear(
+        X.double(), W.double(), M, bias=W[:, 0]
+    ),
+    "masked_linear: x is on meta but weight is on cpu": lambda: ops.masked_linear(FAR, W, M),
+    "masked_linear: mask must be bool of shape (4, 5) or packed uint8 of 3 bytes, got torch.float32 of "
+    "(4, 5)": lambda: ops.masked_linear(X, W, W),
+    "masked_linear: free_mask must be bool of shape (4, 5) or packed uint8 of 3 bytes, got torch.uint8 "
+    "of (2,)": lambda: ops.masked_linear(X, W, M, ops.pack_mask(M)[:2]),
+    "masked_linear: weight is on cpu but mask on meta": lambda: ops.masked_linear(X, W, FAR.bool()),
+    "masked_conv2d: x must have 4 dimensions (N, C, H, W), got 3": lambda: conv(LINES),
+    "masked_conv2d: expected x with 4 channels, got 3": lambda: conv(IMAGES[:, :3]),
+    "masked_conv2d: weight must have shape (O, C/groups, R, S), got (8, 4, 3)": lambda: conv(kernels=TAPS),
+    "masked_conv2d: groups must divide the 8 output channels, got 3": lambda: conv(groups=3),
+    "masked_conv2d: groups must divide the 8 output channels, got 0": lambda: conv(groups=0),
+    "masked_conv2d: stride must be one or two integers of at least 1, got 0": lambda: conv(stride=0),
+    "masked_conv2d: padding must be one or two integers of at least 0, got (1, -1)": lambda: conv(padding=(1, -1)),
+    "masked_conv2d: padding must be one or two integers of at least 0, got same": lambda: conv(padding="same"),
+    "masked_conv2d: dilation must be one or two integers of at least 1, got [1, 2, 3]": lambda: conv(
+        dilation=[1, 2, 3]
+    ),
+    "masked_conv2d: the kernel spans 9 pixels but the padded image has only 8": lambda: conv(padding=1, dilation=4),
+    "masked_conv2d: bias must have shape (8,), got (4,)": lambda: conv(bias=W[:, 0]),
+    "masked_conv1d: x must have 3 dimensions (N, C, L), got 2": lambda: ops.masked_conv1d(X, TAPS, M),
+}
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
+
+
+FOREIGN_MEMORY: Calls = {
+    "a short packed mask": lambda: RAW.masked_linear(X, W, SHORT, None, None),
+    "a short packed mask of a convolution": lambda: RAW.masked_conv2d(IMAGES, KERNELS, SHORT, None, None, *STEPS, 1),
+    "a short free mask": lambda: RAW.masked_linear_backward(W[:3, :4], X, W, M, SHORT, [True, True]),
+}
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

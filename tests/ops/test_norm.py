@@ -10,6 +10,7 @@ import torch
 from accuracy import Results, assert_accurate, assert_exact, run
 from cases import LAYOUTS
 from products import opcheck_warning
+from refusals import IMAGES, LINES, NONE, RAW, VALUES, Calls, W, X, guarded, refused
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -305,3 +306,31 @@ def test_opcheck_of_forward(norm: Norm) -> None:
 @norms((3, 2, 2, 2))
 def test_opcheck_of_backward(norm: Norm, asked: tuple[bool, ...]) -> None:
     torch.library.opcheck(BACKWARD, raw_backward(norm, list(asked)))
+
+
+SENTENCES: Calls = {
+    "batch_norm_act: x must have shape (N, C, ...), got (20,)": lambda: ops.batch_norm_act(VALUES),
+    "batch_norm_act: x must be float32 or float64, got torch.bfloat16": lambda: ops.batch_norm_act(X.bfloat16()),
+    "batch_norm_act: residual must have shape (2, 4, 6, 6), got (2, 4, 9)": lambda: ops.batch_norm_act(IMAGES, LINES),
+    "batch_norm_act: weight must have shape (4,), got (20,)": lambda: ops.batch_norm_act(IMAGES, weight=VALUES),
+    "batch_norm_act: var must have shape (4,), got (0,)": lambda: ops.batch_norm_act(IMAGES, mean=W[:, 0], var=NONE),
+    "batch_norm_act: mean and var must be given together, got mean alone": lambda: ops.batch_norm_act(
+        IMAGES, mean=W[:, 0]
+    ),
+    "batch_norm_act: x is torch.float32 but bias is torch.float64": lambda: ops.batch_norm_act(
+        IMAGES, bias=W[:, 0].double()
+    ),
+    "batch_norm_act: x is on cpu but residual is on meta": lambda: ops.batch_norm_act(IMAGES, IMAGES.to("meta")),
+}
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
+
+
+FOREIGN_MEMORY: Calls = {
+    "a short residual": lambda: RAW.batch_norm_act(X, X[:2], None, None, None, None, 0.1, True),
+    "a short weight of a norm": lambda: RAW.batch_norm_act(X, None, X[0, 1:], None, None, None, 0.1, True),
+    "a short variance": lambda: RAW.batch_norm_act(X, None, None, None, X[0], X[0, 1:], 0.1, True),
+    "a short gradient of a norm": lambda: RAW.batch_norm_act_backward(
+        X[:2], X, None, None, None, X[0], X[0], 0.1, True, True, [True] * 4
+    ),
+}
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

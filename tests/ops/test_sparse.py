@@ -9,6 +9,7 @@ import torch
 from accuracy import Results, assert_exact, representable, run
 from cases import DENSITIES, FEW, LARGE, LAYERS, TAILS, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
+from refusals import IMAGES, KERNELS, NONE, RAW, VALUES, Calls, M, W, X, guarded, refused
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -284,3 +285,54 @@ class TestFolded:
         arguments = (p.x, p.weight[p.free], frozen_values(p), *pattern(p).tensors, scale, bias, past, True)
         steps = list(p.layer.weight[2:]), *geometry(p.layer)
         torch.library.opcheck(torch.ops.exssnet.sparse_conv2d_folded.default, (*arguments, *steps))
+
+
+PATTERN = ops.sparse_pattern(M)
+LAYER = X, VALUES, NONE
+
+
+def sparse_conv(kernel_size: int = 3, pattern_of: Tensor = KERNELS, **options: object) -> Tensor:
+    where = ops.sparse_pattern(torch.ones(pattern_of.shape, dtype=torch.bool))
+    return ops.sparse_conv2d(IMAGES, torch.zeros(pattern_of.numel()), NONE, where, kernel_size, **options)  # type: ignore
+
+
+def broken(**changed: Tensor) -> tuple[Tensor, ...]:
+    return PATTERN._replace(**changed).tensors
+
+
+SENTENCES: Calls = {
+    "sparse_linear: expected x with 5 features in its last dimension, got shape ()": lambda: ops.sparse_linear(
+        torch.zeros(()), VALUES, NONE, PATTERN
+    ),
+    "sparse_pattern: mask and free_mask must be bool of one shape, got torch.bool of (4, 5) and torch.bool of (4,)": (
+        lambda: ops.sparse_pattern(M, M[:, 0])
+    ),
+    "sparse_pattern: mask must have at least 2 dimensions, got 1": lambda: ops.sparse_pattern(M[0]),
+    "sparse_pattern: free_mask has 20 entries outside the mask": lambda: ops.sparse_pattern(~M, M),
+    "sparse_pattern: groups must divide the 4 rows, got 3": lambda: ops.sparse_pattern(M, groups=3),
+    "sparse_linear: the pattern keeps 20 weights, got 19 free and 0 frozen values": lambda: ops.sparse_linear(
+        X, VALUES[1:], NONE, PATTERN
+    ),
+    "sparse_linear: x is torch.float32 but frozen_values is torch.float64": lambda: ops.sparse_linear(
+        X, VALUES, NONE.double(), PATTERN
+    ),
+    "sparse_conv2d: the pattern is of a kernel of 9 taps, got kernel_size (5, 5)": lambda: sparse_conv(5),
+    "sparse_conv2d: expected x with 5 channels, got 4": lambda: sparse_conv(pattern_of=torch.zeros(8, 5, 3, 3)),
+    "sparse_conv2d: kernel_size must be one or two integers of at least 1, got 0": lambda: sparse_conv(0),
+    "sparse_conv2d: bias must have shape (8,), got (4,)": lambda: sparse_conv(bias=W[:, 0]),
+}
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
+
+
+FOREIGN_MEMORY: Calls = {
+    "a column beyond the last": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col + 1), None),
+    "a negative column": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col - 1), None),
+    "columns that do not ascend": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col.flip(0)), None),
+    "a slot beyond the values": lambda: RAW.sparse_linear(*LAYER, *broken(slot=PATTERN.slot + 1), None),
+    "pointers beyond the entries": lambda: RAW.sparse_linear(*LAYER, *broken(row_ptr=PATTERN.row_ptr * 2), None),
+    "pointers that fall": lambda: RAW.sparse_linear(*LAYER, *broken(row_ptr=PATTERN.row_ptr.flip(0)), None),
+    "a row beyond the last": lambda: RAW.sparse_linear_backward(
+        W[:3, :4], *LAYER, *broken(col_t=PATTERN.col_t + 1), [True, True]
+    ),
+}
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

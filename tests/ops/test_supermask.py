@@ -8,6 +8,7 @@ import torch
 from accuracy import Results, assert_exact, representable, run
 from cases import DTYPES, FEW, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, dense, geometry, problem
+from refusals import FAR, IMAGES, KERNELS, LINES, RAW, ROW, STEPS, TAPS, Calls, W, X, guarded, refused
 from torch import Tensor
 
 from exssnet import ops
@@ -129,3 +130,47 @@ class TestSparseSupermask(ProductTests):
     def test_score_gradient_of_a_batch_stored_innermost(self, layer: Layer) -> None:
         p = problem(layer, integers=True)
         SparseSupermask().check_exact(p, lambda name, t: reference.batch_last(t) if name in ("x", "grad") else t)
+
+
+linear = ops.supermask_linear
+
+SENTENCES: Calls = {
+    "supermask_linear: weight must have shape (O, I), got (4,)": lambda: linear(X, W[:, 0], W, 1),
+    "supermask_linear: expected x with 5 features in its last dimension, got shape (3, 4)": lambda: linear(
+        X[:, :4], W, W, 1
+    ),
+    "supermask_linear: scores must lie beside the weight, (4, 5) on cpu, got (5, 4) on cpu": lambda: linear(
+        X, W, W.t(), 1
+    ),
+    "supermask_linear: scores must lie beside the weight, (4, 5) on cpu, got (4, 5) on meta": lambda: linear(
+        X, W, FAR, 1
+    ),
+    "supermask_linear: scores must be float32, bfloat16, float16 or float64, got torch.int64": lambda: linear(
+        X, W, W.long(), selection=ROW
+    ),
+    "supermask_linear: give either k or a selection": lambda: linear(X, W, W),
+    "supermask_conv2d: give either k or a selection": lambda: ops.supermask_conv2d(
+        IMAGES, KERNELS, KERNELS, 1, selection=ROW
+    ),
+    "supermask_linear: k must be in [0, 20], got 21": lambda: linear(X, W, W, 21),
+    "supermask_linear: selection must be one int64 row (threshold bits, tie index) of topk_select, or a packed mask of "
+    "3 bytes, on cpu, got torch.int64 of (1, 2) on cpu": lambda: linear(X, W, W, selection=ROW[None]),
+    "supermask_linear: x is torch.float32 but weight is torch.float64": lambda: linear(X, W.double(), W, 1),
+    "supermask_conv1d: weight must have shape (O, C/groups, S), got (4, 5)": lambda: ops.supermask_conv1d(
+        LINES, W, W, 1
+    ),
+    "supermask_conv1d: stride must be one integer of at least 1, got (1, 2)": lambda: ops.supermask_conv1d(
+        LINES, TAPS, TAPS, 1, stride=(1, 2)
+    ),
+}
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
+
+
+FOREIGN_MEMORY: Calls = {
+    "short scores": lambda: RAW.supermask_linear(X, W, W[:3], ROW, None, False),
+    "short scores of a convolution": lambda: RAW.supermask_conv2d(
+        IMAGES, KERNELS, KERNELS[:3], ROW, None, *STEPS, 1, True
+    ),
+    "a short selection": lambda: RAW.supermask_linear(X, W, W, ROW[:1], None, True),
+}
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

@@ -7,6 +7,7 @@ import torch
 from cases import DTYPES, LAYOUTS, PATTERNS, SIZES, dtypes, scores_of
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import FAR, RAW, ROW, Calls, W, guarded, refused
 from selections import HINTED, HINTS, drawn
 from torch import Tensor
 
@@ -245,3 +246,29 @@ def test_compiles_in_one_graph_with_the_same_masks() -> None:
     scores, k = [torch.randn(33, 65), torch.randn(9)], [107, 4]
     compiled = torch.compile(ops.topk_masks, fullgraph=True, backend="aot_eager")
     assert_reference(scores, k, compiled(scores, k))
+
+
+SENTENCES: Calls = {
+    "density must be in [0, 1], got 1.5": lambda: ops.density_to_k(10, 1.5),
+    "topk_masks: expected at least one score tensor, got none": lambda: ops.topk_masks([], []),
+    "topk_masks: expected one k per score tensor, got 2 scores and 1 k": lambda: ops.topk_masks([W, W], [1]),
+    "topk_mask: k must be in [0, 20], got 21": lambda: ops.topk_mask(W, 21),
+    "topk_mask: k must be in [0, 20], got -1": lambda: ops.topk_mask(W, -1),
+    "topk_select: k must be in [0, 20], got 25": lambda: ops.topk_select([W, W], [3, 25]),
+    "topk_mask: scores must be float32, bfloat16, float16 or float64, got torch.int64": lambda: ops.topk_mask(ROW, 1),
+    "topk_masks: scores are on two devices, cpu and meta": lambda: ops.topk_masks([W, FAR], [1, 1]),
+    "topk_masks: hint must be int64 of shape (2, 2), got torch.int64 of (1, 2)": lambda: ops.topk_masks(
+        [W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64)
+    ),
+    "topk_select: hint must be int64 of shape (1, 2), got torch.float32 of (1, 2)": lambda: ops.topk_select(
+        [W], [1], torch.zeros(1, 2)
+    ),
+}
+test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
+
+
+FOREIGN_MEMORY: Calls = {
+    "more to keep than there is": lambda: RAW.topk_masks([W], [21], None, True),
+    "a short hint": lambda: RAW.topk_masks([W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64), True),
+}
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

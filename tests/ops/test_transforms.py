@@ -12,8 +12,8 @@ from accuracy import Results, assert_exact, run
 from cases import FEW, Layer
 from networks import images, small_net
 from products import LayerFunction, problem
+from test_bitmap import Bitmap
 from test_masked import Masked
-from test_packed import Packed
 from test_sparse import Sparse
 from test_supermask import SparseSupermask, Supermask
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 CONV1D = Layer("conv1d", (4, 4, 9), (6, 2, 3), stride=2, padding=1, groups=2)
 FAMILIES = {
     "supermask": Supermask(), "sparse-supermask": SparseSupermask(), "masked": Masked(), "sparse": Sparse(),
-    "packed": Packed(),
+    "bitmap": Bitmap(),
 }  # fmt: skip
 Case = tuple[LayerFunction, Results]
 

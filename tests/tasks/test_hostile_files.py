@@ -117,7 +117,7 @@ def configured(root: Path) -> Any:
     return chosen
 
 
-def packed(content: bytes) -> bytes:
+def gzipped(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
 
 
@@ -129,13 +129,13 @@ FORMS: dict[str, tuple[Mapping[str, bytes], Callable[[Path], Any], bool]] = {
     "tiff": (pictures("tiff"), images, True),
     "annotations": (tiny(), lambda root: load("tinyimagenet", root)[1].labels.tolist(), False),
     "vectors": ({"v.txt": VECTORS.encode()}, vectors("v.txt"), False),
-    "vectors.gz": ({"v.vec.gz": packed(VECTORS.encode())}, vectors("v.vec.gz"), True),
+    "vectors.gz": ({"v.vec.gz": gzipped(VECTORS.encode())}, vectors("v.vec.gz"), True),
     "recipe": ({"r.yaml": yaml.safe_dump(RECIPE).encode()}, lambda root: recipes.read(str(root / "r.yaml")), False),
     "options": ({"options.yaml": yaml.safe_dump(OPTIONS).encode()}, configured, False),
 }  # fmt: skip
 for _ending in ("csv", "tsv", "jsonl"):
     FORMS[_ending] = ({f"t.{_ending}": table(_ending)}, texts(f"t.{_ending}"), False)
-    FORMS[f"{_ending}.gz"] = ({f"t.{_ending}.gz": packed(table(_ending))}, texts(f"t.{_ending}.gz"), True)
+    FORMS[f"{_ending}.gz"] = ({f"t.{_ending}.gz": gzipped(table(_ending))}, texts(f"t.{_ending}.gz"), True)
 """Files by name, of which the first is damaged; what reads them; whether what is read must then be what was written
 (for images: of its shape), since the form has a checksum."""
 
@@ -208,9 +208,9 @@ def test_a_damaged_file_is_read_right_or_refused_by_name(form: str, tmp_path_fac
         ("t.jsonl", b"[" * 100_000, "after row 0: maximum recursion depth"),
         ("t.jsonl", b'{"label": ' + b"1" * 5000 + b"}\n", "after row 0: Exceeds the limit"),
         ("t.jsonl", b'{"label": 1, "title": 2, "text": "\\ud800"}\n', "after row 1: .*surrogates not allowed"),
-        ("t.tsv.gz", packed(table("tsv"))[:-9], "after row 0: Compressed file ended"),
-        ("t.tsv.gz", packed(table("tsv"))[:-8] + b"\0" * 8, "after row 0: CRC check failed"),
-        ("t.tsv.gz", packed(table("tsv"))[:10] + b"\xff" * 9, "after row 0: Error -3 while decompressing"),
+        ("t.tsv.gz", gzipped(table("tsv"))[:-9], "after row 0: Compressed file ended"),
+        ("t.tsv.gz", gzipped(table("tsv"))[:-8] + b"\0" * 8, "after row 0: CRC check failed"),
+        ("t.tsv.gz", gzipped(table("tsv"))[:10] + b"\xff" * 9, "after row 0: Error -3 while decompressing"),
         ("t.tsv", b"label\x1b[31m" + b"x" * 1000 + b"\n", r"first row, but \['label\\x1b\[31mx*\.\.\.$"),
     ],
     ids=["list", "text", "deep", "long number", "half a pair", "cut off", "checksum", "no stream", "columns"],
@@ -229,7 +229,7 @@ def test_a_hostile_table_is_refused_with_its_row(tmp_path: Path, name: str, cont
         ("v.txt", b"one 1 2\ntwo 1e99 1\n", "line 2: the numbers must be finite in float32"),
         ("v.txt", b"\none\n", "line 2: expected at least 1 numbers, got 0"),
         ("v.txt", b"one 1 2\n\xff 1 2\n", "cannot be read after line 0: .*can't decode"),
-        ("v.txt.gz", packed(VECTORS.encode())[:20], "cannot be read after line 0: Compressed file ended"),
+        ("v.txt.gz", gzipped(VECTORS.encode())[:20], "cannot be read after line 0: Compressed file ended"),
     ],
 )
 def test_hostile_word_vectors_are_refused_with_their_line(
@@ -263,7 +263,7 @@ def test_a_gzip_file_that_unpacks_to_far_too_much_is_refused_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     names = {"table": "t.tsv.gz", "vectors": "v.txt.gz", "idx": "train-images-idx3-ubyte.gz"}
-    (tmp_path / names[form]).write_bytes(packed(b"one 1 2 3\n" * 300_000))
+    (tmp_path / names[form]).write_bytes(gzipped(b"one 1 2 3\n" * 300_000))
     for name in ("train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
         (tmp_path / name).touch()
     monkeypatch.setattr(files, "UNPACKED_BYTES", 1_000_000)

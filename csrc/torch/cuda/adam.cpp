@@ -1,4 +1,4 @@
-// adam_topk: PyTorch meets csrc/cuda/adam. The operator of kernels/cuda_adam.py, with the flag for NaN scores.
+// adam_topk: PyTorch meets csrc/cuda/adam. The operator of kernels/cuda_selection.py, with the flag for NaN scores.
 #include "cuda/adam.h"
 
 #include "torch/cuda/launch.h"
