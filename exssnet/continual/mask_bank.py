@@ -1,12 +1,15 @@
 """The supermasks of all finished tasks, packed, and what they use of the network."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..ops import free_mask, pack_mask, unpack_mask
+
+FreeRule: TypeAlias = Callable[[str, Tensor], Tensor]  # a layer's name and mask -> which weights of it train
 
 
 @dataclass(frozen=True)

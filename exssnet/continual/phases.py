@@ -15,7 +15,7 @@ from ..nn.modes import NoMask, Values
 from ..ops import unpack_mask
 from . import owners, stored
 from .freezing import freeze_weights
-from .mask_bank import MaskBank
+from .mask_bank import FreeRule, MaskBank
 from .shared_weights import SharedWeights
 from .task_state import TaskState
 from .undo import held, undone_on_failure
@@ -37,7 +37,6 @@ class Phases:
         phases = Phases(convert(model, density=0.05))
         phases.start_task()                    # the mask phase: train phases.parameters(), the scores
         optimizer = phases.optimizer(torch.optim.AdamW, lr=1e-2)
-        ...
         phases.start_weight_phase()            # train phases.parameters(), the free values, with a new optimizer
         phases.finish_task()                   # masks and statistics are stored; the task stays active
         phases.activate(0)                     # the model now is task 0's network
@@ -129,20 +128,21 @@ class Phases:
         return self.active
 
     @torch.inference_mode(False)
-    def start_weight_phase(self, exclusive: bool = True) -> None:
+    def start_weight_phase(self, exclusive: bool | FreeRule = True) -> None:
         """Fix the masks and make the compact values trainable.
 
         exclusive: only the free weights, mask and not used before (ExSSNeT); else the whole mask, which overwrites
-        earlier tasks' weights (SSNeT).
+        earlier tasks' weights (SSNeT). Or a function of a layer's name and mask that gives the mask of what trains.
         """
         self.require("start_weight_phase", "mask")
         self._check_finite("start_weight_phase")
         scores = self.masked_parameters()
+        rule = exclusive if callable(exclusive) else self.bank.free if exclusive else lambda _, mask: mask
         with undone_on_failure(self):
             self._fix_masks()
             for name, layer in self.layers.items():
                 mask = self._open_masks[name]
-                self._open_free[name] = self.bank.free(name, mask) if exclusive else mask
+                self._open_free[name] = rule(name, mask)
                 layer.use_values(mask, self._open_free[name])
             if not self.parameters():  # a loss needs something to go back to, and optimizers refuse empty lists
                 layer.mode = Values(layer, mask, self._open_free[name])
@@ -365,7 +365,7 @@ class Phases:
                 found[f"weight/{name}"] = layer.dense_weight.detach()
         return found | stored.state_tensors(self, self.own.live(), "state/")
 
-    def reopen(self, phase: Phase, scores: Mapping[str, Tensor], called: Tensor, exclusive: bool = True) -> None:
+    def reopen(self, phase: Phase, scores: Mapping[str, Tensor], called: Tensor, exclusive: bool | FreeRule) -> None:
         """Open a task again in a phase, from the scores of `open_tensors`; its other tensors are then to be filled."""
         self.start_task(scores, joint=phase == "joint")
         for layer, was in zip(self.layers.values(), called.tolist(), strict=True):
