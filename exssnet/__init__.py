@@ -7,6 +7,7 @@ from .continual.mask_bank import MaskBank
 from .continual.methods import METHODS, Method
 from .continual.phases import Phases
 from .continual.serving import Served
+from .continual.strategy import Stage, Strategy
 from .io.console import VERSION
 from .kernels.memory import keep_freed_memory
 from .nn import (
@@ -35,6 +36,8 @@ __all__ = [
     "Phases",
     "ScoreAdam",
     "Served",
+    "Stage",
+    "Strategy",
     "Summary",
     "SupermaskConv1d",
     "SupermaskConv2d",

@@ -1,6 +1,6 @@
-"""What a task and a model must be to be learned, told in one sentence before training starts. B a batch."""
+"""Checks of tasks and models before training: what does not fit is told in one sentence. B a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,19 @@ def trial(model: nn.Module, device: torch.device) -> Iterator[None]:
     """For forwards that leave no trace: evaluation mode without gradients, and the random state is put back."""
     with evaluation(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def check_tasks(
+    tasks: Sequence[Task], model: nn.Module, batch_size: int, device: torch.device, fits: Callable[[Task, Tensor], None]
+) -> None:
+    """ValueError where the data, or a batch of them, do not fit the model. `fits` checks a task's batch (B, ...)."""
+    processes = distributed.size()
+    with trial(model, device):
+        for task in tasks:
+            x = sample(task, batch_size).to(device)
+            fits(task, x)
+            if (items := min(batch_size, len(task.train))) < 2 * processes:
+                check_batch(task, model, x, items, processes)
 
 
 def check_data(task: Task) -> None:

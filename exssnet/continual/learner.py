@@ -1,87 +1,76 @@
-"""Trains and evaluates a converted model on a stream of tasks: one loop for both phases, one for evaluation."""
+"""Trains and evaluates a model on a stream of tasks with any method: one loop trains, one evaluates."""
 
 import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ..kernels import nan_flag
+from ..io.values import shown
 from ..kernels.native import is_served
-from ..nn import evaluation
 from ..nn.optim import ScoreAdam
-from ..tasks import Task, batch_sizes, loader, stratified_split
-from . import checking, distributed, heads, state, stored
+from ..tasks import Task, loader, stratified_split
+from . import checking, heads, hooks, method_state, state, stored
 from .kkt import RULES, Rule, sample_share, transfer
-from .methods import Method, preset
+from .methods import preset
 from .phases import PHASES, Phases
-from .records import EpochRecord, OpenTask, Stopwatch, TaskReport, Training
+from .records import OPTIMIZERS, EpochRecord, OpenTask, PhaseOptions, Stopwatch, TaskReport, Training
+from .strategy import Stage, Strategy
+from .training import Loop, Observer, optimizer_of, score
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
-
-
-@dataclass(frozen=True)
-class PhaseOptions:
-    """How one phase is trained: epochs, peak learning rate of its cosine schedule, and the optimizer."""
-
-    epochs: int = 5
-    lr: float = 1e-2
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 0.0
-    patience: int | None = None  # stop after that many epochs without a better validation result
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or self.lr < 0 or self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"a phase needs epochs >= 0, lr >= 0 and an optimizer of {', '.join(OPTIMIZERS)}, "
-                f"got epochs={self.epochs}, lr={self.lr}, optimizer={self.optimizer!r}"
-            )
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1 epoch, or None, got {self.patience}")
-
-
-class Observer(Protocol):
-    """Is told how training goes; printing, saving and plotting belong to it."""
-
-    def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None: ...
-    def on_epoch(self, record: EpochRecord) -> None: ...
+__all__ = ["OPTIMIZERS", "EpochRecord", "Learner", "Observer", "PhaseOptions"]
 
 
 class Learner:
-    """Learns tasks one after another; what a method protects of earlier tasks stays bitwise what it was.
+    """Learns tasks one after another. What the method protects of earlier tasks stays bitwise the same.
 
-    model: converted by `convert`; returns logits, at least as many as the largest task has classes. Labels restart
-        from 0 in each task.
-    method: a preset's name ("supsup", "ssnet", "exssnet", "wsn") or a `Method`.
-    mask, weight: options of the two phases; for a method without weight phase the epochs of both go to the masks.
-        Parameters without a mask (biases, affine norms) are trained in both, and the dense weights of a joint phase,
-        at the weight phase's learning rate.
-    kkt: None, or the rule by which a new task's scores start from earlier ones ("best", "always", "all", "rescaled").
-    all_outputs: let the loss and the prediction see all outputs of the head, not only the task's own.
-    keep_scores: dtype of the scores kept for KKT, or None to drop them.
-    head: name of the layer whose input KKT compares; None: see `exssnet.continual.kkt.penultimate_features`.
-    A last batch of one item joins the one before it if a batch norm could not be trained on it.
-    Deterministic given seed and thread count.
-    After an exception finished tasks are as before, and the task at hand is open. If no step is half done, as after an
-    error of the data or the observer, `state` can be taken, and `learn` or `run` goes on with the next step. Otherwise
-    both refuse until `phases.abandon_task()`; then the task is learned anew.
+    A last batch of one item joins the batch before it if a batch norm could not be trained on it. Results are
+    deterministic for a given seed and number of threads.
+
+    After an exception finished tasks are unchanged, and the task at hand is open. If no step is half done, as after an
+    error of the data or the observer, `state` can be taken, and `learn` or `run` continues with the next step.
+    Otherwise both refuse until `phases.abandon_task()`; then the task is learned from its beginning.
+
+    Args:
+        model: Returns logits, at least as many as the largest task has classes; labels restart from 0 in each task. It
+            went through `convert`, unless the method converts it (the dense baselines do).
+        method: Name of a preset ("supsup", "ssnet", "exssnet", "wsn"), a `Method` or any `Strategy`, which is copied.
+        mask: Options of the mask phase. A method with one phase adds up the epochs of `mask` and `weight`.
+        weight: Options of the weight phase. Parameters without a mask (biases, affine norms) train in both phases, and
+            the dense weights in a joint phase, at this learning rate.
+        kkt: Rule by which a new task's scores start from earlier ones ("best", "always", "all", "rescaled"), or None.
+        batch_size: Items of a batch, over all processes.
+        all_outputs: The loss and the prediction see all outputs of the head, not only those of the task's classes.
+        seed: Seed of scores, data order and KKT's sample.
+        keep_scores: Dtype of the scores kept for KKT, or None to drop them.
+        observer: Is told of each step and epoch.
+        head: Name of the layer whose input KKT compares; None: see `exssnet.continual.kkt.penultimate_features`.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or options contradict each other.
+
+    Example::
+
+        learner = Learner(convert(model, density=0.1), "exssnet", mask=PhaseOptions(5), weight=PhaseOptions(5))
+        accuracy = learner.run(tasks)
     """
 
     def __init__(
-        self, model: nn.Module, method: str | Method = "exssnet", *,
+        self, model: nn.Module, method: str | Strategy = "exssnet", *,
         mask: PhaseOptions | None = None, weight: PhaseOptions | None = None, kkt: Rule | None = None,
         batch_size: int = 64, all_outputs: bool = False, seed: int = 0,
         keep_scores: torch.dtype | None = torch.float32, observer: Observer | None = None, head: str | None = None,
     ) -> None:  # fmt: skip
-        self.method = preset(method) if isinstance(method, str) else method
+        if not isinstance(method, str | Strategy):
+            raise ValueError(f"method must be a name or an instance of Strategy, got {shown(method)}")
+        self.method: Strategy = preset(method) if isinstance(method, str) else copy.deepcopy(method)
         if kkt is not None and kkt not in RULES:
             raise ValueError(f"kkt must be None or one of {', '.join(RULES)}, got {kkt!r}")
         if kkt is not None and keep_scores is None:
@@ -90,6 +79,8 @@ class Learner:
             raise ValueError(f"a batch needs at least 1 item, got batch_size={batch_size}")
         if head is not None:
             heads.check_name(model, head)
+        self._method_options = method_state.options(self.method)
+        self.method.prepare(model)
         self.model = model
         self.phases = Phases(model, keep_scores, seed)
         self.mask, self.weight = mask or PhaseOptions(), weight or PhaseOptions()
@@ -101,19 +92,36 @@ class Learner:
         self.head = head
         self.reports: list[TaskReport] = []
         self._rows: list[list[float]] = []
-        self._stream: list[str] = []  # a fingerprint of each task that was begun
+        self._stream: list[str] = []  # a fingerprint of each task that has begun
         self._open: OpenTask | None = None
         self._goes_on = False  # a state was restored, or an exception ended `run`
         self._checked: Sequence[Task] = ()  # of the run at hand
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(iter(self.phases.layers.values())).dense_weight.device
 
-    def learn(self, task: Task) -> TaskReport:
-        """Learn one task through all phases of the method; the model is its network afterwards.
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept of all finished tasks."""
+        return self.method.nbytes(self)
 
-        After `restore`, or an exception between two steps, goes on with the open task: ValueError for another one.
+    def learn(self, task: Task) -> TaskReport:
+        """Learn one task through all stages of the method; the model is its network afterwards.
+
+        After `restore`, or an exception between two steps, this continues with the open task.
+
+        Args:
+            task: The task.
+
+        Returns:
+            The task's report, which `reports` holds too.
+
+        Raises:
+            ValueError: The task does not fit the model, or another task is open.
+            FloatingPointError: Training diverged.
+            RuntimeError: A task is open that cannot go on.
         """
         self._refuse_left_open()
         if self._open is not None and self._open.task is not task:
@@ -136,10 +144,21 @@ class Learner:
         return report
 
     def run(self, tasks: Sequence[Task]) -> Tensor:
-        """Learn all tasks; returns accuracy (T, T), entry [i, j] on task j's test data after learning task i.
+        """Learn all tasks and evaluate each finished one after each of them.
 
-        Entries of tasks not yet learned (j > i) are NaN. After `restore` or an exception, goes on from where it was;
-        ValueError where a task is not the one that was learned.
+        After `restore` or an exception, this continues where the run was.
+
+        Args:
+            tasks: The stream.
+
+        Returns:
+            Accuracy (T, T), float64. Entry [i, j] is the accuracy on task j's test data after learning task i; entries
+            of tasks not learned yet (j > i) are NaN.
+
+        Raises:
+            ValueError: A task does not fit the model, or is not the one that was learned before.
+            FloatingPointError: Training diverged.
+            RuntimeError: Tasks are learned already, or a task is open that cannot go on.
         """
         self._refuse_left_open()
         done = len(self.reports)
@@ -159,10 +178,16 @@ class Learner:
         return self.accuracy
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that training goes on from, as named tensors and an object that JSON can hold: see `restore`.
+        """All that training goes on from: see `restore`.
 
-        RuntimeError unless `whole`: between tasks, whenever the observer is called, and after an error between two
-        steps. The tensors are those of the model: write or copy them before training goes on.
+        Returns:
+            Named tensors, and an object that JSON can hold. The tensors are those of the model: write or copy them
+            before training goes on.
+
+        Raises:
+            RuntimeError: Not `whole`. It is whole between tasks, whenever the observer is called, and after an error
+                between two steps.
+            ValueError: The method keeps something that a checkpoint cannot hold, see `Strategy.state_dict`.
         """
         phases, open_ = self.phases, self._open
         phases.require("state", *PHASES)
@@ -172,11 +197,14 @@ class Learner:
                 raise RuntimeError(f"state: a task is open in the {phases.phase} phase, but not by this learner")
             more, meta = state.opened(phases, open_, open_.training)
             tensors |= more
-        found = state.LearnerMeta(
+        more, own = method_state.encoded(self.method, self.model)
+        tensors |= more
+        whole = state.LearnerMeta(
             len(phases.bank), stored.kept(phases), self._settings(),
             self._stream[: len(phases.bank) + bool(meta)], self.reports, self._rows, state.choices(phases), meta,
+            own if more or own != self._method_options else {},
         )  # fmt: skip
-        return tensors, found.as_json()
+        return {name: t.detach() for name, t in tensors.items()}, whole.as_json()
 
     @property
     def whole(self) -> bool:
@@ -184,14 +212,21 @@ class Learner:
         return self.phases.phase == "idle" or getattr(self._open, "training", None) is not None
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> None:
-        """Return to a `state` of a learner with the same options and model; `run` then goes on, bit for bit.
+        """Return to a `state` of a learner with the same options and model; `run` then continues bit for bit.
 
-        tasks: the stream, made anew from the same data. Also sets torch's random state. RuntimeError if tasks are
-        learned or open already; ValueError, before anything is changed, for a state of another learner, model or
-        stream, and for one that is damaged.
+        Also sets torch's random state.
+
+        Args:
+            tensors: The tensors of the state.
+            meta: Its JSON part.
+            tasks: The stream, made from the same data.
+
+        Raises:
+            RuntimeError: Tasks are learned or open already.
+            ValueError: The state is damaged, or of another learner, model or stream. Nothing is changed.
         """
         trial = copy.copy(self)
-        trial.phases = copy.deepcopy(self.phases)
+        trial.phases, trial.method = copy.deepcopy((self.phases, self.method))
         trial.model = trial.phases.model
         trial._put(tensors, meta, tasks)  # whatever is wrong shows here and not in this learner
         random = self._put(tensors, meta, tasks)
@@ -213,10 +248,35 @@ class Learner:
         """(accuracy, mean loss) of the network as it is now on a task's validation data; NaN without any."""
         return self._score(task.validation, task.classes) if task.validation is not None else (math.nan, math.nan)
 
+    # What a strategy uses: see `Context`
+
+    @property
+    def task(self) -> Task:
+        """The open task, with its data, name and number of classes."""
+        return self._opened().task
+
+    @property
+    def stage(self) -> int:
+        """Index of the open stage in the method's plan."""
+        return self._opened().stage
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The model's logits (B, classes) for the open task's classes, or for all outputs with `all_outputs`."""
+        return self._logits(x, self.task.classes)
+
+    def generator(self) -> torch.Generator:
+        """A new CPU generator, seeded by the run's seed and the open task's number alone."""
+        return self._generator(self._opened().report.task, 3)
+
     # Inside
 
+    def _opened(self) -> OpenTask:
+        if self._open is None:
+            raise RuntimeError("no task is open: a method's hooks are called while `learn` or `run` is at work")
+        return self._open
+
     def _refuse_left_open(self) -> None:
-        """RuntimeError for a task that an exception left open; what of it is learned may be half a step."""
+        """RuntimeError for a task that an exception left open: what it has learned may be half a step."""
         if self.phases.phase == "idle":
             self._open = None  # also where a restored one was abandoned
         elif self._open is None:
@@ -233,19 +293,11 @@ class Learner:
         if bare:  # no layer has a mask yet
             self.phases.start_task({name: torch.zeros(shape) for name, shape in self.phases.bank.shapes.items()})
         try:
-            with checking.trial(self.model, self.device):
-                for task in tasks:
-                    x, processes = checking.sample(task, self.batch_size).to(self.device), distributed.size()
-                    self._check_model(task, x)
-                    if (items := min(self.batch_size, len(task.train))) < 2 * processes:
-                        checking.check_batch(task, self.model, x, items, processes)
+            fits = partial(self.method.check, self)
+            checking.check_tasks(tasks, self.model, self.batch_size, self.device, fits)
         finally:
             if bare:
                 self.phases.abandon_task()
-
-    def _check_model(self, task: Task, x: Tensor) -> None:
-        """ValueError where the model cannot learn a task of which x is a batch."""
-        checking.check_logits(task, self.model(x), len(x))
 
     @contextmanager
     def _divergence_told(self, task: Task) -> Iterator[None]:
@@ -268,45 +320,74 @@ class Learner:
         logits: Tensor = self.model(x.to(self.device))
         return logits if self.all_outputs else logits[:, :classes]
 
-    def _loss(self, x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """(loss, logits) of a training batch."""
-        logits = self._logits(x, classes)
-        return F.cross_entropy(logits, y), logits
-
     def _begin(self, task: Task) -> OpenTask:
-        """Open the mask phase of a new task, with KKT's scores where there are any."""
+        """Open a new task in its first phase, with the method's or KKT's scores where there are any."""
         report = TaskReport(len(self.phases.bank), task.name, task.classes)
+        self._open = OpenTask(task, report)
         task.train.restart()
-        scores = None
-        if self.kkt is not None and report.task > 0:
+        first = hooks.plan(self.method, self)[0]
+        self.method.before_task(self)
+        scores = hooks.initial_scores(self.method, self)
+        if scores is None and self.kkt is not None and report.task > 0:
             clock = Stopwatch()
             scores = self._transfer(task, report)
             report.seconds["kkt"] = clock.seconds
-        self.phases.start_task(scores, joint=self.method.joint)
+        self.phases.start_task(scores, joint=first.phase == "joint")
         self._stream = [*self._stream[: report.task], state.fingerprint(task)]
-        self._open = OpenTask(task, report)
+        self.method.before_phase(self)
         return self._open
 
     def _learn(self, open_: OpenTask) -> TaskReport:
-        """Train the phases of an open task that are left, and close it."""
-        report, task = open_.report, open_.task
-        if self.phases.phase != "weight":
-            self._train(open_)
-            if self.method.weight_phase:
-                self.phases.start_weight_phase(self.method.exclusive)
-                open_.to_beat = open_.best
+        """Train the stages of an open task that are left, and close it."""
+        report, task, plan = open_.report, open_.task, hooks.plan(self.method, self)
+        self._train(plan[open_.stage])
+        for number, stage in enumerate(plan[open_.stage + 1 :], open_.stage + 1):
+            if self.phases.phase == "mask":
+                self.phases.start_weight_phase(self._free_mask)
+            open_.stage, open_.to_beat = number, open_.best if stage.must_improve else None
+            open_.best = open_.to_beat
+            self.method.before_phase(self)
+            self._train(stage)
         if self.phases.phase == "weight":
-            self._train_weights(open_)
             unbeaten = task.validation is not None and open_.best == open_.to_beat
             report.reverted = "weight" in report.seconds and unbeaten
+        self.method.after_task(self)
         self.phases.finish_task()
         report.use = self.phases.bank.use[report.task]
         return report
 
-    def _train_weights(self, open_: OpenTask) -> None:
-        self._train(open_)
+    def _train(self, stage: Stage) -> None:
+        """Train the open stage, from its first step or from where it is."""
+        open_ = self._opened()
+        if open_.training is None:
+            open_.training = self._training(stage)
+            if open_.training is not None and open_.best is not None:
+                open_.training.kept = self._snapshot()
+        if open_.training is not None:
+            self._loop().train(open_, self.phases.phase, stage.options)
+        self.method.after_phase(self)
+
+    def _loop(self) -> Loop:
+        return Loop(
+            self.model, self.device, self.batch_size, self.observer, lambda x, y: hooks.loss(self.method, self, x, y),
+            lambda: self.method.gradient(self), self.phases.statistics, self._snapshot, self._put_back, self.validate,
+        )  # fmt: skip
+
+    def _snapshot(self) -> dict[str, Any]:
+        """A copy of all that the open stage trains."""
+        return {**self.phases.snapshot(), "trained": [t.detach().clone() for t in self.method.trained(self)]}
+
+    def _put_back(self, snapshot: dict[str, Any]) -> None:
+        self.phases.restore(snapshot)
+        with torch.no_grad():
+            for tensor, value in zip(self.method.trained(self), snapshot["trained"], strict=True):
+                tensor.copy_(value)
+
+    def _free_mask(self, name: str, mask: Tensor) -> Tensor:
+        return hooks.free_mask(self.method, self, name, mask)
 
     def _transfer(self, task: Task, report: TaskReport) -> dict[str, Tensor] | None:
+        """KKT's scores for a new task, or None; fills the report."""
         assert self.kkt is not None
         data = task.train.unaugmented()
         _, index = stratified_split(data.labels, sample_share(len(data)), self._generator(report.task, 0))
@@ -315,11 +396,11 @@ class Learner:
         def batches() -> Iterator[Tensor]:
             return (x.to(self.device) for x, _ in loader(picked, 4 * self.batch_size))
 
-        found = transfer(self.phases, batches, picked.labels, task.classes, self.kkt, self.seed, head=self.head)
-        report.kkt = replace(found, scores=None)
-        if found.scores is None:
+        outcome = transfer(self.phases, batches, picked.labels, task.classes, self.kkt, self.seed, head=self.head)
+        report.kkt = replace(outcome, scores=None)
+        if outcome.scores is None:
             return None
-        scores = dict(found.scores)
+        scores = dict(outcome.scores)
         starts = scores, self.phases.random_scores(report.task)
         learned, random = (self._initial_accuracy(task, report.kkt.sources[0], start) for start in starts)
         report.initial_accuracy = learned, random
@@ -333,167 +414,74 @@ class Learner:
             return self._score(task.test, task.classes)[0]
 
     def _optimizer(self, options: PhaseOptions) -> torch.optim.Optimizer | None:
+        more = [t for t in self.method.trained(self) if t.requires_grad]
         groups = [
             {"params": parameters, "lr": lr}
             for parameters, lr in (
                 (self.phases.masked_parameters(), options.lr),
-                (self.phases.dense_weights() + self.phases.task_parameters(), self.weight.lr),
+                (self.phases.dense_weights() + self.phases.task_parameters() + more, self.weight.lr),
             )
             if any(p.numel() for p in parameters)
         ]
         if not groups:
             return None
-        if options.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
         if options.optimizer == "adam" and self.phases.phase == "mask" and is_served("adam_topk", self.device.type):
             return ScoreAdam(groups, self.model, weight_decay=options.weight_decay)
-        kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-        # One kernel for all parameters: a step of a small network is a third of it otherwise.
-        return kind(groups, weight_decay=options.weight_decay, fused=self.device.type in ("cpu", "cuda"))
+        return optimizer_of(options, groups, self.device)
 
     def _settings(self) -> dict[str, Any]:
         """What decides how training goes, as JSON has it."""
-        found = {
-            "method": asdict(self.method), "mask": asdict(self.mask), "weight": asdict(self.weight), "kkt": self.kkt,
+        options = {
+            "method": {"name": type(self.method).__name__, **self._method_options},
+            "mask": asdict(self.mask), "weight": asdict(self.weight), "kkt": self.kkt,
             "batch_size": self.batch_size, "all_outputs": self.all_outputs, "seed": self.seed,
             "keep_scores": None if self.phases.keep_scores is None else str(self.phases.keep_scores), "head": self.head,
         }  # fmt: skip
-        return dict(json.loads(json.dumps(found)))
+        return dict(json.loads(json.dumps(options)))
 
     def _put(self, tensors: Mapping[str, Tensor], meta: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Take a state over, except for random states; returns the global ones."""
         phases, pieces = self.phases, stored.Pieces(tensors)
-        found = state.parse(meta, self._settings(), phases, tasks)
+        read = state.parse(meta, self._settings(), phases, tasks)
         random = state.take_random(pieces)
-        stored.put_finished(phases, pieces, found.tasks)
-        state.put_choices(phases, found.choices)
-        self._stream, self._rows = found.stream, found.rows
-        self.reports = [replace(r, use=use) for r, use in zip(found.reports, phases.bank.use, strict=True)]
-        if found.open is not None:
-            task, method = tasks[found.tasks], self.method
-            names = ["joint"] if method.joint else ["mask", "weight"][: 1 + method.weight_phase]
-            state.reopen(phases, pieces, found.open, names, method.exclusive)
+        stored.put_finished(phases, pieces, read.tasks)
+        state.put_choices(phases, read.choices)
+        self._stream, self._rows = read.stream, read.rows
+        self.reports = [replace(r, use=use) for r, use in zip(read.reports, phases.bank.use, strict=True)]
+        if read.method:
+            self.method.load_state_dict(method_state.decoded(pieces, read.method, self.device))
+        if read.open is not None:
+            task = tasks[read.tasks]
+            self._open = OpenTask(task, read.open.report, read.open.best, read.open.to_beat)
+            plan = hooks.plan(self.method, self)
+            self._open.stage = state.reopen(phases, pieces, read.open, [s.phase for s in plan], self._free_mask)
+            stage = plan[self._open.stage]
             order = state.generator_state(pieces, "epoch/order")
-            training = self._training(task, order, found.open.batch)
+            training = self._training(stage, order, read.open.batch)
             if training is None:
-                raise ValueError(f"the state's {found.open.phase} phase trains, but here there is nothing to train")
-            state.put_training(phases, pieces, found.open, training, self._phase()[1])
-            self._open = OpenTask(task, found.open.report, found.open.best, found.open.to_beat, training)
+                raise ValueError(f"the state's {read.open.phase} phase trains, but here there is nothing to train")
+            state.put_training(phases, pieces, read.open, training, stage.options.epochs, self._snapshot())
+            self._open.training = training
             if task.train.random is not None:
                 random["random/augmentation"] = state.generator_state(pieces, "random/augmentation")
         pieces.end()
         return random
 
-    def _phase(self) -> tuple[PhaseOptions, int]:
-        """Options and epochs of the open phase."""
-        mask_epochs, weight_epochs = self.method.budget(self.mask.epochs, self.weight.epochs)
-        return (self.weight, weight_epochs) if self.phases.phase == "weight" else (self.mask, mask_epochs)
+    def _training(self, stage: Stage, order: Tensor | None = None, skip: int = 0) -> Training | None:
+        """The open stage's training at its first step; None where there is nothing to train.
 
-    def _training(self, task: Task, order: Tensor | None = None, skip: int = 0) -> Training | None:
-        """The open phase's training at its first step; None where there is nothing to train.
-
-        order, skip: state of the data's generator when an epoch began, and how many batches of it are learned.
+        order, skip: State of the data's generator when an epoch began, and how many batches of it are learned.
         """
-        options, epochs = self._phase()
-        optimizer = self._optimizer(options)
-        if optimizer is None or epochs == 0:
+        optimizer = self._optimizer(stage.options)
+        if optimizer is None or stage.options.epochs == 0:
             return None
         if self.phases.phase == "joint":
             self.phases.guard(optimizer)
         generator = self._generator(len(self.phases.bank), 2 if self.phases.phase == "weight" else 1)
         if order is not None:
             generator.set_state(order)
-        least = checking.least_items(task, self.model, self.batch_size, self.device)
-        sizes, sums = batch_sizes(len(task.train), self.batch_size, least), torch.zeros(2, device=self.device)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(sizes))
-        return Training(optimizer, schedule, least, sizes, generator, generator.get_state(), sums, batch=skip)
-
-    def _train(self, open_: OpenTask) -> None:
-        """Train the open phase and leave it at its best epoch by validation (accuracy, then loss), or at its last.
-
-        With a result to beat, the phase ends where it began if no epoch does.
-        """
-        task, phase, (options, epochs) = open_.task, self.phases.phase, self._phase()
-        if open_.training is None:
-            open_.training = self._training(task)
-            if open_.training is not None and open_.best is not None:
-                open_.training.kept = self.phases.snapshot()
-        training = open_.training
-        if training is None:
-            return
-        optimizer, schedule, steps = training.optimizer, training.schedule, epochs * len(training.sizes)
-        training.generator.set_state(training.order)
-        data = loader(
-            task.train, self.batch_size, shuffle=True, generator=training.generator, skip=training.batch,
-            share=distributed.part(), least=training.least,
-        )  # fmt: skip
-        while training.epoch < epochs and (options.patience is None or training.waited < options.patience):
-            self.model.train()
-            for x, y in data:
-                training.whole = False
-                y = y.to(self.device)
-                batch, processes = training.sizes[training.batch], distributed.size()
-                own = distributed.share(batch)
-                loss, logits = self._loss(x, y, task.classes)
-                if processes > 1:
-                    loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                sums = torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
-                if processes > 1:
-                    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-                    distributed.average([*(g for g in gradients if g is not None), *self.phases.statistics(), sums])
-                optimizer.step()
-                schedule.step()
-                training.sums += sums * processes
-                training.batch, training.whole = training.batch + 1, True
-                if self.observer is not None:
-                    step = training.epoch * len(training.sizes) + training.batch
-                    self.observer.on_step(open_.report.task, phase, step, steps, sums[0] * processes / batch)
-            self._end_epoch(open_, training, epochs)
-        if training.kept is not None:
-            self.phases.restore(training.kept)
-        open_.report.seconds[phase] = open_.report.seconds.get(phase, 0.0) + training.clock.seconds
-        open_.training = None
-
-    def _end_epoch(self, open_: OpenTask, training: Training, epochs: int) -> None:
-        """Validate, record and tell an epoch, and keep it if it is the best so far."""
-        task, phase, number = open_.task, self.phases.phase, training.epoch + 1
-        mean_loss, accuracy = (total / len(task.train) for total in training.sums.tolist())
-        if nan_flag.seen(training.sums.device):
-            raise FloatingPointError(f"scores became NaN in epoch {number} of the {phase} phase")
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"the mean loss became {mean_loss} in epoch {number} of the {phase} phase")
-        result = None
-        if task.validation is not None:
-            validated, validation_loss = self.validate(task)
-            result = distributed.of_first((validated, -validation_loss))
-        record = EpochRecord(
-            open_.report.task, phase, number, epochs, mean_loss, accuracy, result[0] if result else None,
-            training.epoch_clock.seconds,
-        )  # fmt: skip
-        training.whole = False
-        open_.report.history.append(record)
-        if result is not None:
-            if open_.best is None or result > open_.best:
-                open_.best, training.kept, training.waited = result, self.phases.snapshot(), 0
-            else:
-                training.waited += 1
-        training.next_epoch()
-        if self.observer is not None:
-            self.observer.on_epoch(record)
+        return self._loop().begin(self.task, stage.options, optimizer, generator, skip)
 
     def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
-        right, loss, seen, size = 0, 0.0, 0, 4 * self.batch_size
-        with evaluation(self.model):
-            batches = loader(data, size, share=distributed.part())
-            for (x, y), batch in zip(batches, batch_sizes(len(data), size), strict=True):  # type: ignore[arg-type]
-                own = distributed.share(batch)
-                y = y.to(self.device)[:own]
-                logits = self._logits(x, classes)[:own]
-                right += int((logits.argmax(1) == y).sum())
-                loss += F.cross_entropy(logits, y, reduction="sum").item()
-                seen += len(y)
-        rights, losses, items = distributed.total((right, loss, seen), self.device)
-        return (rights / items, losses / items) if items else (math.nan, math.nan)
+        return score(self.model, lambda x: self._logits(x, classes), data, 4 * self.batch_size, self.device)

@@ -1,8 +1,8 @@
-"""How far training has come: what is told of epochs and tasks, and where an open task stands between two steps."""
+"""Records of training: the options of a phase, the reports of epochs and tasks, and the state of an open task."""
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,12 +11,58 @@ from ..tasks import Task
 from .kkt import Transfer
 from .mask_bank import LayerUse
 
+OPTIMIZERS = ("adam", "adamw", "sgd")
+
 Result: TypeAlias = tuple[float, float]  # of validation: accuracy, minus the mean loss
 
 
 @dataclass(frozen=True)
+class PhaseOptions:
+    """How one phase is trained. The learning rate falls from its peak to zero along a cosine.
+
+    Args:
+        epochs: Passes over the training data; 0 skips the phase's training.
+        lr: Peak learning rate.
+        optimizer: "adam", "adamw" or "sgd".
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of the optimizer.
+        patience: Stop after so many epochs without a better validation result; None never stops early.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    epochs: int = 5
+    lr: float = 1e-2
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.lr < 0 or self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"a phase needs epochs >= 0, lr >= 0 and an optimizer of {', '.join(OPTIMIZERS)}, "
+                f"got epochs={self.epochs}, lr={self.lr}, optimizer={self.optimizer!r}"
+            )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch, or None, got {self.patience}")
+
+
+@dataclass(frozen=True)
 class EpochRecord:
-    """One epoch of one phase. Accuracies are in [0, 1]; `validation` is None without a validation split."""
+    """The result of one epoch of one phase.
+
+    Args:
+        task: Number of the task.
+        phase: "mask", "weight" or "joint".
+        epoch: Number of the epoch, from 1.
+        epochs: Epochs of the phase.
+        loss: Mean loss over the training data.
+        accuracy: Training accuracy in [0, 1].
+        validation: Validation accuracy in [0, 1]; None without validation data.
+        seconds: Duration of the epoch.
+    """
 
     task: int
     phase: str
@@ -30,21 +76,33 @@ class EpochRecord:
 
 @dataclass
 class TaskReport:
-    """What learning one task came to."""
+    """The result of learning one task.
+
+    Args:
+        task: Number of the task.
+        name: Name of the task.
+        classes: Classes of the task.
+        use: Weights that the task keeps and trains, by layer name.
+        kkt: Outcome of KKT, without the scores; None where KKT did not run.
+        initial_accuracy: Test accuracy before training with KKT's scores, and with random scores.
+        reverted: The weight phase did not improve the validation result and was undone.
+        seconds: Duration of each phase, by phase.
+        history: One record per epoch.
+    """
 
     task: int
     name: str
     classes: int
     use: dict[str, LayerUse] = field(default_factory=dict)
-    kkt: Transfer | None = None  # without the scores, from which the task started
-    initial_accuracy: tuple[float, float] | None = None  # before training: with KKT's scores, with random ones
-    reverted: bool = False  # the weight phase did not improve validation and was undone
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    kkt: Transfer | None = None
+    initial_accuracy: tuple[float, float] | None = None
+    reverted: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
     history: list[EpochRecord] = field(default_factory=list)
 
 
 class Stopwatch:
-    """Seconds since it was made, and those that were spent before."""
+    """Measures seconds since its creation, plus those already spent."""
 
     def __init__(self, spent: float = 0.0) -> None:
         self._began = time.perf_counter() - spent
@@ -56,7 +114,7 @@ class Stopwatch:
 
 @dataclass
 class Training:
-    """Where the training of an open phase stands between two steps."""
+    """The state of an open phase's training between two steps."""
 
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -82,10 +140,11 @@ class Training:
 
 @dataclass
 class OpenTask:
-    """Where an open task stands between two steps."""
+    """The state of an open task between two steps."""
 
     task: Task
     report: TaskReport
     best: Result | None = None
-    to_beat: Result | None = None  # the mask phase's best, for the weight phase
+    to_beat: Result | None = None  # the best result of the stage before
     training: Training | None = None
+    stage: int = 0  # index into the method's plan

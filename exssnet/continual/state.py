@@ -1,4 +1,4 @@
-"""What training goes on from as named tensors and JSON, and back: each piece is checked for what it should be."""
+"""Converts the training state to named tensors and JSON and back; each piece is checked before it is taken."""
 
 import copy
 import hashlib
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ..io.values import alike, typed
 from ..nn import SupermaskLayer
+from ..ops import pack_mask, unpack_mask
 from ..tasks import Task
+from .mask_bank import FreeRule
 from .phases import Phase, Phases
 from .records import OpenTask, Result, Stopwatch, TaskReport, Training
 from .stored import FLOATS, Pieces, check_layers, state_tensors, take_all_state
 
 NUMBERS = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
 FINITE = ("weight/", "scores/", "open/scores/", "open/free/", "open/weight/", "kept/masked/")
-"""What never is NaN or infinite in a state that training can go on from."""
+"""Prefixes of the tensors that are never NaN or infinite in a state that training can go on from."""
 
 
 # The learner
@@ -28,7 +30,7 @@ FINITE = ("weight/", "scores/", "open/scores/", "open/free/", "open/weight/", "k
 
 @dataclass
 class Choice:
-    """Whether a layer takes sparse, or fused, products for inputs of one kind: made once, so that rounding stays."""
+    """Whether a layer takes sparse, or fused, products for inputs of one kind. It is kept, so that rounding stays."""
 
     layer: str
     what: str
@@ -59,6 +61,7 @@ class OpenMeta:
     epoch_seconds: float
     groups: list[dict[str, Any]]  # of the optimizer, without parameters
     moments: list[dict[str, Any]]  # the optimizer's state of each parameter; None stands for a tensor
+    stage: int | None  # None in files of earlier versions, in which each phase occurs once
 
 
 @dataclass
@@ -73,6 +76,7 @@ class LearnerMeta:
     rows: list[list[float]]
     choices: list[Choice]
     open: OpenMeta | None
+    method: dict[str, Any]  # what the method keeps, see `method_state`; empty if it keeps nothing
 
     def as_json(self) -> dict[str, Any]:
         reports = [replace(report, use={}) for report in self.reports]  # the masks tell it
@@ -81,32 +85,35 @@ class LearnerMeta:
 
 def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequence[Task]) -> LearnerMeta:
     """The JSON part of a learner's state. ValueError where it is damaged or of other settings, model or stream."""
-    found: LearnerMeta = typed(LearnerMeta, meta, "the state")
-    check_layers(found.k, phases)
-    if different := sorted(k for k in {*settings, *found.settings} if settings.get(k) != found.settings.get(k)):
-        told = "; ".join(f"{k} {found.settings.get(k)}, the learner has {settings.get(k)}" for k in different)
+    if isinstance(meta, dict) and meta:  # files of earlier versions lack what is added here
+        meta = {"method": {}, **meta}
+        meta["open"] = {"stage": None, **meta["open"]} if isinstance(meta.get("open"), dict) else meta.get("open")
+    read: LearnerMeta = typed(LearnerMeta, meta, "the state")
+    check_layers(read.k, phases)
+    if different := sorted(k for k in {*settings, *read.settings} if settings.get(k) != read.settings.get(k)):
+        told = "; ".join(f"{k} {read.settings.get(k)}, the learner has {settings.get(k)}" for k in different)
         raise ValueError(f"the state is of a learner with {told}")
-    begun = found.tasks + (found.open is not None)
-    if not found.tasks == len(found.reports) or len(found.stream) != begun or len(found.rows) > found.tasks:
+    begun = read.tasks + (read.open is not None)
+    if not read.tasks == len(read.reports) or len(read.stream) != begun or len(read.rows) > read.tasks:
         raise ValueError(
-            f"the state tells of {begun} tasks, {len(found.stream)} of the stream, {len(found.reports)} reports and "
-            f"{len(found.rows)} rows of accuracies, which do not fit together"
+            f"the state tells of {begun} tasks, {len(read.stream)} of the stream, {len(read.reports)} reports and "
+            f"{len(read.rows)} rows of accuracies, which do not fit together"
         )
     if len(tasks) < begun:
         raise ValueError(f"the state is of {begun} tasks, the stream has {len(tasks)}")
-    check_stream(tasks, found.stream)
-    reports = [*found.reports, *([found.open.report] if found.open else [])]
-    if [r.task for r in reports] != list(range(begun)) or [len(r) for r in found.rows] != [
-        i + 1 for i in range(len(found.rows))
+    check_stream(tasks, read.stream)
+    reports = [*read.reports, *([read.open.report] if read.open else [])]
+    if [r.task for r in reports] != list(range(begun)) or [len(r) for r in read.rows] != [
+        i + 1 for i in range(len(read.rows))
     ]:
         raise ValueError("the state's reports or rows of accuracies are out of order")
-    for c in found.choices:
+    for c in read.choices:
         fits = c.layer in phases.layers and {c.dtype, c.product_dtype} <= NUMBERS.keys()
         if not fits or c.what not in ("sparse", "fused") or not re.fullmatch(r"cpu|cuda(:\d\d?)?", c.device):
             raise ValueError(
                 f"the state holds a choice of kernels for {c.layer}, {c.dtype} on {c.device}, which are not known"
             )
-    return found
+    return read
 
 
 def check_stream(tasks: Sequence[Task], known: Sequence[str]) -> None:
@@ -118,14 +125,14 @@ def check_stream(tasks: Sequence[Task], known: Sequence[str]) -> None:
 
 def fingerprint(task: Task) -> str:
     """A hash of a task's name, labels and choice of items, of texts and their encoder; not of what images look like."""
-    found = hashlib.sha256(repr((task.name, task.classes, task.labels)).encode())
+    digest = hashlib.sha256(repr((task.name, task.classes, task.labels)).encode())
     for part in (task.train, task.validation, task.test):
         for tensor in () if part is None else (part.index, part.labels):
-            found.update(f"{len(tensor)} ".encode())
-            found.update(tensor.numpy().tobytes())
+            digest.update(f"{len(tensor)} ".encode())
+            digest.update(tensor.numpy().tobytes())
         items = getattr(getattr(part, "dataset", None), "images", None)
-        found.update(getattr(items, "identity", "").encode())
-    return found.hexdigest()
+        digest.update(getattr(items, "identity", "").encode())
+    return digest.hexdigest()
 
 
 def choices(phases: Phases) -> list[Choice]:
@@ -156,7 +163,10 @@ def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[st
     tensors |= {"epoch/order": training.order, "epoch/sums": training.sums}
     if training.kept is not None:
         tensors |= {f"kept/masked/{i}": t for i, t in enumerate(training.kept["masked"])}
+        tensors |= {f"kept/trained/{i}": t for i, t in enumerate(training.kept["trained"])}
         tensors |= state_tensors(phases, training.kept["state"], "kept/state/")
+    if phases.phase == "weight":
+        tensors |= {f"open/free_mask/{n}": pack_mask(phases.free_mask(n)) for n in phases.layers}
     if (random := open_.task.train.random) is not None:
         tensors["random/augmentation"] = random.get_state()
     optimizer, moments = training.optimizer, []
@@ -168,27 +178,50 @@ def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[st
     return tensors, OpenMeta(
         phases.phase, open_.report, open_.best, open_.to_beat, training.epoch, training.batch, training.waited,
         None if training.kept is None else len(training.kept["masked"]), training.clock.seconds,
-        training.epoch_clock.seconds, groups, moments,
+        training.epoch_clock.seconds, groups, moments, open_.stage,
     )  # fmt: skip
 
 
-def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, expected: Sequence[str], exclusive: bool) -> None:
-    """Open the phase of a task again."""
-    if meta.phase not in expected:
-        raise ValueError(f"the state's open task is in the {meta.phase} phase, the method has {' and '.join(expected)}")
+def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, plan: Sequence[str], rule: FreeRule) -> int:
+    """Open the phase of a task again and return the index of its stage in the method's plan, a list of phases."""
+    stage = meta.stage if meta.stage is not None else plan.index(meta.phase) if meta.phase in plan else -1
+    if not 0 <= stage < len(plan) or plan[stage] != meta.phase:
+        where = "" if meta.phase not in plan else f", stage {stage} of {len(plan)}"
+        raise ValueError(
+            f"the state's open task is in the {meta.phase} phase{where}, the method has {' and '.join(plan)}"
+        )
     phase: Phase = meta.phase  # type: ignore[assignment]
     shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
     scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
     called = pieces.take("open/called", (len(shapes),), torch.bool)
-    phases.reopen(phase, scores, called, exclusive)
+    phases.reopen(phase, scores, called, rule)
+    if phase == "weight" and pieces.names("open/free_mask/"):
+        _prune(phases, {n: unpack_mask(pieces.mask(f"open/free_mask/{n}", s), s) for n, s in shapes.items()})
     for name, target in phases.open_tensors().items():
         if name.partition("/")[0] not in ("scores", "called", "state"):
             target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=True))
     phases.own.write(take_all_state(phases, pieces, "open/state/"))
+    return stage
 
 
-def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Training, epochs: int) -> None:
-    """Put a phase's training at its step; `training` is at the first step of an epoch's batch `meta.batch`."""
+def _prune(phases: Phases, free: Mapping[str, Tensor]) -> None:
+    """Bring a weight phase to free masks from which the method has pruned weights since the phase began."""
+    before = {name: phases.free_mask(name) for name in free}
+    free = {name: mask.to(before[name].device) for name, mask in free.items()}
+    for name, mask in free.items():
+        if more := int((mask & ~before[name]).sum()):
+            raise ValueError(f"the state trains {more} weights of {name} that are not free")
+    if any(not torch.equal(mask, before[name]) for name, mask in free.items()):
+        phases.prune(free)
+
+
+def put_training(
+    phases: Phases, pieces: Pieces, meta: OpenMeta, training: Training, epochs: int, snapshot: dict[str, Any]
+) -> None:
+    """Put a phase's training at its step; `training` is at the first step of an epoch's batch `meta.batch`.
+
+    snapshot: One of the open phase, whose values are replaced by those of the best epoch.
+    """
     if not (0 <= meta.epoch <= epochs and 0 <= meta.batch <= len(training.sizes) and meta.waited >= 0):
         raise ValueError(
             f"the state stands at epoch {meta.epoch} of {epochs} and batch {meta.batch} of {len(training.sizes)}, "
@@ -198,9 +231,10 @@ def put_training(phases: Phases, pieces: Pieces, meta: OpenMeta, training: Train
     training.clock, training.epoch_clock = Stopwatch(meta.seconds), Stopwatch(meta.epoch_seconds)
     training.sums.copy_(pieces.take("epoch/sums", (2,), training.sums.dtype))
     if meta.kept is not None:
-        snapshot = phases.snapshot()
         for i, target in enumerate(snapshot["masked"]):
             target.copy_(pieces.take(f"kept/masked/{i}", target.shape, target.dtype, finite=True))
+        for i, target in enumerate(snapshot["trained"]):
+            target.copy_(pieces.take(f"kept/trained/{i}", target.shape, target.dtype))
         training.kept = {**snapshot, "state": take_all_state(phases, pieces, "kept/state/")}
     _put_optimizer(pieces, meta, training)
 
@@ -268,14 +302,14 @@ def generator_state(pieces: Pieces, key: str, device: str = "cpu") -> Tensor:
 
 def take_random(pieces: Pieces) -> dict[str, Tensor]:
     """The global random states; of CUDA devices that are not here, none."""
-    found = {"random/torch": generator_state(pieces, "random/torch")}
+    states = {"random/torch": generator_state(pieces, "random/torch")}
     for number in sorted(pieces.names("random/cuda/")):
         key = f"random/cuda/{number}"
         if number.isdecimal() and int(number) < (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            found[key] = generator_state(pieces, key, f"cuda:{int(number)}")
+            states[key] = generator_state(pieces, key, f"cuda:{int(number)}")
         else:
             del pieces.left[key]
-    return found
+    return states
 
 
 def set_random(states: Mapping[str, Tensor], augmentation: torch.Generator | None) -> None:

@@ -27,7 +27,7 @@ from ..kernels.memory import keep_freed_memory, peak, resident, restart_peak
 from ..nn import convert
 from ..nn.models import MODELS
 from ..tasks import Task, stratified_split, stream
-from .baselines import BASELINES, Individual, Sequential
+from .baselines import BASELINES, Individual, Multitask, baseline
 from .comparison import Finished, write_report
 from .recipes import KKT, Rates, Recipe, Run, as_json
 from .results import MeasuredResult
@@ -93,7 +93,7 @@ def _share(data: Any, share: float) -> Any:
     return data.select(stratified_split(data.labels, max(share, 1 / most), generator)[1])
 
 
-def learner_of(job: Job, tasks: list[Task]) -> Learner:
+def learner_of(job: Job, tasks: list[Task]) -> Learner | Individual | Multitask:
     """Make a fresh learner of the run's method. The total number of epochs is the same for every method.
 
     Args:
@@ -111,8 +111,8 @@ def learner_of(job: Job, tasks: list[Task]) -> Learner:
         more: dict[str, dict[str, Any]] = {
             "ewc": {"strength": rates.strength}, "replay": {"memory": recipe.memory}, "packnet": {"tasks": len(tasks)},
         }  # fmt: skip
-        baseline: Callable[..., Learner] = BASELINES[run.method]
-        return baseline(model, PhaseOptions(2 * epochs, rates.weight), **more.get(run.method, {}), **common)
+        options = PhaseOptions(2 * epochs, rates.weight)
+        return baseline(run.method, model, options, **more.get(run.method, {}), **common)
     assert run.density is not None
     convert(model, run.density, weights="signed_constant", init_scale=run.init_scale)  # type: ignore[arg-type]
     kkt = run.method.endswith(KKT)
@@ -142,15 +142,12 @@ def perform(job: Job) -> Outcome:
     if job.tuning:
         return metrics.average_accuracy(accuracy)
     seconds, memory = time.perf_counter() - began, peak() - before
-    without = job.recipe.task_inference and job.run.density is not None
-    reports = learner.reports
-    if isinstance(learner, Individual):  # its networks share no weights that could be used up
-        reports = [replace(report, use={}) for report in reports]
+    without = None
+    if job.recipe.task_inference and job.run.density is not None and isinstance(learner, Learner):
+        without = _without_task(learner, tasks)
     return MeasuredResult.of(
-        accuracy, reports, seconds=seconds, memory=memory,
-        kept_bytes=learner.nbytes if isinstance(learner, Sequential) else learner.phases.nbytes,
-        without_task_id=_without_task(learner, tasks) if without else None,
-    )  # fmt: skip
+        accuracy, learner.reports, seconds=seconds, memory=memory, kept_bytes=learner.nbytes, without_task_id=without
+    )
 
 
 def _without_task(learner: Learner, tasks: list[Task]) -> dict[str, Any]:

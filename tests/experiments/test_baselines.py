@@ -9,18 +9,30 @@ from learning import inputs, logits, scripted
 from networks import SmallNet, changes, picture, stream
 from torch.nn import functional as F
 
-from exssnet import PhaseOptions
+from exssnet import Learner, PhaseOptions
+from exssnet.continual.methods import EWC, PackNet, Replay, Sequential
+from exssnet.continual.methods.packnet import largest
 from exssnet.continual.metrics import forgetting
-from exssnet.experiments.baselines import BASELINES, EWC, Multitask, PackNet, Replay, Sequential
+from exssnet.continual.records import OpenTask, TaskReport
+from exssnet.experiments import baselines
+from exssnet.experiments.baselines import BASELINES, DENSE, PLAIN, own_outputs_loss
 from exssnet.tasks import Labelled, Relabelled, Task
 
 
-def baseline(name: str, epochs: int = 4, lr: float = 0.02, **more: Any) -> Sequential:
+def baseline(name: str, epochs: int = 4, lr: float = 0.02, **more: Any) -> Any:
     torch.manual_seed(0)
     if name == "packnet":
         more["tasks"] = 3
-    options = {"batch_size": 20, **more}
-    return BASELINES[name](SmallNet(6 if name == "multitask" else 2), PhaseOptions(epochs, lr), **options)
+    model = SmallNet(6 if name == "multitask" else 2)
+    return baselines.baseline(name, model, PhaseOptions(epochs, lr), **{"batch_size": 20, **more})
+
+
+def opened(learned: Learner, task: Task) -> Learner:
+    """The learner with a task open in the weight phase, as a hook sees it."""
+    learned.phases.start_task()
+    learned.phases.start_weight_phase(exclusive=False)
+    learned._open = OpenTask(task, TaskReport(len(learned.phases.bank), task.name, task.classes))
+    return learned
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -42,6 +54,7 @@ def test_individual_networks_keep_as_many_as_there_are_tasks() -> None:
     learned, one = baseline("individual", 1), baseline("sequential", 1)
     learned.run(stream())
     one.run(stream()[:1])
+    assert len(learned.networks) == 3
     assert learned.nbytes == 3 * one.nbytes > 3 * 4 * sum(w.dense_weight.numel() for w in one.phases.layers.values())
 
 
@@ -81,24 +94,26 @@ def in_float64(task: Task) -> Task:
 
 def test_the_penalty_is_the_sum_over_tasks_of_fisher_times_squared_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    learned = EWC(SmallNet(2).double(), PhaseOptions(1, 0.02), strength=3.0, samples=10, batch_size=20)
-    terms = []
+    options = {"mask": PhaseOptions(0), "weight": PhaseOptions(1, 0.02), "batch_size": 20, "keep_scores": None}
+    learned = Learner(SmallNet(2).double(), EWC(strength=3.0, samples=10), **options)  # type: ignore[arg-type]
+    ewc, terms = learned.method, []
+    assert isinstance(ewc, EWC)
     for task in map(in_float64, stream()[:2]):
-        before = {n: f.clone() for n, f in learned._fisher.items()}
+        before = {n: f.clone() for n, f in ewc.fisher.items()}
         learned.learn(task)
-        new = {n: f - before.get(n, torch.zeros_like(f)) for n, f in learned._fisher.items()}
+        new = {n: f - before.get(n, torch.zeros_like(f)) for n, f in ewc.fisher.items()}
         terms.append((new, {n: layer.dense_weight.flatten().clone() for n, layer in learned.phases.layers.items()}))
     learned.phases.start_task()
     learned.phases.start_weight_phase(exclusive=False)
     nothing = torch.zeros((), dtype=torch.float64)
-    monkeypatch.setattr(Sequential, "_loss", lambda *_: (nothing, nothing))
+    monkeypatch.setattr(Sequential, "loss", lambda *_: (nothing, nothing))
     gaps, largest = [], 0.0
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
         for layer in learned.phases.layers.values():
             assert layer.free_values is not None
             layer.free_values.data.copy_(torch.randn(layer.free_values.shape, generator=generator))
-        penalty = learned._loss(nothing, nothing, 2)[0].item()
+        penalty = ewc.loss(learned, nothing, nothing)[0].item()
         expected = 1.5 * sum(
             (fisher[n] * (layer.free_values.detach() - weights[n]).square()).sum().item()
             for fisher, weights in terms
@@ -113,9 +128,9 @@ def test_the_penalty_is_the_sum_over_tasks_of_fisher_times_squared_distance(monk
 def test_the_fisher_information_is_the_mean_squared_gradient_of_drawn_labels() -> None:
     learned, task = baseline("ewc", 1, samples=3), stream()[0]
     learned.learn(task)
-    generator = learned._generator(0, 3)
+    fisher, generator = learned.method.fisher, learned._generator(0, 3)
     picked = torch.randperm(len(task.train), generator=generator)[:3]
-    expected = torch.zeros_like(learned._fisher["conv"])
+    expected = torch.zeros_like(fisher["conv"])
     with learned.phases.using(0) as model:
         model.eval()
         for layer in learned.phases.layers.values():
@@ -128,14 +143,14 @@ def test_the_fisher_information_is_the_mean_squared_gradient_of_drawn_labels() -
             values = learned.phases.layers["conv"].free_values
             assert values is not None
             expected += torch.autograd.grad(F.cross_entropy(out, drawn), values)[0].square() / 3
-    torch.testing.assert_close(learned._fisher["conv"], expected)
+    torch.testing.assert_close(fisher["conv"], expected)
 
 
 def test_consolidation_leaves_model_and_tasks_alone() -> None:
-    learned, task = baseline("ewc", 1, samples=5), stream()[0]
-    report = Sequential.learn(learned, task)
+    learned = opened(baseline("ewc", 1, samples=5), stream()[0])
     before = picture(learned.phases)
-    learned._consolidate(report, task)
+    learned.method.after_task(learned)
+    assert learned.method.fisher.keys() == learned.phases.layers.keys()
     assert changes(before, picture(learned.phases)) == []
 
 
@@ -144,7 +159,10 @@ def test_a_strong_penalty_holds_the_weights_that_matter() -> None:
     for strength in (0.0, 1e5):
         learned, tasks = baseline("ewc", 2, strength=strength, samples=20), stream(validation=0)
         learned.learn(tasks[0])
-        fisher, before = learned._fisher["conv"].clone(), learned.phases.layers["conv"].dense_weight.flatten().clone()
+        fisher, before = (
+            learned.method.fisher["conv"].clone(),
+            learned.phases.layers["conv"].dense_weight.flatten().clone(),
+        )
         learned.learn(tasks[1])
         moved.append(float((fisher * (learned.phases.layers["conv"].dense_weight.flatten() - before).square()).sum()))
     assert moved[1] < 0.1 * moved[0]
@@ -156,11 +174,11 @@ def test_a_strong_penalty_holds_the_weights_that_matter() -> None:
 def test_replay_keeps_so_many_items_of_each_class_and_counts_their_bytes() -> None:
     learned, task = baseline("replay", 1, memory=3), stream()[0]
     learned.learn(task)
-    items, labels, classes = learned._kept[0]
+    items, labels, classes = learned.method.kept[0]
     assert labels.bincount().tolist() == [3, 3]
     assert classes == 2
     assert items.nbytes + labels.nbytes == 6 * 64 * 4 + 6 * 8
-    assert learned.nbytes - Sequential.nbytes.fget(learned) == items.nbytes + labels.nbytes  # type: ignore[attr-defined]
+    assert learned.nbytes - Sequential.nbytes(learned.method, learned) == items.nbytes + labels.nbytes
 
 
 def test_replay_trains_the_heads_and_norms_of_earlier_tasks() -> None:
@@ -179,28 +197,26 @@ def test_replay_trains_the_heads_and_norms_of_earlier_tasks() -> None:
 def test_an_earlier_task_whose_best_epoch_comes_back_has_its_head_of_then() -> None:
     learned, tasks = baseline("replay", 1), stream()
     learned.learn(tasks[0])
-    learned.phases.start_task()
-    learned.phases.start_weight_phase(exclusive=False)
-    kept = learned.phases.snapshot()
+    opened(learned, tasks[1])
+    kept = learned._snapshot()
     before = learned.phases.states[0]["head.weight"].detach().clone()
     with torch.no_grad():
         learned.phases.states[0]["head.weight"].add_(1)
-    learned.phases.restore(kept)
+    learned._put_back(kept)
     assert torch.equal(learned.phases.states[0]["head.weight"], before)
 
 
 def test_the_loss_of_replay_is_the_mean_of_new_and_old() -> None:
     learned, tasks = baseline("replay", 1), stream()
     learned.learn(tasks[0])
-    learned.phases.start_task()
-    learned.phases.start_weight_phase(exclusive=False)
+    opened(learned, tasks[1])
     learned.model.eval()
     x, y = tasks[1].train[range(10)]
     draw = torch.Generator()
-    draw.set_state(learned._draw.get_state())
-    loss, _ = learned._loss(x, y, 2)
+    draw.set_state(learned.method.draw.get_state())
+    loss, _ = learned.method.loss(learned, x, y)
     torch.randint(1, (), generator=draw)
-    items, labels, _ = learned._kept[0]
+    items, labels, _ = learned.method.kept[0]
     drawn = torch.randint(len(labels), (10,), generator=draw)
     new = F.cross_entropy(learned.model(x), y)
     values = {n: layer.free_values for n, layer in learned.phases.layers.items()}
@@ -235,7 +251,7 @@ def test_pruning_keeps_the_largest_magnitudes() -> None:
     learned.phases.start_weight_phase()
     values = learned.phases.layers["conv"].free_values
     assert values is not None
-    kept = learned._largest("conv", 0.25).flatten()
+    kept = largest(learned, "conv", 0.25).flatten()
     assert int(kept.sum()) == 18
     assert values.detach().abs()[kept].min() >= values.detach().abs()[~kept].max()
     assert len(tasks) == 3
@@ -276,7 +292,7 @@ def test_the_loss_of_joint_training_sees_each_items_own_outputs() -> None:
     x, y = Relabelled.join([t.train for t in tasks], [0, 2, 4])[[0, 70, 150]]
     with torch.no_grad():
         learned.model.eval()
-        loss, _ = learned._loss(x, y, 6)
+        loss, _ = own_outputs_loss(learned.model, [2, 2, 2])(x, y)
         all_outputs = learned.model(x)
         own = torch.stack(
             [
@@ -312,7 +328,7 @@ class Judged(SmallNet):
 
 
 def test_a_wrongly_guessed_head_is_refused_before_training() -> None:
-    learned = Sequential(Judged(), PhaseOptions(1))
+    learned = Learner(Judged(), Sequential(), weight=PhaseOptions(1))
     sentence = "the last nn.Linear, 'judge', was taken for the head, but its output is not the model's, 'head' does"
     before = picture(learned.phases)
     with pytest.raises(ValueError, match=sentence):
@@ -320,10 +336,10 @@ def test_a_wrongly_guessed_head_is_refused_before_training() -> None:
     assert changes(before, picture(learned.phases)) in ([], [".selection_hint"])
 
 
-@pytest.mark.parametrize("name", ["sequential", "individual", "packnet"])
+@pytest.mark.parametrize("name", DENSE)
 def test_a_named_head_is_each_tasks_own(name: str) -> None:
     more = {"tasks": 3} if name == "packnet" else {}
-    learned = BASELINES[name](Judged(), PhaseOptions(1), head="head", **more)
+    learned = baselines.baseline(name, Judged(), PhaseOptions(1), head="head", **more)
     learned.run(stream())
     assert set(learned.phases.layers) == {"conv", "grouped", "judge"}
 
@@ -332,12 +348,12 @@ def test_a_named_head_is_each_tasks_own(name: str) -> None:
     ("make", "message"),
     [
         (
-            lambda: Sequential(SmallNet(), PhaseOptions(), head="hat"),
+            lambda: Learner(SmallNet(), Sequential(head="hat")),
             "head='hat' is no module of the model; its linear",
         ),
-        (lambda: EWC(SmallNet(), PhaseOptions(), strength=-1), "strength of at least 0 .* got -1 and 500"),
-        (lambda: Replay(SmallNet(), PhaseOptions(), memory=0), "at least 1 item a class, got 0"),
-        (lambda: Sequential(torch.nn.Conv2d(1, 1, 1), PhaseOptions()), "this model has no nn.Linear: name the layer"),
+        (lambda: EWC(strength=-1), "strength of at least 0 .* got -1 and 500"),
+        (lambda: Replay(memory=0), "at least 1 item a class, got 0"),
+        (lambda: Learner(torch.nn.Conv2d(1, 1, 1), Sequential()), "this model has no nn.Linear: name the layer"),
     ],
 )
 def test_refused(make: Any, message: str) -> None:
@@ -347,5 +363,29 @@ def test_refused(make: Any, message: str) -> None:
 
 def test_names_are_those_of_the_classes() -> None:
     assert {name: kind.__name__.lower() for name, kind in BASELINES.items()} == {name: name for name in BASELINES}
-    assert (PackNet._exclusive, Multitask._exclusive) == (True, False)
-    assert replace(baseline("ewc").method, name="") == replace(baseline("replay").method, name="")
+    assert (PackNet.exclusive, Replay.exclusive) == (True, False)
+
+
+# Plain networks
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_networks_are_checked_before_training(name: str) -> None:
+    learned, tasks = baseline(name), stream()
+    with pytest.raises(ValueError, match="must return logits, a floating tensor"):
+        learned.run([*tasks[:2], replace(tasks[2], name="birds", classes=7)])
+    assert (learned.reports, learned.networks) == ([], [])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_divergence_of_plain_networks_names_task_and_rate(name: str) -> None:
+    with pytest.raises(FloatingPointError, match=r"^(task 0|all tasks): .* NaN|nan.*; lower the learning rate 1e\+30$"):
+        baseline(name, lr=1e30).run(stream(validation=0))
+
+
+def test_an_individual_network_is_trained_like_sequential_training_of_one_task() -> None:
+    alone, one = baseline("individual", 2), baseline("sequential", 2)
+    assert torch.equal(alone.run(stream(1)), one.run(stream(1)))
+    trained = alone.networks[0].state_dict()
+    assert torch.equal(trained["conv.weight"], one.phases.layers["conv"].dense_weight)
+    assert all(torch.equal(trained[name], value) for name, value in one.phases.states[0].items())

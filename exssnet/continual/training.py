@@ -1,0 +1,160 @@
+"""One loop that trains a network for a phase, and one that evaluates it. B a batch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ..kernels import nan_flag
+from ..nn import evaluation
+from ..tasks import Task, batch_sizes, loader
+from . import checking, distributed
+from .records import EpochRecord, OpenTask, PhaseOptions, Training
+
+
+class Observer(Protocol):
+    """Is told how training goes. Printing, saving and plotting belong to it."""
+
+    def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None: ...
+    def on_epoch(self, record: EpochRecord) -> None: ...
+
+
+@dataclass
+class Loop:
+    """The training loop of one phase, over any network.
+
+    Args:
+        model: The network.
+        device: Where its parameters are.
+        batch_size: Items of a batch, over all processes.
+        observer: Is told of each step and epoch; None for nobody.
+        loss: Takes a batch and its labels on the device; returns the loss and the logits (B, classes).
+        gradient: Is called when the gradients are there, before the optimizer's step.
+        statistics: The running statistics, which several processes average.
+        snapshot: A copy of everything that the phase trains.
+        restore: Puts a snapshot back.
+        validate: (accuracy, mean loss) on the validation data of a task.
+    """
+
+    model: nn.Module
+    device: torch.device
+    batch_size: int
+    observer: Observer | None
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    gradient: Callable[[], None]
+    statistics: Callable[[], list[Tensor]]
+    snapshot: Callable[[], dict[str, Any]]
+    restore: Callable[[dict[str, Any]], None]
+    validate: Callable[[Task], tuple[float, float]]
+
+    def begin(
+        self, task: Task, options: PhaseOptions, optimizer: torch.optim.Optimizer, generator: torch.Generator,
+        skip: int = 0,
+    ) -> Training:  # fmt: skip
+        """A phase's training at its first step, or after `skip` batches of an epoch; `generator` orders the data."""
+        least = checking.least_items(task, self.model, self.batch_size, self.device)
+        sizes, sums = batch_sizes(len(task.train), self.batch_size, least), torch.zeros(2, device=self.device)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(sizes))
+        return Training(optimizer, schedule, least, sizes, generator, generator.get_state(), sums, batch=skip)
+
+    def train(self, open_: OpenTask, phase: str, options: PhaseOptions) -> None:
+        """Train a phase that has begun. Leave it at its best epoch by validation (accuracy, then loss), or at its last.
+
+        With a result to beat, the phase ends where it began if no epoch is better.
+        """
+        task, training = open_.task, open_.training
+        assert training is not None
+        optimizer, schedule, steps = training.optimizer, training.schedule, options.epochs * len(training.sizes)
+        training.generator.set_state(training.order)
+        data = loader(
+            task.train, self.batch_size, shuffle=True, generator=training.generator, skip=training.batch,
+            share=distributed.part(), least=training.least,
+        )  # fmt: skip
+        while training.epoch < options.epochs and (options.patience is None or training.waited < options.patience):
+            self.model.train()
+            for x, y in data:
+                training.whole = False
+                y = y.to(self.device)
+                batch, processes = training.sizes[training.batch], distributed.size()
+                own = distributed.share(batch)
+                loss, logits = self.loss(x.to(self.device), y)
+                if processes > 1:
+                    loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                sums = torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
+                if processes > 1:
+                    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+                    distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
+                self.gradient()
+                optimizer.step()
+                schedule.step()
+                training.sums += sums * processes
+                training.batch, training.whole = training.batch + 1, True
+                if self.observer is not None:
+                    step = training.epoch * len(training.sizes) + training.batch
+                    self.observer.on_step(open_.report.task, phase, step, steps, sums[0] * processes / batch)
+            self._end_epoch(open_, training, phase, options.epochs)
+        if training.kept is not None:
+            self.restore(training.kept)
+        open_.report.seconds[phase] = open_.report.seconds.get(phase, 0.0) + training.clock.seconds
+        open_.training = None
+
+    def _end_epoch(self, open_: OpenTask, training: Training, phase: str, epochs: int) -> None:
+        """Validate, record and report an epoch, and keep it if it is the best so far."""
+        task, number = open_.task, training.epoch + 1
+        mean_loss, accuracy = (total / len(task.train) for total in training.sums.tolist())
+        if nan_flag.seen(training.sums.device):
+            raise FloatingPointError(f"scores became NaN in epoch {number} of the {phase} phase")
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"the mean loss became {mean_loss} in epoch {number} of the {phase} phase")
+        result = None
+        if task.validation is not None:
+            validated, validation_loss = self.validate(task)
+            result = distributed.of_first((validated, -validation_loss))
+        record = EpochRecord(
+            open_.report.task, phase, number, epochs, mean_loss, accuracy, result[0] if result else None,
+            training.epoch_clock.seconds,
+        )  # fmt: skip
+        training.whole = False
+        open_.report.history.append(record)
+        if result is not None:
+            if open_.best is None or result > open_.best:
+                open_.best, training.kept, training.waited = result, self.snapshot(), 0
+            else:
+                training.waited += 1
+        training.next_epoch()
+        if self.observer is not None:
+            self.observer.on_epoch(record)
+
+
+def optimizer_of(options: PhaseOptions, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that a phase's options name, over groups of parameters."""
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+    # One kernel for all parameters: it cuts a step of a small network to a third.
+    return kind(groups, weight_decay=options.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def score(
+    model: nn.Module, logits_of: Callable[[Tensor], Tensor], data: Dataset[Any], batch_size: int, device: torch.device
+) -> tuple[float, float]:
+    """(accuracy, mean loss) on labelled data in evaluation mode; NaN without data. `logits_of` calls the model."""
+    right, loss, seen = 0, 0.0, 0
+    with evaluation(model):
+        batches = loader(data, batch_size, share=distributed.part())
+        for (x, y), batch in zip(batches, batch_sizes(len(data), batch_size), strict=True):  # type: ignore[arg-type]
+            own = distributed.share(batch)
+            y = y.to(device)[:own]
+            logits = logits_of(x.to(device))[:own]
+            right += int((logits.argmax(1) == y).sum())
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            seen += len(y)
+    rights, losses, items = distributed.total((right, loss, seen), device)
+    return (rights / items, losses / items) if items else (math.nan, math.nan)
