@@ -1,4 +1,4 @@
-"""torchvision's residual blocks with fused norms. Only for those who have imported torchvision: it is no dependency."""
+"""torchvision's residual blocks with fused norms. Imported only if torchvision is, because it is no dependency."""
 
 from collections.abc import Mapping
 
