@@ -148,22 +148,22 @@ def sharded_topk_mask(shard: Tensor, k: int) -> Tensor:
         raise ValueError(f"sharded_topk_mask: {nans} of {n} scores are NaN")
     if k == 0:
         return torch.zeros_like(shard, dtype=torch.bool)
-    # Radix select from the highest bits down: `wanted` becomes the bits of the k-th largest magnitude, `left` the
-    # number of elements of this magnitude that are kept.
-    wanted, candidates, left = 0, torch.ones_like(magnitude, dtype=torch.bool), k
+    # Radix select from the highest bits down. At the end, `threshold` holds the bits of the k-th largest magnitude, and
+    # `remaining` is the number of elements of this magnitude that are kept.
+    threshold, candidates, remaining = 0, torch.ones_like(magnitude, dtype=torch.bool), k
     for shift, bits in ((20, 11), (9, 11), (0, 9)):
         digit = (magnitude[candidates] >> shift) & ((1 << bits) - 1)
         histogram = digit.bincount(minlength=1 << bits)
         dist.all_reduce(histogram)
         larger = histogram.flip(0).cumsum(0).flip(0)  # number of elements with this digit or a larger one
-        chosen = int((larger >= left).nonzero()[-1])
-        left -= int(larger[chosen] - histogram[chosen])
-        wanted |= chosen << shift
-        candidates = magnitude >> shift == wanted >> shift
-    equal = magnitude == wanted
+        chosen = int((larger >= remaining).nonzero()[-1])
+        remaining -= int(larger[chosen] - histogram[chosen])
+        threshold |= chosen << shift
+        candidates = magnitude >> shift == threshold >> shift
+    equal = magnitude == threshold
     before = torch.zeros(size(), dtype=torch.int64, device=shard.device)
     before[rank()] = equal.sum()
     dist.all_reduce(before)
-    mine = left - int(before[: rank()].sum())
-    kept = (magnitude > wanted) | (equal & (equal.cumsum(0) <= mine))
+    kept_here = remaining - int(before[: rank()].sum())
+    kept = (magnitude > threshold) | (equal & (equal.cumsum(0) <= kept_here))
     return kept.view(shard.shape)

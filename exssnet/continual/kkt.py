@@ -140,15 +140,15 @@ def transfer(
     if len(phases.scores) != tasks:
         raise RuntimeError(f"KKT needs the scores of {tasks} finished tasks, but keep_scores=None dropped them")
     labels = labels.cpu()
-    mine = {}
+    measured = {}
     for task in range(distributed.rank(), tasks, distributed.size()):
         with phases.using(task) as model, evaluation(model):
             parts = x.split(batch_size) if isinstance(x, Tensor) else x()
             features = torch.cat([penultimate_features(model, part, head) for part in parts])
         # The same split for every source
         generator = torch.Generator().manual_seed(seed)
-        mine[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)
-    by_task = {task: accuracy for part in distributed.gathered(mine) for task, accuracy in part.items()}
+        measured[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)
+    by_task = {task: accuracy for part in distributed.gathered(measured) for task, accuracy in part.items()}
     accuracies = distributed.of_first([by_task[task] for task in range(tasks)])
     chance = 1 / classes
     above = [task for task in range(tasks) if accuracies[task] > chance]

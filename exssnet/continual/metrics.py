@@ -15,7 +15,7 @@ from torch import Tensor
 Accuracies: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 
 
-def _learned(accuracy: Accuracies) -> Tensor:
+def _lower_triangle(accuracy: Accuracies) -> Tensor:
     """The lower triangle of A in float64, zeros above it."""
     a = torch.as_tensor(accuracy, dtype=torch.float64)
     if a.dim() != 2 or a.shape[0] != a.shape[1] or a.shape[0] == 0:
@@ -53,7 +53,7 @@ def average_accuracy(accuracy: Accuracies) -> float:
         >>> average_accuracy([[0.9, float("nan")], [0.8, 0.6]])
         0.7
     """
-    return _learned(accuracy)[-1].mean().item()
+    return _lower_triangle(accuracy)[-1].mean().item()
 
 
 def backward_transfer(accuracy: Accuracies) -> float:
@@ -72,7 +72,7 @@ def backward_transfer(accuracy: Accuracies) -> float:
     Raises:
         ValueError: For another shape, or NaN for j <= i.
     """
-    a = _learned(accuracy)
+    a = _lower_triangle(accuracy)
     return (a[-1] - a.diagonal())[:-1].mean().item() if len(a) > 1 else 0.0
 
 
@@ -90,7 +90,7 @@ def forgetting(accuracy: Accuracies) -> float:
     Raises:
         ValueError: For another shape, or NaN for j <= i.
     """
-    a = _learned(accuracy)
+    a = _lower_triangle(accuracy)
     # The zeros above the diagonal do not change the maximum, because accuracies are not negative.
     return (a[:-1, :-1].amax(0) - a[-1, :-1]).mean().item() if len(a) > 1 else 0.0
 
@@ -109,7 +109,7 @@ def learning_accuracy(accuracy: Accuracies) -> float:
     Raises:
         ValueError: For another shape, or NaN for j <= i.
     """
-    return _learned(accuracy).diagonal().mean().item()
+    return _lower_triangle(accuracy).diagonal().mean().item()
 
 
 def forward_transfer(transferred: Accuracies, random: Accuracies) -> float:
@@ -148,7 +148,7 @@ def learning_gain(accuracy: Accuracies, individual: Accuracies) -> float:
     Raises:
         ValueError: If the lengths differ, for another shape of A, or NaN for j <= i.
     """
-    a = _learned(accuracy)
+    a = _lower_triangle(accuracy)
     return (a.diagonal() - _per_task("individual", individual, len(a))).mean().item()
 
 

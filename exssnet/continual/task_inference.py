@@ -74,7 +74,7 @@ class TaskInference:
 
     def _gradient(self, x: Tensor, tasks: Sequence[int]) -> list[float]:
         """dH / d alpha_i of each given task, with equal coefficients."""
-        share, bank = 1 / len(tasks), self.phases.bank
+        alpha, bank = 1 / len(tasks), self.phases.bank
         parameters = dict(self._plain.named_parameters())
         for name in parameters.keys() & self.phases.initial.keys():
             states = [self.phases.states[t].get(name, self.phases.initial[name]) for t in tasks]
@@ -82,10 +82,10 @@ class TaskInference:
         weights = self.phases.weights_before()
         for name, module in self._weights.items():
             weight = weights[name]
-            times = torch.zeros_like(weight)
+            mask_sum = torch.zeros_like(weight)
             for task in tasks:
-                times += bank.mask(task, name).to(weight.device)
-            module.weight = nn.Parameter(weight * times * share)
+                mask_sum += bank.mask(task, name).to(weight.device)
+            module.weight = nn.Parameter(weight * mask_sum * alpha)
         try:
             with torch.enable_grad():
                 p = self._plain(x)[: self.samples].float().log_softmax(1)
@@ -94,9 +94,9 @@ class TaskInference:
         finally:
             for module in self._weights.values():
                 module.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
-        towards = {name: g * weights[name] for name, g in zip(self._weights, gradients, strict=True)}
+        products = {name: g * weights[name] for name, g in zip(self._weights, gradients, strict=True)}
         return [
-            sum(float(t[bank.mask(task, name).to(t.device)].sum(dtype=torch.float64)) for name, t in towards.items())
+            sum(float(t[bank.mask(task, name).to(t.device)].sum(dtype=torch.float64)) for name, t in products.items())
             for task in tasks
         ]
 

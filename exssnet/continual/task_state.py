@@ -107,11 +107,11 @@ class TaskState:
     def check(self, call: str) -> None:
         """Raise RuntimeError if modules were added, replaced or removed, or if another parameter is trainable now."""
         modules = dict(self._model.named_modules())
-        strange = [name for module, name in self.names.items() if modules.get(name) is not module]
-        strange += [name for name, module in modules.items() if module not in self.names]
-        if strange:
+        unexpected = [name for module, name in self.names.items() if modules.get(name) is not module]
+        unexpected += [name for name, module in modules.items() if module not in self.names]
+        if unexpected:
             raise RuntimeError(
-                f"{call}: the module {strange[0]!r} was put in, replaced or removed after Phases was made, which "
+                f"{call}: the module {unexpected[0]!r} was put in, replaced or removed after Phases was made, which "
                 "changes the networks of all tasks: change the model before Phases is made"
             )
         expected = self.trainable | self._masked

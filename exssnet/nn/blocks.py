@@ -13,10 +13,10 @@ def normalised(
     conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
     """``norm(conv(x), residual, relu)``. In inference, the convolution computes the norm too if it can."""
-    together: Any = getattr(conv, "normalised", None)
+    fused: Any = getattr(conv, "normalised", None)
     y: Tensor | None = None
-    if together is not None and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
-        y = together(x, norm, residual, relu)
+    if fused is not None and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
+        y = fused(x, norm, residual, relu)
     if y is None:
         y = norm(conv(x), residual, relu) if relu else norm(conv(x))
     return y
@@ -55,7 +55,7 @@ class ResidualBlock(nn.Module):
     """Mixin for blocks ``relu(norm(conv(...)) + shortcut(x))``. A block with hooks inside runs its original forward."""
 
     _steps: tuple[tuple[str, str, str], ...]  # (convolution, norm, ReLU) names, in order
-    _past: str  # name of the shortcut, whose value None means the identity
+    _shortcut_name: str  # name of the member that is the shortcut; a member None means the identity
 
     def forward(self, x: Tensor) -> Tensor:
         *first, last = [[getattr(self, name) for name in step] for step in self._steps]
@@ -65,18 +65,18 @@ class ResidualBlock(nn.Module):
         for conv, norm, _ in first:
             y = normalised(conv, norm, y)
         conv, norm, _ = last
-        past = getattr(self, self._past)
-        return normalised(conv, norm, y, x if past is None else past(x))
+        shortcut = getattr(self, self._shortcut_name)
+        return normalised(conv, norm, y, x if shortcut is None else shortcut(x))
 
 
 class _BasicBlock(ResidualBlock, models.BasicBlock):
     _steps = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"))
-    _past = "shortcut"
+    _shortcut_name = "shortcut"
 
 
 class _Bottleneck(ResidualBlock, models.Bottleneck):
     _steps = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"), ("conv3", "norm3", "relu3"))
-    _past = "shortcut"
+    _shortcut_name = "shortcut"
 
 
 SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {

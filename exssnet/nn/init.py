@@ -36,14 +36,14 @@ def allocate_density(
         raise ValueError(f'allocation must be "uniform" or "er", got {allocation!r}')
     sizes = [math.prod(s) for s in shapes]
     shares = [(s[0] + s[1]) / n for s, n in zip(shapes, sizes, strict=True)]
-    full: set[int] = set()
+    capped: set[int] = set()
     while True:
-        room = density * sum(sizes) - sum(sizes[i] for i in full)
-        scale = room / max(1e-30, sum(shares[i] * sizes[i] for i in range(len(sizes)) if i not in full))
-        over = {i for i in range(len(sizes)) if i not in full and shares[i] * scale > 1}
-        if not over:
-            return [1.0 if i in full else shares[i] * scale for i in range(len(sizes))]
-        full |= over
+        remaining = density * sum(sizes) - sum(sizes[i] for i in capped)
+        scale = remaining / max(1e-30, sum(shares[i] * sizes[i] for i in range(len(sizes)) if i not in capped))
+        above = {i for i in range(len(sizes)) if i not in capped and shares[i] * scale > 1}
+        if not above:
+            return [1.0 if i in capped else shares[i] * scale for i in range(len(sizes))]
+        capped |= above
 
 
 def signed_constant_(weight: Tensor, density: float, init_scale: Literal["official", "density"] = "official") -> None:

@@ -50,19 +50,19 @@ class ScoreAdam(torch.optim.Adam):
         """Collect the tensors for Adam's step. The scores are stepped here if possible, and then left out."""
         complex_numbers: bool = super()._init_group(group, *lists)
         scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
-        unlike = scaled or isinstance(group["lr"], Tensor) or torch.compiler.is_compiling() or capturing()
-        if self._model is not None and not unlike:
+        plain = scaled or isinstance(group["lr"], Tensor) or torch.compiler.is_compiling() or capturing()
+        if self._model is not None and not plain:
             self._step_scores(self._model, group, *lists)
         return complex_numbers
 
     def _step_scores(self, model: nn.Module, group: dict[str, Any], *lists: list[Tensor]) -> None:
         selector: Selector = model._selector  # type: ignore[assignment]
         layers = selector.scored()
-        place = {id(p): i for i, p in enumerate(lists[0])}
-        at = [place.get(id(layer.scores)) for layer in layers]
-        if not at or None in at:
+        index = {id(p): i for i, p in enumerate(lists[0])}
+        indices = [index.get(id(layer.scores)) for layer in layers]
+        if not indices or None in indices:
             return
-        scores, grads, exp_avg, exp_avg_sq, _, steps = ([of[i] for i in at] if of else [] for of in lists)  # type: ignore[index]
+        scores, grads, exp_avg, exp_avg_sq, _, steps = ([t[i] for i in indices] if t else [] for t in lists)  # type: ignore[index]
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
         on_cpu = scores[0].device.type == "cpu"
         hint = selector.hint_for(layers)
@@ -72,5 +72,5 @@ class ScoreAdam(torch.optim.Adam):
         if hint is not None:
             hint.copy_(new_hint)
         selector.hand_over(layers, rows.unbind() if on_cpu else masks)
-        for of in lists:
-            of[:] = [t for i, t in enumerate(of) if i not in at]
+        for values in lists:
+            values[:] = [t for i, t in enumerate(values) if i not in indices]

@@ -79,7 +79,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if seen is not None and seen.phase == _phase and not seen.doubtful:
         return
     if seen is None or seen.phase != _phase:
-        _optimizers[optimizer] = _meet(optimizer)
+        _optimizers[optimizer] = _first_step(optimizer)
         return
     if not any(p._version != version for p, version in seen.doubtful):
         if not any(p.grad is not None for p, _ in seen.doubtful):
@@ -92,7 +92,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     seen.doubtful = []
 
 
-def _meet(optimizer: torch.optim.Optimizer) -> _Seen:
+def _first_step(optimizer: torch.optim.Optimizer) -> _Seen:
     """The record of an optimizer at its first step in a phase. RuntimeError if its parameters' phase has ended."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
@@ -113,9 +113,9 @@ def check_replicas(masked: Iterable[Tensor]) -> None:
     if replicas is None or not torch.is_grad_enabled() or replicas.__dict__.get("_exssnet_phase") == _phase:
         return
     known = {id(p) for p in replicas._module_parameters}
-    if strangers := sum(id(p) not in known for p in masked):
+    if unknown := sum(id(p) not in known for p in masked):
         raise RuntimeError(
-            f"DistributedDataParallel was made before this phase: it does not know {strangers} of the parameters that "
+            f"DistributedDataParallel was made before this phase: it does not know {unknown} of the parameters that "
             "train now, and processes would drift apart. Wrap the model anew after start_task and start_weight_phase"
         )
     replicas.__dict__["_exssnet_phase"] = _phase
