@@ -43,7 +43,7 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
     def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Update the running statistics as `nn.BatchNorm2d` does: unbiased variance, and a plain mean if momentum is None."""
+        """Update the running statistics as `nn.BatchNorm2d` does: unbiased variance, a plain mean if momentum is None."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.momentum is not None:
