@@ -43,7 +43,7 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
     def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Update the running statistics as `nn.BatchNorm2d` does: unbiased variance, a plain mean if momentum is None."""
+        """Update the running statistics as `nn.BatchNorm2d` does: unbiased variance; a mean if momentum is None."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.momentum is not None:
@@ -64,7 +64,7 @@ class TaskBatchNorm1d(TaskBatchNorm, nn.BatchNorm1d):
     Args:
         num_features: Number of channels C.
         eps: Added to the variance.
-        momentum: Share of the new statistics in the running ones. None means the mean over all batches.
+        momentum: Weight of a batch's statistics in the running statistics. None means the mean over all batches.
         affine: Whether the norm has a weight and a bias, which are per-task too.
         **options: Further options of `nn.BatchNorm1d`.
     """
