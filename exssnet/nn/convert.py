@@ -240,7 +240,7 @@ def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **option
 
 
 def unconvert(model: nn.Module) -> None:
-    """Turn a converted model back into plain torch modules, in place. Each masked layer gets `weight * mask`."""
+    """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
     backward = {new: old for old, new in (MASKED | swaps()).items()}  # type: ignore[operator]
     for _, layer in supermask_layers(model):
         weight = layer.dense_weight.where(layer.mask(), 0)
