@@ -1,4 +1,4 @@
-"""Sparse supermasks for PyTorch: operators, layers, and exclusive training without forgetting."""
+"""Sparse supermasks for PyTorch: operators, layers, and continual learning without forgetting (ExSSNeT)."""
 
 from .continual.freezing import freeze_weights
 from .continual.kkt import transfer

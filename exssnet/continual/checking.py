@@ -14,7 +14,7 @@ from . import distributed
 
 @contextmanager
 def trial(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """For forwards that leave no trace: evaluation mode without gradients, and the random state is put back."""
+    """Evaluation mode without gradients for a trial forward pass; the random state is restored at the end."""
     with evaluation(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
@@ -33,7 +33,7 @@ def check_tasks(
 
 
 def check_data(task: Task) -> None:
-    """ValueError for a task without training data, and for labels that are not in [0, classes)."""
+    """Raise ValueError for a task without training data, and for labels outside [0, classes)."""
     if len(task.train) == 0:
         raise ValueError(f"{task.name} has no training data")
     for kind, data in (("training", task.train), ("validation", task.validation), ("test", task.test)):
@@ -47,7 +47,7 @@ def check_data(task: Task) -> None:
 
 
 def sample(task: Task, batch_size: int) -> Tensor:
-    """A batch of a task as training has it, but unaugmented; ValueError for items that are no tensors."""
+    """An unaugmented training batch (B, ...) of a task. ValueError if its items are not tensors."""
     data = task.train.unaugmented()
     first = data.select(torch.arange(min(batch_size, len(data))))
     x = next(iter(loader(first, batch_size, share=distributed.part())))[0]
@@ -57,7 +57,7 @@ def sample(task: Task, batch_size: int) -> Tensor:
 
 
 def check_logits(task: Task, output: Any, items: int) -> None:
-    """ValueError unless a model's output for B items is logits (B, >= classes)."""
+    """Raise ValueError unless a model's output for B items is logits: floating point, (B, classes or more)."""
     fits = isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2
     if not fits or output.shape[0] != items or output.shape[1] < task.classes:
         raise ValueError(
@@ -74,7 +74,7 @@ def _described(thing: Any) -> str:
 
 
 def lone_items_fail(model: nn.Module, x: Tensor) -> bool:
-    """Whether a batch norm would see one value a channel of a batch of one item, and so refuse it. x: (B, ...)."""
+    """Whether a batch of one item fails in training: a batch norm gets one value per channel. x: (B, ...)."""
     few: list[bool] = []
 
     def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -92,7 +92,7 @@ def lone_items_fail(model: nn.Module, x: Tensor) -> bool:
 
 
 def least_items(task: Task, model: nn.Module, batch_size: int, device: torch.device) -> int:
-    """The fewest items that the last batch of an epoch can be trained on: two a process, or one."""
+    """The smallest number of items on which the last batch of an epoch can be trained: two per process, or one."""
     last, two_each = len(task.train) % batch_size, 2 * distributed.size()
     if not 0 < last < two_each or len(task.train) < batch_size:
         return 1
@@ -101,7 +101,7 @@ def least_items(task: Task, model: nn.Module, batch_size: int, device: torch.dev
 
 
 def check_batch(task: Task, model: nn.Module, x: Tensor, items: int, processes: int) -> None:
-    """ValueError where batches of so many items are too small for a batch norm. x: a batch (B, ...)."""
+    """Raise ValueError if batches of `items` items are too small for a batch norm. x: a batch (B, ...)."""
     if lone_items_fail(model, x):
         shared = f", shared by {processes} processes" if processes > 1 else ""
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Several processes that train one model: what they exchange, and nothing where there is one process."""
+"""Communication between several processes that train one model. With one process, nothing is exchanged."""
 
 import atexit
 import os
@@ -10,33 +10,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available():
-    # Its functions' default arguments hold the group that exists when it is imported, and any optimizer imports it:
-    # then `destroy_process_group` leaves Gloo's threads running, which can abort the process at its end.
+    # Import this module before a process group exists. Its functions hold the current group in their default arguments,
+    # and any optimizer imports it. If it holds a group, `destroy_process_group` leaves Gloo's threads running, and they
+    # can abort the process at its end.
     import torch.distributed.nn
 
 
 def size() -> int:
-    """Number of processes: 1 without `torch.distributed`."""
+    """Number of processes; 1 without `torch.distributed`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process' number; 0 decides and writes."""
+    """Number of this process. Process 0 decides and writes files."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def part() -> tuple[int, int]:
-    """Which part of every batch is this process': (rank, size)."""
+    """(rank, size): the part of every batch that this process computes."""
     return rank(), size()
 
 
 def share(batch: int) -> int:
-    """How many items of a batch of so many are this process'."""
+    """How many items of a batch of `batch` items this process computes."""
     return len(range(rank(), batch, size()))
 
 
 def start() -> None:
-    """Join the processes that `torchrun` started, each with its own GPU if there are any; nothing without torchrun."""
+    """Join the process group of `torchrun`, with one GPU per process if there are any. No effect without torchrun."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(dist.get_node_local_rank())
@@ -44,7 +45,7 @@ def start() -> None:
         from torch.distributed.rendezvous import rendezvous
 
         store, number, processes = next(rendezvous("env://"))
-        # The store outlives a restart: what the processes of before wrote there is out of the way under a prefix.
+        # The store survives a restart. A prefix separates this start from what earlier processes wrote.
         store = PrefixStore(f"restart {_restarts()}", store)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=processes)
@@ -61,7 +62,11 @@ def _restarts() -> int:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, the same bits on each, in one exchange for each dtype."""
+    """Replace each tensor by its mean over all processes, in place. All processes get the same bits.
+
+    Args:
+        tensors: Tensors of any shapes and dtypes, in the same order on every process. Each dtype takes one exchange.
+    """
     if size() == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -77,44 +82,63 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def total(values: Iterable[float], device: torch.device) -> list[float]:
-    """The sums of some numbers over all processes."""
-    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+    """Sum each number over all processes, in float64.
+
+    Args:
+        values: Numbers of this process, equally many on each process.
+        device: Device of the exchange.
+
+    Returns:
+        One sum for each number.
+    """
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     if size() > 1:
-        dist.all_reduce(sums)
-    found: list[float] = sums.tolist()
-    return found
+        dist.all_reduce(tensor)
+    sums: list[float] = tensor.tolist()
+    return sums
 
 
 def of_first(value: Any) -> Any:
-    """What process 0 says: its decision for all."""
+    """Process 0's value, on every process."""
     if size() == 1:
         return value
-    said = [value]
-    dist.broadcast_object_list(said)
-    return said[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def gathered(value: Any) -> list[Any]:
-    """What every process says, by rank."""
+    """The values of all processes, in the order of their ranks."""
     if size() == 1:
         return [value]
-    said: list[Any] = [None] * size()
-    dist.all_gather_object(said, value)
-    return said
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sharded_topk_mask(shard: Tensor, k: int) -> Tensor:
-    """The part of `topk_mask` of a tensor that lies in shards on several processes: bool, of the shard's shape.
+    """This process' part of the mask that `topk_mask` computes for a tensor in shards.
 
-    The whole is the shards' elements in the order of the ranks, as `fully_shard` (FSDP2) cuts a parameter along its
-    first dimension: give ``parameter.to_local()``. Exactly the k largest magnitudes of the whole are kept, of equal
-    ones those of smaller index in the whole, the same bits that `topk_mask` of the whole has.
-    What travels are histograms of 11 bits of the magnitudes, three of 16 kB, and two numbers a process.
-    shard: float32, of any shape, also empty. ValueError for a k that is not in [0, n] or NaN, on every process.
+    The whole tensor of n elements is the concatenation of the shards in the order of the ranks. `fully_shard` (FSDP2)
+    cuts a parameter along its first dimension in this way: pass ``parameter.to_local()``. The mask keeps exactly the k
+    largest magnitudes of the whole tensor. Ties go to the smaller index in the whole tensor. The bits are the same as
+    those of `topk_mask` of the whole tensor.
+
+    The processes exchange three histograms of at most 16 kB over the bits of the magnitudes, and a few numbers.
+
+    Args:
+        shard: float32, of any shape; it may be empty.
+        k: Number of elements to keep in the whole tensor.
+
+    Returns:
+        The mask, bool of the shard's shape.
+
+    Raises:
+        ValueError: On every process, if k is not in [0, n] or if a score is NaN. For a shard that is not float32.
     """
     if shard.dtype != torch.float32:
         raise ValueError(f"sharded_topk_mask: shard must be float32, got {shard.dtype}")
-    magnitude = shard.detach().contiguous().view(-1).abs().view(torch.int32).long()  # order of magnitudes
+    magnitude = shard.detach().contiguous().view(-1).abs().view(torch.int32).long()  # these integers sort like |shard|
     counts = torch.tensor([magnitude.numel(), int(shard.isnan().sum())], device=shard.device)
     dist.all_reduce(counts)
     n, nans = counts.tolist()
@@ -124,21 +148,22 @@ def sharded_topk_mask(shard: Tensor, k: int) -> Tensor:
         raise ValueError(f"sharded_topk_mask: {nans} of {n} scores are NaN")
     if k == 0:
         return torch.zeros_like(shard, dtype=torch.bool)
-    # From the highest bits down: the bits of the k-th largest magnitude, and how many of its equals are kept.
-    wanted, candidates, left = 0, torch.ones_like(magnitude, dtype=torch.bool), k
+    # Radix select from the highest bits down. At the end, `threshold` holds the bits of the k-th largest magnitude, and
+    # `remaining` is the number of elements of this magnitude that are kept.
+    threshold, candidates, remaining = 0, torch.ones_like(magnitude, dtype=torch.bool), k
     for shift, bits in ((20, 11), (9, 11), (0, 9)):
         digit = (magnitude[candidates] >> shift) & ((1 << bits) - 1)
         histogram = digit.bincount(minlength=1 << bits)
         dist.all_reduce(histogram)
-        larger = histogram.flip(0).cumsum(0).flip(0)  # elements of this digit or a larger one
-        chosen = int((larger >= left).nonzero()[-1])
-        left -= int(larger[chosen] - histogram[chosen])
-        wanted |= chosen << shift
-        candidates = magnitude >> shift == wanted >> shift
-    equal = magnitude == wanted
+        larger = histogram.flip(0).cumsum(0).flip(0)  # number of elements with this digit or a larger one
+        chosen = int((larger >= remaining).nonzero()[-1])
+        remaining -= int(larger[chosen] - histogram[chosen])
+        threshold |= chosen << shift
+        candidates = magnitude >> shift == threshold >> shift
+    equal = magnitude == threshold
     before = torch.zeros(size(), dtype=torch.int64, device=shard.device)
     before[rank()] = equal.sum()
     dist.all_reduce(before)
-    mine = left - int(before[: rank()].sum())
-    kept = (magnitude > wanted) | (equal & (equal.cumsum(0) <= mine))
+    kept_here = remaining - int(before[: rank()].sum())
+    kept = (magnitude > threshold) | (equal & (equal.cumsum(0) <= kept_here))
     return kept.view(shard.shape)

@@ -1,4 +1,4 @@
-"""Holds entries of dense weights at their values through every step of an optimizer."""
+"""Keeps entries of dense weights unchanged by every step of an optimizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,25 @@ from torch import Tensor
 def freeze_weights(
     optimizer: torch.optim.Optimizer, frozen: Mapping[Tensor, Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Hold entries of dense parameters bitwise at their present values through every step of an optimizer.
+    """Keep entries of dense parameters bitwise at their present values through every step of an optimizer.
 
-    A zero gradient does not freeze a weight: momentum, carried Adam moments and weight decay move it. This puts the
-    frozen entries back after each step, whatever the optimizer does. For people who train a dense weight with the
-    `masked_*` operators; `Phases` needs no guard, because its frozen weights are no parameters.
+    A zero gradient does not freeze a weight: momentum, Adam's moments and weight decay still change it. This guard
+    restores the frozen entries after each step, whatever the optimizer does. Use it to train a dense weight with the
+    `masked_*` operators. `Phases` does not need it in the weight phase, because its frozen weights are no parameters.
 
-    frozen: parameter -> bool mask of its shape, True where it must not change (the used mask).
-    Returns a handle whose ``remove()`` ends the guard. ValueError if a parameter is not the optimizer's.
+    Args:
+        optimizer: Any optimizer that holds the parameters.
+        frozen: Parameter -> bool mask of its shape, True where it must not change (the used mask).
+
+    Returns:
+        A handle. Its ``remove()`` ends the guard.
+
+    Raises:
+        ValueError: If a parameter is not the optimizer's, or if a mask has another shape or dtype.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW([weight])
+        >>> guard = freeze_weights(optimizer, {weight: used_mask})
     """
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     held = []

@@ -1,4 +1,4 @@
-"""The head of a model: the layer whose output is the model's output. B a batch."""
+"""Finds the head of a model: the layer whose output is the model's output. B is the batch size."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Call(NamedTuple):
-    """One call of a layer within a forward."""
+    """One call of a layer in a forward pass: the layer's name, its first argument and its output."""
 
     name: str
     input: Any
@@ -17,7 +17,7 @@ class Call(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a model returned, and the call of its head; None where no linear layer's output is the model's output."""
+    """The output of a model and the call of its head. The call is None if no linear layer returned the output."""
 
     output: Any
     head: Call | None
@@ -36,11 +36,20 @@ def check_name(model: nn.Module, head: str) -> None:
 
 
 def forward(model: nn.Module, x: Tensor, head: str | None = None) -> Forward:
-    """Run the model on a batch x (B, ...) and find its head.
+    """Run the model on a batch and find its head.
 
-    head: its name; or None for the linear layer whose output is the model's output: the same tensor, or the same
-        values in another shape or dtype. The last such call counts, so that a model may choose among several heads.
-    ValueError where the named module is not called.
+    Args:
+        model: The network.
+        x: A batch (B, ...).
+        head: Name of the head. If None, the head is the linear layer whose output is the model's output: the same
+            tensor, or the same values in another shape or dtype. If several calls match, the last one counts, so a
+            model may choose among several heads.
+
+    Returns:
+        The model's output and the call of the head.
+
+    Raises:
+        ValueError: If the named module does not exist or is not called.
     """
     if head is not None:
         check_name(model, head)
@@ -59,13 +68,13 @@ def forward(model: nn.Module, x: Tensor, head: str | None = None) -> Forward:
 
 @contextmanager
 def _watched(model: nn.Module, names: list[str], every: bool) -> Iterator[list[Call]]:
-    """The calls of the named modules within the block; unless `every`, those whose output can be logits (B, ...)."""
+    """Record calls of the named modules in the block: every call, or those whose output can be logits (B, classes)."""
     calls: list[Call] = []
     modules = dict(model.named_modules())
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # The others are not kept: all activations of a transformer would be alive at once.
+            # Keeping every output would hold all activations of a transformer in memory at once.
             if every or output.numel() == output.shape[0] * output.shape[-1]:
                 calls.append(Call(name, next(iter((*args, *kwargs.values())), None), output))
 

@@ -1,4 +1,4 @@
-"""KNN-based knowledge transfer: which learned task's features classify a new task best, to start from its scores."""
+"""KNN-based knowledge transfer (KKT): a new task starts from the scores of the learned task that suits it best."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,11 +20,13 @@ RULES: tuple[Rule, ...] = ("best", "always", "all", "rescaled")
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """The outcome of KKT for one new task.
+    """The result of KKT for one new task.
 
-    accuracies: of K nearest neighbours on each learned task's features; chance: 1 / classes.
-    sources: the tasks whose scores were taken (empty: none was above chance, start from random scores).
-    scores: initial scores by layer name, or None.
+    Attributes:
+        accuracies: Accuracy of K nearest neighbours in [0, 1], one for each learned task whose features were used.
+        chance: 1 / classes, the accuracy of guessing.
+        sources: Numbers of the tasks whose scores were taken. Empty if no task was above chance.
+        scores: Initial scores by layer name, in float32. None if the new task starts from random scores.
     """
 
     accuracies: list[float]
@@ -34,16 +36,24 @@ class Transfer:
 
 
 def sample_share(images: int) -> float:
-    """Share of a task's training images that KKT looks at: 20 %, at least 500 images, at most all."""
+    """Share of a task's training images that KKT uses, in (0, 1]: 20 %, but at least 500 images, and at most all."""
     return min(1.0, max(0.2, 500 / images))
 
 
 def penultimate_features(model: nn.Module, x: Tensor, head: str | None = None) -> Tensor:
-    """Penultimate activations of a batch x (B, ...), flat (B, d): the input of the head.
+    """Features of a batch before the head, flattened.
 
-    head: its name; or None for ``model.penultimate(x)`` where that is defined, else for the linear layer whose output
-        is the model's output.
-    ValueError where there is none, and for features that are not those of B items.
+    Args:
+        model: The network.
+        x: A batch (B, ...).
+        head: Name of the layer whose input the features are. If None, ``model.penultimate(x)`` is used if it exists.
+            Otherwise the head is the linear layer whose output is the model's output.
+
+    Returns:
+        Features (B, d).
+
+    Raises:
+        ValueError: If no head is found, or if the features are not those of B items.
     """
     penultimate: Any = getattr(model, "penultimate", None)
     if head is None and callable(penultimate):
@@ -65,7 +75,20 @@ def penultimate_features(model: nn.Module, x: Tensor, head: str | None = None) -
 def knn_accuracy(features: Tensor, labels: Tensor, classes: int, generator: torch.Generator) -> float:
     """Accuracy of K nearest neighbours: a stratified 66 % of the sample classify the other 34 %.
 
-    K = min(200, max(1, n66 // (2 classes))): the paper's 200 where the sample is large enough for it to mean anything.
+    ``K = min(200, max(1, n66 // (2 * classes)))``, where n66 is the number of items in the 66 %. The paper uses
+    K = 200, which is too many neighbours for a small sample.
+
+    Args:
+        features: Features (n, d).
+        labels: Labels (n,) in [0, classes).
+        classes: Number of classes.
+        generator: Random state of the split.
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        ValueError: If one of the two parts is empty.
     """
     known, asked = stratified_split(labels, 0.34, generator)
     if not len(known) or not len(asked):
@@ -79,18 +102,35 @@ def transfer(
     phases: Phases, x: Tensor | Callable[[], Iterable[Tensor]], labels: Tensor, classes: int, rule: Rule = "best",
     seed: int = 0, batch_size: int = 256, head: str | None = None,
 ) -> Transfer:  # fmt: skip
-    """Choose the initial scores of a new task among those of all finished ones.
+    """Choose the initial scores of a new task from the scores of all finished tasks.
 
-    x, labels: one fixed, unaugmented sample (n, ...) of the new task's training data, or a function that gives its
-        batches, called once for each source, where the sample is too large for the memory; classes: of the new task.
-    rule: "best" copies the scores of the source with the highest accuracy if that is above chance; "always" copies
-        them in any case; "all" takes the mean of all sources above chance; "rescaled" copies as "best", each layer's
-        scores times the power of 2 that brings their size next to that of fresh ones. The mask is the same, but trained
-        scores are so large that a new task hardly moves them (docs/results). Ties go to the earlier task.
-    head: name of the layer whose input the features are; None: see `penultimate_features`.
-    Several processes share the sources; process 0 decides.
-    Statistics, masks and scores of the sources are not touched. RuntimeError if their scores were dropped.
-    Source: arXiv 2210.10209, section 3.3; "rescaled" is ours.
+    Each finished task is a source: its network computes features of the new task's data, and K nearest neighbours
+    classify them (see `knn_accuracy`). Nothing of the sources is changed. Several processes share the sources, and
+    process 0 decides.
+
+    Source: arXiv 2210.10209, section 3.3. The rule "rescaled" is ours.
+
+    Args:
+        phases: The model with its finished tasks and their scores.
+        x: A fixed, unaugmented sample (n, ...) of the new task's training data. If the sample is too large for the
+            memory, a function that returns its batches. It is called once for each source.
+        labels: Labels (n,) of the sample, in [0, classes).
+        classes: Number of classes of the new task.
+        rule: "best" copies the scores of the source with the highest accuracy if it is above chance. "always" copies
+            them in any case. "all" takes the mean over all sources above chance. "rescaled" copies as "best" does,
+            but multiplies each layer's scores by a power of 2, so that they are about as large as fresh scores. This
+            does not change the mask. Without it, trained scores are so large that a new task hardly changes them (see
+            docs/results). Ties go to the earlier task.
+        seed: Seed of the split of the sample. The split is the same for every source.
+        batch_size: Items per forward pass, for a sample that is a tensor.
+        head: Name of the layer whose input the features are. If None, see `penultimate_features`.
+
+    Returns:
+        The accuracies of the sources, the chosen sources and the initial scores.
+
+    Raises:
+        ValueError: For an unknown rule, for classes < 1, and for a sample that cannot be split.
+        RuntimeError: If scores of finished tasks were dropped (``keep_scores=None``).
     """
     if rule not in RULES:
         raise ValueError(f"kkt must be one of {', '.join(RULES)}, got {rule!r}")
@@ -100,16 +140,16 @@ def transfer(
     if len(phases.scores) != tasks:
         raise RuntimeError(f"KKT needs the scores of {tasks} finished tasks, but keep_scores=None dropped them")
     labels = labels.cpu()
-    mine = {}
+    measured = {}
     for task in range(distributed.rank(), tasks, distributed.size()):
         with phases.using(task) as model, evaluation(model):
             parts = x.split(batch_size) if isinstance(x, Tensor) else x()
             features = torch.cat([penultimate_features(model, part, head) for part in parts])
         # The same split for every source
         generator = torch.Generator().manual_seed(seed)
-        mine[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)
-    found = {task: accuracy for part in distributed.gathered(mine) for task, accuracy in part.items()}
-    accuracies = distributed.of_first([found[task] for task in range(tasks)])
+        measured[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)
+    by_task = {task: accuracy for part in distributed.gathered(measured) for task, accuracy in part.items()}
+    accuracies = distributed.of_first([by_task[task] for task in range(tasks)])
     chance = 1 / classes
     above = [task for task in range(tasks) if accuracies[task] > chance]
     best = max(range(tasks), key=lambda task: accuracies[task], default=None)
@@ -125,6 +165,6 @@ def transfer(
 
 
 def _rescaled(scores: Tensor) -> Tensor:
-    """Scores whose root mean square is within a factor of sqrt(2) of that of fresh ones, 1 / sqrt(3 fan_in)."""
+    """Scores times the power of 2 that brings their RMS nearest to that of fresh ones, 1 / sqrt(3 fan_in)."""
     size, fresh = scores.square().mean().sqrt().item(), (3 * max(1, scores[:1].numel())) ** -0.5
     return scores * 2.0 ** round(math.log2(fresh / size)) if 0 < size < math.inf else scores

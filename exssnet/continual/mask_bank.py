@@ -1,4 +1,4 @@
-"""The supermasks of all finished tasks, packed, and what they use of the network."""
+"""Packed supermasks of all finished tasks, and how many weights they use."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,34 +14,36 @@ FreeRule: TypeAlias = Callable[[str, Tensor], Tensor]  # a layer's name and mask
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What one task's mask uses of one layer, in numbers of weights."""
+    """How many weights of one layer a task's mask uses."""
 
-    weights: int  # of the layer
-    kept: int  # by the task's mask
-    free: int  # kept by the task's mask and by none before it
-    used: int  # by the masks of this task and all before it
+    weights: int  # all weights of the layer
+    kept: int  # kept by the task's mask
+    free: int  # kept by the task's mask and by no earlier mask
+    used: int  # kept by the masks of this task and all earlier tasks
 
     @property
     def sparse_overlap(self) -> float:
-        """Share of the task's mask that earlier tasks use."""
+        """Share of the task's mask that earlier tasks use, in [0, 1]."""
         return (self.kept - self.free) / self.kept if self.kept else 0.0
 
     @property
     def total_overlap(self) -> float:
-        """Share of the layer that the task uses together with earlier tasks."""
+        """Share of the layer that both the task and earlier tasks use, in [0, 1]."""
         return (self.kept - self.free) / self.weights if self.weights else 0.0
 
     @property
     def capacity(self) -> float:
-        """Share of the layer that is used after the task."""
+        """Share of the layer that is used after the task, in [0, 1]."""
         return self.used / self.weights if self.weights else 0.0
 
 
 class MaskBank:
-    """Packed supermasks, 1 bit a weight, by task and layer name, and their running union (the used mask).
+    """Packed supermasks by task and layer name, 1 bit per weight, and their running union, the used mask.
 
-    shapes: layer name -> shape of its weight. Adding a task costs one pass over the bits, whatever the number of
-    tasks before it.
+    Adding a task takes one pass over the bits, however many tasks there are.
+
+    Args:
+        shapes: Layer name -> shape of its weight.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
@@ -59,7 +61,18 @@ class MaskBank:
         return len(self._packed)
 
     def add(self, masks: Mapping[str, Tensor]) -> int:
-        """Append a task's masks, bool or packed, one for every layer; returns the task's number."""
+        """Append the masks of a task.
+
+        Args:
+            masks: Layer name -> mask, one for every layer. A mask is bool of the weight's shape, or packed: uint8 of
+                (ceil(n / 8),).
+
+        Returns:
+            The task's number.
+
+        Raises:
+            ValueError: For other layers, shapes or dtypes. Nothing is changed then.
+        """
         if set(masks) != set(self.shapes):
             raise ValueError(
                 f"MaskBank: expected masks of the layers {sorted(self.shapes)}, got those of {sorted(masks)}"
@@ -81,38 +94,38 @@ class MaskBank:
             packed[name] = bits
             use[name] = LayerUse(n, self._count(bits, name), self._count(free, name), self._count(union, name))
             unions[name] = union
-        self._used = unions  # only now: a mask that is refused leaves everything as it was
+        self._used = unions  # only now, so that an invalid mask changes nothing
         self._packed.append(packed)
         self.use.append(use)
         return len(self) - 1
 
     def packed(self, task: int, name: str) -> Tensor:
-        """The packed mask of a task's layer: uint8 of ceil(n / 8) bytes."""
+        """Packed mask of a layer for a task: uint8 of (ceil(n / 8),). IndexError if the task is not finished."""
         if not 0 <= task < len(self):
             raise IndexError(f"task {task} is not known: {len(self)} tasks are finished")
         return self._packed[task][name]
 
     def mask(self, task: int, name: str) -> Tensor:
-        """The bool mask of a task's layer, in the shape of its weight."""
+        """Mask of a layer for a task: bool of the weight's shape. IndexError if the task is not finished."""
         return unpack_mask(self.packed(task, name), self.shapes[name])
 
     def used_mask(self, name: str) -> Tensor | None:
-        """Packed union of the masks of all tasks so far; None before the first."""
+        """Union of a layer's masks of all tasks so far: packed, uint8 of (ceil(n / 8),); None before the first task."""
         return self._used.get(name)
 
     def free(self, name: str, mask: Tensor) -> Tensor:
-        """``mask & ~used_mask`` for a bool mask of a new task, in its shape."""
+        """``mask & ~used_mask`` of a layer, for a bool mask of a new task in the weight's shape."""
         used = self.used_mask(name)
         return mask if used is None else free_mask(mask, unpack_mask(used.to(mask.device), self.shapes[name]))
 
     def total(self, task: int, names: list[str] | None = None) -> LayerUse:
-        """What a task uses of the given layers together (default: all)."""
+        """Sums of a task's `LayerUse` over the named layers. None means all layers."""
         parts = [self.use[task][name] for name in (names if names is not None else self.shapes)]
         return LayerUse(*(sum(getattr(p, f) for p in parts) for f in ("weights", "kept", "free", "used")))
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the packed masks and their union take."""
+        """Size of the packed masks and of their union in bytes."""
         tables = [*self._packed, self._used]
         return sum(bits.numel() for table in tables for bits in table.values())
 

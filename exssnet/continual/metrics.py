@@ -1,7 +1,8 @@
 """Continual-learning metrics, each a pure function of accuracies.
 
-`accuracy` is the (T, T) matrix A with A[i, j] the test accuracy on task j after learning task i, as a tensor, an array
-or nested lists. Entries with j > i are never read and may be NaN; ValueError on any other shape, or on NaN elsewhere.
+The argument `accuracy` is a (T, T) matrix A: a tensor, an array or nested lists. A[i, j] is the test accuracy on task j
+after learning task i, in [0, 1]. Entries with j > i are not read and may be NaN. Another shape or another NaN raises
+ValueError. All metrics are computed in float64.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 Accuracies: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 
 
-def _learned(accuracy: Accuracies) -> Tensor:
+def _lower_triangle(accuracy: Accuracies) -> Tensor:
     """The lower triangle of A in float64, zeros above it."""
     a = torch.as_tensor(accuracy, dtype=torch.float64)
     if a.dim() != 2 or a.shape[0] != a.shape[1] or a.shape[0] == 0:
@@ -35,46 +36,97 @@ def _per_task(name: str, values: Accuracies, tasks: int) -> Tensor:
 
 
 def average_accuracy(accuracy: Accuracies) -> float:
-    """Mean test accuracy over all tasks at the end: mean_j A[T-1, j].
+    """Mean test accuracy over all tasks after the last one: ``mean_j A[T-1, j]``.
 
     Source: Lopez-Paz & Ranzato, "Gradient Episodic Memory", NeurIPS 2017, eq. 2.
+
+    Args:
+        accuracy: The (T, T) matrix A.
+
+    Returns:
+        The mean, in [0, 1].
+
+    Raises:
+        ValueError: For another shape, or NaN for j <= i.
+
+    Example:
+        >>> average_accuracy([[0.9, float("nan")], [0.8, 0.6]])
+        0.7
     """
-    return _learned(accuracy)[-1].mean().item()
+    return _lower_triangle(accuracy)[-1].mean().item()
 
 
 def backward_transfer(accuracy: Accuracies) -> float:
-    """Mean change of a task's accuracy by learning later tasks: mean_{j < T-1} (A[T-1, j] - A[j, j]); 0 if T = 1.
+    """Mean change of a task's accuracy while later tasks are learned: ``mean_{j < T-1} (A[T-1, j] - A[j, j])``.
 
-    Negative values are forgetting. Source: Lopez-Paz & Ranzato, NeurIPS 2017, eq. 3.
+    A negative value means forgetting.
+
+    Source: Lopez-Paz & Ranzato, NeurIPS 2017, eq. 3.
+
+    Args:
+        accuracy: The (T, T) matrix A.
+
+    Returns:
+        The mean, in [-1, 1]; 0 if T = 1.
+
+    Raises:
+        ValueError: For another shape, or NaN for j <= i.
     """
-    a = _learned(accuracy)
+    a = _lower_triangle(accuracy)
     return (a[-1] - a.diagonal())[:-1].mean().item() if len(a) > 1 else 0.0
 
 
 def forgetting(accuracy: Accuracies) -> float:
-    """Mean drop from a task's best earlier accuracy: mean_{j < T-1} (max_{j <= i < T-1} A[i, j] - A[T-1, j]).
+    """Mean drop from a task's best earlier accuracy: ``mean_{j < T-1} (max_{j <= i < T-1} A[i, j] - A[T-1, j])``.
 
-    0 if T = 1. Source: Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018, section 3.
+    Source: Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018, section 3.
+
+    Args:
+        accuracy: The (T, T) matrix A.
+
+    Returns:
+        The mean, in [-1, 1]; 0 if T = 1.
+
+    Raises:
+        ValueError: For another shape, or NaN for j <= i.
     """
-    a = _learned(accuracy)
-    # The zeros above the diagonal do not disturb the maximum: accuracies are not negative.
+    a = _lower_triangle(accuracy)
+    # The zeros above the diagonal do not change the maximum, because accuracies are not negative.
     return (a[:-1, :-1].amax(0) - a[-1, :-1]).mean().item() if len(a) > 1 else 0.0
 
 
 def learning_accuracy(accuracy: Accuracies) -> float:
-    """Mean accuracy on each task right after learning it: mean_j A[j, j].
+    """Mean accuracy on each task right after learning it: ``mean_j A[j, j]``.
 
     Source: Riemer et al., "Learning to Learn without Forgetting", ICLR 2019.
+
+    Args:
+        accuracy: The (T, T) matrix A.
+
+    Returns:
+        The mean, in [0, 1].
+
+    Raises:
+        ValueError: For another shape, or NaN for j <= i.
     """
-    return _learned(accuracy).diagonal().mean().item()
+    return _lower_triangle(accuracy).diagonal().mean().item()
 
 
 def forward_transfer(transferred: Accuracies, random: Accuracies) -> float:
-    """Mean head start that knowledge transfer gives a new task: mean_{j > 0} (transferred[j] - random[j]); 0 if T = 1.
+    """Mean head start that knowledge transfer gives a new task: ``mean_{j > 0} (transferred[j] - random[j])``.
 
-    transferred, random: (T,) accuracies on task j before any training on it, with KKT's initial scores and with random
-        ones. Entry 0 is not read, the first task has no source. ValueError if the lengths differ.
-    Source: after Lopez-Paz & Ranzato, NeurIPS 2017, eq. 4, with KKT's initial scores in the place of the last model.
+    Source: after Lopez-Paz & Ranzato, NeurIPS 2017, eq. 4. KKT's initial scores take the place of the last model.
+
+    Args:
+        transferred: (T,) accuracies on task j before any training on it, with KKT's initial scores.
+        random: (T,) the same accuracies with random initial scores. Entry 0 of both does not count, because the first
+            task has no source.
+
+    Returns:
+        The mean, in [-1, 1]; 0 if T = 1.
+
+    Raises:
+        ValueError: If the lengths differ.
     """
     tasks = len(transferred)
     gain = _per_task("transferred", transferred, tasks) - _per_task("random", random, tasks)
@@ -82,19 +134,35 @@ def forward_transfer(transferred: Accuracies, random: Accuracies) -> float:
 
 
 def learning_gain(accuracy: Accuracies, individual: Accuracies) -> float:
-    """Mean lead over networks trained on one task alone: mean_j (A[j, j] - individual[j]).
+    """Mean lead over networks that were trained on one task alone: ``mean_j (A[j, j] - individual[j])``.
 
-    individual: (T,) test accuracies of the individual networks. ValueError if the lengths differ.
     Source: the negative of intransigence in Chaudhry et al., ECCV 2018, averaged over the tasks.
+
+    Args:
+        accuracy: The (T, T) matrix A.
+        individual: (T,) test accuracies of the individual networks.
+
+    Returns:
+        The mean, in [-1, 1].
+
+    Raises:
+        ValueError: If the lengths differ, for another shape of A, or NaN for j <= i.
     """
-    a = _learned(accuracy)
+    a = _lower_triangle(accuracy)
     return (a.diagonal() - _per_task("individual", individual, len(a))).mean().item()
 
 
 def epochs_to_reach(accuracies: Sequence[float], target: float) -> int | None:
-    """Number of epochs until a learning curve first reaches a target accuracy; None if it never does.
+    """Number of epochs until a learning curve first reaches a target accuracy.
 
-    accuracies: one after each epoch. With KKT and without, this tells how much faster transfer learns; for seconds,
-    add up those of so many epochs.
+    Compare the number with and without KKT to see how much faster a task is learned with transfer. For seconds, add up
+    the durations of these epochs.
+
+    Args:
+        accuracies: One accuracy after each epoch.
+        target: The accuracy to reach, in [0, 1].
+
+    Returns:
+        The number of epochs, from 1 on; None if the curve never reaches the target.
     """
     return next((epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy >= target), None)

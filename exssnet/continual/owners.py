@@ -1,4 +1,4 @@
-"""Which `Phases` a model belongs to, and what may then be loaded into the model itself."""
+"""Records which `Phases` owns a model, and checks what is loaded into the model itself."""
 
 import weakref
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from .stored import TaskStore
 
 _owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[TaskStore]]" = weakref.WeakKeyDictionary()
 KINDS = {"packed_mask": "fixed masks", "scores": "scores", "weight": "plain weights"}
+"""Entry of a layer's state dict -> what a state with such entries holds."""
 
 
 def own(phases: TaskStore) -> None:
-    """The model with all its modules belongs to this `Phases` from now on, and its optimizers are watched."""
+    """Make this `Phases` the owner of its model and of all modules in it, and watch the model's optimizers."""
     for module in phases.model.modules():
         _owners[module] = weakref.ref(phases)
         if not any(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
@@ -24,7 +25,7 @@ def own(phases: TaskStore) -> None:
 
 
 def end_joint(phases: TaskStore) -> None:
-    """Give the layers their weights where another `Phases` trains copies, in a joint phase that ends here."""
+    """End a joint phase of the layers' former owner: the layers get their weights in place of the trained copies."""
     for layer in phases.layers.values():
         if layer.dense_weight.requires_grad:
             owner = _owners.get(layer)
@@ -35,7 +36,7 @@ def end_joint(phases: TaskStore) -> None:
 
 
 def disown(model: nn.Module) -> None:
-    """Take the hooks from a copy of the model."""
+    """Remove the hooks from a copy of the model."""
     for module in model.modules():
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if _is_ours(hook):
@@ -47,7 +48,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def check(phases: TaskStore, call: str) -> None:
-    """RuntimeError if the model, or a layer of it, belongs to another `Phases`."""
+    """Raise RuntimeError if another `Phases` owns the model or one of its layers. call: name of the caller."""
     for module in (phases.model, *phases.layers.values()):
         owner = _owners.get(module)
         if owner is None or owner() is not phases:
@@ -55,11 +56,11 @@ def check(phases: TaskStore, call: str) -> None:
 
 
 def before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """A hook of `load_state_dict` of the model and of each module in it, called before anything is changed."""
+    """Pre-hook of `load_state_dict` for the model and each module in it; it runs before anything is changed."""
     owner = _owners.get(module)
     phases = None if owner is None else owner()
     name = None if phases is None else phases.own.names.get(module)
-    if phases is None or name is None or (name and prefix.endswith(f"{name}.")):  # the whole model has been looked at
+    if phases is None or name is None or (name and prefix.endswith(f"{name}.")):  # the whole model was checked already
         return
     within = f"{name}." if name else ""
     given = {within + key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
@@ -76,7 +77,7 @@ def _where(phases: TaskStore) -> str:
 
 
 def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
-    """RuntimeError if the state dict is of another phase than the model is in."""
+    """Raise RuntimeError if the state dict is from a different phase than the model's."""
     if phases.phase == "idle":
         wanted = "packed_mask" if len(phases.bank) else None
     else:
@@ -93,12 +94,12 @@ def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
 
 
 def _check_shared(phases: TaskStore, given: Mapping[str, Any]) -> None:
-    """RuntimeError if the state dict would change what the open phase does not train, or what finished tasks have."""
+    """Raise RuntimeError if the state dict would change finished tasks or what the open phase does not train."""
     trained = {full_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(
         phases.initial
     )
     named = {n for of in (phases.model.named_parameters, phases.model.named_buffers) for n, _ in of()}
-    expected = {n: t for n, t in phases.model.state_dict().items() if n in named}  # a module with two names once
+    expected = {n: t for n, t in phases.model.state_dict().items() if n in named}  # a shared module has one name here
     if phases.phase == "idle" and phases.active is not None:
         expected |= phases.initial | phases.states[phases.active]
     changed = []
@@ -122,6 +123,6 @@ def _check_shared(phases: TaskStore, given: Mapping[str, Any]) -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, where NaN equals NaN."""
+    """Whether two tensors are equal; NaN counts as equal to NaN."""
     a = a.to(b.device)
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())

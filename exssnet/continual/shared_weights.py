@@ -1,4 +1,4 @@
-"""The weights that all tasks share, and the copies of them that a joint phase trains."""
+"""The weights that all tasks share, and the copies that a joint phase trains."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,26 +11,26 @@ from .mask_bank import MaskBank
 
 
 class SharedWeights:
-    """The dense weights of a model's layers, which stay out of reach while a joint phase trains copies of them.
+    """The dense weights of a model's layers. A joint phase trains copies of them.
 
-    So the entries that finished tasks use are right at every moment and for every thread, whatever an optimizer, a
-    guard or averaged weights do to the copies.
+    The originals do not change while the copies train, whatever an optimizer, a guard or averaged weights do to the
+    copies. So the entries that finished tasks use are correct at any time, in every thread.
     """
 
     def __init__(self, layers: Mapping[str, SupermaskLayer]) -> None:
         self._layers = layers
-        self._originals: dict[str, Tensor] = {}  # while copies are trained; another dict after each change
+        self._originals: dict[str, Tensor] = {}  # empty unless copies train; replaced by a new dict, never changed
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by layer name; no copies."""
+        """The weights by layer name, never the trained copies."""
         while True:
             originals = self._originals
             live = {name: layer.dense_weight for name, layer in self._layers.items()}
-            if originals is self._originals:  # else another thread began or ended a joint phase meanwhile
+            if originals is self._originals:  # else another thread has started or ended a joint phase
                 return {name: originals.get(name, weight).to(weight) for name, weight in live.items()}
 
     def train_copies(self) -> None:
-        """Give the layers copies, which require a gradient."""
+        """Give the layers copies that require a gradient."""
         originals = self.tensors()
         copies = {name: weight.detach().clone().requires_grad_() for name, weight in originals.items()}
         self._originals = originals
@@ -38,9 +38,14 @@ class SharedWeights:
             layer.dense_weight = copies[name]
 
     def put_back_used(self, call: str, bank: MaskBank) -> dict[Tensor, Tensor]:
-        """Undo what was changed, in copies, of weights that finished tasks use, with a warning.
+        """Restore the entries of the copies that finished tasks use, with a warning if they had changed.
 
-        Returns where these are: copy -> bool mask of its shape; nothing where no copies are trained.
+        Args:
+            call: Name of the caller, for the warning.
+            bank: The masks of the finished tasks.
+
+        Returns:
+            Copy -> bool mask of its shape, True at these entries. Empty if no copies are trained.
         """
         used, changed = {}, 0
         for name, weight in self.tensors().items() if self._originals else ():
@@ -57,7 +62,7 @@ class SharedWeights:
         return used
 
     def end(self, store: bool) -> None:
-        """Give the layers their weights back, after those of the copies were stored in them or not."""
+        """End the training of copies: the layers get their weights back. store: first write the copies into them."""
         weights = self.tensors() if self._originals else {}
         for name, weight in weights.items():
             if store:

@@ -1,4 +1,4 @@
-"""Finished tasks as named tensors, and back: each piece is checked for what it should be before anything changes."""
+"""Converts finished tasks to named tensors and back. All tensors are checked before anything is changed."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class TaskStore(Protocol):
-    """What `Phases` is to those who store its tasks."""
+    """The part of `Phases` that is needed to store its tasks."""
 
     model: nn.Module
     layers: dict[str, SupermaskLayer]
@@ -40,16 +40,26 @@ class TaskStore(Protocol):
 
 
 class Pieces:
-    """Named tensors of a state; what is taken must be what it should be, and nothing may be left over."""
+    """The named tensors of a state. Each is checked when it is taken, and `end` checks that none is left."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.left = dict(tensors)
 
     def take(self, key: str, shape: Sequence[int], *dtypes: torch.dtype, finite: bool = False) -> Tensor:
-        """The tensor of that name. ValueError for none, another shape or dtype, and for NaN or infinity if `finite`."""
+        """Remove a tensor and return it.
+
+        Args:
+            key: The tensor's name.
+            shape: The expected shape.
+            dtypes: The accepted dtypes; none given means all.
+            finite: Whether NaN and infinity are refused.
+
+        Raises:
+            ValueError: If there is no such tensor, or if it does not meet these conditions.
+        """
         if key not in self.left or self.left[key].shape != tuple(shape):
-            found = tuple(self.left[key].shape) if key in self.left else "nothing"
-            raise ValueError(f"the state holds {found} for {key}, the model needs {tuple(shape)}")
+            actual = tuple(self.left[key].shape) if key in self.left else "nothing"
+            raise ValueError(f"the state holds {actual} for {key}, the model needs {tuple(shape)}")
         tensor = self.left.pop(key)
         if dtypes and tensor.dtype not in dtypes:
             raise ValueError(f"the state holds {tensor.dtype} for {key}, expected {' or '.join(map(str, dtypes))}")
@@ -58,25 +68,31 @@ class Pieces:
         return tensor
 
     def mask(self, key: str, shape: torch.Size) -> Tensor:
-        """The packed mask of that name, of a weight of the given shape. ValueError for bits beyond it."""
+        """Take the packed mask of a weight of the given shape. ValueError for set bits beyond the last weight."""
         bits = self.take(key, (-(-shape.numel() // 8),), torch.uint8)
         if not torch.equal(pack_mask(unpack_mask(bits, shape)), bits):
             raise ValueError(f"the state holds bits beyond the {shape.numel()} weights in {key}")
         return bits
 
     def names(self, prefix: str) -> list[str]:
-        """What follows the prefix in the names that are left."""
+        """The remaining names that start with the prefix, without the prefix."""
         return [key.removeprefix(prefix) for key in self.left if key.startswith(prefix)]
 
     def end(self) -> None:
-        """ValueError if anything is left."""
+        """Raise ValueError if any tensor is left."""
         if self.left:
             shown = ", ".join(sorted(self.left)[:5]) + (" ..." if len(self.left) > 5 else "")
             raise ValueError(f"the state holds {shown}, which has no place in the model")
 
 
 def finished(phases: TaskStore) -> dict[str, Tensor]:
-    """Weights, and of finished tasks masks (packed), states and scores; in an open task the weights before it."""
+    """Tensors of all finished tasks by name.
+
+    Returns:
+        The shared weights ("weight/LAYER"; while a task is open, those before it), and of each task the packed masks
+        ("mask/TASK/LAYER"), its own tensors ("state/TASK/NAME") and its scores ("scores/TASK/LAYER"). Then the initial
+        values of per-task tensors ("initial/NAME") and the frozen parameters ("frozen/NAME").
+    """
     tensors = {f"weight/{n}": weight for n, weight in phases.weights_before().items()}
     for task in range(len(phases.bank)):
         tensors |= {f"mask/{task}/{n}": phases.bank.packed(task, n) for n in phases.layers}
@@ -89,11 +105,12 @@ def finished(phases: TaskStore) -> dict[str, Tensor]:
 
 
 def kept(phases: TaskStore) -> dict[str, int]:
-    """k of every layer: what tells whether a state is of such a model."""
+    """k of every layer. A state fits a model only if these agree."""
     return {n: layer.k for n, layer in phases.layers.items()}
 
 
 def check_layers(k: Mapping[str, int], phases: TaskStore) -> None:
+    """Raise ValueError if a state has other layers or another k than the model."""
     if k != kept(phases):
         raise ValueError(f"the state has layers and k {dict(k)}, the model has {kept(phases)}")
 
@@ -102,7 +119,19 @@ Learned = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]
 
 
 def parse(phases: TaskStore, state: Any, known: Sequence[str]) -> tuple[Any, int | None, int]:
-    """Phase, active task and number of finished tasks of a `Phases.state_dict`. ValueError for what does not fit."""
+    """Read a `Phases.state_dict` without its tensors.
+
+    Args:
+        phases: The `Phases` that the state is for.
+        state: The state.
+        known: Names of all phases.
+
+    Returns:
+        The phase, the active task and the number of finished tasks.
+
+    Raises:
+        ValueError: If the state does not fit.
+    """
     names = ("phase", "active", "tasks", "k", "tensors")
     if not isinstance(state, Mapping) or set(state) != set(names):
         got = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
@@ -117,13 +146,13 @@ def parse(phases: TaskStore, state: Any, known: Sequence[str]) -> tuple[Any, int
 
 @dataclass
 class Finished:
-    """Finished tasks that were read and fit a `Phases`."""
+    """Finished tasks that were read, checked, and fit a `Phases`."""
 
-    values: list[tuple[Tensor, Tensor]]  # where to, and what
+    values: list[tuple[Tensor, Tensor]]  # (target in the model, its new value)
     tasks: list[Learned]
 
     def put(self, phases: TaskStore) -> None:
-        """Give them to a `Phases` without tasks, and activate the last."""
+        """Copy the tasks into a `Phases` without tasks, and activate the last."""
         with torch.no_grad():
             for target, value in self.values:
                 target.copy_(value)
@@ -132,7 +161,7 @@ class Finished:
 
 
 def take_finished(phases: TaskStore, pieces: Pieces, tasks: int) -> Finished:
-    """The finished tasks among the pieces. ValueError for what does not fit."""
+    """Take the finished tasks from the pieces. ValueError if a tensor does not fit."""
     targets = {f"weight/{n}": layer.dense_weight for n, layer in phases.layers.items()}
     targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
     targets |= {f"initial/{n}": t for n, t in phases.initial.items()}
@@ -149,22 +178,30 @@ def take_finished(phases: TaskStore, pieces: Pieces, tasks: int) -> Finished:
 
 
 def put_finished(phases: TaskStore, pieces: Pieces, tasks: int, complete: bool = False) -> None:
-    """Give a fresh `Phases` the finished tasks and activate the last. ValueError, before anything is changed.
+    """Copy finished tasks into a new `Phases`, and activate the last. An error leaves everything unchanged.
 
-    complete: nothing else may be among the pieces.
+    Args:
+        phases: A `Phases` without tasks.
+        pieces: The tensors of a state.
+        tasks: Number of tasks to take.
+        complete: Whether the pieces may hold nothing else.
+
+    Raises:
+        ValueError: If a tensor does not fit.
+        RuntimeError: If the `Phases` has tasks.
     """
     if len(phases.bank) or phases.phase != "idle":
         raise RuntimeError(
             f"load: needs a Phases without tasks, this one has {len(phases.bank)} and is in the {phases.phase} phase"
         )
-    found = take_finished(phases, pieces, tasks)
+    tasks_read = take_finished(phases, pieces, tasks)
     if complete:
         pieces.end()
-    found.put(phases)
+    tasks_read.put(phases)
 
 
 def _task(phases: TaskStore, pieces: Pieces, task: int) -> Learned:
-    """Masks, state and scores of one finished task."""
+    """Take the masks, the state and the scores of one finished task."""
     layers = phases.layers
     shapes = {n: layer.dense_weight.shape for n, layer in layers.items()}
     masks = {n: pieces.mask(f"mask/{task}/{n}", shape) for n, shape in shapes.items()}
@@ -177,7 +214,7 @@ def _task(phases: TaskStore, pieces: Pieces, task: int) -> Learned:
 
 
 def state_tensors(phases: TaskStore, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Values of a task's own tensors under their names in a state: without non-persistent buffers that are as ever."""
+    """A task's own tensors, named for a state. Non-persistent buffers with their initial value are left out."""
     own = phases.own
     return {f"{prefix}{n}": t for n, t in state.items() if n not in own.transient or not own.is_initial(n, t)}
 
@@ -185,9 +222,18 @@ def state_tensors(phases: TaskStore, state: Mapping[str, Tensor], prefix: str) -
 def take_state(
     phases: TaskStore, pieces: Pieces, prefix: str, names: Iterable[str], *casts: torch.dtype
 ) -> dict[str, Tensor]:
-    """Values of a task's own tensors; only a buffer that may be made or change its shape in training has any shape.
+    """Take a task's own tensors by name. Names that are no tensors of a task stay in the pieces.
 
-    casts: dtypes that floating point values may have as well.
+    Args:
+        phases: The `Phases` that the state is for.
+        pieces: The tensors of a state.
+        prefix: Prefix of the names in the state.
+        names: Names to take. Each tensor must have the shape of its initial value. Only a non-persistent buffer, and a
+            buffer that is registered in training, may have any shape.
+        casts: Further dtypes that floating-point values may have.
+
+    Raises:
+        ValueError: If a tensor does not fit.
     """
     own, state = phases.own, {}
     for name in names:
@@ -201,7 +247,7 @@ def take_state(
 
 
 def take_all_state(phases: TaskStore, pieces: Pieces, prefix: str) -> dict[str, Tensor]:
-    """Values of all that an open task has of its own."""
+    """Take all tensors that the open task has of its own."""
     names = {*pieces.names(prefix), *phases.initial.keys() - phases.own.transient}
     return take_state(phases, pieces, prefix, names)
 
@@ -209,7 +255,7 @@ def take_all_state(phases: TaskStore, pieces: Pieces, prefix: str) -> dict[str, 
 def adopted(
     phases: TaskStore, tasks: Sequence[Learned]
 ) -> tuple[MaskBank, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Masks, states and scores of the finished tasks with copies of more. ValueError for what does not fit."""
+    """Masks, states and scores of the finished tasks followed by copies of `tasks`. ValueError if one does not fit."""
     bank, states, scores = copy.copy(phases.bank), list(phases.states), list(phases.scores)
     shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
     device = next(iter(phases.layers.values())).dense_weight.device
@@ -229,7 +275,7 @@ def adopted(
 
 
 def check_finite(call: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """FloatingPointError for NaN or infinity among what was trained; the caller has not changed anything yet."""
+    """Raise FloatingPointError for NaN or infinity in trained tensors. Callers check before they change anything."""
     for name, t in tensors.items():
         if t is not None and t.is_floating_point() and not bool(t.isfinite().all()):
             raise FloatingPointError(
@@ -239,21 +285,21 @@ def check_finite(call: str, tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def take_open(phases: TaskStore, pieces: Pieces, phase: str) -> dict[str, Tensor]:
-    """The open task's tensors among the pieces, named as in `Phases.open_tensors`. ValueError for what does not fit."""
+    """Take the open task's tensors, named as in `Phases.open_tensors`. ValueError if one does not fit."""
     if phase == "idle":
         return {}
-    found = {"called": pieces.take("open/called", (len(phases.layers),), torch.bool)}
+    tensors = {"called": pieces.take("open/called", (len(phases.layers),), torch.bool)}
     for name, layer in phases.layers.items():
         shape, dtype = layer.dense_weight.shape, layer.dense_weight.dtype
-        found[f"scores/{name}"] = pieces.take(f"open/scores/{name}", shape, torch.float32, finite=True)
+        tensors[f"scores/{name}"] = pieces.take(f"open/scores/{name}", shape, torch.float32, finite=True)
         if phase == "joint":
-            found[f"weight/{name}"] = pieces.take(f"open/weight/{name}", shape, dtype, finite=True)
+            tensors[f"weight/{name}"] = pieces.take(f"open/weight/{name}", shape, dtype, finite=True)
         elif phase == "weight":
             mask, free = (pieces.mask(f"open/{kind}/{name}", shape) for kind in ("mask", "free_mask"))
             if bool((free & ~mask).any()):
                 raise ValueError(f"the state's free mask of {name} is not inside its mask")
-            found |= {f"mask/{name}": mask, f"free_mask/{name}": free}
+            tensors |= {f"mask/{name}": mask, f"free_mask/{name}": free}
             count = int(unpack_mask(free, shape).sum())
             if count or f"open/free/{name}" in pieces.left:
-                found[f"free/{name}"] = pieces.take(f"open/free/{name}", (count,), dtype, finite=True)
-    return found | {f"state/{n}": t for n, t in take_all_state(phases, pieces, "open/state/").items()}
+                tensors[f"free/{name}"] = pieces.take(f"open/free/{name}", (count,), dtype, finite=True)
+    return tensors | {f"state/{n}": t for n, t in take_all_state(phases, pieces, "open/state/").items()}

@@ -1,4 +1,4 @@
-"""Which task a batch is of, where nobody tells: SupSup's inference from a superposition of masks."""
+"""Inference of a batch's task without a task id: SupSup's gradient of a superposition of masks."""
 
 import math
 from collections.abc import Sequence
@@ -18,18 +18,26 @@ RULES: tuple[InferenceRule, ...] = ("one-shot", "binary")
 
 
 class TaskInference:
-    """Finds the task of a batch among the finished tasks of a model.
+    """Infers the task of a batch among the finished tasks of a model.
 
-    All masks are superposed, ``W * sum_i alpha_i M_i`` with equal coefficients, and the batch goes through once. The
-    task is that whose coefficient, if it grew, would lower the entropy H of the outputs most:
-    ``g_i = dH / d alpha_i = sum over layers <dH / dW_eff, W * M_i>``, one backward pass, then a product with each mask.
+    The effective weight superposes all masks with equal coefficients: ``W_eff = W * sum_i alpha_i M_i``. Let H be the
+    entropy of the outputs. The gradient ``g_i = dH / d alpha_i = sum over layers <dH / dW_eff, W * M_i>`` tells how H
+    changes when the coefficient of task i grows. The inferred task is the one that lowers H most: the one with the
+    smallest g. One forward and one backward pass give dH / dW_eff, then each task takes one product with its mask.
 
-    phases: a model with finished tasks; nothing in it is changed. Later tasks need a new object.
-    rule: "one-shot": the smallest g. "binary": half of the tasks, those of larger g, leave, until one is left.
-    samples: H is the mean over the first so many of a batch (r of the paper).
-    Batch norms take the statistics of the batch and keep none. Parameters of tasks (biases, affine norms, a head of
+    Batch norms use the statistics of the batch and keep none. Per-task parameters (biases, affine norms, a head of
     their own) are superposed like the weights.
+
     Source: Wortsman et al., "Supermasks in Superposition", NeurIPS 2020, section 3.3 and algorithms 1 and 2.
+
+    Args:
+        phases: A model with finished tasks. It is not changed. Tasks that finish later need a new object.
+        rule: "one-shot" takes the task with the smallest g. "binary" removes the half of the tasks with larger g,
+            computes g again, and repeats until one task is left.
+        samples: H is the mean over the first `samples` items of a batch (r in the paper).
+
+    Raises:
+        ValueError: For an unknown rule, for samples < 1, and if no task is finished.
     """
 
     def __init__(self, phases: Phases, rule: InferenceRule = "one-shot", samples: int = 1) -> None:
@@ -48,7 +56,14 @@ class TaskInference:
         self._plain.eval().requires_grad_(False)
 
     def infer(self, x: Tensor) -> int:
-        """The number of the task that a batch x (B, ...) is of; of equal tasks the earlier."""
+        """Infer the task of a batch.
+
+        Args:
+            x: A batch (B, ...), on the model's device.
+
+        Returns:
+            The task's number. Ties go to the earlier task.
+        """
         left = list(range(len(self.phases.bank)))
         while len(left) > 1:
             gradient = self._gradient(x, left)
@@ -58,8 +73,8 @@ class TaskInference:
         return left[0]
 
     def _gradient(self, x: Tensor, tasks: Sequence[int]) -> list[float]:
-        """dH / d alpha of the given tasks, superposed equally."""
-        share, bank = 1 / len(tasks), self.phases.bank
+        """dH / d alpha_i of each given task, with equal coefficients."""
+        alpha, bank = 1 / len(tasks), self.phases.bank
         parameters = dict(self._plain.named_parameters())
         for name in parameters.keys() & self.phases.initial.keys():
             states = [self.phases.states[t].get(name, self.phases.initial[name]) for t in tasks]
@@ -67,10 +82,10 @@ class TaskInference:
         weights = self.phases.weights_before()
         for name, module in self._weights.items():
             weight = weights[name]
-            times = torch.zeros_like(weight)
+            mask_sum = torch.zeros_like(weight)
             for task in tasks:
-                times += bank.mask(task, name).to(weight.device)
-            module.weight = nn.Parameter(weight * times * share)
+                mask_sum += bank.mask(task, name).to(weight.device)
+            module.weight = nn.Parameter(weight * mask_sum * alpha)
         try:
             with torch.enable_grad():
                 p = self._plain(x)[: self.samples].float().log_softmax(1)
@@ -79,16 +94,21 @@ class TaskInference:
         finally:
             for module in self._weights.values():
                 module.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
-        towards = {name: g * weights[name] for name, g in zip(self._weights, gradients, strict=True)}
+        products = {name: g * weights[name] for name, g in zip(self._weights, gradients, strict=True)}
         return [
-            sum(float(t[bank.mask(task, name).to(t.device)].sum(dtype=torch.float64)) for name, t in towards.items())
+            sum(float(t[bank.mask(task, name).to(t.device)].sum(dtype=torch.float64)) for name, t in products.items())
             for task in tasks
         ]
 
 
 @dataclass(frozen=True)
 class WithoutTask:
-    """Shares in [0, 1] of test items: whose task was found, and that were also classified right by its network."""
+    """Result of `evaluate_without_task`: shares of the test items, in [0, 1].
+
+    Attributes:
+        task_accuracy: Share of the items whose task was inferred correctly.
+        accuracy: Share of the items whose task was inferred correctly and whose class is right.
+    """
 
     task_accuracy: float
     accuracy: float
@@ -98,12 +118,25 @@ def evaluate_without_task(
     inference: TaskInference, data: Sequence[Dataset[Any]], classes: Sequence[int], batch_size: int = 128,
     batches: int | None = None,
 ) -> WithoutTask:  # fmt: skip
-    """Accuracy without a task id, over the test data of all finished tasks, each batch of one task.
+    """Accuracy without a task id over the test data of finished tasks.
 
-    data, classes: of each task, in order. batch_size: items of which the first `samples` decide for the whole batch.
-    batches: look at so many batches of each task, or at all. An item of a wrongly inferred task counts as wrong.
+    All items of a batch belong to one task, and the batch's first `samples` items decide for all of them. An item whose
+    task is inferred wrongly counts as wrong.
+
+    Args:
+        inference: The task inference of the model.
+        data: Test data of each task, in the order of the tasks.
+        classes: Number of classes of each task.
+        batch_size: Items per batch.
+        batches: Number of batches of each task to evaluate. None means all.
+
+    Returns:
+        The shares of correctly inferred tasks and of correctly classified items.
+
+    Raises:
+        ValueError: If there are no items, or if `data` and `classes` differ in length.
     """
-    found = right = seen = 0
+    inferred = right = seen = 0
     device = next(iter(inference.phases.layers.values())).dense_weight.device
     for task, (items, outputs) in enumerate(zip(data, classes, strict=True)):
         for number, (x, y) in enumerate(loader(items, batch_size)):
@@ -112,9 +145,9 @@ def evaluate_without_task(
             x = x.to(device)
             seen += len(y)
             if inference.infer(x) == task:
-                found += len(y)
+                inferred += len(y)
                 with inference.phases.using(task) as model, evaluation(model):
                     right += int((model(x)[:, :outputs].argmax(1).cpu() == y).sum())
     if not seen:
         raise ValueError("evaluate_without_task: the tasks have no test data")
-    return WithoutTask(found / seen, right / seen)
+    return WithoutTask(inferred / seen, right / seen)

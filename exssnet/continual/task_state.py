@@ -1,4 +1,4 @@
-"""What each task has its own of beside its mask: parameters that train without one, and buffers."""
+"""The tensors that each task has of its own besides its masks: parameters without a mask, and buffers."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,11 +12,17 @@ from ..nn import TENSORS, SupermaskLayer, full_name
 
 
 class TaskState:
-    """The parameters without a mask and the buffers of a converted model: where they are, and their initial values.
+    """The parameters without a mask and the buffers of a converted model, with their initial values.
 
-    trainable, frozen: names of the parameters without a mask that did, and did not, require a gradient.
-    names: of the model's modules. initial: values by name of all but the frozen parameters. transient: the names among
-    them of non-persistent buffers. A buffer that is made later, or that changes its shape, is a task's own as well.
+    A buffer that is registered later, or that changes its shape, belongs to a task as well.
+
+    Attributes:
+        trainable: Names of the parameters without a mask that required a gradient at the start.
+        frozen: Names of the parameters without a mask that required none.
+        names: Module -> its name in the model.
+        initial: Initial values by name, of everything but the frozen parameters.
+        known: Names of all per-task tensors at the start, with those of buffers that were None.
+        transient: Names of the non-persistent buffers.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SupermaskLayer]) -> None:
@@ -26,38 +32,38 @@ class TaskState:
         self.trainable = {n for n, p in named if p.requires_grad}
         self.frozen = {n for n, p in named if not p.requires_grad}
         self.names = {module: name for name, module in model.named_modules()}
-        self._late: set[str] = set()  # of buffers that were registered later, and are taken out for other tasks
+        self._late: set[str] = set()  # names of buffers that were registered later and removed for other tasks
         self.capture()
 
     def capture(self) -> None:
-        """Take the present values for the initial ones."""
+        """Record the present values as the initial values."""
         slots = list(self._slots())
         self.initial = {name: t.detach().clone() for name, _, _, t in slots if t is not None}
-        self.known = {name for name, *_ in slots}  # also of buffers that are None
+        self.known = {name for name, *_ in slots}  # buffers that are None included
         self.transient = {name for name, module, key, _ in slots if key in module._non_persistent_buffers_set}
         self._extra = copy.deepcopy(self._extra_states())
 
     def live(self) -> dict[str, Tensor]:
-        """The present values by name; no copies."""
+        """The present values by name, without copies."""
         return {name: t.detach() for name, _, _, t in self._slots() if t is not None}
 
     def changed(self) -> dict[str, Tensor]:
-        """Copies of the present values that are not the initial ones."""
+        """Copies of the present values that differ from the initial values."""
         return {n: t.clone() for n, t in self.live().items() if not self.is_initial(n, t)}
 
     def is_initial(self, name: str, value: Tensor) -> bool:
-        """Whether a value is the initial one, also where one of them was cast."""
+        """Whether a value equals the initial value, up to a lossless cast of one of them."""
         initial = self.initial.get(name)
         if initial is None or initial.shape != value.shape:
             return False
         return torch.equal(initial.to(value), value) and torch.equal(initial, value.to(initial))
 
     def has(self, name: str) -> bool:
-        """Whether the model has, or had, a parameter or buffer of that name which belongs to a task."""
+        """Whether the model has, or had, a per-task parameter or buffer of that name."""
         return name in self.known | self._late or any(name == other for other, *_ in self._slots())
 
     def write(self, state: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
-        """Give the model, or a copy of it, the initial values but those of `state`, in place."""
+        """Set the model, or a copy of it, to the values of `state`, and to initial values elsewhere, in place."""
         values = self.initial | dict(state)
         with torch.inference_mode(False), torch.no_grad():
             for name, module, key, tensor in self._slots(values, model):
@@ -68,13 +74,13 @@ class TaskState:
                     tensor.copy_(value)
                 else:
                     tensor.data = value.to(tensor, copy=True)
-        torch.clear_autocast_cache()  # it knows parameters by identity
+        torch.clear_autocast_cache()  # the cache identifies parameters by their objects
 
     @contextmanager
     def showing(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block the model has the initial values but those of `state`.
+        """In the block, the model has the values of `state`, and initial values elsewhere.
 
-        The tensors get other memory for that time: theirs is not written to, so that a backward pass can follow.
+        The tensors use other memory in the block. Their own memory is not written, so a backward pass still works.
         """
         values = self.initial | dict(state)
         held = [(name, module, key, t, None if t is None else t.data) for name, module, key, t in self._slots(values)]
@@ -99,13 +105,13 @@ class TaskState:
             torch.clear_autocast_cache()
 
     def check(self, call: str) -> None:
-        """RuntimeError if the model is no longer made of the modules and parameters that it was made of."""
+        """Raise RuntimeError if modules were added, replaced or removed, or if another parameter is trainable now."""
         modules = dict(self._model.named_modules())
-        strange = [name for module, name in self.names.items() if modules.get(name) is not module]
-        strange += [name for name, module in modules.items() if module not in self.names]
-        if strange:
+        unexpected = [name for module, name in self.names.items() if modules.get(name) is not module]
+        unexpected += [name for name, module in modules.items() if module not in self.names]
+        if unexpected:
             raise RuntimeError(
-                f"{call}: the module {strange[0]!r} was put in, replaced or removed after Phases was made, which "
+                f"{call}: the module {unexpected[0]!r} was put in, replaced or removed after Phases was made, which "
                 "changes the networks of all tasks: change the model before Phases is made"
             )
         expected = self.trainable | self._masked
@@ -117,7 +123,7 @@ class TaskState:
                 )
 
     def check_extra(self, call: str) -> None:
-        """RuntimeError if the extra state of a module has changed, which no task can have of its own."""
+        """Raise RuntimeError if the extra state of a module has changed. Extra states cannot be per-task."""
         for name, extra in self._extra_states().items():
             if not _equal(extra, self._extra.get(name)):
                 raise RuntimeError(
@@ -130,7 +136,7 @@ class TaskState:
     def _slots(
         self, wanted: Iterable[str] = (), model: nn.Module | None = None
     ) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
-        """Name, module, key and tensor of each parameter and buffer, then of the wanted ones that are not there."""
+        """Name, module, key and tensor of each per-task parameter and buffer, then of missing wanted ones."""
         missing = dict.fromkeys(wanted)
         model = self._model if model is None else model
         for prefix, module in list(model.named_modules()):
@@ -145,7 +151,7 @@ class TaskState:
             yield name, model.get_submodule(prefix), key, None
 
     def _put_buffer(self, name: str, module: nn.Module, key: str, value: Tensor | None) -> None:
-        """Put in a buffer that is not there, or take one out."""
+        """Register a missing buffer, or remove one if the value is None."""
         if key in module._parameters:
             return
         if value is not None:

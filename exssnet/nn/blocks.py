@@ -1,4 +1,4 @@
-"""Blocks of networks whose batch norms take the residual and the ReLU that follow them along, see `batch_norm_act`."""
+"""Blocks of networks that fuse a batch norm with the sum and the ReLU after it, see `batch_norm_act`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,23 +12,23 @@ from .norms import TaskBatchNorm, TaskBatchNorm2d
 def normalised(
     conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
-    """``norm(conv(x), residual, relu)``; in inference the convolution takes the norm along if it can."""
-    together: Any = getattr(conv, "normalised", None)
+    """``norm(conv(x), residual, relu)``. In inference, the convolution computes the norm too if it can."""
+    fused: Any = getattr(conv, "normalised", None)
     y: Tensor | None = None
-    if together is not None and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
-        y = together(x, norm, residual, relu)
+    if fused is not None and type(norm) is TaskBatchNorm2d and not _hooked(conv, norm):
+        y = fused(x, norm, residual, relu)
     if y is None:
         y = norm(conv(x), residual, relu) if relu else norm(conv(x))
     return y
 
 
 def fuses(norm: nn.Module, relu: nn.Module) -> bool:
-    """Whether ``norm(x, relu=True)`` is ``relu(norm(x))`` to everybody: no hook looks at what is between."""
+    """Whether ``norm(x, relu=True)`` can replace ``relu(norm(x))``: no hook reads the value between them."""
     return isinstance(norm, TaskBatchNorm) and type(relu) is nn.ReLU and not _hooked(norm, relu)
 
 
 def _hooked(*modules: nn.Module) -> bool:
-    """Whether somebody looks at, or has replaced, what one of the modules does."""
+    """Whether one of the modules has hooks or a replaced forward."""
     return nn.modules.module._has_any_global_hook() or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
@@ -36,7 +36,7 @@ def _hooked(*modules: nn.Module) -> bool:
 
 
 class FusedSequential(nn.Sequential):
-    """`nn.Sequential` in which a batch norm takes the ReLU that follows it along."""
+    """`nn.Sequential` in which a batch norm and the ReLU after it are fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self)
@@ -52,10 +52,10 @@ class FusedSequential(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Mixin for blocks ``relu(norm(conv(...)) + shortcut(x))``; a block with hooks inside runs as it was written."""
+    """Mixin for blocks ``relu(norm(conv(...)) + shortcut(x))``. A block with hooks inside runs its original forward."""
 
-    _steps: tuple[tuple[str, str, str], ...]  # names of the convolutions, norms and ReLUs, in order
-    _past: str  # name of the shortcut; None stands for the identity
+    _steps: tuple[tuple[str, str, str], ...]  # (convolution, norm, ReLU) names, in order
+    _shortcut_name: str  # name of the member that is the shortcut; a member None means the identity
 
     def forward(self, x: Tensor) -> Tensor:
         *first, last = [[getattr(self, name) for name in step] for step in self._steps]
@@ -65,18 +65,18 @@ class ResidualBlock(nn.Module):
         for conv, norm, _ in first:
             y = normalised(conv, norm, y)
         conv, norm, _ = last
-        past = getattr(self, self._past)
-        return normalised(conv, norm, y, x if past is None else past(x))
+        shortcut = getattr(self, self._shortcut_name)
+        return normalised(conv, norm, y, x if shortcut is None else shortcut(x))
 
 
 class _BasicBlock(ResidualBlock, models.BasicBlock):
     _steps = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"))
-    _past = "shortcut"
+    _shortcut_name = "shortcut"
 
 
 class _Bottleneck(ResidualBlock, models.Bottleneck):
     _steps = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"), ("conv3", "norm3", "relu3"))
-    _past = "shortcut"
+    _shortcut_name = "shortcut"
 
 
 SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {

@@ -21,14 +21,14 @@ MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
     kind.plain_type: kind for kind in (SupermaskLinear, SupermaskConv1d, SupermaskConv2d)
 }
 FEW = 0.8
-"""Below this share of masked parameters `convert` warns: every task has a dense copy of the others."""
+"""`convert` warns below this share of masked parameters, because each task has a dense copy of the others."""
 FAST_PATHS = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
-"""PyTorch's fused inference multiplies by dense weights and never calls the layers: what turns it off."""
+"""Module -> attribute that turns PyTorch's fused inference off. It uses dense weights and never calls the layers."""
 Chosen = str | type[nn.Module]
 
 
 def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
-    """Classes that `convert` puts in the place of others; torchvision's where somebody has imported it."""
+    """Class -> the class that `convert` replaces it by; torchvision's only if torchvision is imported."""
     found = {**norms.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
     if "torchvision.models.resnet" in sys.modules:
         from . import torchvision_blocks
@@ -58,23 +58,39 @@ def convert(
     allocation: Literal["uniform", "er"] = "uniform",
     products: Products = "auto",
 ) -> nn.Module:
-    """Put supermasks into any torch model, in place; returns the model.
+    """Put supermasks into any torch model, in place.
 
-    `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms become per task and, like pools,
-    keep the layout of the sparse products; those of residual blocks (`exssnet.nn.models`, torchvision) and in an
-    `nn.Sequential` take the addition and the ReLU that follow along, unless these have hooks. All modules keep their
-    identity, name and hooks.
+    `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms get per-task statistics. Batch norms
+    and pools keep the layout of the sparse kernels. In residual blocks (`exssnet.nn.models`, torchvision) and in an
+    `nn.Sequential`, a batch norm is fused with the sum and the ReLU after it, unless they have hooks. All modules keep
+    their identity, name and hooks.
 
-    density: share of the weights kept, in (0, 1]; allocation: how it is spread over layers, see `allocate_density`.
-    include, exclude: layers by name pattern ("encoder.*") or by type; all three types are included by default. A
-        pattern that matches no layer raises ValueError.
-    weights: "keep" what the model has (pretrained weights), or "signed_constant" for training from scratch, of
-        scale `init_scale`, see `signed_constant_`.
-    products: "sparse" or "dense" everywhere, or "auto", whichever is faster for a layer on this machine.
-    Layers whose weight requires no gradient stay as they are, frozen. Biases, affine norms, embeddings and layers that
-    have no mask otherwise: those that require a gradient become per task under `Phases`, those that do not are frozen.
-    `exssnet.summary` tells which are which and why; a warning says so where masks cover less than 80 % of what trains.
-    ValueError if nothing is to convert, or if a weight to be masked is tied to another module's.
+    A layer whose weight requires no gradient stays as it is, frozen. Other parameters without a mask (biases, affine
+    norms, embeddings) are per-task under `Phases` if they require a gradient, and frozen otherwise.
+    `exssnet.summary` lists them with the reasons. A warning follows if masks cover less than 80 % of the parameters
+    that train.
+
+    Args:
+        model: The model.
+        density: Share of the weights kept, in (0, 1].
+        include: Layers to mask, by name pattern ("encoder.*") or by type. None means all of the three types.
+        exclude: Layers not to mask, by name pattern or by type.
+        weights: "keep" keeps the model's weights, for a pretrained model. "signed_constant" is for training from
+            scratch, see `signed_constant_`.
+        init_scale: Scale of signed constants, see `signed_constant_`.
+        allocation: How the density is distributed over the layers, see `allocate_density`.
+        products: "sparse" or "dense" kernels in all layers. "auto" takes the faster kernels for each layer on this
+            machine.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no layer to mask, if a pattern matches no layer, if a weight to be masked is tied to
+            another module's, and for an argument outside its range.
+
+    Example:
+        >>> model = exssnet.convert(torchvision.models.resnet18(), density=0.1)
     """
     if products not in PRODUCTS:
         raise ValueError(f"convert: products must be one of {', '.join(PRODUCTS)}, got {products!r}")
@@ -107,7 +123,7 @@ def convert(
 def _choose(
     model: nn.Module, include: list[Chosen] | None, exclude: list[Chosen]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers to mask by name, and why the other modules with parameters have no mask; nothing is changed."""
+    """Layers to mask by name, and the reasons why other modules with parameters have no mask. Nothing is changed."""
     owning = {name: m for name, m in model.named_modules() if m._parameters}
     reasons = {name: _unmaskable(m) for name, m in owning.items()}
     maskable = {name: m for name, m in owning.items() if not reasons[name]}
@@ -138,7 +154,7 @@ def _matches(name: str, module: nn.Module, by: Iterable[Chosen]) -> bool:
 
 
 def _unmaskable(module: nn.Module) -> str:
-    """Why a module with parameters cannot be masked, or ""."""
+    """The reason why a module with parameters cannot be masked, or ""."""
     kind = type(module).__name__
     if type(module) not in MASKED:
         if isinstance(module, SupermaskLayer):
@@ -165,7 +181,7 @@ def _check_patterns(
 
 
 def _owners_of(model: nn.Module, weight: Any) -> list[str]:
-    """Names under which modules have a parameter; a module with two names counts once."""
+    """Names of a parameter in all modules that hold it. A module with two names counts once."""
     return [
         full_name(name, key)
         for name, module in model.named_modules()
@@ -179,7 +195,7 @@ def _warn_of_few(model: nn.Module, passed_over: Mapping[str, str]) -> None:
     masked, dense = (sum(r.parameters for r in rows if r.kind == kind) for kind in ("masked", "per task"))
     passed = [model.get_submodule(name) for name, why in passed_over.items() if why not in ("excluded", "not included")]
     matrices = [p for m in passed for p in m._parameters.values() if p is not None and p.dim() > 1 and p.requires_grad]
-    if masked >= FEW * (masked + dense) or not matrices:  # biases and norms are small, and known to be of each task
+    if masked >= FEW * (masked + dense) or not matrices:  # biases and norms are small, and expected to be per task
         return
     sizes: dict[str, int] = {}
     for row in rows:
@@ -196,7 +212,14 @@ def _warn_of_few(model: nn.Module, passed_over: Mapping[str, str]) -> None:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a plain network that computes what the model computes now: each ``weight`` is masked."""
+    """The state dict of a plain network with the same outputs as the model now: each ``weight`` is masked.
+
+    Args:
+        model: A converted model.
+
+    Returns:
+        Names and tensors as in the model before `convert`.
+    """
     state = model.state_dict()
     for name, layer in supermask_layers(model):
         prefix = f"{name}." if name else ""
@@ -207,7 +230,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **options: Any) -> Any:
-    """`save_pretrained` of a converted transformers model: the plain network of the active task."""
+    """`save_pretrained` of a converted transformers model. It saves the plain network of the active task."""
     save = type(model).save_pretrained  # type: ignore[attr-defined]
     return save(model, save_directory, *args, **options | {"state_dict": plain_state_dict(model)})
 

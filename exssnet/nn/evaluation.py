@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a block."""
+"""Evaluation mode for a block of code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients for the length of a block; then every module is in the mode it was in."""
+    """In the block, the model is in evaluation mode without gradients. After it, each module has its former mode."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

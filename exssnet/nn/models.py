@@ -1,10 +1,10 @@
-"""Networks of the continual-learning literature: plain modules without masks, without biases, without affine norms.
+"""Networks of the continual-learning literature: plain modules without masks, biases and affine norms.
 
-Every model has `penultimate(x)`, the features that KKT compares, and an output layer `head`. ReLUs and norms are
-members used once each, so that they can be swapped and hooked; images are pooled by a mean.
+Every model has an output layer `head` and a method `penultimate(x)`, which returns the features that KKT compares. Each
+ReLU and each norm is a module of its own that is called once, so it can be swapped and hooked.
 
-Texts are (N, L, E + 1): E features a token and as the last one 1 where there is a token, 0 where there is padding.
-What stands in the features of padding, and how much padding there is, changes no logit in evaluation mode.
+Images are (N, C, H, W). Texts are (N, L, E + 1): E features per token, then an entry that is 1 for a token and 0 for
+padding. In evaluation mode, the logits do not depend on the features of padding, nor on its length.
 """
 
 from collections import OrderedDict
@@ -17,10 +17,15 @@ from torch.nn import functional as F
 
 
 class LeNet300100(nn.Module):
-    """LeNet-300-100: fully connected layers of 300 and 100 features and an output layer, ReLU between.
+    """LeNet-300-100: fully connected layers of 300 and 100 features and an output layer, with ReLUs between them.
 
-    x: (N, ...) with in_features values each, flattened here; returns logits (N, classes).
+    The model takes x (N, ...) with in_features values per item, flattens it, and returns logits (N, classes).
+
     Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998.
+
+    Args:
+        in_features: Number of values per item.
+        classes: Number of classes.
     """
 
     def __init__(self, in_features: int, classes: int) -> None:
@@ -54,14 +59,20 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
-    """The identity, or a 1x1 convolution where the shape changes."""
+    """The identity, or a 1x1 convolution and a norm if the shape changes."""
     if stride == 1 and in_channels == channels:
         return nn.Identity()
     return nn.Sequential(_conv1x1(in_channels, channels, stride), _norm(channels))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution if the shape changes.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of both convolutions and of the output.
+        stride: Stride of the first convolution.
+    """
 
     expansion = 1
 
@@ -82,7 +93,13 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 convolution, a 3x3 one, which has the stride, a 1x1 one to four times the channels, and a shortcut."""
+    """A 1x1, a 3x3 and a 1x1 convolution and a shortcut, which is a 1x1 convolution if the shape changes.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the first two convolutions. The output has four times as many.
+        stride: Stride of the 3x3 convolution.
+    """
 
     expansion = 4
 
@@ -108,12 +125,21 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of residual blocks after a stem: width channels in the first, twice as many in each further one.
+    """A stem, stages of residual blocks, a mean over the image, and an output layer.
 
-    depths: blocks of each stage; all stages but the first halve the image.
-    large: the stem for large images, a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2, instead of a 3x3
-        convolution.
-    x: (N, in_channels, H, W) of any size; returns logits (N, classes). Source: He et al., CVPR 2016.
+    Each stage but the first halves the image and doubles the channels. The model takes x (N, in_channels, H, W) of any
+    size and returns logits (N, classes).
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+
+    Args:
+        classes: Number of classes.
+        block: Type of the residual blocks.
+        depths: Number of blocks in each stage.
+        width: Channels of the first stage.
+        in_channels: Channels of the images.
+        large: Whether the stem is that for large images: a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2.
+            Otherwise it is a 3x3 convolution.
     """
 
     def __init__(
@@ -145,9 +171,14 @@ class ResNet(nn.Module):
 
 
 class ResNet18(ResNet):
-    """The ResNet-18 of GEM for small images, narrow by default: four stages of two basic blocks; 8 * width features.
+    """The ResNet-18 of GEM for small images: four stages of two basic blocks, with 8 * width features.
 
     Source: Lopez-Paz & Ranzato, "Gradient Episodic Memory", NeurIPS 2017.
+
+    Args:
+        classes: Number of classes.
+        width: Channels of the first stage; 20 in GEM, 64 in the usual ResNet-18.
+        in_channels: Channels of the images.
     """
 
     def __init__(self, classes: int, width: int = 20, in_channels: int = 3) -> None:
@@ -155,31 +186,52 @@ class ResNet18(ResNet):
 
 
 class ResNet50(ResNet):
-    """ResNet-50 with the stem for large images, which leaves 64x64 images 2x2 in the last stage; 2048 features."""
+    """ResNet-50 with the stem for large images and 2048 features. The last stage sees a 64x64 image as 2x2.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+
+    Args:
+        classes: Number of classes.
+        in_channels: Channels of the images.
+    """
 
     def __init__(self, classes: int, in_channels: int = 3) -> None:
         super().__init__(classes, Bottleneck, (3, 4, 6, 3), 64, in_channels, large=True)
 
 
 class SmallResNet(ResNet):
-    """Three stages of one basic block for 28x28 characters, 305 k weights without the head; 4 * width features."""
+    """Three stages of one basic block for 28x28 characters, with 4 * width features.
+
+    At the default width it has 305 k weights without the head.
+
+    Args:
+        classes: Number of classes.
+        width: Channels of the first stage.
+        in_channels: Channels of the images.
+    """
 
     def __init__(self, classes: int, width: int = 32, in_channels: int = 1) -> None:
         super().__init__(classes, BasicBlock, (1, 1, 1), width, in_channels)
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, E, L), zero at padding, and the mask (N, 1, L) of texts (N, L, E + 1)."""
+    """Features (N, E, L), zero at padding, and the padding mask (N, 1, L) of texts (N, L, E + 1)."""
     mask = x[..., -1:]
     return x[..., :-1].where(mask > 0, 0).transpose(1, 2), mask.transpose(1, 2)
 
 
 class TextCNN(nn.Module):
-    """Convolutions over 3, 4 and 5 tokens, `filters` each, ReLU, the maximum over the text, and an output layer.
+    """Convolutions over 3, 4 and 5 tokens, a ReLU, the maximum over the text, and an output layer.
 
-    x: texts (N, L, features + 1), see above; returns logits (N, classes). A window belongs to the token in its middle
-    (of 4, the third); outside the text it sees zeros, and an empty text has zeros as features.
+    The model takes texts (N, L, features + 1) and returns logits (N, classes). A window belongs to its middle token; in
+    a window of 4, that is the third. Outside the text, a window reads zeros. The features of an empty text are zeros.
+
     Source: Kim, "Convolutional Neural Networks for Sentence Classification", EMNLP 2014.
+
+    Args:
+        features: Features per token (E).
+        classes: Number of classes.
+        filters: Filters of each of the three convolutions.
     """
 
     def __init__(self, features: int, classes: int, filters: int = 200) -> None:
@@ -190,11 +242,11 @@ class TextCNN(nn.Module):
         self.head = nn.Linear(filters * len(sizes), classes, bias=False)
 
     def penultimate(self, x: Tensor) -> Tensor:
-        """Features (N, 3 * filters): the maximum over the text of each filter."""
+        """Features (N, 3 * filters): the maximum of each filter over the text."""
         tokens, mask = _tokens(x)
-        length = tokens.shape[2]  # a window of 4 has one place more
+        length = tokens.shape[2]  # the output of the window of 4 is one longer
         maps = [relu(conv(tokens))[..., :length] for conv, relu in zip(self.convs, self.relus, strict=True)]
-        return torch.cat([(y * mask).max(2).values for y in maps], dim=1)  # nothing is below 0, so no padding wins
+        return torch.cat([(y * mask).max(2).values for y in maps], dim=1)  # all values are >= 0, so padding never wins
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.penultimate(x))
@@ -202,7 +254,14 @@ class TextCNN(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Two convolutions over 3 tokens and a shortcut, with the padding held at zero; x (N, C, L), mask (N, 1, L)."""
+    """Two convolutions over 3 tokens and a shortcut, with zeros at padding.
+
+    The block takes x (N, in_channels, L) and a padding mask (N, 1, L), and returns (N, channels, L).
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+    """
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -223,18 +282,29 @@ class TextBlock(nn.Module):
         return out
 
 
-_BLOCKS = {9: (1, 1, 1, 1), 17: (2, 2, 2, 2), 29: (5, 5, 2, 2), 49: (8, 8, 5, 3)}  # of each stage, by depth
-_KEPT = 8  # values of each channel that the last pool keeps
+_BLOCKS = {9: (1, 1, 1, 1), 17: (2, 2, 2, 2), 29: (5, 5, 2, 2), 49: (8, 8, 5, 3)}  # depth -> blocks in each stage
+_KEPT = 8  # number of values per channel that the last pool keeps
 
 
 class VDCNN(nn.Module):
     """Very deep convolutional network for text: 9, 17, 29 or 49 convolutions, two hidden layers and an output layer.
 
-    Stages of 64, 128, 256 and 512 channels, between which a max pool halves the text; then the 8 largest values of each
-    channel in their order, of equal ones the earlier; zeros where a text is shorter. The statistics of the norms count
-    padding too, in training.
-    x: texts (N, L, features + 1), see above; returns logits (N, classes). ValueError for another depth.
+    The stages have 64, 128, 256 and 512 channels. A max pool between two stages halves the text. After the last stage,
+    k-max pooling keeps the 8 largest values of each channel in their order. Ties go to the earlier value. Shorter
+    texts are filled with zeros. In training, the norms' statistics include padding.
+
+    The model takes texts (N, L, features + 1) and returns logits (N, classes).
+
     Source: Conneau et al., "Very Deep Convolutional Networks for Text Classification", EACL 2017, with shortcuts.
+
+    Args:
+        features: Features per token (E).
+        classes: Number of classes.
+        depth: Number of convolutions: 9, 17, 29 or 49.
+        hidden: Features of the two hidden layers.
+
+    Raises:
+        ValueError: For another depth.
     """
 
     def __init__(self, features: int, classes: int, depth: int = 9, hidden: int = 2048) -> None:
@@ -261,7 +331,7 @@ class VDCNN(nn.Module):
         x = self.first(x) * mask
         for stage, pool in zip(self.stages, (None, *self.pools), strict=True):
             if pool is not None:
-                x, mask = pool(x), mask[..., ::2]  # the middle of each window; what is padding is 0 and never wins
+                x, mask = pool(x), mask[..., ::2]  # the mask of each window's middle; padding is 0 and never wins
             for block in stage:  # type: ignore[attr-defined]
                 x = block(x, mask)
         x = F.pad(x, (0, max(0, _KEPT - x.shape[2])))
@@ -304,5 +374,5 @@ MODELS: dict[str, Constructor] = {
     "resnet-small": _images(SmallResNet, "resnet-small"),
     "text-cnn": _texts(TextCNN, "text-cnn"),
 } | {f"vdcnn-{depth}": _texts(VDCNN, f"vdcnn-{depth}", depth=depth) for depth in _BLOCKS}
-"""Constructors by name: (shape of one input without the batch, number of outputs) -> model. ValueError where a model is
-not made for such a shape: images are (C, H, W), texts (L, E + 1)."""
+"""Constructors by name: (shape of one input without the batch, number of outputs) -> model. Images are (C, H, W), texts
+(L, E + 1). A constructor raises ValueError for a shape that its model does not take."""

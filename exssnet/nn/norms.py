@@ -1,4 +1,4 @@
-"""Norms and pools that keep the layout of the sparse products: a batch stored innermost stays so."""
+"""Norms and pools that keep the layout of the sparse kernels: a batch stored innermost stays innermost."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from ..ops import batch_norm_act
 
 
 def batch_innermost(x: Tensor) -> bool:
-    """Whether x is stored (C, ..., N), as the sparse products return it, and not in plain order as well."""
+    """Whether x (N, C, ...) is stored as (C, ..., N), as the sparse kernels return it, and is not contiguous too."""
     return not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
 
 
 class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What both batch norms share: ``norm(x, residual, relu=True)`` is ``relu(norm(x) + residual)``.
+    """Base of both batch norms: ``norm(x, residual, relu=True)`` is ``relu(norm(x) + residual)``.
 
-    Of a batch stored innermost, in float32 or float64, that is one operation, see `batch_norm_act`.
+    For a batch stored innermost, in float32 or float64, this is one operation, see `batch_norm_act`.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = False,
@@ -43,7 +43,7 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
     def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """The running statistics, as `nn.BatchNorm2d` keeps them: unbiased, and with momentum None their mean."""
+        """Update the running statistics as `nn.BatchNorm2d` does: unbiased variance; a mean if momentum is None."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.momentum is not None:
@@ -56,19 +56,26 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class TaskBatchNorm1d(TaskBatchNorm, nn.BatchNorm1d):
-    """Batch norm that belongs to one task at a time: not affine by default; `Phases` keeps its statistics per task.
+    """Batch norm for x (N, C) or (N, C, L) with per-task statistics, which `Phases` keeps.
 
-    x (N, C) or (N, C, L); a batch stored innermost is normalised where it lies. residual, of x's shape, is added and
-    ReLU taken in the same pass.
+    It is not affine by default. ``norm(x, residual, relu=True)`` returns ``relu(norm(x) + residual)`` in x's shape. A
+    batch that is stored innermost keeps its layout, and norm, sum and ReLU are one operation then.
+
+    Args:
+        num_features: Number of channels C.
+        eps: Added to the variance.
+        momentum: Weight of a batch's statistics in the running statistics. None means the mean over all batches.
+        affine: Whether the norm has a weight and a bias, which are per-task too.
+        **options: Further options of `nn.BatchNorm1d`.
     """
 
 
 class TaskBatchNorm2d(TaskBatchNorm, nn.BatchNorm2d):
-    """Batch norm that belongs to one task at a time, for x (N, C, H, W); see `TaskBatchNorm1d`."""
+    """Batch norm for x (N, C, H, W) with per-task statistics, see `TaskBatchNorm1d`."""
 
 
 class _PoolInPlace(nn.Module):
-    """Pools a batch that is stored innermost: with C and N exchanged it is an ordinary channels_last tensor."""
+    """Pools a batch that is stored innermost as a channels_last tensor, with C and N exchanged."""
 
     def forward(self, x: Tensor) -> Any:
         if x.dim() != 4 or not batch_innermost(x):
@@ -87,7 +94,7 @@ class _AvgPool2d(_PoolInPlace, nn.AvgPool2d):
 
 class _AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     def forward(self, x: Tensor) -> Tensor:
-        if self.output_size in (1, (1, 1)):  # the mean of a whole image is much faster in either layout
+        if self.output_size in (1, (1, 1)):  # a mean is much faster in both layouts
             return x.mean((-2, -1), keepdim=True)
         return super().forward(x)
 

@@ -1,4 +1,4 @@
-"""Adam for the scores of a converted model, whose step selects for the next forward."""
+"""Adam for the scores of a converted model. Its step also selects the masks of the next forward pass."""
 
 from typing import Any
 
@@ -10,18 +10,32 @@ from .selector import Selector, capturing
 
 
 class ScoreAdam(torch.optim.Adam):
-    """`torch.optim.Adam` that hands the selection of the scores to the model's next forward, see `adam_topk`.
+    """`torch.optim.Adam` for the mask phase. Its step selects the masks of the next forward pass, see `adam_topk`.
 
-    On a GPU, step and selection are one pass over the scores, which need not be read again. For the mask phase; other
-    parameters are stepped as by `torch.optim.Adam(fused=True)`. So are the scores where the pass cannot be one: if they
-    are not all in one group or lack a gradient, with a gradient scaler or a learning rate that is a tensor, while a
-    CUDA graph is captured, and under `torch.compile`.
+    On a GPU, the step and the selection are one pass over the scores, so the forward pass does not read them again.
+    Other parameters get the step of `torch.optim.Adam(fused=True)`. `ScoreAdam` falls back to this step for the scores
+    if they are not all in one group, if a gradient is missing, with a gradient scaler, with a learning rate that is a
+    tensor, during CUDA graph capture, and under `torch.compile`. The state is that of Adam, and learning-rate
+    schedulers work as with Adam.
 
-    params: parameters, or groups of them, as of every optimizer; state and learning rate schedulers are those of Adam.
-    model: the converted model whose layers have the scores.
+    Args:
+        params: Parameters or parameter groups, as for every optimizer.
+        model: The converted model whose layers have the scores.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty.
+        maximize: Whether to maximize the objective.
+        capturable: Whether a CUDA graph may capture the step.
+
+    Raises:
+        ValueError: If the model was not converted.
+
+    Example:
+        >>> optimizer = exssnet.ScoreAdam(phases.parameters(), model, lr=1e-3)
     """
 
-    _model: nn.Module | None = None  # of a copy: it is plain Adam
+    _model: nn.Module | None = None  # a copy of the optimizer has no model and is plain Adam
 
     def __init__(
         self, params: Any, model: nn.Module, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
@@ -33,22 +47,22 @@ class ScoreAdam(torch.optim.Adam):
         self._model = model
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        """Collect what is to step, as Adam does; the scores have made their step, and are left out."""
+        """Collect the tensors for Adam's step. The scores are stepped here if possible, and then left out."""
         complex_numbers: bool = super()._init_group(group, *lists)
         scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
-        unlike = scaled or isinstance(group["lr"], Tensor) or torch.compiler.is_compiling() or capturing()
-        if self._model is not None and not unlike:
+        plain = scaled or isinstance(group["lr"], Tensor) or torch.compiler.is_compiling() or capturing()
+        if self._model is not None and not plain:
             self._step_scores(self._model, group, *lists)
         return complex_numbers
 
     def _step_scores(self, model: nn.Module, group: dict[str, Any], *lists: list[Tensor]) -> None:
         selector: Selector = model._selector  # type: ignore[assignment]
         layers = selector.scored()
-        place = {id(p): i for i, p in enumerate(lists[0])}
-        at = [place.get(id(layer.scores)) for layer in layers]
-        if not at or None in at:
+        index = {id(p): i for i, p in enumerate(lists[0])}
+        indices = [index.get(id(layer.scores)) for layer in layers]
+        if not indices or None in indices:
             return
-        scores, grads, exp_avg, exp_avg_sq, _, steps = ([of[i] for i in at] if of else [] for of in lists)  # type: ignore[index]
+        scores, grads, exp_avg, exp_avg_sq, _, steps = ([t[i] for i in indices] if t else [] for t in lists)  # type: ignore[index]
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
         on_cpu = scores[0].device.type == "cpu"
         hint = selector.hint_for(layers)
@@ -58,5 +72,5 @@ class ScoreAdam(torch.optim.Adam):
         if hint is not None:
             hint.copy_(new_hint)
         selector.hand_over(layers, rows.unbind() if on_cpu else masks)
-        for of in lists:
-            of[:] = [t for i, t in enumerate(of) if i not in at]
+        for values in lists:
+            values[:] = [t for i, t in enumerate(values) if i not in indices]

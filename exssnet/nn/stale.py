@@ -1,4 +1,4 @@
-"""Tells of optimizers, schedulers and replicas that were made for an earlier phase, and would train nothing now."""
+"""Warnings and errors for optimizers, schedulers and replicas of an earlier phase, which would train nothing now."""
 
 import warnings
 import weakref
@@ -14,7 +14,7 @@ ANEW = "Make a new one for each phase: phases.optimizer(torch.optim.AdamW, lr=1e
 
 
 class Watched(Protocol):
-    """What says which parameters train at the moment: `Phases`."""
+    """The part of `Phases` that tells which parameters train now."""
 
     def masked_parameters(self) -> list[Tensor]: ...
     def parameters(self) -> list[Tensor]: ...
@@ -22,12 +22,12 @@ class Watched(Protocol):
 
 _watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, "_Seen"] = weakref.WeakKeyDictionary()
-_phase = 0  # counts the changes of phase of all models
+_phase = 0  # number of phase changes of all models
 _hooked = False
 
 
 class _Seen:
-    """An optimizer that stepped in a phase; doubtful are masked parameters that nothing has trained yet."""
+    """An optimizer that stepped in a phase. `doubtful` are masked parameters that no optimizer has trained yet."""
 
     def __init__(self, phase: int, owner: Watched | None, doubtful: Sequence[Tensor] = ()) -> None:
         self.phase, self.doubtful = phase, [(p, p._version) for p in doubtful]
@@ -45,7 +45,7 @@ class _EndedGroup(dict[str, Any]):
 
 
 def watch(owner: Watched) -> None:
-    """From now on, warn where an optimizer steps but nothing trains the masked parameters of `owner`."""
+    """From now on, warn if an optimizer steps but no optimizer trains the masked parameters of `owner`."""
     global _hooked
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
@@ -54,7 +54,13 @@ def watch(owner: Watched) -> None:
 
 
 def phase_changes(owner: Watched | None, ended: Iterable[Tensor], what: str) -> None:
-    """Parameters train no more: an optimizer that holds them must not step. what: their name in the message."""
+    """Record that a phase has changed: optimizers that hold parameters of the ended phase must not step.
+
+    Args:
+        owner: The `Phases` that has changed; None if there is none.
+        ended: Parameters that no longer train.
+        what: Their name in messages.
+    """
     global _phase
     _phase += 1
     for parameter in ended:
@@ -73,7 +79,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if seen is not None and seen.phase == _phase and not seen.doubtful:
         return
     if seen is None or seen.phase != _phase:
-        _optimizers[optimizer] = _meet(optimizer)
+        _optimizers[optimizer] = _first_step(optimizer)
         return
     if not any(p._version != version for p, version in seen.doubtful):
         if not any(p.grad is not None for p, _ in seen.doubtful):
@@ -86,8 +92,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     seen.doubtful = []
 
 
-def _meet(optimizer: torch.optim.Optimizer) -> _Seen:
-    """An optimizer that steps for the first time in a phase. RuntimeError if the phase of its parameters has ended."""
+def _first_step(optimizer: torch.optim.Optimizer) -> _Seen:
+    """The record of an optimizer at its first step in a phase. RuntimeError if its parameters' phase has ended."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
         if (ended := getattr(parameter, "_exssnet_ended", None)) is not None:
@@ -102,14 +108,14 @@ def _meet(optimizer: torch.optim.Optimizer) -> _Seen:
 
 
 def check_replicas(masked: Iterable[Tensor]) -> None:
-    """RuntimeError in a training forward of `DistributedDataParallel` that does not know the masked parameters."""
-    replicas = getattr(DistributedDataParallel, "_active_ddp_module", None)  # private: may be missing
+    """Raise RuntimeError in a training forward of `DistributedDataParallel` that lacks some masked parameters."""
+    replicas = getattr(DistributedDataParallel, "_active_ddp_module", None)  # private, so it may be missing
     if replicas is None or not torch.is_grad_enabled() or replicas.__dict__.get("_exssnet_phase") == _phase:
         return
     known = {id(p) for p in replicas._module_parameters}
-    if strangers := sum(id(p) not in known for p in masked):
+    if unknown := sum(id(p) not in known for p in masked):
         raise RuntimeError(
-            f"DistributedDataParallel was made before this phase: it does not know {strangers} of the parameters that "
+            f"DistributedDataParallel was made before this phase: it does not know {unknown} of the parameters that "
             "train now, and processes would drift apart. Wrap the model anew after start_task and start_weight_phase"
         )
     replicas.__dict__["_exssnet_phase"] = _phase

@@ -1,4 +1,4 @@
-"""What of a converted model has a mask, what every task keeps a copy of, and what is frozen."""
+"""A table of a converted model: which parameters are masked, per task or frozen, and their bytes per task."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,26 +12,30 @@ Kind = Literal["masked", "per task", "frozen"]
 
 @dataclass(frozen=True)
 class Row:
-    """Parameters of one kind in one module."""
+    """The parameters of one kind in one module."""
 
     name: str
     type: str
     kind: Kind
     parameters: int
-    kept: int  # by a mask
-    bytes_per_task: int  # a packed mask, or a copy of the parameters and of the statistics
-    why: str  # it has no mask
+    kept: int  # number of weights that a mask keeps
+    bytes_per_task: int  # of a packed mask, or of a copy of the parameters and the statistics
+    why: str  # reason why it has no mask
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows of `summary`; ``print(summary(model))`` shows them as a table."""
+    """The rows of `summary`. ``print(summary(model))`` shows them as a table.
+
+    Attributes:
+        rows: One row for each module and kind of its parameters.
+    """
 
     rows: list[Row]
 
     @property
     def bytes_per_task(self) -> int:
-        """Bytes that every further task keeps, without scores; shared weights and frozen parameters are kept once."""
+        """Bytes that each further task adds, without its scores. Shared weights and frozen parameters add none."""
         return sum(row.bytes_per_task for row in self.rows)
 
     def __str__(self) -> str:
@@ -56,11 +60,22 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """What of a converted model is masked, per task or frozen under `Phases`, with its bytes a task, and why.
+    """Which parameters of a converted model are masked, per task or frozen, with bytes per task and reasons.
 
-    One row for each module and kind: parameters that have a mask cost a task one bit each; those that train without a
-    mask, and statistics, cost a copy; those that require no gradient are shared and cost nothing.
-    ValueError for a model that was not converted.
+    A masked parameter takes one bit per task. Under `Phases`, each task has a copy of the parameters that train without
+    a mask, and of the statistics. Parameters that require no gradient are shared and take nothing.
+
+    Args:
+        model: A converted model.
+
+    Returns:
+        One row for each module and kind of its parameters.
+
+    Raises:
+        ValueError: If the model was not converted.
+
+    Example:
+        >>> print(exssnet.summary(exssnet.convert(model, density=0.1)))
     """
     selectors = [m._selector for m in model.modules() if hasattr(m, "_selector")]
     if not selectors:

@@ -1,4 +1,4 @@
-"""torchvision's residual blocks with fused norms. Only for those who have imported torchvision: it is no dependency."""
+"""torchvision's residual blocks with fused norms. Imported only if torchvision is, because it is no dependency."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,12 @@ from .blocks import ResidualBlock
 
 class _BasicBlock(ResidualBlock, resnet.BasicBlock):  # type: ignore[misc]
     _steps = (("conv1", "bn1", "relu"), ("conv2", "bn2", "relu"))
-    _past = "downsample"
+    _shortcut_name = "downsample"
 
 
 class _Bottleneck(ResidualBlock, resnet.Bottleneck):  # type: ignore[misc]
     _steps = (("conv1", "bn1", "relu"), ("conv2", "bn2", "relu"), ("conv3", "bn3", "relu"))
-    _past = "downsample"
+    _shortcut_name = "downsample"
 
 
 SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {
