@@ -175,9 +175,9 @@ void lay_out(const int32_t* index, const int32_t* slot, int64_t count, const int
     for (int64_t k = 0; k < count; ++k) value[k] = *(slot[k] < free_count ? free + slot[k] : frozen + slot[k] - free_count);
 }
 
-// y (rows, width), of rows [begin, end) and of `vectors` vectors from y on, is the product with x (columns, width).
-// Sums start at zero again after kRun entries, and entries alternate between two of them: less rounding, shorter
-// chains.
+// y (rows, width) is the product with x (columns, width), here for rows [begin, end) and `vectors` vectors from y on. A
+// new sum starts after kRun entries, which reduces rounding errors. Entries alternate between two sums, which shortens
+// the chains of dependent additions.
 template <class T, int vectors>
 void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilogue<T>& then, int64_t begin, int64_t end,
                    const T* x, int64_t width, T* y) {

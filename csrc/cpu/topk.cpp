@@ -277,7 +277,7 @@ class LayerOf final : public Layer {
   bool finish(int64_t threshold, int64_t tie_index, double crowd) {
     in.selection[0] = threshold;
     in.selection[1] = tie_index;
-    in.new_hint[0] = in.new_hint[1] = in.k > 0 ? threshold : 0;  // no bracket yet: the next call measures how far the threshold moves
+    in.new_hint[0] = in.new_hint[1] = in.k > 0 ? threshold : 0;  // no bracket yet, only the threshold
     if (in.k == 0 || in.n <= kSmall || !has_hint()) return true;
     // Scores change little between steps. The next bracket extends four times as far as the threshold moved this time,
     // and it shrinks slowly. If it would hold too many candidates, a new sample in every call is cheaper.
