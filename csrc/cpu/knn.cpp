@@ -15,7 +15,7 @@ constexpr int64_t kGrain = 1 << 15;  // distances per thread, at least
 
 template <class T>
 struct Neighbour {
-  T distance;  // minus the query's squared length, which is the same for all neighbours
+  T distance;  // without the query's squared length, which is the same for all neighbours
   int64_t index;
 
   bool operator<(const Neighbour& other) const {

@@ -62,8 +62,8 @@ inline Product forward_product(const Convolution& c) {
   return p;
 }
 
-// How the gradient of the input reads the gradient of the output, in height or width. Position i of phase(t) of the
-// input reads position i + shift[t] of the output through tap t.
+// How the gradient of the input reads the gradient of the output, in height or width. Through tap t, position i of
+// phase(t) of the input reads position i + shift[t] of the output, counted from in.first.
 struct GradientWindow {
   Axis in, out;
   int64_t length;
