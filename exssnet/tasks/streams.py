@@ -178,7 +178,7 @@ def split_by_class(
     order: Sequence[int] | int | None = None, validation: float = 0.1, seed: int = 0,
     augment: bool | Augmentation = False,
 ) -> list[Task]:  # fmt: skip
-    """Split a data set into tasks of disjoint classes (Split MNIST, Split CIFAR-100, ...).
+    """Split a data set into tasks of disjoint classes (Split MNIST, Split CIFAR-100, ...; Zenke et al. 2017).
 
     Args:
         train: Map-style dataset of (item, label) pairs, see `Relabelled.of`.
@@ -279,7 +279,7 @@ def permuted_pixels(
 ) -> list[Task]:
     """Make tasks of the same classes, each with its own random permutation of the pixels (Permuted MNIST).
 
-    The first task is permuted too. The channels of a pixel stay together.
+    The first task is permuted too. The channels of a pixel stay together. Source: Goodfellow et al. 2013.
 
     Args:
         train: Images (N, C, H, W) in memory and their labels, see `Relabelled.of`.
@@ -314,6 +314,8 @@ def rotated(
     train: Dataset[Any], test: Dataset[Any], tasks: int | Sequence[float], validation: float = 0.1, seed: int = 0
 ) -> list[Task]:
     """Make tasks of the same classes, each with the images rotated by its own angle (Rotated MNIST).
+
+    Source: Lopez-Paz and Ranzato 2017.
 
     Args:
         train: Images (N, C, H, W) in memory and their labels, see `Relabelled.of`.
