@@ -1,14 +1,18 @@
 """Builds the native libraries against torch's stable ABI: one wheel for every Python and every torch from 2.10 on.
 
-There are two: _native for CPUs; and _cuda, which a torch for CPUs alone cannot load, where nvcc and a torch for CUDA
-are found.
+There are two libraries. _native holds the kernels for CPUs. _cuda holds those for GPUs; it is built if nvcc and a torch
+with CUDA are installed. It is separate because a torch without CUDA cannot load it.
 
-A library that cannot be built is left out with a warning, and the package runs on its reference in plain PyTorch.
+If a library cannot be built, there is a warning, and the package falls back to its reference in plain PyTorch.
 
-Environment: EXSSNET_NATIVE=1 makes a build without _native an error, EXSSNET_NATIVE=0 skips both; FORCE_CUDA=1 makes a
-build without _cuda an error, FORCE_CUDA=0 skips it (each may be 1, true, yes, on, 0, false, no or off);
-TORCH_CUDA_ARCH_LIST names the chips, as in "8.0;9.0+PTX" (default: this machine's, or all that are supported);
-CUDA_HOME is where nvcc is; MAX_JOBS limits the compilers that run at once; CXX names the C++ compiler.
+Environment variables (a switch is 1, true, yes or on; or 0, false, no or off):
+
+EXSSNET_NATIVE        1: a build without _native is an error. 0: neither library is built.
+FORCE_CUDA            1: a build without _cuda is an error. 0: _cuda is not built.
+TORCH_CUDA_ARCH_LIST  GPU architectures, for example "8.0;9.0+PTX". Default: those of this machine, or all supported.
+CUDA_HOME             The folder of the CUDA toolkit.
+MAX_JOBS              Number of compilers that run at once.
+CXX                   The C++ compiler.
 """
 
 import importlib.util
@@ -28,14 +32,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-OLDEST_TORCH = "0x020a000000000000"  # 2.10: the library uses no symbol that is newer
-CHIPS = "8.0;9.0;10.0;12.0+PTX"  # code for 8.0 runs on 8.6 and 8.9 as well
+OLDEST_TORCH = "0x020a000000000000"  # 2.10: the libraries use no newer symbols
+CHIPS = "8.0;9.0;10.0;12.0+PTX"  # code for 8.0 also runs on 8.6 and 8.9
 
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def switch(name: str) -> bool | None:
-    """Whether the environment says yes or no, in capitals or not; None where it says nothing."""
+    """The value of a switch in the environment, in upper or lower case; None if it is not set."""
     value = os.environ.get(name, "").strip()
     if value and value.lower() not in SWITCH:
         raise SystemExit(f"exssnet: {name} must be one of {', '.join(SWITCH)}, got {value[:80]!r}.")
@@ -43,7 +47,7 @@ def switch(name: str) -> bool | None:
 
 
 def find_torch() -> Path | None:
-    """Folder of the installed torch, also when build isolation hides it from `import`."""
+    """Folder of the installed torch, even if build isolation hides it from `import`."""
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
@@ -51,7 +55,7 @@ def find_torch() -> Path | None:
 
 
 class Wheel(bdist_wheel):
-    """No Python symbol is in the libraries, so the tag names the platform alone; without a library it names nothing."""
+    """The libraries use no Python symbols, so the tag names only the platform. Without a library the wheel is pure."""
 
     def run(self) -> None:
         self.run_command("build")
@@ -63,11 +67,11 @@ class Wheel(bdist_wheel):
 
 
 class Modules(build_py):
-    """Benchmarks ship, what pytest collects of them does not."""
+    """Installs the benchmarks, but not their test files."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        found = super().find_package_modules(package, package_dir)
-        return [module for module in found if not module[1].startswith("test_")]
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if not module[1].startswith("test_")]
 
 
 class Build(build_ext):
@@ -78,12 +82,12 @@ class Build(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        """Builds a library. One that is optional and fails is no longer part of the distribution."""
+        """Build a library. If it is optional and fails, it is removed from the distribution."""
         asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         if not asked.isdecimal() or int(asked) < 1:
             raise SystemExit(f"exssnet: MAX_JOBS must be a number of compilers of at least 1, got {asked!r}.")
         cuda = ext.name.endswith("_cuda")
-        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # from an earlier build of other sources
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # from an earlier build with other sources
         try:
             torch = find_torch()
             if torch is None:
@@ -97,7 +101,7 @@ class Build(build_ext):
             self.distribution.ext_modules = [e for e in self.distribution.ext_modules if e is not ext]
 
     def copy_extensions_to_source(self) -> None:
-        """Of an installation in place; an earlier library does not stay when it was not built again."""
+        """Used by editable installations. An old library is deleted even if no new one was built."""
         for ext in self.extensions:
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
@@ -132,10 +136,10 @@ class Build(build_ext):
         ]  # fmt: skip
 
         def compile_one(source: str, code: list[str]) -> str:
-            made = Path(self.build_temp) / f"{source}.o"
-            made.parent.mkdir(parents=True, exist_ok=True)
-            run_nvcc(*flags, *(code if source.endswith(".cu") else []), "-c", source, "-o", str(made))
-            return str(made)
+            object_file = Path(self.build_temp) / f"{source}.o"
+            object_file.parent.mkdir(parents=True, exist_ok=True)
+            run_nvcc(*flags, *(code if source.endswith(".cu") else []), "-c", source, "-o", str(object_file))
+            return str(object_file)
 
         if cuda_of(torch) is None:
             raise RuntimeError(f"the torch in {torch} is built without CUDA")
@@ -146,9 +150,9 @@ class Build(build_ext):
 
 
 def cuda_of(torch: Path) -> str | None:
-    """The CUDA version that a torch was built for, without importing it."""
-    found = re.search(r"^cuda\b.*'([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
-    return found[1] if found else None
+    """The CUDA version of a torch, read from its files without an import; None for a torch without CUDA."""
+    version = re.search(r"^cuda\b.*'([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return version[1] if version else None
 
 
 def find_nvcc() -> str | None:
@@ -157,7 +161,7 @@ def find_nvcc() -> str | None:
 
 
 def chips() -> list[str]:
-    """The -gencode options of nvcc for the chips that the kernels are built for."""
+    """The -gencode options of nvcc for the GPU architectures to build for."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not asked:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -192,7 +196,7 @@ def libraries() -> list[Extension]:
         if cuda:
             raise SystemExit("exssnet: FORCE_CUDA=1 asks for CUDA kernels and EXSSNET_NATIVE=0 for none: unset one.")
         return []
-    if cuda:  # before minutes of compiling
+    if cuda:  # checked before minutes of compiling
         if find_nvcc() is None:
             raise SystemExit("exssnet: FORCE_CUDA=1, but nvcc was not found; CUDA_HOME says where it is.")
         try:
@@ -203,17 +207,17 @@ def libraries() -> list[Extension]:
     def files(*patterns: str) -> list[str]:
         return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))]
 
-    everything = files("csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.h")  # a source distribution holds what it names
-    found = [("_native", files("csrc/torch/cpu/*.cpp", "csrc/cpu/*.cpp"))]
+    everything = files("csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.h")  # goes into a source distribution
+    sources_of = [("_native", files("csrc/torch/cpu/*.cpp", "csrc/cpu/*.cpp"))]
     torch = find_torch()
     if cuda or (cuda is None and find_nvcc() is not None and torch is not None and cuda_of(torch) is not None):
-        found.append(("_cuda", files("csrc/torch/cuda/*.cpp", "csrc/cuda/*.cu")))
+        sources_of.append(("_cuda", files("csrc/torch/cuda/*.cpp", "csrc/cuda/*.cu")))
     return [
         Extension(
             f"exssnet.kernels.{name}", sources, depends=everything, language="c++",
             optional=not (cuda if name == "_cuda" else native),
         )
-        for name, sources in found
+        for name, sources in sources_of
     ]  # fmt: skip
 
 
@@ -223,11 +227,11 @@ setup(
     package_dir={
         "exssnet.kernels": "kernels",
         "exssnet.bench": "benchmarks",
-        "exssnet_console": "exssnet/io/console",  # where the command starts: help and version without torch
+        "exssnet_console": "exssnet/io/console",  # entry point of the command: help and version work without torch
     },
     package_data={"exssnet": ["py.typed"], "exssnet.experiments.recipes": ["*.yaml"]},
     ext_modules=extensions,
-    # Without a torch to compile against, the front end is asked to put one into the build environment.
+    # If torch is missing, the build frontend is asked to install it into the build environment.
     setup_requires=["torch>=2.10"] if extensions and find_torch() is None else [],
     cmdclass={"build_py": Modules} | ({"build_ext": Build, "bdist_wheel": Wheel} if extensions else {}),
 )

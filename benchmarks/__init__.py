@@ -1,1 +1,1 @@
-"""Benchmarks that check before they time: `exssnet bench`. This folder is the package exssnet.bench."""
+"""Benchmarks, run by `exssnet bench`. Results are checked before they are timed. The package is `exssnet.bench`."""

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: one profiled run of each way, its operators in groups."""
+"""Breakdown of the time of a step: each variant is profiled once, and its operators are grouped."""
 
 import os
 import re
@@ -25,9 +25,9 @@ GROUPS = {
     "passes": r"exssnet::|aten::(\w*batch_norm\w*|relu\w*|threshold\w*|clamp_min\w*|add_?|sum|mean|div|where|expand|"
     r"copy_|clone|contiguous|_to_copy|\w*pool\w*)$",
 }
-"""Group of an operator by its name, in this order. Of nested operators the outermost counts, with all inside it.
+"""Group of an operator: the first pattern that matches its name. Operators inside another one count as part of it.
 
-weights: making the effective weight (in plain PyTorch also its gradient); passes: norms, activations, sums, copies.
+weights: computing the effective weight (in plain PyTorch also its gradient). passes: norms, activations, sums, copies.
 """
 
 
@@ -37,9 +37,10 @@ def group(name: str) -> str | None:
 
 @dataclass
 class Budget:
-    """Seconds of one step by group: the shares of a profiled step, of the time of one that is not profiled.
+    """Seconds of one step, by group.
 
-    rest: Python, autograd, the loss and what has no group.
+    The shares of the groups come from a profiled step. The time of the step comes from one without the profiler.
+    `rest` is Python, autograd, the loss, and operators without a group.
     """
 
     case: str
@@ -49,7 +50,7 @@ class Budget:
     step: float
     seconds: dict[str, float]
     flops: float  # of the products
-    passed: float  # bytes of the passes: every operand and every result once
+    passed: float  # bytes of the passes: every operand and result is counted once
     faults: float  # minor page faults
 
     @property
@@ -61,7 +62,7 @@ class Budget:
 
 
 def budget(case: str, phase: str, start: Start, way: Way, threads: int, quick: bool) -> Budget:
-    """Profile a way that has been checked and warmed up."""
+    """Profile a variant. It must be checked before, and has had its warm-up."""
     step = way.steps(start.network.batches())
     step()
     began = time.perf_counter()
@@ -72,7 +73,7 @@ def budget(case: str, phase: str, start: Start, way: Way, threads: int, quick: b
         step()
     plain = (time.perf_counter() - began) / rounds
     faults = (_faults() - before) / rounds
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it logs to the terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # without it, the profiler logs to the terminal
     with profile(record_shapes=True) as profiler:
         began = time.perf_counter()
         for _ in range(rounds):
@@ -93,7 +94,7 @@ def budget(case: str, phase: str, start: Start, way: Way, threads: int, quick: b
 
 
 def _moved(shapes: list[list[int]]) -> float:
-    """Bytes of float32 operands, and of a result as large as the largest of them."""
+    """Bytes of float32 operands, and of a result of the size of the largest operand."""
     sizes = [torch.Size(s).numel() for s in shapes if s and all(isinstance(n, int) for n in s)]
     return 4.0 * (sum(sizes) + max(sizes, default=0))
 
@@ -103,7 +104,7 @@ def _faults() -> float:
 
 
 def show(budgets: list[Budget], quick: bool) -> str:
-    """One line a way: milliseconds by group, and the rates of products and passes against the machine's ceilings."""
+    """One line per variant: milliseconds by group, and the rates of products and passes as shares of the peak."""
     lines = []
     for b in budgets:
         torch.set_num_threads(b.threads)

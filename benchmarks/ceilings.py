@@ -1,4 +1,4 @@
-"""What the machine can do at most, multiply-adds and bytes moved, and so the least time that work takes."""
+"""Peak rates of the machine, multiply-adds and bytes, and the lower bound of time that follows from them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,10 +15,11 @@ from .timing import Work, seconds_of
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s in float32 of the best dense product, and bytes/s read and written by a copy that no cache holds.
+    """Peak rates of a device.
 
-    Of a GPU, flops: without tensor cores; tf32: of a dense product by one pass of them; shared: bytes/s that the shared
-    memories of all multiprocessors are read with, by their clock.
+    flops: FLOP/s in float32 of the fastest dense product (of a GPU: without tensor cores). bandwidth: bytes/s, read and
+    written, of a copy that is larger than all caches. tf32: FLOP/s of a dense product with one pass of tensor cores.
+    shared: bytes/s read from the shared memories of all multiprocessors, computed from their clock.
     """
 
     flops: float
@@ -33,12 +34,12 @@ class Ceilings:
         return said
 
     def multiplying(self, work: Work) -> float:
-        """FLOP/s for it: tensor cores need three passes for what is as good as float32."""
+        """Peak FLOP/s for this work. Tensor cores need three passes for the accuracy of float32."""
         passes = 3 if torch.get_float32_matmul_precision() == "highest" else 1
         return max(self.flops, self.tf32 / passes) if work.tiles else self.flops
 
     def floor(self, work: Work) -> float:
-        """Seconds for what takes longest of it, if all else is done meanwhile."""
+        """Lower bound in seconds: the slowest of the three parts, if they overlap completely."""
         return max(work.bytes / self.bandwidth, work.flops / self.multiplying(work), work.shared / self.shared)
 
 
@@ -47,17 +48,16 @@ PAPER = {
     "H100": Ceilings(66.9e12, 3.35e12, 495e12, 132 * 128 * 1.98e9),
     "RTX 4090": Ceilings(82.6e12, 1.01e12, 82.6e12, 128 * 128 * 2.52e9),
 }
-"""Three GPUs by their data sheets, A100 of 80 GB and H100 as SXM: docs/internals/gpu-kernels.md."""
+"""Three GPUs, from their data sheets: A100 with 80 GB, H100 SXM, RTX 4090 (see docs/internals/gpu-kernels.md)."""
 
 
 def machine_peak(quick: bool = False) -> Ceilings:
-    """The ceilings of the default device at torch's present number of threads, measured once each: the best of several
-    rounds."""
+    """Peak rates of the default device with torch's current number of threads: the best of several rounds, cached."""
     return _measured(torch.get_num_threads(), quick, torch.get_default_device().type)
 
 
 def floors(work: Work, quick: bool = False) -> tuple[float, dict[str, float]]:
-    """Seconds that work takes at least: on the default device, and if that is a GPU on those of `PAPER`."""
+    """Lower bound of the seconds for this work on the default device and, if it is a GPU, on the GPUs of `PAPER`."""
     paper = PAPER if torch.get_default_device().type == "cuda" else {}
     return machine_peak(quick).floor(work), {gpu: peak.floor(work) for gpu, peak in paper.items()}
 
@@ -72,7 +72,7 @@ def _measured(threads: int, quick: bool, device: str) -> Ceilings:
     taps = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
     source, target = torch.ones(size), torch.ones(size)
     flops = 2 * n**3
-    with torch.no_grad(), _precision("highest"):  # the library of one may know this CPU better than that of the other
+    with torch.no_grad(), _precision("highest"):  # two libraries: the faster one counts
         matrix = flops / _best(lambda: torch.mm(a, b, out=product))
         convolution = 2 * taps.numel() * 64 * 16**2 / _best(lambda: F.conv2d(image, taps))
     tf32 = 0.0
@@ -84,7 +84,7 @@ def _measured(threads: int, quick: bool, device: str) -> Ceilings:
 
 
 def _shared_bandwidth() -> float:
-    """128 bytes a clock and multiprocessor, as NVIDIA's GPUs have it."""
+    """NVIDIA's GPUs read 128 bytes per clock and multiprocessor."""
     chip = torch.cuda.get_device_properties()
     return 128 * chip.multi_processor_count * chip.clock_rate * 1e3  # kHz
 
@@ -102,7 +102,7 @@ def _precision(which: str) -> Iterator[None]:
 
 @contextmanager
 def cudnn_as_precise_as_products() -> Iterator[None]:
-    """Let cuDNN's float32 convolutions use tf32 where matrix products, and so ours, may, and nowhere else."""
+    """Allow tf32 in cuDNN's convolutions if and only if matrix products, and thus our kernels, may use it."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     try:

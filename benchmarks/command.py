@@ -1,4 +1,4 @@
-"""`exssnet bench`: each kind of benchmark is a module with options and a `run` that prints and returns its numbers."""
+"""`exssnet bench`. Each kind of benchmark is a module with options and a `run` that prints and returns its numbers."""
 
 import argparse
 import json
@@ -22,11 +22,11 @@ SELECTION = {
     "training": ["--cases", "weight/resnet18-20", "weight/lenet-300-100", "--densities", "0.1", "0.02"],
     "memory": ["--networks", "resnet18-20"],
 }
-"""What runs without a kind: minutes, not an hour."""
+"""Arguments of the selection that runs if no kind is given. It takes minutes, not an hour."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `exssnet bench` and of all its kinds; shared ones may stand on either side of the kind."""
+    """Add the options of `exssnet bench` and of its kinds. Shared options may stand before or after the kind."""
     _shared(parser, [1], "cpu", False, None)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", help="default: a selection of all, in a few minutes")
     for name, module in KINDS.items():
@@ -47,23 +47,23 @@ def _shared(parser: argparse.ArgumentParser, threads: Any, device: Any, quick: A
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print and write what was asked for; raises WrongResult where a result is wrong. Returns the exit status."""
+    """Run the benchmarks, print the results and return the exit status. Raises WrongResult if a result is wrong."""
     if min(options.threads) < 1:
         raise ValueError(f"threads must be at least 1, got {min(options.threads)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda needs a GPU, and torch {torch.__version__} finds none")
     if options.device == "cuda" and options.kind == "memory":
         raise ValueError("memory is measured on the CPU alone, got --device cuda")
-    keep_freed_memory()  # as `exssnet train` does; the peers profit as well
-    # On the CPU nothing is to be said: a device as a context passes every call through Python.
+    keep_freed_memory()  # as in `exssnet train`; the baselines profit as well
+    # No device context on the CPU: with such a context, every call of torch takes a detour through Python.
     device = torch.device(options.device) if options.device != "cpu" else nullcontext()
     with device, ceilings.cudnn_as_precise_as_products():
         return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    found: dict[str, Any] = {"machine": timing.machine(), "ceilings": []}
-    print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
+    results: dict[str, Any] = {"machine": timing.machine(), "ceilings": []}
+    print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     if options.quick:
         print("a smoke test: its numbers mean nothing")
     threads_before = torch.get_num_threads()
@@ -71,24 +71,25 @@ def _run(options: argparse.Namespace) -> int:
         for threads in options.threads:
             torch.set_num_threads(threads)
             peak = ceilings.machine_peak(options.quick)
-            # JSON has no infinity, which what a CPU does not have is.
-            found["ceilings"].append({"threads": threads} | {k: v for k, v in asdict(peak).items() if 0 < v < math.inf})
+            # JSON has no infinity, which stands for rates that a CPU does not have.
+            rates = {name: rate for name, rate in asdict(peak).items() if 0 < rate < math.inf}
+            results["ceilings"].append({"threads": threads} | rates)
             print(f"ceilings with {threads} thread{'s' * (threads > 1)}: {peak}", flush=True)
         for kind, given in [(options.kind, options)] if options.kind else _selection(options):
             before = os.times()
-            found[kind] = KINDS[kind].run(given)
-            found[kind]["cpu"] = share = _cpu_share(before, os.times())
+            results[kind] = KINDS[kind].run(given)
+            results[kind]["cpu"] = share = _cpu_share(before, os.times())
             if share < 0.9 and options.device == "cpu":
                 print(f"\nThe machine was busy: this run had {share:.2f} of a core. Compare the ratios alone.")
             if options.json:
-                write_text(options.json.resolve(), json.dumps(found, indent=1))
+                write_text(options.json.resolve(), json.dumps(results, indent=1))
     finally:
         torch.set_num_threads(threads_before)
     return 0
 
 
 def _cpu_share(before: os.times_result, after: os.times_result) -> float:
-    """CPU time of this process and its children over the time that has passed."""
+    """CPU time of this process and its children, divided by the elapsed time."""
     *used, elapsed = (b - a for a, b in zip(before, after, strict=True))
     return sum(used) / elapsed if elapsed else 1.0
 

@@ -2,8 +2,8 @@
 
     python -m exssnet.bench.digits [--seeds 3] [--densities 0.1 0.05 0.02] [--data mnist5k --root FOLDER] [--json FILE]
 
-The learning rates of each method, with and without KKT, are tuned on the validation data of the first three tasks
-(three other seeds, grid below), then frozen for all seeds. The test data is only reported.
+The learning rates of each method, with and without KKT, are tuned on the validation data of the first three tasks, with
+three other seeds and the grid GRID. All seeds then use the same rates. The test data has no influence on any choice.
 """
 
 import argparse
@@ -39,15 +39,15 @@ def learner(
 def tune(
     method: str, density: float, kkt: str | None, epochs: int, streams: dict[int, list[Task]]
 ) -> tuple[float, float]:
-    """The learning rates (mask, weight) with the best validation accuracy, then loss, over the first three tasks."""
+    """Find the learning rates (mask, weight) with the best mean validation accuracy; ties go to the smaller loss."""
 
     def result(rates: tuple[float, float]) -> tuple[float, float]:
         best = []
         for seed in TUNING_SEEDS:
-            found = learner(method, density, rates, kkt, epochs, seed)
+            trained = learner(method, density, rates, kkt, epochs, seed)
             for task in streams[seed][:3]:
-                found.learn(task)
-                best.append(found.validate(task))
+                trained.learn(task)
+                best.append(trained.validate(task))
         return statistics.mean(a for a, _ in best), -statistics.mean(loss for _, loss in best)
 
     one_rate = not METHODS[method].weight_phase

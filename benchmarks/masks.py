@@ -1,4 +1,4 @@
-"""The rows of the operators that make masks and what is masked: selection, bits, Adam on the scores, masked weights."""
+"""Rows of the operators on masks: selection, packed bits, Adam on the scores, masked weights."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def topk_masks(quick: bool) -> Cases:
             torch.manual_seed(0)
             k, hint = [ops.density_to_k(n, density) for n in sizes], None
             scores = [torch.randn(n) for n in sizes]
-            for _ in range(5):  # as an optimizer moves them: a bracket is known after a few steps
+            for _ in range(5):  # like optimizer steps: after a few of them the hint holds a bracket
                 hint = ops.topk_select(scores, k, hint)[1]
                 scores = [s + 1e-3 * torch.randn_like(s) for s in scores]
             yield _topk_masks(scores, k, density, None)
@@ -56,7 +56,7 @@ def _topk_masks(scores: list[Tensor], k: list[int], density: float, hint: Tensor
 
 
 def adam_topk(quick: bool) -> Cases:
-    """Bytes: reads scores, gradient and both averages, writes all but the gradient and the packed mask."""
+    """Bytes: reads scores, gradient and both averages; writes scores, both averages and the packed mask."""
     torch.manual_seed(0)
     scores, grad = torch.randn(2, 10_000 if quick else 1 << 20)
     k = [ops.density_to_k(scores.numel(), 0.1)]
@@ -94,7 +94,7 @@ def adam_topk(quick: bool) -> Cases:
 
 
 def supermask_weights(quick: bool) -> Cases:
-    """The convolutions of a ResNet-18 of width 20, packed masks. Bytes: reads weights and masks, writes the weights."""
+    """Convolutions of a ResNet-18 of width 20, packed masks. Bytes: reads weights and masks, writes weights."""
     torch.manual_seed(0)
     widths = (4,) if quick else (20, 20, 20, 20, 40, 40, 40, 40, 80, 80, 80, 80, 160, 160, 160, 160)
     weights = [torch.randn(width, width, 3, 3) for width in widths]
@@ -118,7 +118,7 @@ def supermask_weights(quick: bool) -> Cases:
 
 
 def _on_cpu(tensor: Tensor, variant: Variant) -> dict[str, Variant]:
-    """NumPy's way, where it can see the tensor."""
+    """The baseline in NumPy, for tensors on the CPU."""
     return {"numpy": variant} if tensor.device.type == "cpu" else {}
 
 

@@ -1,8 +1,8 @@
-"""Peak memory of training steps in both phases, ours and in plain PyTorch, each in a process of its own.
+"""Peak memory of training steps in both phases, ours and in plain PyTorch. Each row is a separate process.
 
-"step" is the peak of resident memory during three steps, above what was resident after the imports and the creation of
-the data; it holds the network, activations, gradients and the optimizer's state. "setup" is the same peak while the
-network was made ready. Adam's state is listed by itself: in the weight phase it is as small as what is trained.
+"step" is the peak of resident memory during three steps: network, activations, gradients and optimizer state. Memory
+that was resident before the network was built (imports, data) is subtracted. "setup" is the peak while the network is
+built. Adam's state is also listed alone. In the weight phase it is proportional to the number of trained values.
 """
 
 import argparse
@@ -49,38 +49,38 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(network: str, phase: str, density: float, way: str, threads: int) -> dict[str, Any]:
-    """One row, from a fresh process."""
+    """Measure one row in a new process."""
     asked = json.dumps([network, phase, density, way, threads])
     code = "import sys; from exssnet.bench.memory import child; child(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{asked} failed: {done.stderr.strip().splitlines()[-1]}")
     tick()
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def child(asked: str) -> None:
-    """What the process does."""
+    """The body of the new process: measure one row and print it as JSON."""
     network, phase, density, way, threads = json.loads(asked)
     torch.set_num_threads(threads)
     batch = next(NETWORKS[network].batches())
     small = Start(NETWORKS["resnet18-4"], 0.5)
-    for warm in (small.peer("cached mask"), small.ours("weight")):  # what torch loads at the first step
+    for warm in (small.peer("cached mask"), small.ours("weight")):  # warm-up: torch loads libraries at the first step
         warm.steps(small.network.batches())()
     baseline = resident()
     restart_peak()
     start = Start(NETWORKS[network], density)
-    made = start.ours(phase) if way == "ours" else start.peer(way)
+    variant = start.ours(phase) if way == "ours" else start.peer(way)
     _drop_the_other(start, way)
     setup = peak() - baseline
     restart_peak()
-    step = made.steps(_forever(batch))
+    step = variant.steps(_forever(batch))
     for _ in range(3):
         step()
     print(json.dumps({
         "network": network, "phase": phase, "density": density, "threads": threads, "way": way,
-        "trained": sum(t.numel() for t in made.trained), "state": state_bytes(made), "setup": setup,
+        "trained": sum(t.numel() for t in variant.trained), "state": state_bytes(variant), "setup": setup,
         "step": peak() - baseline,
     }))  # fmt: skip
 
@@ -90,6 +90,6 @@ def _forever(batch: Any) -> Iterator[Any]:
 
 
 def _drop_the_other(start: Start, way: str) -> None:
-    """A user has one of the networks."""
+    """Delete the networks of the other variants: a user has only one network in memory."""
     for name in ("plain", "masks", "scores", *(() if way == "ours" else ("model", "phases"))):
         delattr(start, name)

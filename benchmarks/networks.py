@@ -1,4 +1,4 @@
-"""Whole networks in each phase, ours and in plain PyTorch, from the same weights, scores and masks."""
+"""Networks in each phase, ours and in plain PyTorch, with the same weights, scores and masks."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ class Network:
     batch: int = 64
 
     def batches(self) -> Iterator[Batch]:
-        """Random batches, so many that no way of training learns them by heart while it is timed."""
+        """Random batches: enough of them that training does not memorize them while it is timed."""
         torch.manual_seed(1)
         size = (self.batch, *self.shape)
         return itertools.cycle([(torch.randn(size), torch.randint(10, (self.batch,))) for _ in range(50)])
@@ -41,15 +41,15 @@ NETWORKS = {
     "resnet18-4": Network(lambda: ResNet18(10, 4), (3, 16, 16), batch=16),  # for quick runs
 }
 PEERS = {"mask": ("sort", "no mask"), "weight": ("cached mask", "no mask"), "inference": ("dense", "dense, folded")}
-"""What each phase is measured against; the first is what it is checked against."""
+"""Baselines of each phase. Results are checked against the first one."""
 
 
 class Way:
-    """One way to train or to evaluate a network. trained: what Adam changes, none for evaluation."""
+    """One variant of training or evaluating a network. `trained` are the tensors that Adam updates, if any."""
 
     def __init__(self, name: str, model: nn.Module, trained: list[Tensor], channels_last: bool = False) -> None:
         self.name, self.model, self.trained, self.channels_last = name, model, trained, channels_last
-        # Fused: the fastest there is for dense weights, and ours has no other.
+        # The fused Adam is the fastest one for dense weights, and ours uses it too.
         self.optimizer = torch.optim.Adam(trained, LEARNING_RATE, fused=True) if trained else None
 
     def input(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Way:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def results(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """Gradients of all that is trained, or the logits."""
+        """Gradients of all trained tensors or, for evaluation, the logits."""
         if self.optimizer is None:
             with torch.no_grad():
                 return [self.model(x)]
@@ -66,7 +66,7 @@ class Way:
         return [t.grad for t in self.trained if t.grad is not None]
 
     def steps(self, data: Iterator[Batch]) -> Callable[[], None]:
-        """A function that makes one step a call."""
+        """A function that does one step per call."""
         data = itertools.cycle([(self.input(x), y) for x, y in itertools.islice(data, 50)])
 
         def step() -> None:
@@ -78,7 +78,7 @@ class Way:
 
 
 class Start:
-    """Where every way starts: one network in plain PyTorch and under supermasks, at one density."""
+    """Common start of all variants: one network at one density, in plain PyTorch and converted."""
 
     def __init__(self, network: Network, density: float) -> None:
         torch.manual_seed(0)
@@ -95,7 +95,7 @@ class Start:
             self.masks[name], self.scores[name] = layer.mask(), layer.scores.detach().clone()
 
     def ours(self, phase: str) -> Way:
-        """Moves the network into a phase; call it once."""
+        """Move our network into a phase. Call it only once."""
         if phase == "mask":
             return Way("ours", self.model, self.phases.parameters())
         self.phases.start_weight_phase()
@@ -103,16 +103,16 @@ class Start:
         if phase == "weight":
             return way
         for x, y in itertools.islice(self.network.batches(), 2):
-            way.results(x, y)  # for the statistics of the norms
+            way.results(x, y)  # computes the running statistics of the norms
         self.phases.finish_task()
         return Way("ours", self.model.eval(), [])
 
     def peer(self, how: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Way:
-        """The same in plain PyTorch: one of `PEERS`."""
+        """The same network in plain PyTorch: one of `PEERS`."""
         trained: list[Tensor] = []
         finished = how.startswith("dense")
         model = (self.phases.fold(0).eval() if finished else copy.deepcopy(self.plain)).to(dtype)
-        if how == "dense, folded":  # the norms in the convolutions, as `torch.nn.utils.fuse_conv_bn_eval` does it
+        if how == "dense, folded":  # norms merged into the convolutions, as by `torch.nn.utils.fuse_conv_bn_eval`
             from torch.fx.experimental.optimization import fuse  # the module warns in torch 2.10
 
             model = fuse(model)
@@ -127,7 +127,7 @@ class Start:
         return Way(f"{how}, channels_last" if channels_last else how, model, trained, channels_last)
 
     def fastest_peer(self, how: str) -> Way:
-        """Of a peer's two layouts, the one with the faster step."""
+        """The baseline in the memory layout with the faster step."""
         ways = [self.peer(how)] + ([self.peer(how, channels_last=True)] if len(self.network.shape) == 3 else [])
         if len(ways) == 1:
             return ways[0]
@@ -135,18 +135,22 @@ class Start:
         for way in ways:
             step = way.steps(itertools.islice(self.network.batches(), 1))
             best.append(min(seconds_of(step) for _ in range(3)))
-        return self.peer(how, channels_last=best[1] < best[0])  # anew: those have made steps
+        return self.peer(how, channels_last=best[1] < best[0])  # a new one: those have been trained
 
     def check(self, phase: str, ours: Way) -> None:
-        """Our gradients, or logits, of one batch against the first peer's in float64 and float32.
+        """Check our gradients, or logits, of one batch against the first baseline in float64 and float32.
 
-        A ReLU's input near zero may have either sign in float32, and one flip outweighs all rounding: so the peer is
-        given the signs that ours has. Where those are wrong, the values are. The peer's own error in float32, twice
-        which is the budget, is the largest of all layers and of some orders of the batch: what batch norm cancels in
-        one layer is rounding alone, and an ill-conditioned network multiplies one draw of it by chance. The hooks that
-        read the signs keep norms and ReLUs apart, which are one operation when timed; tests/nn/test_blocks.py compares.
+        In float32 the input of a ReLU near zero may have either sign, and one flipped sign outweighs all rounding
+        errors. The baseline therefore uses the signs of our network. A wrong sign still shows as a wrong value.
+
+        Our error may be at most twice the error of the baseline in float32. That error is the largest one of all layers
+        and of several orders of the batch, because a single order depends on chance: batch norm cancels everything
+        but rounding errors in some layers, and an ill-conditioned network amplifies them.
+
+        The hooks that read the signs separate norms from ReLUs, which are fused when timed. tests/nn/test_blocks.py
+        compares the two.
         """
-        # Float64 convolutions are slow: as many images as fill vectors and registers, not a whole batch.
+        # Convolutions in float64 are slow. 16 images fill vectors and registers; a whole batch is not needed.
         x, y = (t[:16] for t in next(self.network.batches()))
         signs: dict[str, Tensor] = {}
         with _recorded(ours.model, self._relus(), signs):
@@ -164,7 +168,7 @@ class Start:
         truths = peer(torch.float64)
         draws = [peer(torch.float32, first) for first in range(4)]
         budget = max(error(p, truth) for draw in draws for p, truth in zip(draw, truths, strict=True))
-        if phase == "inference":  # what is timed has no hooks, and its norms are folded
+        if phase == "inference":  # the timed network has no hooks, and its norms are folded
             folded = error(ours.results(ours.input(x), y)[0], truths[0])
             check_error("inference phase: the logits without hooks", folded, budget, truths[0])
         names = ["logits"] if phase == "inference" else [f"gradient of {name}" for name in self.masks]
@@ -175,10 +179,10 @@ class Start:
         return [name for name, module in self.plain.named_modules() if isinstance(module, nn.ReLU)]
 
     def flops(self, phase: str, dense: bool) -> float:
-        """Of the products of one step: output, weight gradient, and input gradient but the first layer's.
+        """FLOPs of the products of one step: output, weight gradient and, except in the first layer, input gradient.
 
-        dense: of all weights; else of the kept ones, but for the score gradient of the mask phase, which has all.
-        Taps in the padding count, as usual.
+        With `dense` all weights are counted, else the kept weights. The score gradient of the mask phase always counts
+        all weights. Taps in the padding are counted, as usual.
         """
         pixels: dict[str, float] = {}
         handles = [
@@ -209,7 +213,7 @@ def _pinned(positive: Tensor) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _recorded(model: nn.Module, names: list[str], signs: dict[str, Tensor]) -> Iterator[None]:
-    """Fills `signs`: where each activation is positive."""
+    """Record in `signs` where the output of each named module is positive."""
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -224,7 +228,7 @@ def _recorded(model: nn.Module, names: list[str], signs: dict[str, Tensor]) -> I
 
 
 def state_bytes(way: Way) -> int:
-    """Of the optimizer's state, after a step."""
+    """Bytes of the optimizer's state. It exists after the first step."""
     if way.optimizer is None:
         return 0
     tensors = (t for state in way.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))

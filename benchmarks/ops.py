@@ -1,14 +1,18 @@
-"""Speed of every operator against what a user would write in plain PyTorch, and against other people's kernels.
+"""Speed of every operator against plain PyTorch and against the kernels of other libraries.
 
-Every result is checked against the operator's reference before it is timed. Layers are timed forward and backward,
-with gradients of their input and their parameters; the sparse ones also each product alone. Rates count what has to be
-done: one read of the scores and one write of the mask, or the FLOPs of the three products of a layer (of the kept
-weights only, for the sparse ones). Taps in the padding count, so a kernel that skips them can pass 100 %. "of peak" is
-the share of the machine's multiply-adds, or of its copy bandwidth. "floor" is the least time that these allow for what
-a row does in its way: the FLOPs, or the bytes, each once in every product (a cache or pure reading may beat that),
-whichever takes longer; on a GPU dense products by its tensor cores, and of sparse ones also the reads of shared memory
-that our kernels need, one for each multiply-add. With --device cuda the floors of three GPUs by their data sheets stand
-beside it; calls of a row then follow each other and find their tensors in its L2 cache, if they fit.
+Every result is checked against the operator's reference before it is timed. Layers are timed forward and backward, with
+the gradients of their input and their parameters. Of sparse layers each product is also timed alone.
+
+"rate" counts the necessary work: one read of the scores and one write of the mask, or the FLOPs of the three products
+of a layer (for sparse layers: of the kept weights). Taps in the padding are counted, so a kernel that skips them can
+exceed 100 %. "of peak" is the rate as a share of the machine's peak: multiply-adds, or bytes of a copy.
+
+"floor" is a lower bound of the time: the FLOPs or the bytes at the machine's peak, whichever takes longer. Each byte is
+counted once per product; caches, or reading without writing, may beat this bound. On a GPU, dense products count as
+work of the tensor cores. Sparse products also count one read of shared memory for each multiply-add.
+
+With --device cuda the floors of three GPUs, from their data sheets, stand beside it. The calls of a row then follow
+each other directly. Their tensors stay in the L2 cache if they fit into it.
 """
 
 import argparse
@@ -31,7 +35,7 @@ from .timing import Case, Cases, Row, Variant, Work, alternate, check_accurate, 
 
 
 class Layer:
-    """The tensors of a linear layer, or with `image` pixels of a 3 x 3 convolution, drawn from seed 0."""
+    """Tensors of a linear layer or, if `image` is not 0, of a 3 x 3 convolution of image x image pixels; seed 0."""
 
     def __init__(self, batch: int, width: int, out: int, image: int = 0, stride: int = 1) -> None:
         torch.manual_seed(0)
@@ -48,9 +52,9 @@ class Layer:
         return plain.sort_mask(self.scores.abs(), density).bool()
 
     def work(self, stored: float, kept: int | None = None, products: int = 3) -> Work:
-        """Of output and gradients with all weights, or in sparse products with `kept` ones.
+        """Work of output and gradients, with all weights or, for sparse products, with `kept` weights.
 
-        stored: bytes of weights, masks, indices and their gradients, in all products together.
+        stored: bytes of weights, masks, indices and their gradients, summed over all products.
         """
         weights = self.weight.numel() if kept is None else kept
         adds = products * weights * (self.grad.numel() // self.weight.shape[0])
@@ -68,7 +72,7 @@ IMAGES = [
 def layers(
     cases_of: Callable[[Layer, float], Cases], linear: bool, densities: tuple[float, ...]
 ) -> Callable[[bool], Cases]:
-    """A generator of cases for layers of one kind."""
+    """A function that generates the cases for layers of one kind."""
 
     def cases(quick: bool) -> Cases:
         small = (64, 40, 30) if linear else (8, 5, 6, 8)
@@ -81,7 +85,7 @@ def layers(
 
 
 def step(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Variant:
-    """Forward and backward: a call returns the output and the gradients of all leaves."""
+    """Forward and backward pass. A call returns the output and the gradients of all leaves."""
     leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
 
     def run() -> tuple[Tensor, ...]:
@@ -92,7 +96,7 @@ def step(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Vari
 
 
 def accurate(ours: Variant, peer: Callable[[torch.dtype], Variant]) -> Callable[[], None]:
-    """A check of ours against the same in plain PyTorch, in float64 and in float32."""
+    """A check of ours against plain PyTorch in float64 and in float32."""
 
     def check() -> None:
         for i, results in enumerate(zip(ours(), peer(torch.float64)(), peer(torch.float32)(), strict=True)):
@@ -134,7 +138,7 @@ def supermask(layer: Layer, density: float) -> Cases:
             **others,
         },
         check=check,
-        # Selection, twice weight and mask; weight, score and its gradient.
+        # Reads scores; reads weight and mask twice; reads weight and scores and writes the gradient.
         work=layer.work(layer.weight.numel() * (4 + 2 * (4 + 1 / 8) + 12)),
         density=density,
     )
@@ -145,7 +149,7 @@ def no_mask(layer: Layer) -> Variant:
 
 
 def cached_mask(layer: Layer, mask: Tensor, dtype: torch.dtype = torch.float32) -> Variant:
-    """The peer of a fixed mask: kept as floats, multiplied into the weight."""
+    """Baseline for a fixed mask: the mask is stored as floats and multiplied with the weight."""
     factors = mask.to(dtype)
     return step(
         lambda x, w: plain.layer(x, w * factors, layer.stride),
@@ -168,13 +172,13 @@ def masked(layer: Layer, density: float) -> Cases:
 
 
 def at_kept(layer: Layer, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What `cached_mask` gives, with the weight's gradient where the mask keeps it."""
+    """The results of `cached_mask`, with the gradient of the kept weights only."""
     output, grad_x, grad_weight = cached_mask(layer, mask, dtype)()
     return output, grad_x, grad_weight[mask]
 
 
 def bitmap(layer: Layer, density: float) -> Cases:
-    """On a CPU the reference; on a GPU the tensor cores' alternative to `sparse`."""
+    """Rows of bitmap products. On a CPU they run the reference; on a GPU they use tensor cores."""
     operator = ops.bitmap_linear if layer.is_linear else ops.bitmap_conv2d
     mask = layer.mask(density)
     pattern, none = ops.bitmap_pattern(mask), layer.weight[:0].flatten()
@@ -203,7 +207,7 @@ def sparse(layer: Layer, density: float) -> Cases:
         return ops.sparse_conv2d(x, values, none, pattern, 3, **layer.geometry)
 
     plainly = cache(partial(at_kept, layer, mask))
-    # Inside a network, activations and gradients come with the batch innermost from the layers around.
+    # Inside a network, the neighbouring layers produce activations and gradients with the batch innermost.
     x, grad = reference.batch_last(layer.x), reference.batch_last(layer.grad)
     ours = step(product, grad, x, layer.weight[mask])
     others = (
@@ -240,7 +244,7 @@ def sparse(layer: Layer, density: float) -> Cases:
 def sparse_kernels(
     x: Tensor, free: Tensor, frozen: Tensor, pattern: ops.SparsePattern, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """Forward and backward of a linear layer, as autograd calls them."""
+    """Forward and backward of a linear layer, called as autograd does."""
     weights = free, frozen, *pattern.tensors
     with torch._C._AutoDispatchBelowAutograd():
         output = torch.ops.exssnet.sparse_linear.default(x, *weights, None)
@@ -248,7 +252,7 @@ def sparse_kernels(
 
 
 def alone(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> list[Variant]:
-    """What `step` does one by one: the output, and each leaf's gradient from a graph that is kept."""
+    """The parts of `step` as separate variants: the output, and each leaf's gradient from a retained graph."""
 
     def gradient(i: int) -> Variant:
         own = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
@@ -259,7 +263,7 @@ def alone(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> lis
 
 
 def folded(layer: Layer, density: float) -> Cases:
-    """Inference: the convolution with a norm's scale and bias, a residual and ReLU, against the same one by one."""
+    """Inference: convolution with scale and bias of a norm, residual and ReLU, against separate operations."""
     mask = layer.mask(density)
     kept = int(mask.sum())
     pattern, none = ops.sparse_pattern(mask), torch.empty(0)
@@ -299,8 +303,8 @@ def batch_norm_act(quick: bool) -> Cases:
 
 
 def _batch_norm_act(shape: tuple[int, int, int, int], with_residual: bool) -> Case:
-    """Training, with ReLU. Bytes: forward reads x and the residual and writes y; backward reads the gradient and x,
-    with a residual also y, and writes the gradients."""
+    """Training, with ReLU. Bytes: forward reads x and residual and writes y. Backward reads the gradient and x, with a
+    residual also y, and writes the gradients."""
     torch.manual_seed(0)
     count = 2 if with_residual else 1
     leaves = [reference.batch_last(torch.randn(shape)) for _ in range(count)]
@@ -366,7 +370,7 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "batch_norm_act": batch_norm_act,
     "knn_classify": knn_classify,
 }
-"""The rows of each operator; True asks for one small shape."""
+"""Generates the rows of each operator. The argument selects one small shape (`--quick`)."""
 SELECTION = ("topk_masks", "sparse_linear", "sparse_conv2d")
 """The operators that `exssnet bench` measures without a kind."""
 
@@ -378,7 +382,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(operator: str, case: Case, threads: int, quick: bool) -> Row:
     case.check()
-    # Small calls queue up on a GPU, so that it is its time that is measured, unless Python takes longer.
+    # On a GPU small calls are queued, so that the GPU's time is measured, unless Python takes longer.
     turn = 0.01 if torch.get_default_device().type == "cuda" else 0.0
     ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0, turn)
     peak, work = machine_peak(quick), case.work
@@ -395,7 +399,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if absent:
         print(f"peers that are not installed: {', '.join(absent)}")
     rows = []
-    with suppress(KeyboardInterrupt):  # what has been measured is shown
+    with suppress(KeyboardInterrupt):  # then the finished rows are shown
         for threads, operator in itertools.product(options.threads, options.only):
             torch.set_num_threads(threads)
             for case in CASES[operator](options.quick):

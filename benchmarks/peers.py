@@ -1,9 +1,9 @@
-"""Other people's layers: torch's CSR, sparselab and sparseprop for a fixed mask, torchao's for a supermask.
+"""Layers of other libraries: torch's CSR, sparselab and sparseprop for a fixed mask, torchao for a supermask.
 
-All but torch's where they are installed. Each variant is forward and backward: of a fixed mask a call returns the
-output, the input's gradient, and that of the kept weights (of all weights, where the peer gives them all). There, input
-and gradient come with the batch innermost, which is the layout of these kernels; what has to change the layout first
-says so in its name.
+All of them but torch are optional. Each variant is forward and backward. With a fixed mask a call returns the output,
+the gradient of the input, and the gradient of the kept weights (of all weights, if the library computes all). Input and
+gradient have the batch innermost, which is the layout of these kernels. If a variant has to convert the layout first,
+its name says so.
 """
 
 import warnings
@@ -20,23 +20,23 @@ INSTALLED = {name: find_spec(name) is not None for name in ("sparselab", "sparse
 
 
 def supermask_linear(x: Tensor, weight: Tensor, magnitudes: Tensor, k: int, grad: Tensor) -> dict[str, Variant]:
-    """Output and gradients of x (B, I) and of the scores, with the k weights of largest magnitude.
+    """Output, gradient of x (B, I) and gradient of the scores, with the k weights of largest magnitude.
 
-    torchao selects by `kthvalue`, keeps all of equal ones, refuses k = 1, and leaves the factor W sign(S) out of the
-    gradient of the scores.
+    torchao selects by `kthvalue`, keeps all ties and refuses k = 1. Its gradient of the scores lacks the factor
+    W sign(S).
     """
     if not INSTALLED["torchao"]:
         return {}
     try:
         from torchao.sparsity import SupermaskLinear
-    except ImportError:  # gone after 0.18
+    except ImportError:  # removed after 0.18
         return {}
     threshold = magnitudes.flatten().topk(k).values[-1]
     if k < 2 or int((magnitudes >= threshold).sum()) > k:
         return {}
 
     out, width = weight.shape
-    dropped = (weight.numel() - k) / (weight.numel() - 1)  # the quantile it asks for
+    dropped = (weight.numel() - k) / (weight.numel() - 1)  # the quantile that torchao wants
     layer = SupermaskLinear(dropped, 1, False, True, width, out, bias=False)
     with torch.no_grad():
         layer.weight.copy_(weight)
@@ -51,25 +51,25 @@ def supermask_linear(x: Tensor, weight: Tensor, magnitudes: Tensor, k: int, grad
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, Variant]:
-    """Of x (B, I), weight and mask (O, I), grad (B, O)."""
+    """Variants for x (B, I), weight and mask (O, I), grad (B, O)."""
     kept = weight * mask
-    found = _csr(x, kept, grad)
+    variants = _csr(x, kept, grad)
     if x.device.type != "cpu":
-        return found
+        return variants
     if INSTALLED["sparselab"]:
-        found["sparselab"] = _sparselab(x, kept, grad)
+        variants["sparselab"] = _sparselab(x, kept, grad)
     if INSTALLED["sparseprop"]:
         from sparseprop.modules.linear import SparseLinear
 
-        found["sparseprop from (B, I)"] = _module(SparseLinear(kept), x.contiguous(), grad.contiguous())
-    return found
+        variants["sparseprop from (B, I)"] = _module(SparseLinear(kept), x.contiguous(), grad.contiguous())
+    return variants
 
 
 def linear_kernels(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dict[str, Variant]:
-    """The same without autograd and modules."""
-    found: dict[str, Variant] = {}
+    """Variants of `linear` without autograd and modules."""
+    variants: dict[str, Variant] = {}
     if x.device.type != "cpu":
-        return found
+        return variants
     kept, columns, grad_columns = weight * mask, x.t().contiguous(), grad.t().contiguous()
     if INSTALLED["sparselab"]:
         from sparselab import PaddedCSR, _core
@@ -84,7 +84,7 @@ def linear_kernels(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dic
             grad_x = _core.spmm_simd(_cached_transpose(matrix), grad_columns.numpy())
             return torch.from_numpy(output).t(), torch.from_numpy(grad_x).t(), torch.from_numpy(grad_values)[live]
 
-        found["sparselab"] = sparselab
+        variants["sparselab"] = sparselab
     if INSTALLED["sparseprop"]:
         from sparseprop import backend
         from sparseprop.modules.linear import SparseLinear
@@ -99,12 +99,12 @@ def linear_kernels(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor) -> dic
             backend.sparse_linear_vectorized_backward(columns, *index, values, grad_columns, grad_x, grad_values)
             return output.t(), grad_x.t(), grad_values
 
-        found["sparseprop"] = sparseprop
-    return found
+        variants["sparseprop"] = sparseprop
+    return variants
 
 
 def conv2d(x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor, stride: int) -> dict[str, Variant]:
-    """Of x (N, C, H, W), weight and mask (O, C, 3, 3), grad (N, O, H', W'), padding 1."""
+    """Variants for x (N, C, H, W), weight and mask (O, C, 3, 3), grad (N, O, H', W'), padding 1."""
     if not INSTALLED["sparseprop"] or x.device.type != "cpu":
         return {}
     from sparseprop.modules.conv2d import SparseConv2d
@@ -148,7 +148,7 @@ def _sparselab(x: Tensor, kept: Tensor, grad: Tensor) -> Variant:
 
 
 def _live(matrix: Any) -> Tensor | slice:
-    """Which values of a matrix of sparselab's are kept weights: an empty row holds one entry that is none."""
+    """Which values of a sparselab matrix are kept weights. An empty row holds one entry that is no weight."""
     live = torch.from_numpy(np.array(matrix.col_indices)) >= 0
     return slice(None) if bool(live.all()) else live
 
@@ -158,7 +158,7 @@ def _matrix(index: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, ...]
 
 
 class _ByHand(torch.autograd.Function):
-    """weight @ x in CSR; the backward pass uses the transposed matrix, kept beside, and a sampled product."""
+    """weight @ x in CSR. The backward pass uses the transposed matrix, which is stored too, and a sampled product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, index: Any, transposed: Any, order: Tensor, shape: Any) -> Tensor:
@@ -176,11 +176,11 @@ class _ByHand(torch.autograd.Function):
 
 
 def _csr(x: Tensor, kept: Tensor, grad: Tensor) -> dict[str, Variant]:
-    """torch's CSR by autograd and by hand, as far as this torch has them for the CPU."""
+    """torch's CSR with autograd and with a hand-written backward pass, if this torch supports them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is in beta, and says so once
+        warnings.simplefilter("ignore")  # torch warns once that CSR is in beta
         weight = kept.to_sparse_csr()
-        numbers = torch.arange(weight.values().numel(), dtype=torch.float64)  # of the values, to follow their order
+        numbers = torch.arange(weight.values().numel(), dtype=torch.float64)  # show the order after transposition
         index = weight.crow_indices(), weight.col_indices()
         back = _matrix(index, numbers, weight.shape).to_sparse_coo().t().coalesce().to_sparse_csr()
     transposed, order = (back.crow_indices(), back.col_indices()), back.values().long()
@@ -198,11 +198,11 @@ def _csr(x: Tensor, kept: Tensor, grad: Tensor) -> dict[str, Variant]:
         grad_x, grad_values = torch.autograd.grad(output, (columns, values), grad_columns)
         return output.t(), grad_x.t(), grad_values
 
-    found = {}
+    variants = {}
     for name, variant in {"torch CSR": automatic, "torch CSR by hand": by_hand}.items():
         try:
             variant()
         except (RuntimeError, NotImplementedError):
             continue  # a torch without MKL
-        found[name] = variant
-    return found
+        variants[name] = variant
+    return variants

@@ -1,4 +1,4 @@
-"""What a user would write in plain PyTorch: the peers that the operators are measured against."""
+"""Baselines in plain PyTorch, as a user would write them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ Selection = Callable[[Tensor, float], Tensor]
 
 
 def sort_mask(magnitudes: Tensor, density: float) -> Tensor:
-    """Mask of zeros and ones through a full sort, as in hidden-networks, SupSup and the official ExSSNeT."""
+    """Mask of zeros and ones by a full sort, as in hidden-networks, SupSup and the official ExSSNeT."""
     out = magnitudes.clone()
     _, order = magnitudes.flatten().sort()
     dropped = int((1 - density) * magnitudes.numel())
@@ -22,14 +22,14 @@ def sort_mask(magnitudes: Tensor, density: float) -> Tensor:
 
 
 def kthvalue_mask(magnitudes: Tensor, density: float) -> Tensor:
-    """Mask of zeros and ones by a threshold; of equal magnitudes it keeps too many."""
+    """Mask of zeros and ones by a threshold. It keeps all ties of the threshold, so it may keep too many."""
     dropped = int((1 - density) * magnitudes.numel())
     threshold = magnitudes.flatten().kthvalue(dropped + 1).values
     return (magnitudes >= threshold).to(magnitudes.dtype)
 
 
 def topk_mask(magnitudes: Tensor, density: float) -> Tensor:
-    """Mask of zeros and ones by `torch.topk`; of equal magnitudes it keeps any."""
+    """Mask of zeros and ones by `torch.topk`. Its tie-breaking is undefined."""
     kept = magnitudes.numel() - int((1 - density) * magnitudes.numel())
     flat = torch.zeros_like(magnitudes).flatten()
     flat[magnitudes.flatten().topk(kept, sorted=False).indices] = 1
@@ -47,16 +47,16 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def supermask_weight(weight: Tensor, scores: Tensor, density: float, select: Selection = sort_mask) -> Tensor:
-    """weight * mask, whose mask counts as abs(scores) in the backward pass."""
+    """weight * mask. In the backward pass the mask counts as abs(scores)."""
     mask: Tensor = _StraightThrough.apply(scores.abs(), density, select)
     return weight * mask
 
 
 def reweight(layer: nn.Module, how: str, factors: Tensor, scores: Tensor, density: float) -> Tensor:
-    """Let a layer compute with an effective weight of its own; returns what is trained, its weight or its scores.
+    """Let a layer compute with an effective weight, and return the trained tensor: its weight or its scores.
 
-    "no mask": the weight. "cached mask": weight * factors. "sort": selected in every forward. The weight is used
-    where it lies, without a parametrization's property and cache.
+    "no mask" uses the weight, "cached mask" weight * factors, "sort" a mask selected in every forward. There is no
+    parametrization, because its property and cache cost time.
     """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
@@ -78,23 +78,23 @@ def reweight(layer: nn.Module, how: str, factors: Tensor, scores: Tensor, densit
 
 
 def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Distances, top k and vote, for blocks of queries."""
+    """Distances, top k and majority vote, for blocks of queries."""
     blocks = queries.split(1024)
     nearest = (torch.cdist(block, features).topk(k, largest=False).indices for block in blocks)
     return torch.cat([labels[indices].mode(1).values for indices in nearest])
 
 
 def batch_norm(x: Tensor) -> Tensor:
-    """Batch norm by the statistics of the batch."""
+    """Batch norm with the statistics of the batch."""
     return F.batch_norm(x, None, None, training=True)
 
 
 def batch_norm_innermost(x: Tensor) -> Tensor:
-    """The same of a batch stored innermost, seen as one image of C channels so that nothing is copied."""
+    """Batch norm of a tensor with the batch innermost, viewed as one image of C channels to avoid a copy."""
     stored = x.movedim(0, -1)
     return batch_norm(stored.reshape(1, stored.shape[0], 1, -1)).reshape(stored.shape).movedim(-1, 0)
 
 
 def layer(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """A linear layer for a matrix, a padded convolution for (O, C, R, S)."""
+    """A linear layer if the weight is a matrix; a padded convolution if it is (O, C, R, S)."""
     return F.linear(x, weight) if weight.dim() == 2 else F.conv2d(x, weight, None, stride, weight.shape[2] // 2)

@@ -1,9 +1,14 @@
-"""One batch with samples of many tasks, answered by `exssnet.Served` and task by task in other ways.
+"""Speed of `exssnet.Served` on a batch with samples of many tasks, against one call for each task.
 
-"rebuilt" multiplies each task's masks into the dense weights in every call, "dense kept" keeps the product for every
-task, "sparse kept" the task's converted network. All run in evaluation mode without gradients; of the memory layouts
-(NCHW, channels_last) the faster one is timed. The samples are spread evenly over the tasks, whose norms have statistics
-of their own. Logits are checked before anything is timed.
+The baselines are:
+
+"rebuilt": multiplies the task's masks with the dense weights in every call.
+"dense kept": keeps the products for every task in memory.
+"sparse kept": keeps the converted network of every task in memory.
+
+All run in evaluation mode without gradients. Each baseline uses the faster one of two memory layouts (NCHW,
+channels_last). The samples are spread evenly over the tasks. The statistics of the norms are per-task. Logits are
+checked before anything is timed.
 """
 
 import argparse
@@ -41,7 +46,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[Row] = []
     names = options.networks or (["resnet18-4"] if options.quick else ["lenet-300-100", "resnet18-20", "resnet18-64"])
     tasks, batch = (3, 6) if options.quick else (options.tasks, options.batch)
-    with suppress(KeyboardInterrupt):  # what has been measured is shown
+    with suppress(KeyboardInterrupt):  # then the finished rows are shown
         for threads, name, density in itertools.product(options.threads, names, options.densities):
             rows.append(measure(name, density, tasks, batch, threads, options.quick))
             tick()
@@ -69,7 +74,7 @@ def measure(name: str, density: float, tasks: int, batch: int, threads: int, qui
 
 
 def learned(name: str, density: float, tasks: int) -> Phases:
-    """Finished tasks of random masks, whose norms have seen a batch."""
+    """Finished tasks with random masks. Their norms have the statistics of one batch."""
     network = NETWORKS[name]
     phases = Phases(convert(network.build(), density, weights="signed_constant"), keep_scores=None)
     for _ in range(tasks):
@@ -81,14 +86,14 @@ def learned(name: str, density: float, tasks: int) -> Phases:
 
 
 def by_task(networks: list[nn.Module], x: Tensor, ids: Tensor, layout: Layout = torch.contiguous_format) -> Answer:
-    """The loop over tasks that a user would write."""
+    """A loop over the tasks, as a user would write it."""
     rows = [(ids == task).nonzero().squeeze(1) for task in range(len(networks))]
 
     def answer() -> Tensor:
         with torch.no_grad():
-            found = [n(x[of_task].contiguous(memory_format=layout)) for n, of_task in zip(networks, rows, strict=True)]
-            logits: Tensor = found[0].new_empty(len(x), *found[0].shape[1:])
-            logits[torch.cat(rows)] = torch.cat(found)
+            parts = [n(x[of_task].contiguous(memory_format=layout)) for n, of_task in zip(networks, rows, strict=True)]
+            logits: Tensor = parts[0].new_empty(len(x), *parts[0].shape[1:])
+            logits[torch.cat(rows)] = torch.cat(parts)
         return logits
 
     return answer
@@ -101,13 +106,13 @@ def fastest(answers: list[Answer]) -> Answer:
 
 
 def laid(network: nn.Module, layout: Layout) -> nn.Module:
-    """A copy of a network with its filters in a layout."""
+    """A copy of a network with its filters in this memory layout."""
     copied: nn.Module = copy.deepcopy(network).to(memory_format=layout)  # type: ignore[call-overload]
     return copied
 
 
 def rebuilt(phases: Phases, plain: list[nn.Module], layout: Layout) -> list[nn.Module]:
-    """The plain networks, whose layers multiply one dense weight with the task's mask in every call."""
+    """Plain networks whose layers multiply a shared dense weight with the task's mask in every call."""
 
     def laid_out(t: Tensor) -> Tensor:
         return t.contiguous(memory_format=layout) if t.dim() == 4 else t
@@ -137,7 +142,7 @@ def alone(phases: Phases, task: int) -> nn.Module:
 def check(
     ours: Tensor, peers: dict[str, Tensor], phases: Phases, plain: list[nn.Module], x: Tensor, ids: Tensor
 ) -> None:
-    """Ours is bit for bit what the tasks give alone, and errs no more than the dense networks; peers as well."""
+    """Our logits equal those of each task alone, bit for bit. Ours and the baselines are accurate enough."""
     truth = torch.empty_like(ours, dtype=torch.float64)
     for task, network in enumerate(plain):
         with phases.using(task) as model, evaluation(model):

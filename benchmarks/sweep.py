@@ -1,8 +1,8 @@
-"""Step time of the weight phase against density, a line fitted to it, and what is left at density zero.
+"""Step time of the weight phase by density, with a fitted line and the fixed cost of a step.
 
-The line through the medians of ours is fitted by least squares of the relative error; its value at zero is the fixed
-cost: norms, activations, Python. The peers' time does not depend on the density. Everything alternates round by round,
-each network checked before it is timed. --plot draws it log-log.
+The line is fitted to our medians by least squares of the relative error. Its value at density 0 is the fixed cost:
+norms, activations, Python. The time of the baselines does not depend on the density. All variants alternate round by
+round. Each network is checked before it is timed. --plot draws a plot with logarithmic axes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def fit(densities: list[float], seconds: list[float]) -> tuple[float, float]:
-    """(fixed, slope) of seconds = fixed + slope * density, by least squares of the relative error."""
+    """Fit seconds = fixed + slope * density by least squares of the relative error; returns (fixed, slope)."""
     t = torch.tensor(seconds, dtype=torch.float64)
     a = torch.stack([torch.ones_like(t), torch.tensor(densities, dtype=torch.float64)], 1) / t[:, None]
     fixed, slope = torch.linalg.lstsq(a, torch.ones_like(t)[:, None]).solution.flatten().tolist()

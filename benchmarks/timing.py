@@ -1,4 +1,4 @@
-"""Times variants against each other, fairly, and prints what came out."""
+"""Times variants against each other, and prints tables of the results."""
 
 import math
 import os
@@ -21,7 +21,7 @@ Variant = Callable[[], Any]
 
 @dataclass
 class Timing:
-    """Seconds of one variant: the median, and the spread, which is the width of the middle half of all rounds."""
+    """Seconds of one variant: the median and the spread (interquartile range) of all rounds."""
 
     median: float
     spread: float
@@ -29,10 +29,10 @@ class Timing:
 
 @dataclass
 class Row:
-    """One line of the table. rate: bytes or FLOPs, counted in the code, over the time; 0 where none are counted.
+    """One line of the table.
 
-    peak: the share of what the machine can do at most. floor, paper: seconds that it takes at least, here and on GPUs
-    by their data sheets.
+    rate: bytes or FLOPs, as counted in the code, per second; 0 if none are counted. peak: the rate as a share of the
+    machine's peak. floor: lower bound of the seconds on this device; paper: the same for GPUs, from data sheets.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Row:
     paper: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, baseline: str) -> float:
-        """How many times faster than a baseline."""
+        """How many times faster than this baseline ours is."""
         return self.baselines[baseline].median / self.timing.median
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,9 +57,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done: bytes of memory, each once in every product, FLOPs, and bytes of a GPU's shared memory.
+    """Work of one call: bytes of memory, FLOPs, and bytes of a GPU's shared memory.
 
-    tiles: whether the products are dense, for the tensor cores of a GPU that has them.
+    Each byte of memory is counted once per product. tiles: whether the products are dense, so that tensor cores help.
     """
 
     bytes: float
@@ -70,7 +70,7 @@ class Work:
 
 @dataclass
 class Case:
-    """One row. check: raises WrongResult unless `ours` is right; work: of one call; has it FLOPs, they are rated."""
+    """One row. `check` raises WrongResult if `ours` is wrong. The rate counts the FLOPs of `work`, or its bytes."""
 
     shape: str
     ours: Variant
@@ -88,13 +88,13 @@ Cases = Iterator[Case]
 
 
 def finish() -> None:
-    """Wait until the device that tensors are made on has done what it was told."""
+    """Wait until the default device has finished its work."""
     if torch.get_default_device().type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_of(call: Variant) -> float:
-    """The time of one call, and of what it told the device to do."""
+    """Time of one call, including its work on the device."""
     finish()
     begin = time.perf_counter()
     call()
@@ -103,11 +103,10 @@ def seconds_of(call: Variant) -> float:
 
 
 def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) -> list[Timing]:
-    """Time all variants round by round, so that a machine that drifts hits them alike; at least 5 rounds.
+    """Time all variants round by round, at least 5 rounds, so that a drift of the machine affects all of them equally.
 
-    turn: seconds for which a variant is called again and again before the next one's turn, as in a loop that does
-        nothing else; by default once, which finds the caches full of what the others did. A GPU is waited for at the
-        end of a turn.
+    In each round a variant is repeated for `turn` seconds, so that the caches hold its own data. By default it is
+    called once, and the caches hold the data of the other variants. The device is synchronized at the end of a turn.
     """
     for variant in variants:
         variant()
@@ -131,7 +130,7 @@ def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) ->
 
 
 class WrongResult(AssertionError):
-    """A variant that must not be timed."""
+    """A result is wrong, so its variant is not timed."""
 
 
 def check_equal(what: str, got: Tensor, expected: Tensor) -> None:
@@ -140,31 +139,31 @@ def check_equal(what: str, got: Tensor, expected: Tensor) -> None:
 
 
 def error(got: Tensor, truth: Tensor) -> float:
-    """The largest deviation from a float64 truth."""
+    """Largest absolute error, against a result in float64."""
     return (got.detach().double() - truth).abs().max().item() if truth.numel() else 0.0
 
 
 def check_accurate(what: str, got: Tensor, truth: Tensor, plain: Tensor) -> None:
-    """Against a float64 truth: at most twice the error of plain PyTorch in the same dtype, or 8 ulps of the largest."""
+    """Check that the error is at most twice that of plain PyTorch in the same dtype, or 8 ulps of the largest value."""
     check_error(what, error(got, truth), error(plain, truth), truth)
 
 
-def check_error(what: str, found: float, plain: float, truth: Tensor) -> None:
-    """The same of errors in float32 that are known."""
+def check_error(what: str, deviation: float, plain: float, truth: Tensor) -> None:
+    """`check_accurate` for known errors of float32 results."""
     floor = 8 * torch.finfo(torch.float32).eps * truth.abs().max().item() if truth.numel() else 0.0
-    if not found <= max(2 * plain, floor):
-        raise WrongResult(f"{what} errs by {found:.3g}, plain PyTorch by {plain:.3g}: it is not timed")
+    if not deviation <= max(2 * plain, floor):
+        raise WrongResult(f"{what} errs by {deviation:.3g}, plain PyTorch by {plain:.3g}: it is not timed")
 
 
 def check_close(what: str, got: Tensor, truth: Tensor) -> None:
-    """Of somebody else's kernel: within 1e-4 of the largest, whatever its order of sums."""
-    found = error(got, truth)
-    if not found <= 1e-4 * truth.abs().max().item():
-        raise WrongResult(f"{what} errs by {found:.3g}: it is not timed")
+    """Check another library's kernel: its error is at most 1e-4 of the largest value, for any order of sums."""
+    deviation = error(got, truth)
+    if not deviation <= 1e-4 * truth.abs().max().item():
+        raise WrongResult(f"{what} errs by {deviation:.3g}: it is not timed")
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the numbers were measured."""
+    """Hardware and versions of a measurement."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return gpu | {
         "cpu": cpu_model(),
@@ -194,7 +193,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def timings(rows: Sequence[Row]) -> str:
-    """The rows as a table; "x sort" is the median of the sort divided by ours."""
+    """The rows as a table. "sort 2.0" means: 2.0 times faster than the baseline "sort"."""
     floored, rated = any(row.floor for row in rows), any(row.unit for row in rows)
     paper = next((list(row.paper) for row in rows), [])
     head = ["what", "shape", "density", "threads", "median ms", "spread ms"]
@@ -218,5 +217,5 @@ def timings(rows: Sequence[Row]) -> str:
 
 
 def tick() -> None:
-    """Tell a waiting user that one more case is done."""
+    """Print a dot: one more case is done."""
     print(".", end="", flush=True, file=sys.stderr)

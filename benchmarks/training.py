@@ -1,12 +1,17 @@
-"""Whole steps of a network in each phase against the same in plain PyTorch, and where their time goes.
+"""Speed of whole training steps and of inference against plain PyTorch, and a breakdown of their time.
 
-A step is forward, cross-entropy, backward and Adam on a batch of 64; in the inference phase it is the forward of a
-finished task, in evaluation mode without gradients. "cached mask" multiplies the dense weights with a mask kept as
-floats and trains them all; "sort" trains scores that every forward sorts in full, as the official code does; "no mask"
-is the plain network, "dense" the finished task's network with its zeros, "dense, folded" that with its norms in the
-convolutions. Of the peers' memory layouts (NCHW, channels_last) the faster one is timed. Short steps are repeated for
-50 ms before another way has its turn, so that they find in the caches what they find there in a loop of training.
-Gradients and logits are checked before anything is timed. "floor" is the time of our products at the machine's peak.
+A step is forward, cross-entropy, backward and Adam on a batch of 64. In the inference phase it is the forward of a
+finished task, in evaluation mode without gradients. The baselines are:
+
+"cached mask": multiplies the dense weights with a mask of floats, and trains all weights.
+"sort": trains scores; every forward sorts all of them, as in the official code.
+"no mask": the plain network.
+"dense": the network of the finished task, with its zeros stored.
+"dense, folded": the same, with its norms folded into the convolutions.
+
+Each baseline uses the faster one of two memory layouts (NCHW, channels_last). Gradients and logits are checked before
+anything is timed. Short steps are repeated for 50 ms before the next variant runs, so that the caches are in the same
+state as in a training loop. "floor" is the time of our products at the machine's peak.
 """
 
 import argparse
@@ -29,7 +34,7 @@ QUICK = ("weight/resnet18-4", "mask/resnet18-4", "inference/resnet18-4")
 
 
 def case(text: str) -> str:
-    """A phase and a network, as in weight/resnet18-20."""
+    """Parse a phase and a network, for example weight/resnet18-20."""
     phase, _, network = text.partition("/")
     if phase not in PEERS or network not in NETWORKS:
         raise argparse.ArgumentTypeError(
@@ -51,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     budgets: list[budget.Budget] = []
     names = options.cases or (QUICK if options.quick else CASES)
     densities = options.densities[: 1 if options.quick else None]
-    with suppress(KeyboardInterrupt):  # what has been measured is shown
+    with suppress(KeyboardInterrupt):  # then the finished rows are shown
         for threads, name, density in itertools.product(options.threads, names, densities):
             measure(name, density, threads, options.quick, rows, budgets)
             tick()

@@ -1,4 +1,4 @@
-// The floating types that kernels take, as bits, and their values.
+// The floating point types of the kernels, as bits, and conversions from and to their values.
 #pragma once
 
 #include <bit>
@@ -19,7 +19,7 @@ inline float value(float x) { return x; }
 inline double value(double x) { return x; }
 inline float value(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 inline float value(Float16 x) {
-  // The exponent is rebased by a product, which is exact for subnormals too; infinities and NaN get their own back.
+  // A product changes the bias of the exponent. It is exact for subnormals too. Infinities and NaN are set separately.
   const uint32_t magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
   const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f);
   return std::bit_cast<float>(sign | (magnitude >= 0x7c00u ? magnitude << 13 | 0x7f800000u : finite));
@@ -35,12 +35,12 @@ inline void store(float x, BFloat16& to) {  // to nearest, ties to even
   to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
 inline void store(float x, Float16& to) {
-  // To nearest, ties to even: adding the number 2^13 times as large as its last place rounds it there.
+  // To nearest, ties to even: the addition of a number 2^13 times as large as the last place rounds to that place.
   const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
   const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
   const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 113u << 23 ? subnormal : normal;
-  half = magnitude >= 143u << 23 ? 0x7c00u : half;          // 2^16 and more are infinite; 65520 rounds up by itself
+  half = magnitude >= 143u << 23 ? 0x7c00u : half;          // infinite from 2^16 on, 65520 included
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to.bits = static_cast<uint16_t>(sign | half);
 }
@@ -53,7 +53,7 @@ inline float sign(double x) { return static_cast<float>((x > 0) - (x < 0)); }
 inline float sign(BFloat16 x) { return sign(value(x)); }
 inline float sign(Float16 x) { return sign(value(x)); }
 
-// Calls f with a null pointer to the type.
+// Calls f with a null pointer of the type.
 template <class F>
 decltype(auto) with_type(Float type, F&& f) {
   switch (type) {

@@ -1,4 +1,4 @@
-// The geometry of a convolution, and the sparse matrix of a mask, as the CPU and CUDA kernels take them.
+// The geometry of a convolution, and the sparse matrix of a mask, for the CPU and CUDA kernels.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 namespace exssnet {
 
-// Height or width of a convolution. Tap t reads padded pixel i * stride + t * dilation for output i: in the input that
-// is position i + shift(t) of the pixels of phase(t).
+// Height or width of a convolution. For output i, tap t reads the padded pixel i * stride + t * dilation. This is
+// position i + shift(t) among the pixels of phase(t) of the input.
 struct Window {
   int64_t in, out, taps, stride, padding, dilation;
 
@@ -24,7 +24,7 @@ struct Convolution {
   Window h, w;
 };
 
-// Rows of a sparse matrix of `rows` x (channels * taps); slot is an entry's place in [free values; frozen values].
+// A sparse matrix of `rows` x (channels * taps) in CSR. slot is an entry's index in [free values; frozen values].
 struct Pattern {
   const int32_t *ptr, *index, *slot;
   int64_t rows, columns, entries;

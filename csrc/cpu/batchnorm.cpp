@@ -14,15 +14,15 @@ namespace exssnet::cpu {
 
 namespace {
 
-constexpr int64_t kChunkBytes = 16384;  // of a row that are summed at a time: half of a first-level cache
-constexpr int64_t kGrain = 1 << 15;     // elements that are worth a thread
+constexpr int64_t kChunkBytes = 16384;  // part of a row that is summed at a time: half of an L1 cache
+constexpr int64_t kGrain = 1 << 15;     // elements per thread, at least
 
 struct Moments {
   double count, mean, squares;  // squares: the sum of squared deviations from the mean
 };
 
 struct Sums {
-  double grad, product;  // of grad and of grad * (x - mean)
+  double grad, product;  // sums of grad and of grad * (x - mean)
 };
 
 template <class T>
@@ -30,7 +30,7 @@ struct Channel {
   T mean, scale, shift, offset, slope;
 };
 
-enum class Relu { none, of_x, of_y };  // what tells where ReLU was positive
+enum class Relu { none, of_x, of_y };  // the tensor that shows where the input of ReLU was positive
 
 #define EXSSNET_BODY "cpu/batchnorm_body.h"
 #include "cpu/each_isa.h"
@@ -41,22 +41,22 @@ Channel<T> channel_of(const BatchNorm<T>& norm, int64_t c, T mean, T var) {
   return {mean, static_cast<T>(scale), norm.bias ? norm.bias[c] : T(0), 0, 0};
 }
 
-// Moments of the union (Chan, Golub & LeVeque 1979).
+// Moments of the union of two sets (Chan, Golub & LeVeque 1979).
 Moments merged(const Moments& a, const Moments& b) {
   const double count = a.count + b.count, step = b.mean - a.mean;
   return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
 }
 
-// Whether rows may be written past the caches: all of them begin at a vector's boundary.
+// Whether the rows may be streamed (see streaming.h): all of them must be aligned to vectors.
 template <class T>
 bool rows_stream(const BatchNorm<T>& norm, const T* result) {
   const int64_t row_bytes = norm.size * sizeof(T);
   return row_bytes % kStreamAlignment == 0 && is_streamed(result, norm.channels * row_bytes);
 }
 
-// For every channel: part = measure(c, at, n) on each chunk of its row, finish(c, its parts), apply(c, at, n) on each
-// chunk. A row that one thread takes stays in its cache meanwhile. Chunks do not depend on the threads, nor does the
-// order of the parts.
+// For every channel: part = measure(c, at, n) for each chunk of its row, then finish(c, parts), then apply(c, at, n)
+// for each chunk. If one thread processes the whole row, the row stays in its cache. The chunks and the order of the
+// parts do not depend on the number of threads.
 template <class T, class Part, class Measure, class Finish, class Apply>
 void in_two_passes(const BatchNorm<T>& norm, const Measure& measure, const Finish& finish, const Apply& apply) {
   constexpr int64_t kChunk = kChunkBytes / sizeof(T);

@@ -1,6 +1,6 @@
 // The inner loops of cpu/batchnorm.cpp over one chunk of a channel (see dispatch.h).
 
-// Calls step.template operator()<partial>(at, count) on vectors that cover [0, n): all lanes or, at the end, `count`.
+// Calls step.template operator()<partial>(at, count) for vectors that cover [0, n). Only the last may be partial.
 template <class T, class Step>
 void in_vectors(int64_t n, const Step& step) {
   constexpr int64_t lanes = Vector<T>::lanes;
@@ -10,7 +10,7 @@ void in_vectors(int64_t n, const Step& step) {
   if (at < n) step.template operator()<true>(at, n - at);
 }
 
-// A vector from memory; the lanes that a partial one lacks are `fill`.
+// Loads a vector. Lanes beyond `count` of a partial vector are set to `fill`.
 template <bool partial, class T>
 typename Vector<T>::type load(const T* from, int64_t count, T fill) {
   typename Vector<T>::type v = typename Vector<T>::type{} + fill;
@@ -23,14 +23,14 @@ void store(const typename Vector<T>::type& v, T* to, int64_t count) {
   std::memcpy(to, &v, partial ? count * sizeof(T) : sizeof v);
 }
 
-// A store, past the caches if `stream`.
+// Stores a vector; with `stream` it bypasses the caches.
 template <bool partial, class T>
 void write(const typename Vector<T>::type& v, T* to, int64_t count, bool stream) {
   if (!partial && stream) Vector<T>::stream(v, to);
   else store<partial>(v, to, count);
 }
 
-// A sum in float64 of vectors that are given one at a time.
+// Sum in float64 of vectors that are added one at a time.
 template <class T>
 struct Sum {
   typename Vector<double>::type sum = {};
@@ -53,8 +53,8 @@ struct Sum {
   }
 };
 
-// `count` sums over [0, n) of what step.template operator()<partial>(at, size, sums) adds to them. Every few vectors
-// they go to float64, which keeps the rounding error near that of the terms.
+// `count` sums over [0, n). step.template operator()<partial>(at, size, sums) adds the terms of one vector. Every few
+// vectors the sums are added to float64 sums, so that rounding errors stay near those of the terms.
 template <class T, int count, class Step>
 std::array<double, count> in_sums(int64_t n, const Step& step) {
   using V = typename Vector<T>::type;
@@ -79,7 +79,7 @@ std::array<double, count> in_sums(int64_t n, const Step& step) {
   return totals;
 }
 
-// Mean and sum of squared deviations of a chunk, which the second loop finds in the first-level cache.
+// Mean and sum of squared deviations of a chunk. The chunk is in the L1 cache when the second loop reads it.
 template <class T>
 Moments moments(const T* x, int64_t n) {
   using V = typename Vector<T>::type;
@@ -95,7 +95,7 @@ Moments moments(const T* x, int64_t n) {
   return {double(n), mean, squares - n * (mean - centre) * (mean - centre)};
 }
 
-// What ReLU saw without a residual. The backward pass repeats it to the bit.
+// The input of ReLU without a residual. The backward pass computes it again, with the same bits.
 template <class T>
 typename Vector<T>::type normalised(const typename Vector<T>::type& x, const Channel<T>& c) {
   return (x - c.mean) * c.scale + c.shift;
@@ -124,7 +124,7 @@ typename Vector<T>::type masked(const T* grad, const typename Vector<T>::type& x
   return g;
 }
 
-// The sums of grad and of grad * (x - mean); with `keep`, the gradient before ReLU goes to `kept`.
+// The sums of grad and of grad * (x - mean). With `keep`, the gradient before ReLU is written to `kept`.
 template <class T, Relu relu, bool keep>
 Sums gradient_sums(const T* grad, const T* x, const T* y, int64_t n, const Channel<T>& channel, T* kept) {
   using V = typename Vector<T>::type;

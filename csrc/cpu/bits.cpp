@@ -8,9 +8,9 @@
 namespace exssnet::cpu {
 
 namespace {
-constexpr int64_t kGrain = 1 << 14;  // bytes of packed mask a thread takes at least
+constexpr int64_t kGrain = 1 << 14;  // bytes of packed mask per thread, at least
 
-// Plain functions of __restrict pointers: bytes may alias anything, also what a lambda holds.
+// Plain functions with __restrict pointers, because byte pointers may alias everything, even the captures of a lambda.
 uint8_t gather(uint64_t eight) { return static_cast<uint8_t>((eight * 0x0102040810204080ull) >> 56); }
 
 void pack_bits(const bool* __restrict mask, int64_t bytes, uint8_t* __restrict packed) {

@@ -6,7 +6,7 @@
 
 namespace exssnet::cpu {
 
-// n entries from packed bytes, serially.
+// Unpacks n entries, in one thread.
 inline void unpack_bits(const uint8_t* __restrict packed, int64_t n, uint8_t* __restrict mask) {
   const auto spread = [](uint64_t byte) {
     const uint64_t picked = byte * 0x0101010101010101ull & 0x8040201008040201ull;  // byte j is zero or 1 << j

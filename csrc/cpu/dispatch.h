@@ -1,10 +1,10 @@
-// Instruction sets. A kernel's body is written once, in a header that includes nothing, and compiled per set:
+// Instruction sets. The body of a kernel is written once, in a header without includes. It is compiled for every set:
 //
 //   #define EXSSNET_BODY "cpu/body.h"
 //   #include "cpu/each_isa.h"
 //
-// EXSSNET_PICK(f) is then the f of the best set that the running machine has. Everything a body calls must be in the
-// body (a callee does not inherit the set), or be baseline code.
+// EXSSNET_PICK(f) is then the f of the best set that this machine supports. A body may only call functions in the body,
+// because a callee does not inherit the set, or code of the baseline set.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -32,7 +32,7 @@ namespace exssnet::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-#ifdef EXSSNET_ISA_OF_TEST  // tests run every instruction set that the machine has
+#ifdef EXSSNET_ISA_OF_TEST  // tests run every instruction set that the machine supports
 Isa isa();
 #else
 inline Isa isa() {

@@ -13,8 +13,8 @@ namespace exssnet::cpu {
 namespace {
 
 constexpr int64_t kBlock = kMaskBlock;
-constexpr int64_t kGrain = 32;    // blocks that are worth a thread
-constexpr int64_t kNothing = std::numeric_limits<int64_t>::max();  // the threshold of k = 0
+constexpr int64_t kGrain = 32;    // blocks per thread, at least
+constexpr int64_t kNothing = std::numeric_limits<int64_t>::max();  // the threshold for k = 0
 
 #define EXSSNET_BODY "cpu/epilogue_body.h"
 #include "cpu/each_isa.h"

@@ -1,5 +1,5 @@
-// Body of the epilogue's loops over one block (see dispatch.h): compiled per instruction set, so it includes nothing.
-// Results go to memory of their own, which lets compilers use vectors where a kernel works in place.
+// Body of the epilogue's loops over one block (see dispatch.h). It is compiled per instruction set and includes
+// nothing. Results are written to separate memory, so that compilers can use vectors even if the kernel works in place.
 
 // kept[i] = 1 where the magnitude is at least the threshold.
 template <class B>

@@ -11,11 +11,11 @@ namespace exssnet::cpu {
 
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // distances that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // distances per thread, at least
 
 template <class T>
 struct Neighbour {
-  T distance;  // less the query's squared length, which all its neighbours share
+  T distance;  // without the query's squared length, which is the same for all neighbours
   int64_t index;
 
   bool operator<(const Neighbour& other) const {
@@ -28,13 +28,14 @@ struct Neighbour {
   }
 };
 
-// The k nearest to the front of `near`, which is scratch. Who is not nearer than the k-th of those seen so far is out.
+// Moves the k nearest to the front of `near`, which is scratch memory. Candidates that are farther than the k-th
+// nearest so far are skipped.
 template <class T>
 void nearest(const T* products, const T* squares, int64_t n, int64_t k, std::vector<Neighbour<T>>& near) {
   constexpr int64_t kBlock = 64;
   const int64_t capacity = k + std::max(k, kBlock) + kBlock;
   near.resize(capacity);
-  T limit = std::numeric_limits<T>::quiet_NaN();  // nobody is out
+  T limit = std::numeric_limits<T>::quiet_NaN();  // nothing is skipped yet
   int64_t count = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = std::min(kBlock, n - begin);
@@ -65,7 +66,7 @@ void row_squares(const T* rows, int64_t n, int64_t d, T* squares) {
   parallel_for(n, kGrain / (d + 1) + 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* row = rows + i * d;
-      double sums[8] = {};  // a single one would wait for itself
+      double sums[8] = {};  // 8 independent sums, because additions to a single sum would wait for each other
       int64_t j = 0;
       for (; j + 8 <= d; j += 8)
         for (int lane = 0; lane < 8; ++lane) sums[lane] += static_cast<double>(row[j + lane]) * row[j + lane];

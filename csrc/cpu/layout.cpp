@@ -9,7 +9,7 @@
 namespace exssnet::cpu {
 
 namespace {
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // elements per thread, at least
 
 #define EXSSNET_BODY "cpu/layout_body.h"
 #include "cpu/each_isa.h"
@@ -17,7 +17,7 @@ constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 template <class T>
 void batch_innermost(const T* x, const Strides& strides, int64_t n, int64_t c, int64_t h, int64_t w, T* to) {
-  // Channels inside rows: what a row needs of all channels is near, however the channels are stored.
+  // The loop over channels is inside the loop over rows, so that memory accesses are near for every order of channels.
   parallel_for(h * c, kGrain / (w * n + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t channel = i % c, row = i / c;
@@ -28,7 +28,7 @@ void batch_innermost(const T* x, const Strides& strides, int64_t n, int64_t c, i
       } else if (strides.w == 1) {
         EXSSNET_PICK(transpose<T>)(from, strides.n, n, w, line, n);
       } else {
-        for (int64_t image = 0; image < n; image += 8)  // few enough cache lines to be found again for the next pixel
+        for (int64_t image = 0; image < n; image += 8)  // few cache lines, so that they stay cached for the next pixel
           for (int64_t q = 0; q < w; ++q)
             for (int64_t j = image; j < std::min(n, image + 8); ++j) line[q * n + j] = from[j * strides.n + q * strides.w];
       }

@@ -1,4 +1,4 @@
-// Images from one order of dimensions into another.
+// Copies images into another order of dimensions.
 #pragma once
 
 #include <cstdint>

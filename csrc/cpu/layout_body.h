@@ -1,6 +1,6 @@
-// Body of the transposition between layouts, compiled per instruction set (see dispatch.h), so it includes nothing.
+// Body of the transposition between layouts. It is compiled per instruction set (see dispatch.h), includes nothing.
 
-// Lanes of a and b by turns, of the lower halves (from = 0) or of the upper ones.
+// Interleaves the lanes of a and b: those of the lower halves (from = 0) or of the upper halves.
 template <int from, class V, int... i>
 static V by_turns(V a, V b, std::integer_sequence<int, i...>) {
   constexpr int count = sizeof...(i), first = from * count / 2;
@@ -11,7 +11,7 @@ static V by_turns(V a, V b, std::integer_sequence<int, i...>) {
 #endif
 }
 
-// to[j][i] = from[i][j] for as many rows as a vector has lanes; the distances are between rows.
+// to[j][i] = from[i][j] for a square with one row per lane of a vector. The distances are between rows.
 template <class T>
 static void transpose_square(const T* from, int64_t from_step, T* to, int64_t to_step) {
   using V = typename Vector<T>::type;

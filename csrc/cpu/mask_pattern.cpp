@@ -10,13 +10,13 @@
 namespace exssnet::cpu {
 
 namespace {
-constexpr int64_t kGrain = 1 << 15;  // weights that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // weights per thread, at least
 
-// Calls visit(entry) for the entries in [begin, end) that the mask keeps, in ascending order.
+// Calls visit(entry) for the kept entries in [begin, end), in ascending order.
 template <class Visit>
 void for_each_kept(const Mask& mask, int64_t begin, int64_t end, const Visit& visit) {
   uint8_t block[kMaskBlock];
-  for (int64_t at = begin / 8 * 8; at < end; at += kMaskBlock) {  // a packed mask is read by whole bytes
+  for (int64_t at = begin / 8 * 8; at < end; at += kMaskBlock) {  // a packed mask is read in whole bytes
     const int64_t size = std::min(kMaskBlock, end - at);
     const uint8_t* kept = mask_bytes(mask, at, size, block);
     int64_t i = std::max<int64_t>(begin - at, 0);

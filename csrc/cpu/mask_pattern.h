@@ -1,4 +1,4 @@
-// The pattern of a dense weight under a mask, for products with what is kept while the mask changes at every step.
+// Builds the pattern of a dense weight and a mask, for sparse products while the mask changes at every step.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace exssnet::cpu {
 
-// A pattern with its memory. Slots are flat indices into the dense weight.
+// A pattern that owns its memory. Slots are flat indices into the dense weight.
 struct OwnedPattern {
   std::vector<int32_t> ptr, index, slot;
   int64_t columns = 0;
@@ -19,10 +19,10 @@ struct OwnedPattern {
   }
 };
 
-// Of a weight (rows, width) with rows and columns in `groups` diagonal blocks: the pattern (rows, width * groups).
+// The pattern (rows, width * groups) of a weight (rows, width), which forms `groups` diagonal blocks.
 OwnedPattern mask_pattern(const Mask& mask, int64_t rows, int64_t width, int64_t groups);
 
-// That of the transpose: (channels, rows * taps), where column c of the pattern is channel c / taps and tap c % taps.
+// The transposed pattern (channels, rows * taps). Column c of `pattern` is channel c / taps and tap c % taps.
 OwnedPattern transposed_pattern(const OwnedPattern& pattern, int64_t taps);
 
 }  // namespace exssnet::cpu

@@ -1,4 +1,4 @@
-// The one door to the thread pool. Kernels name a range and a grain; they never see threads.
+// The only access to the thread pool. Kernels give a range and a grain size, and never use threads directly.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@
 
 namespace exssnet {
 using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
-// torch's own pool (parallel.cpp): a second runtime in the process would fight it for the cores.
+// torch's own pool (parallel.cpp). A second pool in the process would compete with it for the cores.
 void run_parallel(int64_t count, int64_t grain, RangeFn fn, void* context);
 int64_t max_threads();
 }  // namespace exssnet
 
-#else  // ThreadSanitizer cannot see into torch's pool: plain threads for its builds
+#else  // builds with ThreadSanitizer, which does not understand torch's pool, use plain threads
 
 #include <algorithm>
 #include <thread>

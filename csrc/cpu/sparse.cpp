@@ -14,10 +14,10 @@ namespace exssnet::cpu {
 
 namespace {
 
-constexpr int64_t kGrain = 1 << 18;      // multiply-adds that are worth a thread
-constexpr int64_t kSumBytes = 512 << 10;  // of sums and of patches that a thread works on at a time
+constexpr int64_t kGrain = 1 << 18;      // multiply-adds per thread, at least
+constexpr int64_t kSumBytes = 512 << 10;  // bytes of sums, and of patches, that a thread uses at a time
 
-// Distances in the gradient of a tile, in elements.
+// Distances within the gradient of a tile, in elements.
 struct TileSteps {
   int64_t row, line, vector;
 };
@@ -43,11 +43,11 @@ Tiling make_tiling(const Product& p) {
   return Tiling(p, lanes_of_vector<T>(), isa() == Isa::avx512 ? 16 : 8);
 }
 
-// What a thread keeps memory for from call to call: fresh memory costs a page fault every 4 KB.
+// Buffers that a thread keeps between calls, because new memory costs a page fault every 4 KB.
 enum Scratch { kPatches, kSums, kLaneSums, kStarts, kOffsets, kWalkValues, kSlots, kScratches };
 
 template <class T>
-T* scratch(Scratch which, int64_t count) {  // 64 bytes aligned
+T* scratch(Scratch which, int64_t count) {  // aligned to 64 bytes
   thread_local std::vector<std::byte> kept[kScratches];
   std::vector<std::byte>& buffer = kept[which];
   const size_t size = count * sizeof(T) + 64;
@@ -55,7 +55,7 @@ T* scratch(Scratch which, int64_t count) {  // 64 bytes aligned
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
 }
 
-// Whether a pattern has these rows, its pointers rise from 0 to its entries, and it has that many columns.
+// Whether a pattern has these numbers of rows and columns, and its pointers ascend from 0 to the number of entries.
 bool has_rows(const Pattern& pattern, int64_t rows, int64_t columns) {
   if (pattern.rows != rows || pattern.columns != columns || pattern.ptr[0] != 0 || pattern.ptr[rows] != pattern.entries)
     return false;
@@ -69,12 +69,12 @@ bool in_range_of(const Pattern& pattern, int64_t row, int64_t slots) {
   return EXSSNET_PICK(in_range)(pattern.index + from, pattern.slot + from, size, pattern.columns, slots);
 }
 
-// False if the pattern has a pointer, index or slot out of range. With only_free, entries of frozen values are left
-// out, and the values too.
+// Returns false if a pointer, index or slot of the pattern is out of range. With only_free, entries of frozen values
+// are left out, and values are not read.
 template <bool only_free, class T>
 bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, const Blocks& blocks,
                const Pattern& pattern, const Values<T>& values, Walk<T>& walk) {
-  constexpr int64_t kEntries = 1 << 14;  // that are worth a thread
+  constexpr int64_t kEntries = 1 << 14;  // entries per thread, at least
   const int64_t taps = p.taps.size(), phases = p.phases(), lines = p.rows / phases;
   if (!has_rows(pattern, lines, p.channels * taps)) return false;
 
@@ -102,7 +102,7 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
       good = false;
       return;
     }
-    if (phases == 1 && (!only_free || values.free_count == values.count)) {  // all entries, in their order
+    if (phases == 1 && (!only_free || values.free_count == values.count)) {  // all entries, in the order of the pattern
       for (int64_t line = begin; line < end; ++line) {
         const int32_t* const last = pattern.index + pattern.ptr[line + 1];
         int32_t* const start = walk.start + line * (blocks.count + 1);
@@ -139,11 +139,11 @@ bool make_walk(const Product& p, const PatchLayout& layout, int64_t images, cons
   return good;
 }
 
-// First rows of `parts` shares of about equally many entries.
+// First rows of `parts` shares with nearly equal numbers of entries.
 template <class T>
 std::vector<int64_t> share_rows(const Walk<T>& walk, int64_t parts) {
   std::vector<int64_t> first(parts + 1, walk.rows);
-  const auto cost = [&](int64_t row) { return walk.row(row)[0] + row; };  // a row costs as much as an entry
+  const auto cost = [&](int64_t row) { return walk.row(row)[0] + row; };  // a row counts like an entry
   const int64_t total = walk.rows ? walk.row(walk.rows - 1)[walk.blocks] + walk.rows : 0;
   int64_t row = 0;
   for (int64_t part = 0; part < parts; ++part) {
@@ -153,11 +153,11 @@ std::vector<int64_t> share_rows(const Walk<T>& walk, int64_t parts) {
   return first;
 }
 
-// Asks memory for the patch that comes next, line by line, while the present one is multiplied.
+// Prefetches the next patch, line by line, while the current one is multiplied.
 template <class T>
 class Prefetch {
  public:
-  // The patch of tile `at`, group `group` and block `block`; nothing for block -1.
+  // The patch of tile `at`, group `group` and block `block`. Block -1: there is no next patch.
   Prefetch(const Product& p, const Tiling& t, const Blocks& blocks, const T* x, int64_t at, int64_t group,
            int64_t together, int64_t block)
       : p_(p), t_(t), x_(x + group * t.lanes), down_(t.down_of(at)), across_(t.across_of(at)),
@@ -167,7 +167,7 @@ class Prefetch {
     lines_ *= std::min(blocks.channels, p.channels - channel_);
   }
 
-  // So much that `done` of `all` parts are asked for.
+  // Prefetches until `done` of `all` parts have been requested.
   void until(int64_t done, int64_t all) {
     for (const int64_t end = lines_ * done / all; asked_ < end; ++asked_) {
       const int64_t row = p_.in_h.pixel(phase_, down_.first + line_);
@@ -181,10 +181,10 @@ class Prefetch {
   }
 
  private:
-  [[gnu::always_inline]] void ask(const T* line) const {  // a function of prefetches alone is removed by GCC
+  [[gnu::always_inline]] void ask(const T* line) const {  // GCC would remove a function that only prefetches
     const int64_t step = p_.in_w.stride * p_.batch;
     for (int64_t phase = 0; phase < p_.in_w.phases(); ++phase) {
-      // What the tile to the left has read as well is near.
+      // Pixels that the tile to the left has read are already cached.
       const int64_t begin = across_.first > 0 ? p_.in_w.reach[phase] : 0;
       const T* from = line + p_.in_w.pixel(phase, across_.first + begin) * p_.batch;
       for (int64_t j = begin; j < across_.count + p_.in_w.reach[phase]; ++j, from += step)
@@ -200,7 +200,7 @@ class Prefetch {
   int64_t lines_ = 0, asked_ = 0;
 };
 
-// Calls body(begin, end) on a few rows at a time.
+// Calls body(begin, end) for a few rows at a time.
 template <class Body>
 void in_row_chunks(int64_t rows, const Body& body) {
   constexpr int64_t kRows = 8;
@@ -218,7 +218,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   if (!make_walk<false>(p, layout, t.images, blocks, pattern, values, walk)) return false;
 
   const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
-  const int64_t work = (pattern.entries / p.phases() + p.rows) * tile;  // of one tile
+  const int64_t work = (pattern.entries / p.phases() + p.rows) * tile;  // work of one tile
   const int64_t wanted = std::min(max_threads(), t.tiles() * t.groups * work / kGrain + 1);
   const int64_t room = kSumBytes / sizeof(T);
   int64_t together = groups_together(t.groups, std::min(room / (p.rows * tile), room / patch_size));
@@ -264,19 +264,19 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   return true;
 }
 
-// The length of the lines (channel, pixel and image) of a pointwise product, if they are a few full vectors: then they
-// are multiplied where they lie, by a walk over the pattern as it is. Otherwise 0.
+// The length of the lines of a pointwise product (pixels and images of a channel), if they are a few full vectors. They
+// are then multiplied in place, with the entries in the order of the pattern. Otherwise 0.
 template <class T>
 int64_t full_lines(const Convolution& c) {
   const int64_t lanes = lanes_of_vector<T>(), length = c.h.in * c.w.in * c.batch;
   return c.h.is_pointwise() && c.w.is_pointwise() && length % lanes == 0 && length <= 16 * lanes ? length : 0;
 }
 
-// Calls body(begin, end) on rows of a pattern, shared among threads by their entries, once these may be followed.
+// Checks the pattern, then calls body(begin, end) on rows. Threads get nearly equal numbers of entries.
 template <class Body>
 bool for_lines(const Pattern& pattern, int64_t rows, int64_t columns, int64_t slots, int64_t width, const Body& body) {
   if (!has_rows(pattern, rows, columns)) return false;
-  constexpr int64_t kLines = 1 << 21;  // multiply-adds that pay for lines fetched from another core's cache
+  constexpr int64_t kLines = 1 << 21;  // multiply-adds that outweigh reading lines from another core's cache
   const int64_t parts = std::min(max_threads(), pattern.entries * width / kLines + 1);
   std::atomic<bool> good = true;
   parallel_for(parts, 1, [&](int64_t first, int64_t last) {
@@ -311,7 +311,7 @@ bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, cons
     return for_lines(transposed, c.in_channels, c.out_channels, values.count, width, [&](int64_t begin, int64_t end) {
       EXSSNET_PICK(multiply_lines<T>)(transposed, values, {}, begin, end, grad, width, grad_x);
     });
-  // Pixels that no tap reads belong to no phase.
+  // Pixels that no tap reads belong to no phase. Their gradient is zero.
   if (c.h.phases() < c.h.stride || c.w.phases() < c.w.stride)
     std::fill_n(grad_x, c.in_channels * c.h.in * c.w.in * c.batch, T(0));
   return multiply(input_gradient_product(flattened(c)), transposed, values, {}, grad, grad_x);
@@ -338,7 +338,7 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
 
   const int64_t patch_size = blocks.channels * layout.channel, tile = t.size();
   const int64_t jobs = std::min(max_threads(), free_count * p.out_plane() / kGrain + 1);
-  // A thread owns blocks of channels, or, where these are too few, some rows of them.
+  // A thread gets blocks of channels. If there are too few blocks, it gets some of the rows of a block.
   const int64_t shares = std::min(jobs, blocks.count), parts = (jobs + shares - 1) / shares;
   const std::vector<int64_t> first_row = share_rows(walk, parts);
   const int64_t tiles = t.tiles();
@@ -362,21 +362,22 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
           for (int32_t k = walk.row(row)[first_block + b]; k < walk.row(row)[first_block + b + 1]; ++k)
             grad_values[walk.slot[k]] = *next++;
       };
-      std::vector<int64_t> entries(blocks_here + 1);  // before each block
+      std::vector<int64_t> entries(blocks_here + 1);  // number of entries before each block
       for (int64_t b = 0; b < blocks_here; ++b) entries[b + 1] = entries[b] + count_entries(b, 0, rows);
-      // Few entries: all blocks meet a tile's gradients while these are near. Many: the sums of one block stay near.
+      // With few entries, all blocks use the gradients of a tile while these are cached. With many entries, one block
+      // uses all tiles, so that its sums stay cached.
       const bool tile_by_tile = entries[blocks_here] * t.lanes * sizeof(T) <= kSumBytes;
       const int64_t room = kSumBytes / sizeof(T);
       const int64_t together = groups_together(t.groups, std::min(room / (rows * tile + 1), room / patch_size));
       T* patch = scratch<T>(kPatches, together * patch_size);
       T* grads = scratch<T>(kSums, together * rows * tile);
-      // Adds what tile `at` of the groups from `group` on gives for block b; next_*: what is visited after that.
+      // Adds the products of tile `at` of the groups from `group` on for block b. next_* is the next visit.
       const auto visit = [&](int64_t b, int64_t at, int64_t group, bool load, T* sums, int64_t next_b, int64_t next_at,
                              int64_t next_group) {
         const Span down = t.down_of(at), across = t.across_of(at);
         const int64_t groups = std::min(together, t.groups - group), size = down.count * across.count * t.lanes;
         const int64_t channel = (first_block + b) * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
-        // A tile of whole vectors inside the image is read where it lies, unless several blocks share a copy.
+        // A tile of full vectors inside the image is read in place, unless several blocks share a copy of it.
         const bool in_place = (!tile_by_tile || blocks_here == 1) && t.is_whole(p, down, across);
         const int64_t vector = t.by_pixel ? p.batch : t.lanes, line = p.out_w.size * p.batch;
         const T* lies = grad + from * p.out_plane() + down.first * line + across.first * vector + group * t.lanes;

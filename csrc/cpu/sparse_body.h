@@ -1,7 +1,7 @@
-// The loops over tiles of cpu/sparse.cpp, compiled once per instruction set (see dispatch.h), with kVectorBytes and
-// kVectors, the sums that fit its registers, defined by the includer.
+// The loops over tiles of cpu/sparse.cpp, compiled once per instruction set (see dispatch.h). The includer defines
+// kVectorBytes and kVectors, the number of sums that fit into registers.
 
-// What becomes of the sums of one channel: see Epilogue.
+// The epilogue for the sums of one channel (see Epilogue).
 template <class T>
 struct Finish {
   using V = typename Vector<T>::type;
@@ -17,9 +17,9 @@ struct Finish {
   }
 };
 
-// Adds to sums (rows, lines * vectors) what the entries of one block give for rows [begin, end); the first block
-// overwrites them, and the last, where `target` is given, brings them there instead. Sums start at zero in each block,
-// which keeps rounding errors small.
+// Multiplies the entries of one block in rows [begin, end) with the patch, and adds the products to sums (rows, lines *
+// vectors). The first block overwrites the sums. If `target` is given, as for the last block, the results are written
+// there instead. The sum of each block starts at zero, which keeps rounding errors small.
 template <class T, int lines, int vectors>
 void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
                     T* sums, const Target<T>* target) {
@@ -74,8 +74,8 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
   }
 }
 
-// Adds to sums (entries, lanes), of the entries of one block in rows [begin, end), the products of the patch and of
-// grad, lane by lane; returns the end of these sums.
+// For the entries of one block in rows [begin, end): adds the products of patch and grad to sums (entries, lanes), lane
+// by lane. Returns the end of these sums.
 template <class T, int lines, int vectors>
 T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
                 const T* grad, const TileSteps& steps, T* sums) {
@@ -106,12 +106,12 @@ T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, 
   return sums;
 }
 
-// Sums of neighbours, those of a before those of b: of neighbouring elements in each 16 bytes, or of neighbouring 16
-// bytes. Shuffles of either kind are cheap.
+// Sums of neighbours, first those of a, then those of b. Neighbours are adjacent elements within each 16 bytes, or
+// adjacent groups of 16 bytes. Both kinds of shuffles are cheap.
 template <class T, bool in_lane, int... i>
 auto add_pairs(typename Vector<T>::type a, typename Vector<T>::type b, std::integer_sequence<int, i...>) {
   constexpr int size = in_lane ? 16 / sizeof(T) : sizeof...(i), unit = in_lane ? 1 : 16 / sizeof(T);
-  constexpr auto first_of = [](int to) {  // of the two that are added
+  constexpr auto first_of = [](int to) {  // the first of the two lanes that are added
     const int place = to % size / unit, half = size / unit / 2;
     return to / size * size + place % half * 2 * unit + to % unit + (place < half ? 0 : int(sizeof...(i)));
   };
@@ -123,7 +123,7 @@ auto add_pairs(typename Vector<T>::type a, typename Vector<T>::type b, std::inte
 #endif
 }
 
-// The sums of the lanes of vector(first), ..., vector(first + n - 1), each in one lane once n is the number of lanes.
+// Sums over the lanes of vector(first), ..., vector(first + n - 1). If n is the number of lanes, each has one lane.
 template <class T, int n = Vector<T>::lanes, class Make>
 inline typename Vector<T>::type sum_each(const Make& vector, int first = 0) {
   if constexpr (n == 1) {
@@ -134,7 +134,7 @@ inline typename Vector<T>::type sum_each(const Make& vector, int first = 0) {
   }
 }
 
-// total (entries,) of sums (entries, lanes), for as many entries at a time as a vector has lanes.
+// total (entries,) = sums (entries, lanes) summed over the lanes. One step does as many entries as a vector has lanes.
 template <class T>
 void add_lanes(const T* sums, int64_t entries, T* total) {
   using V = typename Vector<T>::type;
@@ -146,9 +146,9 @@ void add_lanes(const T* sums, int64_t entries, T* total) {
   }
 }
 
-// Whether the indices of a row ascend, and they and the slots of its `count` entries may be followed.
+// Whether the `count` indices of a row ascend, and its indices and slots are in range.
 bool in_range(const int32_t* index, const int32_t* slot, int64_t count, int64_t columns, int64_t slots) {
-  uint32_t bad = 0;  // unsigned: differences of what may be anything
+  uint32_t bad = 0;  // unsigned, because differences of arbitrary values may overflow
   const uint32_t last_column = static_cast<uint32_t>(columns - 1), last_slot = static_cast<uint32_t>(slots - 1);
   for (int64_t k = 0; k < count; ++k) {
     const uint32_t i = static_cast<uint32_t>(index[k]), s = static_cast<uint32_t>(slot[k]);
@@ -159,7 +159,7 @@ bool in_range(const int32_t* index, const int32_t* slot, int64_t count, int64_t 
   return bad >> 31 == 0;
 }
 
-// offset[k] = place[index[k]] and, unless value is null, value[k] = values[slot[k]].
+// offset[k] = place[index[k]]. Also value[k] = values[slot[k]], unless value is null.
 template <class T>
 void lay_out(const int32_t* index, const int32_t* slot, int64_t count, const int32_t* place, const Values<T>& values,
              int32_t* offset, T* value) {
@@ -175,8 +175,9 @@ void lay_out(const int32_t* index, const int32_t* slot, int64_t count, const int
     for (int64_t k = 0; k < count; ++k) value[k] = *(slot[k] < free_count ? free + slot[k] : frozen + slot[k] - free_count);
 }
 
-// y (rows, width), of rows [begin, end) and of `vectors` vectors from y on, is the product with x (columns, width).
-// Sums start at zero again after kRun entries, and entries alternate between two of them: less rounding, shorter chains.
+// y (rows, width) is the product with x (columns, width), here for rows [begin, end) and `vectors` vectors from y on. A
+// new sum starts after kRun entries, which reduces rounding errors. Entries alternate between two sums, which shortens
+// the chains of dependent additions.
 template <class T, int vectors>
 void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilogue<T>& then, int64_t begin, int64_t end,
                    const T* x, int64_t width, T* y) {
@@ -220,7 +221,7 @@ void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilog
   }
 }
 
-// The same of all `width` elements of a line, a multiple of the lanes.
+// The same for all `width` elements of a line. width is a multiple of the lanes.
 template <class T>
 void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T> then, int64_t begin, int64_t end,
                     const T* x, int64_t width, T* y) {
@@ -237,8 +238,8 @@ void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T>
   }
 }
 
-// The inner products of `vectors` vectors of grad and of the lines of x, `width` elements each, of as many indices as a
-// vector has lanes.
+// Inner products of `vectors` vectors of grad with lines of x, for as many indices as a vector has lanes. A line of x
+// has `width` elements.
 template <class T, int vectors>
 typename Vector<T>::type sample_indices(const int32_t* index, const T* x, int64_t width, const T* grad) {
   using V = typename Vector<T>::type;
@@ -255,8 +256,8 @@ typename Vector<T>::type sample_indices(const int32_t* index, const T* x, int64_
   });
 }
 
-// grad_values[slot] of the free entries of rows [begin, end): the inner products of lines of x and of grad, of `width`
-// elements, as many at a time as a vector has lanes. all_free: no slot is of a frozen value.
+// grad_values[slot] of the free entries of rows [begin, end): inner products of lines of x and of grad with `width`
+// elements. One step computes as many as a vector has lanes. all_free: no slot belongs to a frozen value.
 template <class T>
 void sample_lines(const Pattern& pattern, int64_t free_count, bool all_free, int64_t begin, int64_t end, const T* x,
                   const T* grad, int64_t width, T* grad_values) {
@@ -312,8 +313,8 @@ BlockLoops<T> block_loops(int64_t lines, int64_t vectors) {
   return lines == 2 ? loops_of_lines<T, 2>(vectors) : loops_of_lines<T, 1>(vectors);
 }
 
-// Copies to patches (groups, channels) what the tile at (down, across) reads of channels [first, last) of x, for
-// `groups` groups of images from `group` on; zeros where there are no pixels.
+// Fills patches (groups, channels): copies what the tile at (down, across) reads of channels [first, last) of x, for
+// `groups` groups of images from `group` on. Pixels outside the image are zeros.
 template <class T>
 void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Span down, Span across, int64_t group,
                 int64_t groups, int64_t first, int64_t last, const T* x, T* patch, int64_t patch_size) {
@@ -323,10 +324,10 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
   const int64_t full = t.by_pixel ? std::min(groups, n / lanes - group) : 0;
   for (int64_t w_phase = 0; w_phase < p.in_w.phases(); ++w_phase) {
     const int64_t pixel = p.in_w.pixel(w_phase, across.first), count = across.count + p.in_w.reach[w_phase];
-    // Of `count` pixels, those inside the image.
+    // The pixels inside the image, of `count` pixels.
     const int64_t begin = std::clamp<int64_t>((p.in_w.stride - 1 - pixel) / p.in_w.stride, 0, count);
     const int64_t end = std::clamp<int64_t>((p.in_w.size - pixel + p.in_w.stride - 1) / p.in_w.stride, begin, count);
-    // Likewise of elements of a line without gaps.
+    // The same for the elements of a line without gaps.
     const int64_t length = across.count * lanes + p.in_w.reach[w_phase] * t.images;
     const int64_t at = across.first * lanes + p.in_w.first[w_phase] * n;
     const int64_t from_element = std::clamp<int64_t>(-at, 0, length);
@@ -357,7 +358,7 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
               }
             }
           } else if (p.in_w.stride == 1) {
-            // Runs of a few vectors, for which calls of memcpy and memset would take longer than the copies.
+            // The runs are a few vectors long. Calls of memcpy and memset would take longer than the copies.
             int64_t j = from_element;
             for (int64_t k = 0; k < j; ++k) to[k] = T(0);
             for (; j + lanes <= end_element; j += lanes) Vector<T>::store(Vector<T>::load(line + at + j), to + j);
@@ -374,8 +375,9 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
   }
 }
 
-// Calls visit(place in the tile, place in the image, elements) for the runs of the tiles of `groups` groups of images,
-// `tile` elements apart, that lie in the image of one phase; a run is at most a vector.
+// Calls visit(position in the tile, position in the image, elements) for each run of elements that lies inside the
+// image of one phase, in the tiles of `groups` groups of images. The tiles are `tile` elements apart. A run is at most
+// a vector.
 template <class T, class Visit>
 inline void for_each_run(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
                          int64_t tile, int64_t phase, const Visit& visit) {
@@ -439,7 +441,7 @@ void store_tiles(const Product& p, const Tiling& t, Span down, Span across, int6
   }
 }
 
-// Copies the pixels of rows [begin, end) to tiles (groups, end - begin, tile), zeros where there are none.
+// Copies the pixels of rows [begin, end) to tiles (groups, end - begin, tile), with zeros outside the image.
 template <class T>
 void load_tiles(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups, int64_t begin,
                 int64_t end, const T* y, T* tiles) {

@@ -1,4 +1,4 @@
-// How a product is cut into tiles, and a pattern laid out for them.
+// How a product is split into tiles, and how a pattern is arranged for them.
 #pragma once
 
 #include <algorithm>
@@ -9,20 +9,20 @@
 
 namespace exssnet::cpu {
 
-// Height or width of an image as tiles see it: position i of a phase is pixel first[phase] + i * stride, where there is
-// such a pixel. Taps of a phase read up to reach[phase] positions past those of a tile.
+// Height or width of an image, split into phases. Position i of a phase is pixel first[phase] + i * stride, if there is
+// such a pixel. Taps of a phase read up to reach[phase] positions beyond the positions of a tile.
 struct Axis {
   int64_t size, stride;
   std::vector<int64_t> first, reach;
 
   int64_t phases() const { return static_cast<int64_t>(first.size()); }
   int64_t pixel(int64_t phase, int64_t i) const { return first[phase] + i * stride; }
-  // The positions up to which every phase has pixels.
+  // Number of positions for which every phase has a pixel.
   int64_t inside() const { return (size - *std::max_element(first.begin(), first.end()) + stride - 1) / stride; }
 };
 
-// A product as tiles see it: rows of results at positions of `out`, each the sum over channels and taps of `in`.
-// Row r is channel r / phases() and phase r % phases() of the result, whose phases have height x width positions.
+// A product, split into phases. Each row of the result, at the positions of `out`, is a sum over channels and taps of
+// `in`. Row r is channel r / phases() and phase r % phases() of the result. A phase has height x width positions.
 struct Product {
   struct Tap {
     int64_t phase;  // of the result
@@ -37,7 +37,7 @@ struct Product {
   int64_t out_plane() const { return out_h.size * out_w.size * batch; }
 };
 
-// A pointwise convolution sees no neighbours: its image is one line, pixels and batch alike.
+// A pointwise convolution reads no neighbours, so that its pixels and batch can be treated as one line.
 inline Convolution flattened(Convolution c) {
   if (!c.h.is_pointwise() || !c.w.is_pointwise()) return c;
   c.w.in = c.w.out = c.h.in * c.w.in * c.batch;
@@ -62,15 +62,15 @@ inline Product forward_product(const Convolution& c) {
   return p;
 }
 
-// How the input's gradient reads the output's, in height or width: the pixels that phase(t) of the input has, from its
-// first on, read through tap t from `shift[t]` positions further on.
+// How the gradient of the input reads the gradient of the output, in height or width. Through tap t, position i of
+// phase(t) of the input reads position i + shift[t] of the output, counted from in.first.
 struct GradientWindow {
   Axis in, out;
   int64_t length;
   std::vector<int64_t> shift;
 
   explicit GradientWindow(const Window& w) : in{w.out, 1, {0}, {0}}, out{w.in, w.stride, {}, {}}, length(1) {
-    std::vector<int64_t> skipped;  // positions of a phase that lie in the padding before the image
+    std::vector<int64_t> skipped;  // number of positions of a phase in the padding before the image
     for (int64_t phase = 0; phase < w.phases(); ++phase) {
       const int64_t padded = phase * w.dilation % w.stride;
       skipped.push_back(std::max<int64_t>(0, (w.padding - padded + w.stride - 1) / w.stride));
@@ -95,7 +95,7 @@ inline Product input_gradient_product(const Convolution& c) {
   return p;
 }
 
-// Lines of an image, or vectors of a line: `count` from `first` on. The last span may reach past the end.
+// `count` lines of an image, or vectors of a line, from `first` on. The last span may reach beyond the end.
 struct Span {
   int64_t first, count;
 };
@@ -112,13 +112,13 @@ inline std::vector<Span> spans(int64_t total, int64_t most) {
   return found;
 }
 
-// A vector holds one pixel of `lanes` images; or, where the batch would leave vectors too empty, what stands next to
-// each other in a line of pixels and images.
+// What a vector holds: one pixel of `lanes` images (by_pixel). If the batch is too small to fill such vectors well, a
+// vector holds adjacent elements of a line of pixels and images.
 struct Tiling {
   int64_t lanes;
   bool by_pixel;
-  int64_t images, groups;  // images side by side in a line of a tile, and how many such groups the batch has
-  int64_t lines, vectors;  // of the largest tile
+  int64_t images, groups;  // adjacent images in a line of a tile, and number of such groups in the batch
+  int64_t lines, vectors;  // size of the largest tile
   std::vector<Span> down, across;
 
   Tiling(const Product& p, int64_t lanes, int64_t registers)
@@ -132,7 +132,7 @@ struct Tiling {
     across = spans(width, vectors);
   }
   int64_t size() const { return lines * vectors * lanes; }
-  // Whether all vectors of a tile of the result are full of its pixels, those of a line at equal distances.
+  // Whether all vectors of a tile of the result are full, and those of a line have equal distances.
   bool is_whole(const Product& p, Span d, Span a) const {
     return d.first + d.count <= p.out_h.inside() &&
            (by_pixel ? p.batch % lanes == 0 && a.first + a.count <= p.out_w.inside()
@@ -143,10 +143,10 @@ struct Tiling {
   int64_t tiles() const { return static_cast<int64_t>(down.size() * across.size()); }
 };
 
-// Where a channel lies in a patch: (phase of h, line, phase of w, element of the line).
+// Layout of a channel in a patch: (phase of h, line, phase of w, element of the line).
 struct PatchLayout {
-  std::vector<int64_t> line, start;  // of each phase: its first line, and where it starts in a line
-  int64_t pitch = 0, channel = 0;    // elements of a line and of all lines
+  std::vector<int64_t> line, start;  // of each phase: its first line, and its first element of a line
+  int64_t pitch = 0, channel = 0;    // number of elements of a line and of a channel
 
   PatchLayout(const Product& p, const Tiling& t) {
     int64_t lines = 0;
@@ -165,8 +165,9 @@ struct PatchLayout {
   }
 };
 
-// The channels of a product in blocks: small enough for a patch to stay in a cache while all rows pass over it, and so
-// large that a row finds enough entries in a block to pay for loading and storing its sums.
+// Splits the channels of a product into blocks. A block is small enough for its patch to stay in a cache while all rows
+// use it. It is large enough for a row to have several entries in it, because the sums of a row are loaded and stored
+// once per block.
 struct Blocks {
   static constexpr int64_t kPatchBytes = 64 << 10, kMostPatchBytes = 256 << 10, kEntries = 6;
   int64_t channels, count;
@@ -180,19 +181,19 @@ struct Blocks {
   }
 };
 
-// How many of `groups` groups of images to work on at a time, where the cache holds `most`: even shares, for longer runs
-// of what is read.
+// Number of groups of images to process at a time, at most `most`, which fit into the cache. The shares are even, so
+// that none of them is short.
 inline int64_t groups_together(int64_t groups, int64_t most) {
   const int64_t shares = (groups + std::max<int64_t>(most, 1) - 1) / std::max<int64_t>(most, 1);
   return (groups + shares - 1) / shares;
 }
 
-// Where tiles lie in the result, and what becomes of their sums there.
+// Where a tile lies in the result, and the epilogue of its sums.
 template <class T>
 struct Target {
   T* result;
-  int64_t at;                   // where the tile begins
-  std::vector<int64_t> phase;   // and each phase of it
+  int64_t at;                   // start of the tile
+  std::vector<int64_t> phase;   // start of each phase, relative to it
   int64_t plane, line, vector;  // distances in elements
   const Epilogue<T>& epilogue;
   bool streams;
@@ -211,14 +212,14 @@ struct Target {
   }
 };
 
-// The entries of a pattern in the order in which tiles meet them. The memory is scratch of the calling thread.
+// The entries of a pattern, in the order in which tiles use them. The memory is scratch memory of the calling thread.
 template <class T>
 struct Walk {
   int64_t rows, blocks;
-  int32_t* start;   // (rows, blocks + 1): where the entries of a row's blocks begin and end
-  int32_t* offset;  // of each entry in the patch
-  T* value;         // of each entry; null where only those of free values are walked
-  int32_t* slot;    // of each entry, where only those of free values are walked; or null
+  int32_t* start;   // (rows, blocks + 1): first entry of each block of a row
+  int32_t* offset;  // position of each entry in the patch
+  T* value;         // of each entry; null if only the free entries are listed
+  int32_t* slot;    // of each entry; null unless only the free entries are listed
 
   const int32_t* row(int64_t r) const { return start + r * (blocks + 1); }
 };

@@ -1,5 +1,5 @@
-// Stores past the caches. A result larger than a second-level cache will not be found there by who reads it; written
-// past the caches, its lines need not be read first, and what the caches hold stays.
+// Stores that bypass the caches. A result larger than the L2 cache is evicted before it is read again. A streaming
+// store does not read the cache line first, and does not evict other data.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace exssnet::cpu {
 
-constexpr int64_t kStreamAlignment = 64;  // in bytes: of the widest vector
+constexpr int64_t kStreamAlignment = 64;  // in bytes: the size of the widest vector
 
-// Whether a result of `bytes` is to be streamed: see Vector::stream. Who streams calls finish_streams() before other
-// threads may read.
+// Whether a result of `bytes` should be streamed (see Vector::stream). After streaming, finish_streams() must be called
+// before other threads read the result.
 inline bool is_streamed(const void* result, int64_t bytes) {
   constexpr int64_t kCacheBytes = 1 << 20;
   return EXSSNET_X86 && bytes >= kCacheBytes && reinterpret_cast<uintptr_t>(result) % kStreamAlignment == 0;

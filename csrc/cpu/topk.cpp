@@ -11,18 +11,19 @@
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
-// How it works. A layer has a bracket [lo, hi] of magnitude bits that nearly surely holds the k-th largest: from the
-// last call's hint, or from a sample of the scores. One pass over the scores counts what lies above the bracket, writes
-// the mask as if nothing else were kept, and collects the candidates inside. The k-th is then picked among those few,
-// and their mask bytes are set. A bracket that missed is replaced by one that cannot miss (histograms of the bits).
+// How it works. A layer has a bracket [lo, hi] of magnitude bits that almost surely contains the k-th largest
+// magnitude. It comes from the hint of the last call, or from a sample of the scores. One pass over the scores counts
+// the entries above the bracket, writes the mask as if no other entries were kept, and collects the candidates inside.
+// The k-th largest is then selected among these few candidates, and their mask bytes are set. If the bracket does not
+// contain the k-th largest, histograms of the bits give a bracket that does, and the pass is repeated.
 
 namespace exssnet::cpu {
 
 namespace {
 
 constexpr int64_t kChunk = 1 << 14;  // entries scanned at a time
-constexpr int64_t kGrain = 1 << 15;  // entries that are worth a thread
-constexpr int64_t kSmall = 1 << 12;  // layers up to this size are all candidates
+constexpr int64_t kGrain = 1 << 15;  // entries per thread, at least
+constexpr int64_t kSmall = 1 << 12;  // in layers up to this size all entries are candidates
 constexpr int kBins = 1 << 11;       // of the histograms
 
 struct ScanCounts {
@@ -32,7 +33,7 @@ struct ScanCounts {
 #define EXSSNET_BODY "cpu/topk_scan.h"
 #include "cpu/each_isa.h"
 
-// Calls body(0) ... body(count - 1); threads take the next one when they are done with one.
+// Calls body(0) ... body(count - 1). A thread that has finished one call takes the next.
 template <class Body>
 void for_each(int64_t count, int64_t workers, Body&& body) {
   std::atomic<int64_t> next{0};
@@ -42,7 +43,7 @@ void for_each(int64_t count, int64_t workers, Body&& body) {
   });
 }
 
-// A candidate, ordered as the selection wants it: a larger magnitude first, then a smaller index.
+// A candidate, in the order of the selection: larger magnitudes first, ties by smaller index.
 struct WideKey {
   uint64_t high, low;
   auto operator<=>(const WideKey&) const = default;
@@ -61,10 +62,10 @@ int64_t index_of(const WideKey& key) { return static_cast<int64_t>(kIndices - ke
 uint64_t leading(uint64_t key) { return key; }
 uint64_t leading(const WideKey& key) { return key.high; }
 
-// Shift that spreads values 0 ... range over the bins.
+// The shift that distributes values 0 ... range over the bins.
 int bin_shift(uint64_t range) { return std::max(0, static_cast<int>(std::bit_width(range)) - 11); }
 
-// The key of the given rank, 1 being the largest.
+// The key of the given rank. Rank 1 is the largest.
 template <class Key>
 Key pick(const Key* keys, int64_t count, int64_t rank) {
   std::vector<Key> few, fewer;
@@ -96,18 +97,18 @@ class Layer {
  public:
   explicit Layer(const TopkLayer& layer) : in(layer), counts((layer.n + kChunk - 1) / kChunk) {}
   virtual ~Layer() = default;
-  virtual void guess() = 0;               // sets a first bracket
-  virtual void scan(int64_t chunk) = 0;   // the pass, one chunk of it
+  virtual void guess() = 0;               // sets the first bracket
+  virtual void scan(int64_t chunk) = 0;   // one chunk of the pass
   virtual int64_t first_nan() const = 0;  // index, or -1, after the first pass
   virtual bool settle() = 0;              // after the pass: writes the selection, or sets another bracket
-  virtual void narrow() = 0;              // if that is not known to be narrow: makes it so; uses all threads
+  virtual void narrow() = 0;              // narrows the bracket, unless it is known to be narrow; uses all threads
   virtual void paint(int64_t chunk) = 0;  // sets the mask where entries equal the threshold
 
   const TopkLayer in;
   bool paint_needed = false;
 
  protected:
-  std::vector<ScanCounts> counts;  // of each chunk
+  std::vector<ScanCounts> counts;  // counts of each chunk
 };
 
 template <class B>
@@ -135,7 +136,7 @@ class LayerOf final : public Layer {
     counts[chunk] = c;
     if (!collect || c.inside == 0) return;
     const int64_t start = found_.fetch_add(c.inside, std::memory_order_relaxed);
-    if (start + c.inside > capacity_) return;  // too many: settle() sees it
+    if (start + c.inside > capacity_) return;  // too many candidates: settle() handles it
     for (int64_t i = 0; i < c.inside; ++i)
       keys_[start + i] = make_key<B>(magnitude(begin + found[i]), begin + found[i]);
   }
@@ -151,7 +152,7 @@ class LayerOf final : public Layer {
   bool settle() override {
     int64_t above = 0, inside = 0;
     for (const ScanCounts& c : counts) above += c.above, inside += c.inside;
-    const int64_t rank = in.k - above;  // of the k-th among those inside, 1 being the largest
+    const int64_t rank = in.k - above;  // rank of the k-th among the entries inside; 1 is the largest
     if (in.k == 0) return finish(std::numeric_limits<int64_t>::max(), -1, 0);
     if (rank >= 1 && rank <= inside) {
       if (lo_ == hi_) {
@@ -211,7 +212,8 @@ class LayerOf final : public Layer {
   }
 
   void paint(int64_t chunk) override {
-    // A second pass whose "above" is "at least the threshold", up to the tie index; beyond it the first one is right.
+    // A second pass, up to the tie index, keeps the entries "at least the threshold" instead of "above" it. Beyond the
+    // tie index the mask of the first pass is correct.
     const int64_t begin = chunk * kChunk, size = std::min(kChunk, in.selection[1] + 1 - begin);
     if (size > 0 && counts[chunk].inside > 0)
       EXSSNET_PICK(scan<B>)(scores_ + begin, size, kMax, static_cast<B>(lo_ - 1), in.mask + begin, nullptr);
@@ -225,13 +227,14 @@ class LayerOf final : public Layer {
 
   bool has_hint() const { return in.hint && 0 <= in.hint[0] && in.hint[0] <= in.hint[1] && in.hint[1] <= infinity_; }
 
-  // The bracket that holds the k-th but for about one layer in ten thousand: order statistics of a sample around its
-  // rank, four standard deviations away. n^(2/3) balances the cost of the sample and of the candidates.
+  // The bracket from a sample: order statistics four standard deviations around the expected rank. It misses the k-th
+  // largest in about one layer of ten thousand. The size n^(2/3) balances the costs of the sample and of the
+  // candidates.
   void sample() {
     const auto size = std::max<int64_t>(512, static_cast<int64_t>(std::pow(static_cast<double>(in.n), 2.0 / 3)));
     const int64_t stride = in.n / size;
     std::vector<B> drawn(size);
-    uint64_t random = 0;  // the place inside each stride, lest a pattern in the scores meets the stride
+    uint64_t random = 0;  // random position inside each stride, in case the scores are periodic
     for (int64_t i = 0; i < size; ++i) {
       random = random * 6364136223846793005ull + 1442695040888963407ull;
       drawn[i] = magnitude(i * stride + static_cast<int64_t>((random >> 33) % static_cast<uint64_t>(stride)));
@@ -251,7 +254,7 @@ class LayerOf final : public Layer {
       std::nth_element(drawn.begin(), drawn.begin() + top, end, std::greater<>());
       hi_ = drawn[top];
     }
-    hi_ = std::min(hi_, infinity_), lo_ = std::min(lo_, hi_);  // NaN was drawn: it is found in the pass
+    hi_ = std::min(hi_, infinity_), lo_ = std::min(lo_, hi_);  // the sample may hold NaN, which the pass detects
   }
 
   void prepare() {
@@ -261,7 +264,7 @@ class LayerOf final : public Layer {
     keys_.reset(new Key[capacity_]);
   }
 
-  // Index of the entry that is the rank-th, in order of indices, of those with the magnitude lo_.
+  // Index of the rank-th entry with the magnitude lo_, in order of indices.
   int64_t tie(int64_t rank) const {
     size_t chunk = 0;
     while (rank > counts[chunk].inside) rank -= counts[chunk++].inside;
@@ -270,14 +273,14 @@ class LayerOf final : public Layer {
     return i;
   }
 
-  // Writes the selection and the next call's hint. `crowd`: entries per value of the bits around the threshold.
+  // Writes the selection and the hint for the next call. crowd: entries per value of the bits, near the threshold.
   bool finish(int64_t threshold, int64_t tie_index, double crowd) {
     in.selection[0] = threshold;
     in.selection[1] = tie_index;
-    in.new_hint[0] = in.new_hint[1] = in.k > 0 ? threshold : 0;  // no bracket yet: the next call sees how far it moves
+    in.new_hint[0] = in.new_hint[1] = in.k > 0 ? threshold : 0;  // no bracket yet, only the threshold
     if (in.k == 0 || in.n <= kSmall || !has_hint()) return true;
-    // Scores move little between steps: next time's bracket is four times as far as the threshold moved this time, and
-    // shrinks slowly. Where that held too many candidates, a fresh sample each time is cheaper.
+    // Scores change little between steps. The next bracket extends four times as far as the threshold moved this time,
+    // and it shrinks slowly. If it would hold too many candidates, a new sample in every call is cheaper.
     const double center = (static_cast<double>(in.hint[0]) + static_cast<double>(in.hint[1])) / 2;
     const double moved = std::abs(static_cast<double>(threshold) - center);
     const double last = (static_cast<double>(in.hint[1]) - static_cast<double>(in.hint[0])) / 2;
@@ -293,10 +296,10 @@ class LayerOf final : public Layer {
   const B infinity_;
   B lo_ = 0, hi_;           // the bracket, inclusive
   bool from_hint_ = false;
-  bool known_ = false;      // the bracket surely holds the k-th, with `above_` entries above it
+  bool known_ = false;      // the bracket surely contains the k-th, with `above_` entries above it
   int64_t above_ = 0;
   std::unique_ptr<Key[]> keys_;
-  int64_t capacity_ = 0;    // of keys_
+  int64_t capacity_ = 0;    // capacity of keys_
   std::atomic<int64_t> found_{0};
 };
 

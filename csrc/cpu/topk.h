@@ -11,8 +11,8 @@ struct Place {
   int64_t layer, index;
 };
 
-// Of equal magnitudes the smaller index is kept. Returns the first NaN; there is none when its layer is -1. With a NaN
-// anywhere, what was written means nothing.
+// Tie-breaking: of equal magnitudes the smaller index is kept. Returns the place of the first NaN; its layer is -1 if
+// there is no NaN. With a NaN, the results are undefined.
 Place topk_masks(const std::vector<TopkLayer>& layers);
 
 }  // namespace exssnet::cpu

@@ -1,8 +1,9 @@
-// Body of the one pass over the scores (see dispatch.h): compiled per instruction set, so it includes nothing.
+// Body of the pass over the scores (see dispatch.h). It is compiled per instruction set and includes nothing.
 
-// Writes mask[i] = magnitude > hi, counts the magnitudes above and inside [lo, hi], and puts the positions of those
-// inside into `found` unless it is null (there it may write 3 entries more). Blocks of 64 are bytes of 0 and 1, which
-// compilers turn into vector compares; most blocks have nothing inside and cost nothing more. n is at most 2^16.
+// Writes mask[i] = magnitude > hi. Counts the magnitudes above and inside [lo, hi]. Writes the positions of those
+// inside to `found`, unless it is null; up to 3 more entries may be written there. n is at most 2^16. Comparisons of 64
+// entries give bytes of 0 and 1, which compilers turn into vector instructions. Most of these blocks have no entry
+// inside.
 template <class B>
 static ScanCounts scan(const B* __restrict scores, int64_t n, B lo, B hi, uint8_t* __restrict mask,
                        uint16_t* __restrict found) {
@@ -20,7 +21,7 @@ static ScanCounts scan(const B* __restrict scores, int64_t n, B lo, B hi, uint8_
       inside[j] = (b >= lo) & (b <= hi);
       largest = b > largest ? b : largest;
     }
-    uint64_t above_sum = 0, inside_sum = 0, eight[8];  // every byte of the sums is at most 8
+    uint64_t above_sum = 0, inside_sum = 0, eight[8];  // no byte of the sums exceeds 8
     for (int w = 0; w < 8; ++w) {
       std::memcpy(&eight[w], above + 8 * w, 8);
       above_sum += eight[w];
@@ -35,7 +36,7 @@ static ScanCounts scan(const B* __restrict scores, int64_t n, B lo, B hi, uint8_
       uint64_t bits = 0;
       for (int w = 0; w < 8; ++w) bits |= (eight[w] * kGather >> 56) << (8 * w);
       uint16_t* next = found + counts.inside;
-      do {  // four at a time, as if there were four: a loop of unknown length would cost more in mispredicted branches
+      do {  // always four at a time: a loop of exact length would have more mispredicted branches
         for (int j = 0; j < 4; ++j, bits &= bits - 1) *next++ = static_cast<uint16_t>(i + std::countr_zero(bits));
       } while (bits != 0);
     }

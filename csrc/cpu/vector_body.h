@@ -1,4 +1,4 @@
-// The vector of an instruction set, for every body of cpu/each_isa.h.
+// The vector type of an instruction set, for the bodies of cpu/each_isa.h.
 
 template <class T>
 struct Vector {
@@ -8,7 +8,7 @@ struct Vector {
   static type load(const T* from) { return *reinterpret_cast<const type*>(from); }
   static void store(type v, T* to) { *reinterpret_cast<type*>(to) = v; }
 
-  // See cpu/streaming.h; `to` is aligned to the register.
+  // See cpu/streaming.h. `to` must be aligned to the size of a register.
   static void stream(type v, T* to) {
 #if EXSSNET_X86
     if constexpr (kVectorBytes == 16) asm("movntps %1, %0" : "=m"(*reinterpret_cast<type*>(to)) : "x"(v));

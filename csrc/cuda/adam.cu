@@ -9,9 +9,9 @@ namespace exssnet::cuda {
 
 namespace {
 
-constexpr int kAdamTable = 64;  // layers that fit into the parameters of a kernel
+constexpr int kAdamTable = 64;  // number of layers that fit into the parameters of a kernel
 
-// What the host says of a layer.
+// A layer, as passed from the host.
 struct AdamEntry {
   float* scores;
   const float* grad;
@@ -21,16 +21,16 @@ struct AdamTable {
   AdamEntry entries[kAdamTable];
 };
 
-// A layer, in the workspace.
+// A layer, as stored in the workspace.
 struct AdamWork {
   AdamEntry layer;
   float step_size;   // lr / (1 - beta1^step)
   float correction;  // sqrt(1 - beta2^step)
-  bool aligned;      // to vectors
+  bool aligned;      // whether the memory is aligned to vectors
 };
 static_assert(sizeof(AdamTable) + sizeof(Adam) + 32 <= 4096);
 
-// Counts the step and writes what depends on its number. One thread a layer.
+// Increments the step and writes the values that depend on it. One thread per layer.
 __global__ void __launch_bounds__(kAdamTable)
     advance(const __grid_constant__ AdamTable table, const Adam adam, AdamWork* works) {
   const AdamEntry& layer = table.entries[threadIdx.x];
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kAdamTable)
                reinterpret_cast<uintptr_t>(layer.exp_avg_sq)) % 16 == 0;
 }
 
-// Source of the pass over the scores that Adam is about to write.
+// Source of the pass over the scores: the new scores that Adam computes.
 struct Updated {
   const AdamWork* works;
   float rest1, beta2, rest2, eps, weight_decay;  // rest: 1 - beta

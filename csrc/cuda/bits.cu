@@ -5,9 +5,9 @@ namespace exssnet::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 1 << 12;  // some waves of the largest GPU; more work goes through the grid in strides
+constexpr int64_t kMostBlocks = 1 << 12;  // several waves of the largest GPU; a grid-stride loop does the rest
 
-// ---- four entries of 0 or 1 in a word's bytes, and as bits: a product puts byte j, or bit j, where it belongs
+// ---- Four entries of 0 or 1, as bytes of a word and as bits. A multiplication moves byte j, or bit j, to its place.
 
 __device__ __forceinline__ uint32_t gather(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
 __device__ __forceinline__ uint32_t spread(uint32_t bits) { return (bits & 0xfu) * 0x00204081u & 0x01010101u; }
@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t spread(uint32_t bits) { return (bits & 0xfu)
 __device__ __forceinline__ int64_t first_of_thread() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_stride() { return int64_t{gridDim.x} * kThreads; }
 
-// vectors: how many times 16 entries lie aligned; what follows them goes by one packed byte at a time.
+// vectors: number of aligned groups of 16 entries. The entries after them are processed one packed byte at a time.
 __global__ void __launch_bounds__(kThreads)
     pack(const uint8_t* __restrict__ mask, int64_t n, int64_t vectors, uint8_t* __restrict__ packed) {
   for (int64_t i = first_of_thread(); i < vectors; i += grid_stride()) {
@@ -55,7 +55,7 @@ bool aligned(size_t bytes, Pointers... pointers) {
   return (reinterpret_cast<uintptr_t>(pointers) | ...) % bytes == 0;
 }
 
-// Blocks for the vectors, or for what there is when nothing is aligned.
+// Number of blocks for the vectors, or for the rest, which is everything if nothing is aligned.
 dim3 blocks_for(int64_t vectors, int64_t rest) {
   const int64_t threads = vectors > rest ? vectors : rest;
   const int64_t blocks = (threads + kThreads - 1) / kThreads;

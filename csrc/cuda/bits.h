@@ -1,8 +1,8 @@
-// Masks as bits on the GPU: bit j of byte i is flat entry 8 i + j, spare bits of the last byte are zero.
+// Packed masks on the GPU: bit j of byte i is flat entry 8 i + j. Unused bits of the last byte are zero.
 //
-// Each is one launch, reads and writes every byte once, and is bound by memory: 9 n / 8 bytes of n entries for packing
-// and for unpacking, 3 bytes a byte for and_not. A thread moves 16 bytes at a time where the pointers are aligned to
-// 16; others work as well, byte by byte. Empty masks launch nothing.
+// Each function is one launch, reads and writes every byte once, and is bound by memory bandwidth. Packing and
+// unpacking n entries move 9 n / 8 bytes; and_not moves 3 bytes per byte of the mask. A thread moves 16 bytes at a time
+// if the pointers are aligned to 16 bytes, else one byte. Empty masks launch nothing.
 #pragma once
 
 #include <cstdint>

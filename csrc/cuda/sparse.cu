@@ -8,11 +8,11 @@ namespace exssnet::cuda {
 
 namespace {
 
-constexpr int kSampledRows = 2;    // of a warp, in the gradient of the values
+constexpr int kSampledRows = 2;    // rows of a warp, in the gradient of the values
 constexpr int kGroup = 8;          // dot products that a warp reduces together
-constexpr int64_t kBlocks = 512;   // that a gradient of the values is split into, if it can be
+constexpr int64_t kBlocks = 512;   // number of blocks that a gradient of the values is split into, if possible
 
-// Values of the entries, in the walk: those that may not be followed are not wanted.
+// Reads the value of an entry. Entries with a slot out of range are left out.
 template <class T>
 struct ValueOf {
   const T *free, *frozen;
@@ -25,7 +25,7 @@ struct ValueOf {
   }
 };
 
-// The slots of the free entries.
+// Reads the slot of an entry. Only free entries are used.
 struct FreeSlot {
   int64_t free_count;
 
@@ -35,7 +35,7 @@ struct FreeSlot {
   }
 };
 
-// What becomes of the sums of a row: see SparseEpilogue.
+// The epilogue for the sums of a row (see SparseEpilogue).
 template <class T>
 struct Finish {
   const T *scale, *bias, *residual;
@@ -46,14 +46,14 @@ __device__ inline uint4 vector_at(const uint4* patch, int byte) {
   return *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(patch) + byte);
 }
 
-// Adds to `total` this lane's elements of the sources of the entries [first, last) of a window, times their values. The
-// sums of a part start at zero, which keeps rounding errors small.
+// For the entries [first, last) of a window: multiplies this lane's elements of their sources with their values, and
+// adds the products to `total`. The sums of each part start at zero, which keeps rounding errors small.
 template <class T, int kVectors, bool kStaged>
 __device__ void add_part(const Entry<Sum<T>>* window, int first, int last, const uint4* patch,
                          const T* x, int64_t plane, const int (&at)[kVectors],
                          Sum<T> (&total)[kVectors][kLanes<T>]) {
   Sum<T> sum[kVectors][kLanes<T>] = {};
-  constexpr int at_once = kStaged ? 2 : 8;  // loads from far away overlap
+  constexpr int at_once = kStaged ? 2 : 8;  // several loads with a long latency overlap
 #pragma unroll at_once
   for (int k = first; k < last; ++k) {
     const Entry<Sum<T>> entry = window[k];
@@ -99,8 +99,8 @@ __device__ void finish(const Plan& plan, const Finish<T>& then, int row, const P
   }
 }
 
-// y (rows, H', W', N) is the product of the pattern's rows with x (channels, H, W, N). Blocks: groups of rows of all
-// tiles. Without kStaged, x is one pixel, in aligned vectors, and read where it lies.
+// y (rows, H', W', N) is the product of the pattern's rows with x (channels, H, W, N). There is a block for each group
+// of rows and each tile. Without kStaged, x is one pixel in aligned vectors, and is read in place.
 template <class T, int kRows, int kVectors, bool kStaged>
 __global__ void __launch_bounds__(kSparseThreads, 2)
     multiply(const __grid_constant__ Plan plan, const __grid_constant__ Pattern pattern,
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) at[v] = place<T>(plan, tile, v).in_patch;
   const int64_t plane = plan.batch;
-  const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});  // of idle lanes anything
+  const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});  // any place for idle lanes
   for_each_chunk<T, kStaged>(plan, tile, 0, plan.units, x, chart, patches, [&](int begin, int end, uint4* patch) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
   }
 }
 
-// The sums over the lanes of kGroup numbers each; lane i gets that of number i / 4.
+// Sums kGroup numbers over the lanes. Lane i gets the sum of number i / 4.
 template <class S>
 __device__ S sum_each(S (&x)[kGroup]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -162,20 +162,20 @@ __device__ S sum_each(S (&x)[kGroup]) {
   return x[0] + __shfl_xor_sync(kAllLanes, x[0], 1);
 }
 
-// How the sums over pixels and images are shared among blocks: a block has `tiles` tiles and `units` units.
+// How the sums over pixels and images are split among blocks. A block processes `tiles` tiles and `units` units.
 struct Split {
   int64_t splits, tiles, all_tiles;
   int ranges, units;
 };
 
-// The part of the sums that a block makes. Like the tile, it lies in shared memory.
+// The part of the sums that a block computes. Like the tile, it is in shared memory.
 struct Share {
   int64_t group, first_tile, first_sum;
   int tiles, from_unit, to_unit;
 };
 
-// The inner products of grad (rows, H', W', N) and the sources of the free entries, summed over the tiles of each
-// split: sums (splits, free_count). Blocks: groups of rows, of all ranges of units, of all splits.
+// sums (splits, free_count): inner products of grad (rows, H', W', N) with the sources of the free entries, summed over
+// the tiles of each split. There is a block for each group of rows, range of units and split.
 template <class T, int kRows, int kVectors, bool kStaged>
 __global__ void __launch_bounds__(kSparseThreads, 2)
     sample(const __grid_constant__ Plan plan, const __grid_constant__ Pattern pattern,
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
     Cursor cursor = begin_rows<kRows>(plan, pattern, share.group, order, share.from_unit, windows);
     uint4 g[kRows][kVectors];
     int at[kVectors];
-    unsigned idle = 0;  // bits: vectors that are not in the result; what they would read is another lane's
+    unsigned idle = 0;  // bit v: vector v is outside the result, so that its address belongs to another lane
     const int64_t lane_at = kStaged ? 0 : max(place<T>(plan, tile, 0).in_result, int64_t{0});
     const bool aligned = in_vectors(grad, plan.batch);
 #pragma unroll
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kSparseThreads)
   }
 }
 
-// ---- on the host
+// ---- Host code
 
 // Calls body(T*) for the type of a dtype.
 template <class Body>
@@ -288,7 +288,7 @@ auto with_cuda_type(Float dtype, const Body& body) {
   }
 }
 
-// Shared memory of a block that goes through so many units.
+// Bytes of shared memory of a block that processes `units` units.
 template <class What>
 size_t shared_bytes(const Plan& plan, int rows, int units, bool staged) {
   const int patches = plan.plane() * plan.chunk * (units > plan.chunk ? 2 : 1);
@@ -296,7 +296,8 @@ size_t shared_bytes(const Plan& plan, int rows, int units, bool staged) {
          (staged ? size_t{16} * (patches + plan.chart_vectors) : 0);
 }
 
-// Lets a kernel have all that it may ever want: another thread may launch it at the same time.
+// Allows a kernel the largest shared memory that it can need, not only `bytes`: another thread may launch it with more
+// at the same time.
 template <class What, class... P>
 cudaError_t allow_shared(void (*kernel)(P...), int rows, size_t bytes) {
   if (bytes <= size_t{48} << 10) return cudaSuccess;
@@ -304,7 +305,7 @@ cudaError_t allow_shared(void (*kernel)(P...), int rows, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
 }
 
-// Whether x is better read from the caches than staged: one pixel, a batch that would not fill a staged tile.
+// Whether x should be read from the caches, not staged: images of one pixel, with a batch that does not fill a tile.
 template <class T>
 bool is_direct(const Convolution& c, const Plan& plan, const T* x) {
   return is_one_pixel(c) && in_vectors(x, plan.batch) && plan.batch / kLanes<T> <= 32 * kHeld<T>;
@@ -324,8 +325,8 @@ cudaError_t launch_multiply(const Plan& plan, const Pattern& pattern, const Valu
                         then, x, y);
 }
 
-// How many rows a warp takes: 1, 2 or kMostRows, with which the busiest processor has least to do. To copy a vector
-// into the patch counts as two that are read from it.
+// Number of rows per warp: 1, 2 or kMostRows, whichever minimizes the work of the busiest multiprocessor. Copying a
+// vector into the patch counts as much as reading two vectors from it.
 template <class T>
 int rows_of_warps(const Plan& plan, const Pattern& pattern, int processors) {
   const double staged = 2.0 * plan.units * plan.plane();
@@ -374,7 +375,7 @@ Split split_of(const Plan& plan, int rows) {
   return split;
 }
 
-// The plan of a gradient of the values, and how it is split.
+// The plan of a gradient of the values, and its split.
 template <class T>
 std::pair<Plan, Split> sampling(const Convolution& c, const Pattern& pattern, bool direct) {
   Plan plan = plan_of(c, pattern, false);
@@ -383,7 +384,7 @@ std::pair<Plan, Split> sampling(const Convolution& c, const Pattern& pattern, bo
   return {plan, split_of(plan, (direct ? 1 : kSampledRows) * kSparseWarps)};
 }
 
-// Whether sums are made in parts, and not where the gradient is to be.
+// Whether partial sums are stored in scratch memory, instead of writing the gradient directly.
 template <class T>
 bool has_parts(const Split& split) {
   return split.splits > 1 || !std::is_same_v<T, Sum<T>>;

@@ -1,14 +1,16 @@
-// Products of a sparse matrix with images on a GPU: the twin of cpu/sparse.h, whose conventions are those here.
+// Products of a sparse matrix with images on a GPU. The conventions are those of cpu/sparse.h.
 //
-// Images are stored (C, H, W, N), the batch innermost. A block takes a tile of outputs (up to 2048 bytes of each row:
-// pixels and images) and 8, 16 or 32 rows. Chunk by chunk of channels it copies to shared memory what the tile reads,
-// padded and with stride and dilation resolved; while the next chunk is on its way, each warp adds this one's part of
-// its rows' sums, which stay in registers. So a kept weight costs a broadcast of it and one read of the tile from shared
-// memory, whose bandwidth is the bound. Rows of a block are dealt to its warps by length. Layers of one pixel with small
-// batches are read from the caches instead.
+// Images are stored (C, H, W, N), the batch innermost. A block processes a tile of outputs (pixels and images, up to
+// 2048 bytes of each row) and 8, 16 or 32 rows. The channels are processed in chunks. The patch of a chunk, the pixels
+// that the tile reads, is copied to shared memory. The copy adds the padding and resolves stride and dilation. While
+// the next chunk is copied, each warp adds the products of the current chunk to the sums of its rows, which stay in
+// registers. A kept weight thus costs one broadcast and one read of the tile from shared memory. The bandwidth of
+// shared memory limits the speed. The rows of a block are assigned to its warps by length. Layers of one pixel with
+// small batches are read from the caches instead.
 //
-// Sums of float16 and bfloat16 are made in float32, those of float64 in float64. Their order depends on shapes, dtype
-// and alignment alone: results repeat bit for bit, on any chip. Entries of a pattern that may not be followed are left out.
+// Sums of float16 and bfloat16 are computed in float32, those of float64 in float64. The order of a sum depends only on
+// shapes, dtype and alignment: results are the same on every chip, bit for bit. Entries of a pattern that are out of
+// range are left out.
 #pragma once
 
 #include <cstddef>
@@ -21,33 +23,33 @@
 namespace exssnet::cuda {
 
 
-// All pointers are to memory of the device; values, images and results are of one dtype. Images aligned to 16 bytes,
-// with batches that fill vectors of 16 bytes, are faster.
+// All pointers point to memory of the device. Values, images and results have the same dtype. Images are processed
+// faster if they are aligned to 16 bytes and their batch fills vectors of 16 bytes.
 struct SparseValues {
   const void *free, *frozen;
   int64_t free_count, count;  // count: free and frozen
 };
 
-// What becomes of a finished sum: see cpu::Epilogue.
+// Applied to a finished sum (see cpu::Epilogue).
 struct SparseEpilogue {
   const void *scale = nullptr, *bias = nullptr, *residual = nullptr;
   bool relu = false;
 };
 
-// y (O, H', W', N) from x (C, H, W, N). `processors`: of the device, sizes the blocks. One launch.
+// y (O, H', W', N) from x (C, H, W, N), in one launch. processors: number of multiprocessors, which affects the blocks.
 cudaError_t sparse_forward(const Convolution& c, const Pattern& pattern, const SparseValues& values,
                            const SparseEpilogue& epilogue, Float dtype, const void* x, void* y, int processors,
                            cudaStream_t stream);
 
-// grad_x (C, H, W, N) from grad (O, H', W', N). One launch.
+// grad_x (C, H, W, N) from grad (O, H', W', N), in one launch.
 cudaError_t sparse_input_gradient(const Convolution& c, const Pattern& transposed, const SparseValues& values,
                                   Float dtype, const void* grad, void* grad_x, int processors, cudaStream_t stream);
 
-// Of scratch memory, aligned to 16 bytes, for the gradient of the values: the parts of sums that are split.
+// Size of the scratch memory, aligned to 16 bytes, for the gradient of the values: the partial sums.
 size_t sparse_workspace_bytes(const Convolution& c, const Pattern& pattern, int64_t free_count, Float dtype);
 
-// grad_values (free_count,) from x (C, H, W, N) and grad (O, H', W', N), of those in the pattern. Sums over many
-// pixels are split; then a second launch adds the parts.
+// grad_values (free_count,) from x (C, H, W, N) and grad (O, H', W', N), for the free values in the pattern. Sums over
+// many pixels are split, and a second launch adds the partial sums.
 cudaError_t sparse_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, Float dtype,
                                   const void* x, const void* grad, void* grad_values, void* workspace,
                                   cudaStream_t stream);

@@ -1,4 +1,4 @@
-// How the sparse products of sparse.cu go through images: tiles of results, patches of sources, entries of rows.
+// How the sparse products of sparse.cu are organized: tiles of results, patches of sources, entries of rows.
 #pragma once
 
 #include <algorithm>
@@ -21,75 +21,78 @@ using Sum = std::conditional_t<sizeof(T) == 8, double, float>;
 template <class T>
 constexpr int kLanes = 16 / sizeof(T);  // elements of a vector
 template <class T>
-constexpr int kMostRows = sizeof(T) == 8 ? 2 : 4;  // of a warp
+constexpr int kMostRows = sizeof(T) == 8 ? 2 : 4;  // rows of a warp
 template <class T>
-constexpr int kHeld = sizeof(T) == 2 ? 2 : 4;  // vectors of a row that a lane sums, as far as registers go
+constexpr int kHeld = sizeof(T) == 2 ? 2 : 4;  // vectors of a row that a lane sums, limited by the registers
 
 __host__ __device__ constexpr int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// A kept weight as a warp meets it: where its source is, and its value or slot.
+// A kept weight for a warp: the position of its source, and its value or slot.
 template <class What>
 struct alignas(2 * sizeof(What)) Entry {
   int offset;
   What what;
 };
 
-// The entries of a row that a warp has at hand, in order, without those that are left out.
+// The next entries of a row, in order. Entries that are left out are not in the window.
 template <class What>
 struct Window {
   Entry<What> entries[32];
-  int unit[32];  // of the entry that each lane has put there, or kNone; it lies here because registers are few
+  int unit[32];  // unit of each lane's entry, or kNone; in shared memory to save registers
 };
 
-// Of a patch and its chart. With two patches and all windows a block has less than 82 KB: a multiprocessor of an A100
-// or H100 holds two, of an RTX 4090 one. The size is the same everywhere, for the order of sums depends on it.
+// Size of a patch with its chart. With two patches and all windows, a block uses less than 82 KB: two blocks fit into a
+// multiprocessor of an A100 or H100, one into that of an RTX 4090. The size is the same for all GPUs, because the order
+// of sums depends on it.
 constexpr int kPatchBytes = 34 << 10;
 
-// Height or width of a product, forward or transposed. Results go by phases: result `a + phases * i` of phase a reads,
-// at tap t, source step * i + shift(a, t), if the tap is live in this phase. Forward, there is one phase.
+// Height or width of a product, forward or transposed. The pixels of the result are split into phases. For tap t, pixel
+// a + phases * i of the result, which belongs to phase a, reads pixel step * i + shift(a, t) of the source, if the tap
+// is live in this phase. A forward product has one phase.
 struct Axis {
-  int in, out;  // pixels of the source and of the result
+  int in, out;  // number of pixels of the source and of the result
   int taps, step, phases;
   int offset, slope;
 
   __device__ int moved(int a, int t) const { return offset + a + slope * t; }
   __device__ bool live(int a, int t) const { return phases == 1 || moved(a, t) % phases == 0; }
   __device__ int shift(int a, int t) const { return phases == 1 ? moved(a, t) : moved(a, t) / phases; }
-  // No shift of a live tap is smaller: those are exact quotients, so that either way of rounding will do.
+  // A lower bound of the shifts of live taps. Their quotients are exact, so the direction of rounding does not matter.
   __device__ int first(int a) const { return shift(a, slope < 0 ? taps - 1 : 0); }
   int64_t reach() const { return ((slope < 0 ? -slope : slope) * (taps - int64_t{1}) + phases - 1) / phases; }
-  int64_t positions() const { return groups_of(out, phases); }  // of the first phase, the longest
+  int64_t positions() const { return groups_of(out, phases); }  // positions of the first phase, which is the longest
 };
 
-// How a product is laid out. A unit is what a patch holds of: a channel, or the source of one column of the pattern.
+// The layout of a product. A patch holds several units. A unit is a channel, or the source of one column of the
+// pattern.
 struct Plan {
   Axis h, w;
   int64_t batch;
   int rows, columns, taps;
-  int units, chunk;            // chunk: units in a patch; there are two patches where not all are in one
-  bool by_columns, charted;    // charted: what of a unit goes into the patch is written down once, for all of them
-  int chart_vectors;           // that the chart takes
+  int units, chunk;            // chunk: units per patch; there are two patches if one does not hold all units
+  bool by_columns, charted;    // charted: a chart, shared by all units, lists the sources of a patch
+  int chart_vectors;           // size of the chart in vectors
   int vectors_shift;           // log2 of the vectors of images in a tile
   int tile_h, tile_w;          // positions in a tile
   int patch_h, patch_w;        // pixels of a unit in a patch
   int64_t tiles_h, tiles_w, tiles_n;
 
   __host__ __device__ int vectors() const { return 1 << vectors_shift; }
-  __host__ __device__ int plane() const { return patch_h * patch_w << vectors_shift; }  // vectors of a unit
+  __host__ __device__ int plane() const { return patch_h * patch_w << vectors_shift; }  // number of vectors of a unit
   int64_t tiles() const { return int64_t{h.phases} * w.phases * tiles_n * tiles_h * tiles_w; }
 };
 
-// A tile: its phases, the smallest shifts there, its first positions, its first image. It lies in shared memory, which
+// A tile: its phases, their smallest shifts, its first positions and its first image. It is in shared memory, which
 // saves registers.
 struct Tile {
   int phase_h, phase_w, first_h, first_w, h, w;
   int64_t n;
 };
 
-// Sets the block's tile. All threads.
+// Sets the tile of the block. Called by all threads.
 template <class T>
 __device__ void enter(const Plan& plan, int64_t index, Tile& tile) {
-  __syncthreads();  // all have left the last one
+  __syncthreads();  // no thread uses the previous tile any more
   if (threadIdx.x == 0) {
     const auto next = [&](int64_t count) {
       const int64_t at = index % count;
@@ -110,7 +113,7 @@ __host__ __device__ bool in_vectors(const T* images, int64_t batch) {
   return batch % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(images) % 16 == 0;
 }
 
-// The vector at `from`, of which `left` elements are there; zeros behind them.
+// Loads the vector at `from`. Only `left` elements exist; the others are set to zero.
 template <class T>
 __device__ uint4 load(const T* from, int64_t left, bool aligned) {
   if (aligned) return *reinterpret_cast<const uint4*>(from);
@@ -128,8 +131,8 @@ __device__ void spread(uint4 vector, Sum<T> (&elements)[kLanes<T>]) {
   for (int j = 0; j < kLanes<T>; ++j) elements[j] = static_cast<Sum<T>>(stored[j]);
 }
 
-// Vector v of a tile that this lane works on: where it begins in a plane of the patch, in bytes, and in a plane of the
-// result (negative where the result has no such pixel or image).
+// Vector v of this lane in a tile: its start in a plane of the patch, in bytes, and in a plane of the result. The
+// latter is negative if the result has no such pixel or image.
 struct Place {
   int in_patch;
   int64_t in_result, image;
@@ -149,7 +152,7 @@ __device__ Place place(const Plan& plan, const Tile& tile, int v) {
           there ? (h * plan.w.out + w) * plan.batch + image : -1, image};
 }
 
-// Row and column of a tap, and the channel.
+// A column of the pattern: channel, and row and column of the tap.
 struct Column {
   int channel, r, s;
 
@@ -160,8 +163,8 @@ struct Column {
   }
 };
 
-// Writes down where the vectors of a unit's part of the patch come from: how many vectors behind the beginning of the
-// unit, or -1 for zeros. All threads.
+// Writes the chart: for each vector of a unit in the patch, its source as a number of vectors from the start of the
+// unit, or -1 for zeros. Called by all threads.
 template <class T>
 __device__ void draw_chart(const Plan& plan, const Tile& tile, int* chart) {
   for (int v = static_cast<int>(threadIdx.x); v < plan.plane(); v += kSparseThreads) {
@@ -173,12 +176,12 @@ __device__ void draw_chart(const Plan& plan, const Tile& tile, int* chart) {
   }
 }
 
-// Begins to copy what a tile reads of units [begin, end) of x, as the chart says. All threads.
+// Starts to copy what a tile reads of units [begin, end) of x, with the chart. Called by all threads.
 template <class T>
 __device__ void stage_charted(const Plan& plan, int begin, int end, const T* x, const int* chart, uint4* patch) {
   const int plane = plan.plane(), count = (end - begin) * plane, thread = static_cast<int>(threadIdx.x);
   const int units = kSparseThreads / plane, rest = kSparseThreads - units * plane, unit = thread / plane;
-  const int64_t size = int64_t{plan.h.in} * plan.w.in * plan.batch / kLanes<T>;  // of a unit
+  const int64_t size = int64_t{plan.h.in} * plan.w.in * plan.batch / kLanes<T>;  // size of a unit
   const uint4* from = reinterpret_cast<const uint4*>(x) + (begin + unit) * size;
   int v = thread - unit * plane;
 #pragma unroll 2
@@ -190,7 +193,7 @@ __device__ void stage_charted(const Plan& plan, int begin, int end, const T* x, 
   }
 }
 
-// Copies it without a chart: columns, and vectors that are not aligned.
+// The same without a chart: for units that are columns, and for vectors that are not aligned.
 template <class T>
 __device__ void stage_each(const Plan& plan, const Tile& tile, int begin, int end, const T* x, uint4* patch) {
   const int width = plan.patch_w << plan.vectors_shift, lines = (end - begin) * plan.patch_h;
@@ -222,8 +225,8 @@ __device__ void stage_each(const Plan& plan, const Tile& tile, int begin, int en
   }
 }
 
-// Begins to fill a patch with what a tile reads of units [begin, end) of x, zeros where there are no pixels or images:
-// a thread's part is there when it has awaited its copies. All threads; the chart is that of the tile.
+// Starts to fill a patch with what a tile reads of units [begin, end) of x. Pixels and images that do not exist are
+// zeros. A thread's copies are complete after await_copies(). Called by all threads, with the chart of the tile.
 template <class T>
 __device__ void stage(const Plan& plan, const Tile& tile, int begin, int end, const T* x, const int* chart,
                       uint4* patch) {
@@ -231,13 +234,13 @@ __device__ void stage(const Plan& plan, const Tile& tile, int begin, int end, co
   else stage_each(plan, tile, begin, end, x, patch);
 }
 
-// Calls use(begin, end, patch) for the chunks of units [first, last), each when its patch is filled, while the other
-// patch is filled for the next one. All threads.
+// Calls use(begin, end, patch) for the chunks of units [first, last), as soon as the patch of a chunk is filled.
+// Meanwhile the other patch is filled for the next chunk. Called by all threads.
 template <class T, bool kStaged, class Use>
 __device__ void for_each_chunk(const Plan& plan, const Tile& tile, int first, const int& last, const T* x,
                                const int* chart, uint4* patches, const Use& use) {
   if constexpr (!kStaged) return use(first, last, patches);
-  __syncthreads();  // all see the chart, and have read the last patches
+  __syncthreads();  // the chart is complete, and no thread reads the previous patches any more
   const auto next = [&](int end) { return end + min(plan.chunk, last - end); };
   const auto patch_of = [&](int begin) {
     return patches + (begin - first) / plan.chunk % 2 * plan.chunk * plan.plane();
@@ -248,11 +251,11 @@ __device__ void for_each_chunk(const Plan& plan, const Tile& tile, int first, co
     if (begin < end) use(begin, end, patch_of(begin));
     if (end == last) return;
     await_copies();
-    __syncthreads();  // all have filled the one patch, and read the other
+    __syncthreads();  // one patch is filled, and no thread reads the other one any more
   }
 }
 
-// The entries [begin, end) of a row; none where the pointers may not be followed.
+// The entries [begin, end) of a row. The range is empty if the pointers are out of range.
 struct Range {
   int begin, end;
 
@@ -262,7 +265,8 @@ struct Range {
   }
 };
 
-// Deals the kRows * kSparseWarps rows of a group to the warps, long ones with short ones. All threads.
+// Sorts the kRows * kSparseWarps rows of a group by length, so that each warp gets long and short rows. Called by all
+// threads.
 template <int kRows>
 __device__ void deal(const Plan& plan, const Pattern& pattern, int64_t group, int* order) {
   static_assert(kRows * kSparseWarps <= 32);
@@ -284,7 +288,7 @@ __device__ void deal(const Plan& plan, const Pattern& pattern, int64_t group, in
   __syncthreads();
 }
 
-// Row r of this warp, or plan.rows.
+// Row number r of this warp, or plan.rows if there is no such row.
 template <int kRows>
 __device__ int row_of(const Plan& plan, int64_t group, const int* order, int r) {
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -292,12 +296,12 @@ __device__ int row_of(const Plan& plan, int64_t group, const int* order, int r) 
   return static_cast<int>(min(group * kRows * kSparseWarps + (kRows == 1 ? dealt : order[dealt]), int64_t{plan.rows}));
 }
 
-// Where a warp is in its rows: the next entry and the last, of the row that has the number of this lane.
+// Position of a warp in its rows. Lane r holds the next entry and the end of row r.
 struct Cursor {
   int next = 0, end = 0;
 };
 
-// At the first entries of the rows whose unit is not before `begin`, with empty windows.
+// Sets the cursor to the first entry of each row whose unit is at least `begin`, and empties the windows.
 template <int kRows, class What>
 __device__ Cursor begin_rows(const Plan& plan, const Pattern& pattern, int64_t group, const int* order, int begin,
                              Window<What>* windows) {
@@ -316,8 +320,8 @@ __device__ Cursor begin_rows(const Plan& plan, const Pattern& pattern, int64_t g
   return {next, entries.end};
 }
 
-// Puts the next entries of row r into its window. value(slot, entry.what) tells whether an entry is wanted. Offsets are
-// in bytes of the patch, or, where x is not staged, channels.
+// Fills the window of row r with its next entries. value(slot, entry.what) returns whether an entry is used. Offsets
+// are bytes in the patch or, if x is not staged, channels.
 template <bool kStaged, class What, class Value>
 __device__ void fill(const Plan& plan, const Pattern& pattern, const Tile& tile, Cursor& cursor, int r,
                      Window<What>& window, const Value& value) {
@@ -346,12 +350,13 @@ __device__ void fill(const Plan& plan, const Pattern& pattern, const Tile& tile,
   if (lane == r) cursor.next += min(left, 32);
   window.unit[lane] = unit;
   const unsigned live = __ballot_sync(kAllLanes, unit != kNone);
-  __syncwarp();  // all lanes have read what is overwritten
+  __syncwarp();  // no lane reads the old entries any more
   if (unit != kNone) window.entries[__popc(live & ((1u << lane) - 1))] = entry;
   __syncwarp();
 }
 
-// Calls use(first, last) for the parts of the window of row r, as it moves on, that hold entries of units [begin, end).
+// Calls use(first, last) for the entries of row r in units [begin, end). They are at [first, last) in the window, which
+// is refilled as often as needed.
 template <bool kStaged, class What, class Value, class Use>
 __device__ void for_each_part(const Plan& plan, const Pattern& pattern, const Tile& tile, int begin, int end,
                               Cursor& cursor, int r, Window<What>& window, const Value& value, const Use& use) {
@@ -366,10 +371,11 @@ __device__ void for_each_part(const Plan& plan, const Pattern& pattern, const Ti
   }
 }
 
-// ---- on the host
+// ---- Host code
 
-// Sets the tiles, of up to `capacity` vectors, and the patch: those for which the work is least, as guessed from what
-// the warps read (`capacity` vectors a tile, of a tenth of the taps in each of 20 rows) and what is staged.
+// Chooses the tiles, of up to `capacity` vectors, and the patch with the smallest estimated work. The estimate counts
+// the vectors that the warps read (`capacity` vectors per tile, for a tenth of the taps in each of 20 rows) and those
+// that are staged.
 template <class T>
 void lay_out(Plan& plan, int capacity) {
   const int64_t across = groups_of(plan.batch, kLanes<T>), taps = plan.taps;
@@ -401,7 +407,7 @@ void lay_out(Plan& plan, int capacity) {
   plan.chunk = static_cast<int>(std::max<int64_t>(groups_of(plan.units, chunks), 1));
 }
 
-// Where source and result are one pixel, or as good as one; every row of a plane is then one long batch.
+// Whether a pixel of the result reads only the same pixel of the source. A plane is then treated as one long batch.
 inline bool is_one_pixel(const Convolution& c) { return c.h.is_pointwise() && c.w.is_pointwise(); }
 
 inline Axis axis_of(const exssnet::Window& w, bool transposed) {
@@ -412,14 +418,14 @@ inline Axis axis_of(const exssnet::Window& w, bool transposed) {
   return {in, out, taps, stride, 1, -padding, dilation};
 }
 
-// Whether patches are filled by a chart: vectors lie as in x, and are counted in int32.
+// Whether a chart can be used: the vectors of the patch are vectors of x, and their number fits into int32.
 template <class T>
 bool can_chart(const Plan& plan, const T* x) {
   const double vectors = double(plan.h.in) * double(plan.w.in) * double(plan.batch) / kLanes<T>;
   return !plan.by_columns && in_vectors(x, plan.batch) && vectors <= std::numeric_limits<int>::max();
 }
 
-// The plan of a product, but for its tiles.
+// The plan of a product, without its tiles.
 inline Plan plan_of(const Convolution& c, const Pattern& pattern, bool transposed) {
   Plan plan{};
   plan.h = axis_of(c.h, transposed), plan.w = axis_of(c.w, transposed);

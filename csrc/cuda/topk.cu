@@ -5,35 +5,36 @@
 
 #include "cuda/topk_pass.h"
 
-// How it works. A layer has a bracket [lo, hi] of magnitude bits that nearly surely holds the k-th largest: from the
-// last call's hint, or from a sample of the scores. One pass over the scores (topk_pass.h) counts what lies above the
-// bracket, writes the mask as if nothing else were kept, and collects the candidates inside. One block then picks the
-// k-th among those few and sets their mask bytes. Where the bracket missed, histograms of the bits narrow one that
-// cannot miss, and the pass is made again. All layers go through the same launches together; those that are done, or
-// have nothing to do in a launch, leave it at once. Candidates lie in any order; what is picked does not depend on it.
+// How it works. A layer has a bracket [lo, hi] of magnitude bits that almost surely contains the k-th largest
+// magnitude. It comes from the hint of the last call, or from a sample of the scores. One pass over the scores
+// (topk_pass.h) counts the entries above the bracket, writes the mask as if no other entries were kept, and collects
+// the candidates inside. One block then selects the k-th largest among these few candidates and sets their mask bytes.
+// If the bracket does not contain the k-th largest, histograms of the bits give a bracket that does, and the pass is
+// repeated. All layers share the same launches. A layer that has nothing to do in a launch returns at once. The order
+// of the candidates is arbitrary and does not affect the selection.
 
 namespace exssnet::cuda {
 
 namespace {
 
-constexpr int kLayerWarps = 16;      // of the blocks that work on a layer alone
+constexpr int kLayerWarps = 16;      // warps of a block that processes a whole layer
 constexpr int kLayerThreads = 32 * kLayerWarps;
-constexpr int64_t kSmall = 1 << 12;  // layers up to this size are all candidates
-constexpr int kTable = 40;           // layers that fit into the parameters of a kernel
+constexpr int64_t kSmall = 1 << 12;  // in layers up to this size all entries are candidates
+constexpr int kTable = 40;           // number of layers that fit into the parameters of a kernel
 
-// Shared memory of a block that works on a layer.
+// Shared memory of a block that processes a layer.
 struct Shared {
   int64_t sums[kLayerWarps];
   int64_t position, rank;
   int64_t threshold, tie;
-  unsigned tail;  // bits of a packed mask that are no whole word
+  unsigned tail;  // bits of a packed mask after its last complete word
   unsigned bins[kBins];
 };
 
-// What the host says of a layer.
+// A layer, as passed from the host.
 struct Entry {
   TopkLayer layer;
-  int64_t first_tile, sample;  // sample: entries to draw
+  int64_t first_tile, sample;  // sample: size of the sample
   void* candidates;
 };
 struct Table {
@@ -43,15 +44,15 @@ static_assert(sizeof(Table) + sizeof(Workspace) + sizeof(int) <= 4096);
 
 struct Interval {
   int64_t low, high;
-  int64_t count;  // of the values in it
+  int64_t count;  // number of values in it
   __device__ bool holds(int64_t x) const { return low <= x && x <= high; }
 };
 
-// Values 0 ... range, shifted by this, are spread over the bins.
+// The shift that distributes values 0 ... range over the bins.
 __device__ int bin_shift(int64_t range) { return max(0, 64 - __clzll(range) - 11); }
 
-// The first position in [begin, end) where the running sum of count(position) reaches the rank, which becomes the rank
-// at that position alone. Where the sum never does, begin.
+// The first position in [begin, end) where the running sum of count(position) reaches the rank. The rank is reduced to
+// the rank within that position. Returns begin if the sum never reaches the rank.
 template <class CountAt>
 __device__ int64_t reach(int64_t begin, int64_t end, int64_t& rank, Shared& shared, const CountAt& count) {
   for (;;) {
@@ -59,7 +60,7 @@ __device__ int64_t reach(int64_t begin, int64_t end, int64_t& rank, Shared& shar
     const int64_t first = min(begin + threadIdx.x * share, end), last = min(first + share, end);
     int64_t sum = 0;
     for (int64_t i = first; i < last; ++i) sum += count(i);
-    int64_t before = sum;  // becomes what lies before `first`
+    int64_t before = sum;  // becomes the sum of the counts before `first`
     for (int step = 1; step < 32; step *= 2) {
       const int64_t other = __shfl_up_sync(kAll, before, step);
       before += lane() >= step ? other : 0;
@@ -77,8 +78,8 @@ __device__ int64_t reach(int64_t begin, int64_t end, int64_t& rank, Shared& shar
   }
 }
 
-// One step of narrowing: of [low, high], whose values are counted in the bins, the part that holds the value of the
-// given rank, 1 being the largest. The rank becomes that in this part.
+// One step of narrowing. The bins count the values in [low, high]. Returns the part that contains the value of the
+// given rank (1 is the largest). The rank is reduced to the rank within this part.
 template <class Bins>
 __device__ Interval narrowed(int64_t low, int64_t high, int64_t& rank, Shared& shared, const Bins* bins) {
   const int shift = bin_shift(high - low);
@@ -88,8 +89,8 @@ __device__ Interval narrowed(int64_t low, int64_t high, int64_t& rank, Shared& s
   return {first, min(high, first + ((int64_t{1} << shift) - 1)), static_cast<int64_t>(bins[bin])};
 }
 
-// An interval that holds, of value(i) for i < count, the one of the given rank and no other, or only equal ones, among
-// which the rank becomes its own. Values are in [0, range], or negative and left out.
+// An interval that contains, of value(i) for i < count, only the value of the given rank, or only values that are equal
+// to it. The rank is reduced to the rank within the interval. Values are in [0, range]; negative ones are left out.
 template <class Value>
 __device__ Interval pick(int64_t count, int64_t range, int64_t& rank, Shared& shared, const Value& value) {
   Interval in{0, range, count};
@@ -109,15 +110,15 @@ __device__ Interval pick(int64_t count, int64_t range, int64_t& rank, Shared& sh
   return in;
 }
 
-// The bracket that holds the k-th but for about one layer in ten thousand: order statistics of a sample around its
-// rank, four standard deviations away. n^(2/3) balances the cost of the sample and of the candidates.
+// The bracket from a sample: order statistics four standard deviations around the expected rank. It misses the k-th
+// largest in about one layer of ten thousand. The size n^(2/3) balances the costs of the sample and of the candidates.
 template <class S>
 __device__ Interval sampled(const Entry& entry, Shared& shared) {
   const TopkLayer& layer = entry.layer;
   const int64_t size = entry.sample, stride = layer.n / size;
   S* const drawn = static_cast<S*>(entry.candidates);
   for (int64_t i = threadIdx.x; i < size; i += kLayerThreads) {
-    uint64_t random = (i + 1) * 0x9e3779b97f4a7c15ull;  // the place in each stride, lest a pattern meets the stride
+    uint64_t random = (i + 1) * 0x9e3779b97f4a7c15ull;  // random position in each stride, in case of periodic scores
     random = (random ^ random >> 32) * 0xd6e8feb86659fd93ull >> 32;
     drawn[i] = static_cast<S>(magnitude<S>(layer, i * stride + static_cast<int64_t>(random * stride >> 32)));
   }
@@ -138,7 +139,8 @@ __device__ bool usable(const int64_t* hint, int64_t infinity) {
 
 __host__ __device__ int64_t capacity(int64_t n) { return min(n, max(n / 16, int64_t{1} << 14)); }
 
-// Sets up a layer, with its first bracket. One block for each in the table; `first` is the number of the first.
+// Initializes a layer with its first bracket. One block per layer of the table; `first` is the number of its first
+// layer.
 template <class S>
 __global__ void __launch_bounds__(kLayerThreads)
     begin(const __grid_constant__ Table table, Workspace space, int first) {
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 4) scan(Workspace space, const unsig
   if (needed == nullptr || *needed > 0) scan_layers<S>(space, Stored<S>{});
 }
 
-// Another bracket, that surely holds the k-th: with `above` entries above it, and `inside` in it. By one thread.
+// Sets a bracket that surely contains the k-th largest, with `above` entries above it. Called by one thread.
 __device__ void aim(Work& w, const Interval& bracket, int64_t above) {
   const bool good = bracket.count <= w.capacity || bracket.low == bracket.high;
   w.phase = good ? Phase::scan : Phase::narrow;
@@ -181,15 +183,15 @@ __device__ void aim(Work& w, const Interval& bracket, int64_t above) {
   w.inside = 0;
 }
 
-// Writes the selection and the next call's hint. `crowd`: entries per value of the bits around the threshold.
+// Writes the selection and the hint for the next call. crowd: entries per value of the bits, near the threshold.
 __device__ void finish(Work& w, int64_t threshold, int64_t tie, double crowd, int64_t infinity) {
   const TopkLayer& layer = w.layer;
   w.phase = Phase::nothing;
   layer.selection[0] = threshold, layer.selection[1] = tie;
-  int64_t low = layer.k > 0 ? threshold : 0, high = low;  // no bracket yet: the next call sees how far it moves
+  int64_t low = layer.k > 0 ? threshold : 0, high = low;  // no bracket yet, only the threshold
   if (layer.k > 0 && layer.n > kSmall && usable(layer.hint, infinity)) {
-    // Scores move little between steps: next time's bracket is four times as far as the threshold moved this time, and
-    // shrinks slowly. Where that held too many candidates, a fresh sample each time is cheaper.
+    // Scores change little between steps. The next bracket extends four times as far as the threshold moved this time,
+    // and it shrinks slowly. If it would hold too many candidates, a new sample in every call is cheaper.
     const double last_low = static_cast<double>(layer.hint[0]), last_high = static_cast<double>(layer.hint[1]);
     const double n = static_cast<double>(layer.n);
     const double moved = fabs(static_cast<double>(threshold) - (last_low + last_high) / 2);
@@ -202,7 +204,8 @@ __device__ void finish(Work& w, int64_t threshold, int64_t tie, double crowd, in
   layer.new_hint[0] = low, layer.new_hint[1] = high;
 }
 
-// Sets the mask of a candidate, which is 0 where it is bits. The last ones, of no whole word, are left in shared.tail.
+// Sets the mask of a candidate. In a packed mask its bit is still 0. Bits after the last complete word are collected in
+// shared.tail.
 __device__ void mark(const TopkLayer& layer, int64_t i, bool kept, Shared& shared) {
   if (!layer.packed) {
     layer.mask[i] = kept;
@@ -212,7 +215,7 @@ __device__ void mark(const TopkLayer& layer, int64_t i, bool kept, Shared& share
   }
 }
 
-// After a pass: picks the k-th among the candidates and sets their mask bytes, or sets another bracket.
+// After a pass: selects the k-th largest among the candidates and sets their mask bytes, or sets another bracket.
 template <class S>
 __global__ void __launch_bounds__(kLayerThreads) settle(Workspace space, const unsigned* needed) {
   __shared__ Shared shared;
@@ -222,8 +225,8 @@ __global__ void __launch_bounds__(kLayerThreads) settle(Workspace space, const u
   const TopkLayer& layer = w.layer;
   const int64_t n = layer.n, lo = w.lo, hi = w.hi;
   const int64_t above = w.above, inside = w.inside;
-  int64_t rank = layer.k - above;  // of the k-th among those inside, 1 being the largest
-  __syncthreads();                 // all have read what one thread changes below
+  int64_t rank = layer.k - above;  // rank of the k-th among the entries inside; 1 is the largest
+  __syncthreads();  // one thread changes these values below
   if (layer.k == 0) {
     if (threadIdx.x == 0) finish(w, kMagnitude<int64_t>, -1, 0, space.infinity);
     return;
@@ -243,7 +246,7 @@ __global__ void __launch_bounds__(kLayerThreads) settle(Workspace space, const u
   } else if (hit && inside <= w.capacity) {
     const auto* candidates = static_cast<const Candidate<S>*>(w.candidates);
     const auto offset = [=](int64_t i) { return magnitude_of(candidates[i]) - lo; };
-    const auto from_end = [=](int64_t i) { return n - 1 - index_of(candidates[i]); };  // smaller indices come first
+    const auto from_end = [=](int64_t i) { return n - 1 - index_of(candidates[i]); };  // ties go to the smaller index
     if (threadIdx.x == 0) shared.tail = 0;
     const Interval last = pick(inside, hi - lo, rank, shared, offset);
     Interval at{0, n - 1, 1};
@@ -273,10 +276,10 @@ __global__ void __launch_bounds__(kLayerThreads) settle(Workspace space, const u
   }
 }
 
-// Counts the magnitudes in the bracket of each layer that waits for it.
+// Computes the histogram of the magnitudes in the bracket, for each layer that waits for it.
 template <class S>
 __global__ void __launch_bounds__(kThreads) histogram(Workspace space) {
-  __shared__ unsigned bins[kBins];  // a block sees fewer than 2^32 entries
+  __shared__ unsigned bins[kBins];  // a block processes fewer than 2^32 entries
   if (*space.missed == 0) return;
   for_each_layer(space, [&](int number, int64_t tile, int64_t end) {
     const Work& w = space.works[number];
@@ -316,7 +319,8 @@ __global__ void __launch_bounds__(kLayerThreads) narrow(Workspace space) {
   if (threadIdx.x == 0) aim(w, bracket, k - rank);
 }
 
-// Decides about the entries equal to the threshold, whose mask bytes are 2; of bits it reads the scores again.
+// Sets the mask of entries that equal the threshold. Their mask bytes are 2; for a packed mask the scores are read
+// again.
 template <class S>
 __global__ void __launch_bounds__(kThreads) paint(Workspace space) {
   if (*space.tied == 0) return;
@@ -347,7 +351,7 @@ __global__ void __launch_bounds__(kThreads) paint(Workspace space) {
   });
 }
 
-// Takes parts of memory, one after the other, each aligned to vectors.
+// Allocates consecutive parts of a memory block, each aligned to vectors.
 class Parts {
  public:
   explicit Parts(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -368,7 +372,7 @@ class Parts {
   size_t bytes_ = 0;
 };
 
-// Calls f with a value of the integer type of the dtype's bits.
+// Calls f with a value of the integer type that holds the bits of the dtype.
 template <class F>
 decltype(auto) with_bits(Float dtype, F&& f) {
   switch (dtype) {
@@ -393,7 +397,7 @@ struct Plan {
   size_t bytes = 0;
 };
 
-// Where things of the layers, all of one dtype, lie in the workspace. The workspace may be null.
+// Positions in the workspace for layers of one dtype. The workspace may be null, to compute its size.
 Plan plan(const std::vector<TopkLayer>& layers, int32_t* nan_flag, void* workspace) {
   Plan p;
   const Float dtype = layers[0].dtype;
@@ -420,7 +424,7 @@ Plan plan(const std::vector<TopkLayer>& layers, int32_t* nan_flag, void* workspa
   return p;
 }
 
-// The layers of each dtype that there is.
+// The layers, grouped by dtype.
 std::vector<std::vector<TopkLayer>> by_dtype(const std::vector<TopkLayer>& layers) {
   std::vector<std::vector<TopkLayer>> groups;
   for (const Float dtype : {Float::float16, Float::bfloat16, Float::float32, Float::float64}) {

@@ -1,15 +1,16 @@
-// Exact selection of the entries of largest magnitude on a GPU, for many layers at once: the twin of cpu/topk.h.
+// Exact selection of the entries of largest magnitude on a GPU, for many layers at once, as in cpu/topk.h.
 //
-// One fixed sequence of launches, all decisions on the device: it may be captured in a graph. Scores are read once
-// where the bracket (the hint's, or that of a sample of n^(2/3) scores) holds the k-th magnitude and not too many
-// others, which is nearly always so: n entries of b bytes cost n (b + 1) bytes then, with a packed mask n (b + 1/8),
-// without a mask n b. Otherwise they
-// are read once more for each narrowing that was needed, at most ceil(bits of a magnitude / 11), and once more for the
-// mask. Where so many entries equal the threshold that they were only counted, the mask's bytes, or for a packed mask
-// the scores around these entries, are passed over again.
-// Launches: begin for every 40 layers, scan, settle, (histogram, narrow) for each of the 2, 3 or 6 possible narrowings
-// of 16, 32 or 64 bits, scan, settle, paint: 12 for up to 40 layers of float32, of which begin, scan and settle have
-// work to do in the usual case. Each dtype among the layers has its own sequence.
+// The sequence of launches is fixed, and all decisions are taken on the device, so that a CUDA graph can capture it.
+// The bracket comes from the hint, or from a sample of n^(2/3) scores. If it contains the k-th magnitude and not too
+// many others, which is almost always the case, the scores are read once. Then n entries of b bytes cost n (b + 1)
+// bytes; with a packed mask n (b + 1/8) bytes; without a mask n b bytes. Otherwise the scores are read once more for
+// each narrowing, at most ceil(bits of a magnitude / 11) times, and once more for the mask. If very many entries equal
+// the threshold, they are only counted in the first pass. Then another pass reads the bytes of the mask or, for a
+// packed mask, the scores around these entries.
+//
+// Launches: begin for every 40 layers, scan, settle, (histogram, narrow) for each possible narrowing (2, 3 or 6 for 16,
+// 32 or 64 bits), scan, settle, paint. These are 12 launches for up to 40 layers of float32. In the usual case only
+// begin, scan and settle have work to do. Each dtype among the layers has its own sequence.
 #pragma once
 
 #include <cstddef>
@@ -22,15 +23,17 @@
 namespace exssnet::cuda {
 
 
-// All pointers are to memory of the device. 16-byte alignment of scores and mask is faster; the new hint's memory may be
-// the hint's own.
+// All pointers point to memory of the device. Scores and masks that are aligned to 16 bytes are processed faster.
+// new_hint may equal hint.
 
-// Of scratch memory, aligned to 16 bytes; nothing in it needs to be set. About n / 2 bytes of a layer (float64: n).
-// Afterwards its first 4 bytes are the number of layers, of the last dtype, whose scores were read more than once.
+// Size of the scratch memory, which must be aligned to 16 bytes and need not be initialized: about n / 2 bytes per
+// layer (float64: n bytes). Afterwards its first 4 bytes are the number of layers of the last dtype whose scores were
+// read more than once.
 size_t topk_workspace_bytes(const std::vector<TopkLayer>& layers);
 
-// Of equal magnitudes the smaller index is kept; NaN counts as more than infinity. Sets *nan_flag, which is on the
-// device, to 1 where any score is NaN, and never clears it. `processors`: of the device, sizes the grids.
+// Tie-breaking: of equal magnitudes the smaller index is kept. NaN is larger than infinity. If any score is NaN,
+// *nan_flag, which is on the device, is set to 1; it is never cleared. processors: number of multiprocessors, which
+// affects the grids.
 cudaError_t topk_masks(const std::vector<TopkLayer>& layers, int32_t* nan_flag, void* workspace, int processors,
                        cudaStream_t stream);
 

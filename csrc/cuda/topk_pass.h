@@ -1,4 +1,4 @@
-// The pass over the scores that topk.cu makes, and that adam.cu makes while the new scores are still in registers.
+// The pass over the scores, used by topk.cu, and by adam.cu while the new scores are still in registers.
 #pragma once
 
 #include <algorithm>
@@ -10,27 +10,28 @@
 
 namespace exssnet::cuda {
 
-constexpr int kWarps = 8;           // of the blocks that pass over all layers
+constexpr int kWarps = 8;           // warps of a block that passes over all layers
 constexpr int kThreads = 32 * kWarps;
-constexpr int kBlocks = 16;         // of those, per processor: enough that all processors end together
-constexpr int kBins = 1 << 11;      // of the histograms
+constexpr int kBlocks = 16;         // such blocks per multiprocessor, enough to balance the load
+constexpr int kBins = 1 << 11;      // bins of a histogram
 constexpr unsigned kAll = 0xffffffffu;
 
-// S: bits of a score, int16_t, int32_t or int64_t. B: what they are computed with. Negative: no score.
+// S: integer type of the bits of a score: int16_t, int32_t or int64_t. Wide: the type for calculations with magnitudes.
+// A negative magnitude means that there is no score.
 template <class S>
 using Wide = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
 template <class S>
 constexpr int kWidth = 16 / sizeof(S);  // scores in a vector
 template <class S>
-constexpr int kVectors = sizeof(S) == 2 ? 2 : 4;  // that a lane holds at a time, as far as registers go
+constexpr int kVectors = sizeof(S) == 2 ? 2 : 4;  // vectors that a lane holds at a time, limited by the registers
 template <class S>
 constexpr int64_t kStrip = 32 * kVectors<S> * kWidth<S>;  // scores that a warp holds at a time
 template <class S>
 constexpr int64_t kTile = kWarps * kStrip<S>;
 template <class S>
-constexpr Wide<S> kMagnitude = std::numeric_limits<S>::max();  // mask of the bits of a magnitude, and the largest
+constexpr Wide<S> kMagnitude = std::numeric_limits<S>::max();  // bit mask of magnitudes, and the largest one
 
-// An entry inside the bracket: 31 bits of magnitude above 33 bits of index, or 64 and 64.
+// An entry inside the bracket: 31 bits of magnitude and 33 bits of index, or 64 bits each.
 struct Candidate64 {
   int64_t magnitude, index;
 };
@@ -48,21 +49,21 @@ __device__ inline int64_t index_of(const Candidate64& candidate) { return candid
 
 using Count = unsigned long long;
 
-// What a layer waits for.
+// The next step of a layer.
 enum class Phase { scan, narrow, paint, nothing };
 
-// A layer, in the workspace.
+// A layer, as stored in the workspace.
 struct Work {
   TopkLayer layer;
-  int64_t first_tile;  // tiles of all layers are numbered through
-  bool aligned;        // to vectors
+  int64_t first_tile;  // the tiles of all layers are numbered consecutively
+  bool aligned;        // whether the memory is aligned to vectors
   Phase phase;
   int64_t lo, hi;      // the bracket, inclusive
   Count above;         // entries above the bracket
-  Count inside;        // entries in it
-  void* candidates;    // those in it, in any order, as far as they fit
+  Count inside;        // entries in the bracket
+  void* candidates;    // entries in the bracket, in any order, as many as fit
   int64_t capacity;
-  unsigned* ties;      // number of entries inside a bracket of one value, of each strip
+  unsigned* ties;      // per strip: number of entries inside a bracket of one value
   Count* bins;         // kBins
 };
 
@@ -70,11 +71,11 @@ struct Workspace {
   Work* works;
   int layers;
   int64_t tiles;
-  int64_t infinity;    // its bits
-  unsigned* ties;      // those of all layers
+  int64_t infinity;    // bits of infinity
+  unsigned* ties;      // ties of all layers
   Count* bins;
-  unsigned* missed;    // number of layers whose first bracket was not good
-  unsigned* tied;      // number of layers that wait to be painted
+  unsigned* missed;    // number of layers whose first bracket failed
+  unsigned* tied;      // number of layers that wait for paint()
   int32_t* nan_flag;
 };
 
@@ -86,7 +87,7 @@ __device__ inline unsigned warp_sum(unsigned x) {
   return x;
 }
 
-// Calls body(layer, tile, end) for each layer in this block's share of the tiles, which are counted within the layer.
+// Calls body(layer, tile, end) for each layer in this block's share of the tiles. Tiles are numbered within the layer.
 template <class Body>
 __device__ void for_each_layer(const Workspace& space, Body&& body) {
   int64_t tile = space.tiles * blockIdx.x / gridDim.x;
@@ -101,7 +102,7 @@ __device__ void for_each_layer(const Workspace& space, Body&& body) {
   }
 }
 
-// Where the lane's entries of vector v of a strip begin.
+// First entry of the lane's vector v in a strip.
 template <class S>
 __device__ int64_t place(int64_t strip, int v) {
   return strip * kStrip<S> + (v * 32 + lane()) * kWidth<S>;
@@ -110,11 +111,11 @@ __device__ int64_t place(int64_t strip, int v) {
 template <class S>
 __device__ int64_t magnitude(const TopkLayer& layer, int64_t i) {
   S bits;
-  memcpy(&bits, static_cast<const S*>(layer.scores) + i, sizeof bits);  // this thread may have stored it as a float
+  memcpy(&bits, static_cast<const S*>(layer.scores) + i, sizeof bits);  // it may have been stored as a float
   return bits & kMagnitude<S>;
 }
 
-// Magnitudes of the vector of scores at i; past the end -1. `whole`: it is aligned, and ends before the end.
+// Magnitudes of the vector of scores at i; -1 beyond the end. whole: the vector is aligned and complete.
 template <class S>
 __device__ void load(const S* scores, int64_t i, int64_t n, bool whole, S (&magnitudes)[kWidth<S>]) {
   if (whole) {
@@ -127,7 +128,7 @@ __device__ void load(const S* scores, int64_t i, int64_t n, bool whole, S (&magn
   }
 }
 
-// Source of a pass over scores that are in memory.
+// Source of a pass over the scores in memory.
 template <class S>
 struct Stored {
   __device__ void operator()(const Work& w, int, int64_t i, bool whole, S (&magnitudes)[kWidth<S>]) const {
@@ -135,7 +136,7 @@ struct Stored {
   }
 };
 
-// Writes the bits of the warp's vectors at i to a packed mask, whose spare bits are zero.
+// Writes the bits of the warp's vectors at i to a packed mask. Unused bits of its last byte are zero.
 template <class S>
 __device__ void store_bits(uint8_t* mask, int64_t i, int64_t n, unsigned bits) {
   for (int width = kWidth<S>; width < 8; width *= 2)
@@ -143,24 +144,24 @@ __device__ void store_bits(uint8_t* mask, int64_t i, int64_t n, unsigned bits) {
   if (i % 8 == 0 && i < n) mask[i / 8] = static_cast<uint8_t>(bits);
 }
 
-// What a block has found in its share of a layer. It tells the layer once, at the end: many atomic operations on one
-// number wait for each other.
+// Results of a block for its share of a layer. They are added to the layer once, at the end, because many atomic
+// operations on one address wait for each other.
 template <class S>
 struct Found {
   static constexpr unsigned kRoom = 512;
   Candidate<S> candidates[kRoom];
-  Count first;     // place of the first of them among the layer's
-  unsigned count;  // of candidates, those without room as well
-  unsigned end;    // from here on there was no room
+  Count first;     // position of the first of them among the layer's candidates
+  unsigned count;  // number of candidates, including those that did not fit
+  unsigned end;    // number of the first candidate that did not fit
   unsigned above, equal;
 };
 
-// Puts the entries of a strip that are inside the bracket among the candidates: entry j of the lane's vector v, where
-// bit v * kWidth + j of `inside` is set. They are few, so they are read again rather than kept at hand.
+// Adds the entries of a strip that are inside the bracket to the candidates: entry j of the lane's vector v if bit
+// v * kWidth + j of `inside` is set. There are few of them, so they are read again, which saves registers.
 template <class S>
 __device__ void collect(Work& w, Found<S>& found, int64_t strip, unsigned inside) {
   const auto count = static_cast<unsigned>(__popc(inside));
-  unsigned before = count;  // ends as the number of this lane and those before it
+  unsigned before = count;  // becomes the sum over this lane and the lanes before it
   for (int step = 1; step < 32; step *= 2) {
     const unsigned other = __shfl_up_sync(kAll, before, step);
     before += lane() >= step ? other : 0;
@@ -177,7 +178,7 @@ __device__ void collect(Work& w, Found<S>& found, int64_t strip, unsigned inside
       next = atomicAdd(&w.inside, static_cast<Count>(all));
     }
     next = __shfl_sync(kAll, next, 0);
-    if (next + all > static_cast<Count>(w.capacity)) return;  // too many: settle() sees it
+    if (next + all > static_cast<Count>(w.capacity)) return;  // too many candidates: settle() handles it
   }
   to += next + (before - count);
   for (; inside != 0; inside &= inside - 1) {
@@ -187,7 +188,7 @@ __device__ void collect(Work& w, Found<S>& found, int64_t strip, unsigned inside
   }
 }
 
-// Adds what a block has found to the layer. All threads.
+// Adds the results of a block to the layer. Called by all threads.
 template <class S>
 __device__ void tell(Work& w, Found<S>& found) {
   __syncthreads();
@@ -202,9 +203,9 @@ __device__ void tell(Work& w, Found<S>& found) {
   for (unsigned i = threadIdx.x; i < held; i += kThreads) candidates[i] = found.candidates[i];
 }
 
-// Counts what is above the bracket of each layer and what is inside, writes the mask as if nothing inside were kept,
-// and collects the candidates inside. In a bracket of one value there may be any number of them: they are only counted,
-// strip by strip, and their bytes of the mask are 2, their bits 0. A strip is a warp's own work.
+// For each layer: counts the entries above and inside the bracket, writes the mask as if no entries inside were kept,
+// and collects the candidates inside. A bracket of one value may contain very many entries. They are only counted, per
+// strip; their bytes of the mask are set to 2, their bits to 0. A strip is processed by one warp.
 template <class S, class Source>
 __device__ void scan_layers(const Workspace& space, const Source& read) {
   using B = Wide<S>;
@@ -214,7 +215,7 @@ __device__ void scan_layers(const Workspace& space, const Source& read) {
   for_each_layer(space, [&](int number, int64_t tile, int64_t end) {
     Work& w = space.works[number];
     if (w.phase != Phase::scan) return;
-    __syncthreads();  // all have read what was found in the last layer
+    __syncthreads();  // no thread reads the results of the previous layer any more
     if (threadIdx.x == 0) found.count = found.above = found.equal = 0, found.end = Found<S>::kRoom;
     __syncthreads();
     const int64_t n = w.layer.n;
@@ -273,12 +274,12 @@ __device__ void scan_layers(const Workspace& space, const Source& read) {
 #define EXSSNET_TRY(launch) \
   if (const cudaError_t error = (launch); error != cudaSuccess) return error
 
-// What comes before the pass, and after it; the layers are of one dtype. `space` is set by the first.
+// The launches before the pass and after it, for layers of one dtype. topk_begin sets `space`.
 cudaError_t topk_begin(const std::vector<TopkLayer>& layers, int32_t* nan_flag, void* workspace, cudaStream_t stream,
                        Workspace& space);
 cudaError_t topk_finish(const Workspace& space, Float dtype, int processors, cudaStream_t stream);
 
-// The grid of a pass; a block has nothing to do where there are no tiles.
+// The grid of a pass. There is at least one block, even if there are no tiles.
 inline unsigned pass_blocks(const Workspace& space, int processors) {
   return static_cast<unsigned>(std::clamp<int64_t>(space.tiles, 1, int64_t{kBlocks} * processors));
 }

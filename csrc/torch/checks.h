@@ -1,4 +1,4 @@
-// What the entry points share: memory safety checks and access to ATen. User errors live in exssnet/ops.
+// Shared by the entry points: checks for memory safety, and access to ATen. User errors are checked in exssnet/ops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 
 #include "core/floats.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has it without the message of what went wrong
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has a version without the error's message
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
@@ -26,7 +26,7 @@ using OptTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 using Flags = std::vector<bool>;
 
-// Throws the plain sentence: STD_TORCH_CHECK would put a file name before it.
+// Throws a plain sentence. STD_TORCH_CHECK would add a file name.
 inline void check(bool condition, const char* who, const char* expected) {
   if (!condition) throw std::runtime_error(std::string(who) + ": expected " + expected);
 }
@@ -50,7 +50,7 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-// The tensor itself where it is contiguous, without a trip through the dispatcher.
+// Returns a contiguous tensor unchanged, without the cost of the dispatcher; else copies it.
 inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor like(const Tensor& shape, ScalarType dtype) {
@@ -59,7 +59,7 @@ inline Tensor like(const Tensor& shape, ScalarType dtype) {
 
 inline Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
 
-// Calls an ATen operator that returns `kResults` tensors. Arguments are in the order of its schema.
+// Calls an ATen operator that returns `kResults` tensors. The arguments are in the order of its schema.
 template <size_t kResults = 1, class... Args>
 auto aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, std::max(kResults, sizeof...(Args))> stack{torch::stable::detail::from(args)...};

@@ -1,4 +1,4 @@
-// The order of dimensions that the CPU kernels work in: (C, H, W, N), the batch innermost.
+// The memory layout of the CPU kernels: (C, H, W, N), the batch innermost.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace exssnet {
 
 inline Ints shape_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
 
-// A new tensor (N, C, H, W), or (B, I), with dimension 0 stored innermost.
+// A new tensor (N, C, H, W) or (B, I), stored with dimension 0 innermost.
 inline Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
   Ints strides(shape.size(), 1);
   int64_t step = std::max<int64_t>(shape[0], 1);
@@ -22,7 +22,7 @@ inline Tensor new_batch_last(const Tensor& like, const Ints& shape, ScalarType d
               std::nullopt);
 }
 
-// Whether x (N, C, ...) is stored (C, ..., N), dimensions of one element aside.
+// Whether x (N, C, ...) is stored as (C, ..., N). Dimensions of size 1 are ignored.
 inline bool stored_innermost(const Tensor& x) {
   if (x.size(0) != 1 && x.stride(0) != 1) return false;
   for (int64_t d = x.dim() - 1, step = x.size(0); d > 0; step *= x.size(d--))
@@ -30,14 +30,14 @@ inline bool stored_innermost(const Tensor& x) {
   return true;
 }
 
-// x with the batch innermost: itself where it is stored so, else a copy.
+// x with the batch innermost: x itself if it is stored so, else a copy.
 template <class T>
 Tensor batch_innermost(const Tensor& x) {
   if (stored_innermost(x)) return x;
   const bool is_linear = x.dim() == 2;
   const int64_t n = x.size(0), c = x.size(1), h = is_linear ? 1 : x.size(2), w = is_linear ? 1 : x.size(3);
   Tensor copy = torch::stable::new_empty(x, {c * h * w * n});
-  if (is_linear)  // the features as pixels of a line, which can be copied like a row of an image
+  if (is_linear)  // features are copied like the pixels of a row of an image
     cpu::batch_innermost(x.const_data_ptr<T>(), {x.stride(0), 0, 0, x.stride(1)}, n, 1, 1, c,
                          copy.mutable_data_ptr<T>());
   else

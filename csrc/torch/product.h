@@ -1,4 +1,4 @@
-// Tensors into and out of the sparse products of csrc/cpu/sparse: dtypes and the geometry of a layer.
+// Prepares tensors for the sparse products of csrc/cpu/sparse: dtypes and the geometry of a layer.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 
 namespace exssnet {
 
-constexpr int64_t kMost = int64_t(1) << 31;  // of any size: products of the few that are multiplied stay in int64
+constexpr int64_t kMost = int64_t(1) << 31;  // limit of every size, so that products of sizes do not overflow int64
 
-// Without a trip through the dispatcher where nothing changes: a small layer would notice ten.
+// Avoids the dispatcher if the dtype is right already: ten such calls would slow down a small layer.
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
-// What the kernels compute in: float32 for the half types.
+// The dtype in which the kernels compute: float32 for float16 and bfloat16.
 inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -41,21 +41,21 @@ inline Convolution convolution(const char* who, const Tensor& x, int64_t channel
   check(double(c.in_channels) * (c.h.in + c.h.padding) * (c.w.in + c.w.padding) * c.batch < 1e15 &&
             double(c.out_channels) * c.h.out * c.w.out * c.batch < 1e15,
         who, "images of fewer than 10^15 elements");
-  // What a patch (cpu/sparse_tile.h) holds at most: of each phase 4 lines of 256 elements, and, of 64 images, what the
-  // taps reach beyond.
+  // Upper limit of the size of a patch (cpu/sparse_tile.h): for each phase 4 lines of 256 elements, and the reach of
+  // the taps beyond them for 64 images.
   const double lines = double(c.h.phases()) * (4 + c.h.reach()), pitch = double(c.w.phases()) * (256 + c.w.reach() * 64);
   check(lines * pitch < kMost, who, "a kernel whose patch has fewer than 2^31 elements");
   return c;
 }
 
-// A linear layer is the 1 x 1 convolution of 1 x 1 images.
+// A linear layer as a 1 x 1 convolution of 1 x 1 images.
 inline Convolution linear(const char* who, const Tensor& x, int64_t features, int64_t out_features) {
   check(x.dim() == 2 && x.size(1) == features, who, "x (B, I) and a pattern with I columns");
   const Window one{1, 1, 1, 1, 0, 1};
   return {x.size(0), x.size(1), out_features, one, one};
 }
 
-// A sparse weight: where its entries are, and the tensors of dtype `dtype` that hold their values.
+// A sparse weight: its pattern, and the tensors of dtype `dtype` with its values.
 struct SparseWeight {
   const char* who;
   ScalarType dtype;
@@ -73,7 +73,7 @@ struct SparseWeight {
   }
 };
 
-// Calls body(T*) for the type that `dtype` is computed in.
+// Calls body(T*) for the type in which `dtype` is computed.
 template <class Body>
 auto with_compute_type(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(static_cast<double*>(nullptr)) : body(static_cast<float*>(nullptr));
@@ -83,13 +83,13 @@ inline Ints output_shape(const Convolution& c, const Tensor& x) {
   return x.dim() == 4 ? Ints{c.batch, c.out_channels, c.h.out, c.w.out} : Ints{c.batch, c.out_channels};
 }
 
-// What follows a sum: scale and bias of each output, a tensor like the output, ReLU.
+// The epilogue of a sum: scale and bias of each output, a residual (like the output), ReLU.
 struct Following {
   OptTensor scale, bias, residual;
   bool relu = false;
 };
 
-// The layer's output, of x's dtype, with the batch innermost.
+// The output of the layer, in x's dtype, with the batch innermost.
 inline Tensor sparse_output(const SparseWeight& w, const Convolution& c, const Tensor& x, const Following& then) {
   const Ints shape = output_shape(c, x);
   for (const OptTensor& t : {then.scale, then.bias})
@@ -113,7 +113,7 @@ inline Tensor sparse_output(const SparseWeight& w, const Convolution& c, const T
   return to_dtype(y, x.scalar_type());
 }
 
-// The gradient of x, of its dtype, with the batch innermost.
+// The gradient of x, in x's dtype, with the batch innermost.
 inline Tensor sparse_input_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x,
                                     const Tensor& grad) {
   Tensor grad_x = new_batch_last(x, shape_of(x), w.dtype);

@@ -1,6 +1,6 @@
-// The operators sparse_linear, sparse_conv2d and their like: their arguments, on any device.
+// The operators sparse_linear, sparse_conv2d and their variants, for any device: checks of their arguments.
 //
-// A Device has `dtype(x)`, in which the values of a layer are taken; `check_place(who, x, tensors)`; and the products
+// A Device has `dtype(x)`, the dtype of a layer's values in a product; `check_place(who, x, tensors)`; and the products
 // `output(weight, c, x, then)`, `input_gradient(weight, c, x, grad)` and `value_gradient(weight, c, x, grad)`.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace exssnet {
 
-// The pattern, and the values in dtype, of a layer as its operators take them; the kernels check what they follow.
+// Pattern and values of a layer, from the arguments of its operators. The kernels check indices before they use them.
 struct Weights {
   using Tensors = std::array<const Tensor*, 8>;
 

@@ -1,4 +1,4 @@
-// What topk_masks takes and gives, on any device.
+// Arguments and results of topk_masks, for any device.
 #pragma once
 
 #include "core/topk_layer.h"
@@ -6,14 +6,14 @@
 
 namespace exssnet {
 
-// Checks the arguments of topk_masks and makes its results. `layers` point into the tensors here.
+// Checks the arguments of topk_masks and allocates its results. `layers` point into these tensors.
 struct TopkLayers {
   std::vector<Tensor> flat, masks;
   Tensor selection, new_hint;
   OptTensor old_hint;
   std::vector<TopkLayer> layers;
 
-  // packed: the masks are bits, which kernels for CPUs do not write.
+  // packed: the masks are packed bits. The CPU kernels do not support this.
   TopkLayers(const std::vector<Tensor>& scores, const Ints& k, const OptTensor& hint, bool with_masks, bool packed)
       : selection(rows(scores, k)), new_hint(rows(scores, k)) {
     if (hint) {

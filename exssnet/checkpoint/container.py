@@ -1,4 +1,4 @@
-"""A safetensors file that is whole or refused: a checksum of all its bytes, and no moment without the old file."""
+"""Safetensors files with a checksum of all their bytes. They are replaced atomically, and refused if damaged."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST = 100_000_000  # bytes of a header, the limit of safetensors
+LONGEST = 100_000_000  # bytes of a header: the limit of safetensors
 
 
 @dataclass
 class Entry:
-    """What a tensor is and where it lies, as safetensors tells it."""
+    """Type, shape and place of a tensor, as in the header of a safetensors file."""
 
     dtype: str
     shape: list[int]
@@ -36,12 +36,12 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.data_offsets[1] - self.data_offsets[0]
 
 
 class Container:
-    """An open file, whose header was checked: `metadata`, and `entries` in the order in which the tensors lie."""
+    """An open file with a valid header: `metadata`, and `entries` in the order of the tensors in the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.sha256()
@@ -55,8 +55,8 @@ class Container:
             raise ValueError("its header is no JSON") from None
         header = typed(dict[str, dict], header, "its header")  # type: ignore[type-arg]
         self.metadata: dict[str, str] = typed(dict[str, str], header.pop("__metadata__", {}), "its metadata")
-        found = {key: typed(Entry, entry, f"its entry {key[:99]!r}") for key, entry in header.items()}
-        self.entries: dict[str, Entry] = dict(sorted(found.items(), key=lambda item: item[1].data_offsets))
+        entries = {key: typed(Entry, entry, f"its entry {key[:99]!r}") for key, entry in header.items()}
+        self.entries: dict[str, Entry] = dict(sorted(entries.items(), key=lambda item: item[1].data_offsets))
         at = 0
         for key, entry in self.entries.items():
             if entry.dtype not in DTYPES or min(entry.shape, default=0) < 0:
@@ -69,18 +69,18 @@ class Container:
             raise ValueError(f"it has {self.size - 8 - length} bytes of tensors, its header tells of {at}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors; to be called once. ValueError where the file ends early or its checksum, if any, is wrong."""
-        found, before = {}, b""
+        """Read all tensors; call it once. ValueError if the file is incomplete or its checksum, if any, is wrong."""
+        tensors, before = {}, b""
         for key, entry in self.entries.items():
             before = self._hash.digest()
             flat = torch.empty(entry.size, dtype=torch.uint8)
             flat.numpy()[:] = memoryview(self._take(entry.size))
             if entry.dtype == "BOOL" and bool((flat > 1).any()):
                 raise ValueError(f"its entry {key[:99]!r} holds other bytes than 0 and 1")
-            found[key] = flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
-        if CHECKSUM in found and bytes(found.pop(CHECKSUM).flatten().tolist()) != before:
+            tensors[key] = flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        if CHECKSUM in tensors and bytes(tensors.pop(CHECKSUM).flatten().tolist()) != before:
             raise ValueError("its checksum is wrong")
-        return found
+        return tensors
 
     def _take(self, count: int) -> bytes:
         data = self._file.read(count)
@@ -92,7 +92,7 @@ class Container:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Container]:
-    """A file, opened once: also one that is replaced meanwhile is read as it was. ValueError for a damaged one."""
+    """Open a file once, so that a later replacement does not change what is read. ValueError if it is damaged."""
     with open(path, "rb") as file:
         try:
             container = Container(file)
@@ -102,8 +102,8 @@ def opened(path: str | Path) -> Iterator[Container]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors on the CPU, contiguous, and a checksum, as `exssnet.io.writing.replacing` does."""
-    # The widest first: then every tensor lies at a multiple of its entries' size.
+    """Write contiguous tensors on the CPU and a checksum, atomically (see `exssnet.io.writing.replacing`)."""
+    # The widest dtypes come first, so that every tensor is aligned to the size of its elements.
     order = sorted(tensors, key=lambda key: -tensors[key].element_size())
     sizes = [tensors[key].numel() * tensors[key].element_size() for key in order]
     entries: dict[str, object] = {"__metadata__": dict(metadata)}

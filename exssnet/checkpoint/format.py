@@ -1,4 +1,8 @@
-"""A run at any step, or a finished multi-task model, in one safetensors file that is read whole or refused."""
+"""Saves and loads a run at any step, or a finished multi-task model, as one safetensors file.
+
+Keys of the tensors: weight/LAYER; mask/TASK/LAYER (see `exssnet.checkpoint.mask_coding`); state/TASK/NAME;
+scores/TASK/LAYER; initial/NAME and frozen/NAME for parameters without a mask.
+"""
 
 import json
 import math
@@ -27,22 +31,37 @@ FORMAT, FIRST = "exssnet-2", "exssnet-1"
 
 @dataclass
 class Meta:
-    """What a file holds beside tensors."""
+    """The part of a checkpoint that is not tensors.
+
+    Args:
+        tasks: Number of finished tasks.
+        k: Number of weights that a mask keeps, by layer.
+        notes: The caller's notes.
+        learner: Of a run, the second result of `Learner.state`; None for a finished model.
+        versions: Versions of the software and the type of CPU that wrote the file.
+    """
 
     tasks: int
     k: dict[str, int]
     notes: Any = None
-    learner: Any = None  # of a run: what `Learner.state` gives beside tensors
+    learner: Any = None
     versions: dict[str, str] = field(default_factory=dict)
 
 
 def save(phases: Phases, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-    """Write all finished tasks to a file, atomically: the old file stays whole until the new one is on the disk.
+    """Write all finished tasks to a file.
 
-    notes: whatever JSON can hold, given back by `load` (classes of each task, how to build the model).
-    RuntimeError inside a task: finish it first. ValueError for NaN or infinity in weights or scores. OSError where
-    it cannot be written. Keys: weight/LAYER, mask/TASK/LAYER (see `exssnet.checkpoint.mask_coding`), state/TASK/NAME,
-    scores/TASK/LAYER; initial/NAME and frozen/NAME for what has no mask.
+    The file is replaced atomically: an old file stays complete until the new one is on the disk.
+
+    Args:
+        phases: The finished tasks. No task may be open.
+        path: The file.
+        notes: Anything that JSON can hold, for example the classes of each task. `load` returns it.
+
+    Raises:
+        RuntimeError: If a task is open. Finish it first.
+        ValueError: If weights or scores hold NaN or infinity.
+        OSError: If the file cannot be written.
     """
     owners.check(phases, "save")
     if phases.phase != "idle":
@@ -51,10 +70,19 @@ def save(phases: Phases, path: str | Path, notes: Mapping[str, Any] | None = Non
 
 
 def load(phases: Phases, path: str | Path) -> Any:
-    """Read the finished tasks of a file into a fresh `Phases` over a model of the same layers; activate the last.
+    """Read the finished tasks of a file into a new `Phases`, and activate the last task.
 
-    Returns the notes. ValueError, before anything is changed, for a damaged file, another format, other layers or
-    shapes; RuntimeError if `phases` already has finished tasks.
+    Args:
+        phases: A `Phases` without tasks, over a model with the same layers.
+        path: The file. It may also hold a run (see `save_run`); then only its finished tasks are read.
+
+    Returns:
+        The notes.
+
+    Raises:
+        ValueError: If the file is damaged, or its format, layers or shapes are different. Nothing has been changed
+            then.
+        RuntimeError: If `phases` has finished tasks.
     """
     tensors, meta = read(path)
     with _named(path):
@@ -67,18 +95,37 @@ def load(phases: Phases, path: str | Path) -> Any:
 def save_run(
     learner: Learner, path: str | Path, notes: Mapping[str, Any] | None = None, coded: dict[str, Tensor] | None = None
 ) -> None:
-    """Write all that a learner goes on from, as `save` does: see `Learner.state` for when.
+    """Write the complete state of a training run to a file, atomically. `load_run` resumes the run, bit for bit.
 
-    coded: an empty dict, given again at the next time, saves the work of coding finished tasks' masks again.
+    Args:
+        learner: The learner. `Learner.state` says when a state can be taken.
+        path: The file.
+        notes: Anything that JSON can hold. `load_run` returns it.
+        coded: Cache of the compressed masks of finished tasks. Pass the same dict, at first empty, to every call.
+
+    Raises:
+        RuntimeError: If no state can be taken now.
+        ValueError: If weights or scores hold NaN or infinity.
+        OSError: If the file cannot be written.
     """
     tensors, meta = learner.state()
     _write(Path(path), tensors, Meta(meta["tasks"], meta["k"], notes, meta), {} if coded is None else coded)
 
 
 def load_run(learner: Learner, path: str | Path, tasks: Sequence[Task]) -> Any:
-    """Read a file of `save_run` into a fresh learner of the same options, model and stream: see `Learner.restore`.
+    """Read a run from a file of `save_run` into a new learner. Its `run` then continues, bit for bit.
 
-    Returns the notes. ValueError, before anything is changed, for whatever does not fit, or is no run.
+    Args:
+        learner: A new learner with the same options and model (see `Learner.restore`).
+        path: The file.
+        tasks: The stream, built again from the same data.
+
+    Returns:
+        The notes.
+
+    Raises:
+        ValueError: If the file is damaged, holds no run, or does not fit the learner. Nothing has been changed then.
+        RuntimeError: If the learner has learned or open tasks.
     """
     tensors, meta = read(path)
     with _named(path):
@@ -89,14 +136,24 @@ def load_run(learner: Learner, path: str | Path, tasks: Sequence[Task]) -> Any:
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Meta]:
-    """Tensors, masks packed, and the rest of a file; its checksum is right. ValueError for any other file."""
-    with _named(path), container.opened(path) as found:
-        meta = _meta(found)
+    """Read a file, and verify its checksum.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors by key, where masks are packed bits (see `pack_mask`), and the part that is not tensors.
+
+    Raises:
+        ValueError: If the file is damaged or is no checkpoint.
+    """
+    with _named(path), container.opened(path) as file:
+        meta = _meta(file)
         try:
-            tensors = found.tensors()
+            tensors = file.tensors()
         except ValueError as error:
             raise ValueError(f"it is damaged: {error}") from error
-        for key in [key for key in tensors if key.startswith("mask/") and found.metadata["format"] == FORMAT]:
+        for key in [key for key in tensors if key.startswith("mask/") and file.metadata["format"] == FORMAT]:
             weight = tensors.get(f"weight/{key.split('/', 2)[-1]}")
             if weight is None or tensors[key].dtype != torch.uint8 or tensors[key].dim() != 1:
                 raise ValueError(f"it holds {key[:99]!r}, which is no mask of a layer")
@@ -105,29 +162,47 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Meta]:
 
 
 def header(path: str | Path) -> Meta:
-    """What a file holds beside tensors, which are not read; its checksum is not looked at."""
-    with _named(path), container.opened(path) as found:
-        return _meta(found)
+    """Read only the part of a file that is not tensors. The checksum is not verified.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The part of the file that is not tensors.
+
+    Raises:
+        ValueError: If the header is damaged, or the file is no checkpoint.
+    """
+    with _named(path), container.opened(path) as file:
+        return _meta(file)
 
 
 def describe(path: str | Path, verify: bool = False) -> str:
-    """What a file holds, as text, from its header alone: nothing is loaded and no model is built.
+    """Describe a file as text, from its header alone.
 
-    verify: read all of it as well, and check what `read` checks. ValueError for what is no file of ours or is damaged.
+    Args:
+        path: The file.
+        verify: Also read the whole file, and check it as `read` does.
+
+    Returns:
+        Lines with a name and a value, for example the number of finished tasks.
+
+    Raises:
+        ValueError: If the file is damaged or is no checkpoint.
     """
-    with _named(path), container.opened(path) as found:
-        meta = _meta(found)
+    with _named(path), container.opened(path) as file:
+        meta = _meta(file)
     if verify:
         read(path)
     sizes: dict[str, int] = {}
-    for key, entry in found.entries.items():
+    for key, entry in file.entries.items():
         kind = key.partition("/")[0]
         kind = {"kept": "best epoch", "open": "open task", "epoch": "open task"}.get(kind, kind)
         sizes[kind] = sizes.get(kind, 0) + entry.size
-    weights = {n: math.prod(found.entries[f"weight/{n}"].shape) for n in meta.k if f"weight/{n}" in found.entries}
+    weights = {n: math.prod(file.entries[f"weight/{n}"].shape) for n in meta.k if f"weight/{n}" in file.entries}
     notes = meta.notes if isinstance(meta.notes, dict) else {}
     rows = [
-        ("file", f"{_size(found.size)}, format {found.metadata['format']}" + (", checksum right" if verify else "")),
+        ("file", f"{_size(file.size)}, format {file.metadata['format']}" + (", checksum right" if verify else "")),
         ("written by", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
         ("model", str(notes.get("model", ""))),
         ("layers", f"{len(weights)} with {sum(weights.values()):,} weights, of which a mask keeps "
@@ -146,10 +221,10 @@ def describe(path: str | Path, verify: bool = False) -> str:
 
 
 def _open_task(meta: Meta) -> str:
-    found = meta.learner.get("open") if isinstance(meta.learner, dict) else None
-    if found is None:
+    fields = meta.learner.get("open") if isinstance(meta.learner, dict) else None
+    if fields is None:
         return ""
-    task: state.OpenMeta = typed(state.OpenMeta, found, "the open task")
+    task: state.OpenMeta = typed(state.OpenMeta, fields, "the open task")
     return f"task {meta.tasks}, {task.phase} phase, epoch {task.epoch + 1}, after {task.batch} of its batches"
 
 
@@ -167,17 +242,17 @@ def _of_finished_tasks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _named(path: str | Path) -> Iterator[None]:
-    """Puts the file's name before what is wrong with it."""
+    """Put the file's name in front of the message of a ValueError."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"load: {shown(Path(path))}: {shown(error, 1000)}") from error
 
 
-def _meta(found: Container) -> Meta:
-    """What a container of ours holds beside tensors."""
-    form = found.metadata.get("format")
-    if form not in (FIRST, FORMAT) or (form == FORMAT and list(found.entries)[-1:] != [CHECKSUM]):
+def _meta(file: Container) -> Meta:
+    """The part of a checkpoint that is not tensors; ValueError if the file is no checkpoint."""
+    form = file.metadata.get("format")
+    if form not in (FIRST, FORMAT) or (form == FORMAT and list(file.entries)[-1:] != [CHECKSUM]):
         newer = form is not None and form.startswith("exssnet-") and form != FORMAT
         raise ValueError(
             f"it is of format {form}"
@@ -185,14 +260,14 @@ def _meta(found: Container) -> Meta:
             + (": a newer exssnet wrote it, install that" if newer else "")
         )
     try:
-        described = json.loads(found.metadata.get("exssnet", ""))
+        described = json.loads(file.metadata.get("exssnet", ""))
     except (ValueError, RecursionError):
         raise ValueError("its description is no JSON") from None
-    if isinstance(described, dict) and described.keys() == {"tasks", "k", "notes"}:  # as the first format has it
+    if isinstance(described, dict) and described.keys() == {"tasks", "k", "notes"}:  # the first format
         described |= {"learner": None, "versions": {}}
     meta: Meta = typed(Meta, described, "the description")
-    weights = {n: math.prod(found.entries[f"weight/{n}"].shape) for n in meta.k if f"weight/{n}" in found.entries}
-    masks = sum(key.startswith("mask/") for key in found.entries)
+    weights = {n: math.prod(file.entries[f"weight/{n}"].shape) for n in meta.k if f"weight/{n}" in file.entries}
+    masks = sum(key.startswith("mask/") for key in file.entries)
     if meta.k.keys() != weights.keys() or meta.tasks * max(1, len(meta.k)) != masks:
         raise ValueError(
             f"its description tells of {len(meta.k)} layers and {meta.tasks} tasks, it holds {len(weights)} of their "
@@ -204,7 +279,11 @@ def _meta(found: Container) -> Meta:
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint's bits may depend on."""
+    """Versions of the software and the type of CPU, on which the bits of a result may depend.
+
+    Returns:
+        The versions of exssnet, torch and Python, and the type of CPU.
+    """
     from .. import __version__
 
     return {"exssnet": __version__, "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_model()}

@@ -1,4 +1,4 @@
-"""Masks in few bytes: the gaps between kept weights, Huffman coded, at a few per cent above their entropy."""
+"""Compresses masks: Huffman codes of the gaps between kept weights, a few per cent larger than their entropy."""
 
 import zlib
 
@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 
 BITS, GAPS = 0, 1
-"""First byte of a coded mask: packed bits as they are, or gaps."""
+"""First byte of a coded mask: it holds packed bits, or gaps."""
 ESCAPE = 255
-HEAD = 9  # the first byte, and the number of kept weights in 8 bytes
+HEAD = 9  # bytes before the code: the first byte, and 8 bytes with the number of kept weights
 
 
 def encode(bits: Tensor, n: int) -> Tensor:
-    """A packed mask of n weights (see `pack_mask`) as uint8 of fewer bytes: `decode` gives it back.
+    """Compress a packed mask. `decode` restores it.
 
-    The number of weights between a kept one and the next is a byte below 255, after a byte 255 for every 255 of them;
-    the bytes are Huffman coded by zlib. Packed bits where these are shorter.
+    A gap is the number of weights between a kept weight and the next kept one. It is written as one byte 255 for every
+    255 weights of it, and a last byte below 255. zlib codes these bytes by Huffman codes. If the packed bits are not
+    longer than the code, they are stored instead.
+
+    Args:
+        bits: Packed mask (see `pack_mask`), uint8.
+        n: Number of weights.
+
+    Returns:
+        The compressed mask, uint8.
     """
     packed = bits.cpu().numpy()
     where = np.flatnonzero(np.unpackbits(packed, count=n, bitorder="little"))
@@ -32,7 +40,18 @@ def encode(bits: Tensor, n: int) -> Tensor:
 
 
 def decode(coded: Tensor, n: int) -> Tensor:
-    """The packed mask of n weights of which `encode` made these bytes; ValueError for any others."""
+    """Restore a packed mask from the result of `encode`.
+
+    Args:
+        coded: Result of `encode`, uint8, on the CPU.
+        n: Number of weights.
+
+    Returns:
+        The packed mask, uint8.
+
+    Raises:
+        ValueError: If these bytes are no mask of n weights.
+    """
     data = coded.numpy().tobytes()
     kept = int.from_bytes(data[1:HEAD], "little")
     if len(data) < HEAD or kept > n:
@@ -47,15 +66,15 @@ def decode(coded: Tensor, n: int) -> Tensor:
 
 
 def _ones(data: bytes, kept: int, n: int) -> npt.NDArray[np.int64] | None:
-    """Ascending indices of the kept weights in packed bits."""
+    """Ascending indices of the kept weights, from packed bits; None if their number is wrong."""
     mask = np.frombuffer(data, np.uint8, offset=HEAD)
     return np.flatnonzero(np.unpackbits(mask, bitorder="little")) if len(mask) == -(-n // 8) else None
 
 
 def _positions(data: bytes, kept: int, n: int) -> npt.NDArray[np.int64] | None:
-    """Ascending indices of the kept weights; None where the bytes are not a whole stream of gaps."""
+    """Ascending indices of the kept weights, from gaps; None if the bytes are no complete code."""
     unpacker = zlib.decompressobj(-15)
-    longest = kept + n // ESCAPE + 1  # more symbols would be more than n weights
+    longest = kept + n // ESCAPE + 1  # more symbols would exceed n weights
     try:
         symbols = np.frombuffer(unpacker.decompress(data[HEAD:], longest), np.uint8)
     except zlib.error:

@@ -1,6 +1,6 @@
-"""Task-incremental streams: data sets, the tasks cut from them, and their batches.
+"""Task-incremental streams: data sets, the tasks that are split from them, and their batches.
 
-Nothing here draws from the global random state: the same seeds and generators give the same stream, bit for bit.
+The package never uses the global random state. The same seeds and generators give the same stream, bit for bit.
 """
 
 from .data import Labelled, Relabelled, batch_sizes, loader

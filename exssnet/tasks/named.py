@@ -1,4 +1,4 @@
-"""The streams of the continual-learning literature by name."""
+"""Streams of the continual-learning literature, by name."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `stream`; None stands for the stream's own."""
+    """The options of `stream`. None selects the stream's default."""
 
     tasks: int | Sequence[int] | None
     task_order: Order
@@ -38,7 +38,7 @@ class Options:
     progress: Progress | None
 
     def chosen(self, known: int) -> list[int]:
-        """The numbers of the first tasks, in the order wanted, of as many as are known."""
+        """Numbers of the selected tasks, in the requested order, if there are `known` tasks."""
         order = _permutation(self.task_order, list(range(known)))
         first = len(order) if self.tasks is None else self.tasks
         if not isinstance(first, int) or not 1 <= first <= len(order):
@@ -47,15 +47,15 @@ class Options:
 
 
 def _permutation(order: Order, known: Sequence[int]) -> list[int]:
-    """Ids in the order wanted: some or all of those known, or all shuffled by a seed."""
-    found = in_order(order, known)
-    if isinstance(order, Sequence) and (not found or not set(found) <= set(known) or len(set(found)) != len(found)):
-        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {shown(found)}")
-    return found
+    """Ids in the requested order: some or all of the known ids, or all of them shuffled by a seed."""
+    ids = in_order(order, known)
+    if isinstance(order, Sequence) and (not ids or not set(ids) <= set(known) or len(set(ids)) != len(ids)):
+        raise ValueError(f"an order must hold different ids of {known[0]} to {known[-1]}, got {shown(ids)}")
+    return ids
 
 
 def _limited(labels: Tensor, per_class: int | None, seed: int) -> Tensor:
-    """Indices, ascending, of at most per_class random items of each class."""
+    """Ascending indices of at most `per_class` random items of each class."""
     if per_class is None:
         return torch.arange(len(labels))
     if per_class < 1:
@@ -68,12 +68,12 @@ def _limited(labels: Tensor, per_class: int | None, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Images:
-    """A stream over one set of images."""
+    """A stream over one data set of images."""
 
     data: str
     tasks: int
-    classes: int = 0  # of each task; 0: all of them, changed by `change`
-    order: int | None = None  # the seed that draws the order of the classes
+    classes: int = 0  # per task; 0: each task has all classes, with images changed by `change`
+    order: int | None = None  # seed that shuffles the classes
     validation: float = 0.1
     augment: bool = False
     change: Callable[..., list[Task]] = split_by_class
@@ -96,11 +96,11 @@ class _Images:
                 raise ValueError("augment and class_order are for streams of disjoint classes, not of changed images")
             grows = self.change is permuted_pixels and isinstance(options.tasks, int)
             built = self.change(train, test, options.tasks if grows else self.tasks, validation, options.seed)
-        # All tasks are built first: a task has the same data whatever the others are.
+        # All tasks are built before some are selected, so that the data of a task does not depend on the selection.
         return [replace(built[i], name=f"task {t}") for t, i in enumerate(options.chosen(len(built)))]
 
     def _sizes(self, classes: int, options: Options) -> tuple[list[int], Options]:
-        """The number of classes of each task that there can be."""
+        """Number of classes of each task, for all tasks that the classes suffice for."""
         if options.tasks is None or isinstance(options.tasks, int):
             return [self.classes] * min(self.tasks, classes // self.classes), options
         sizes = list(options.tasks)
@@ -119,14 +119,14 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class _Table:
-    """One data set of texts, which makes one task: the names its folder may have, and whether it is of pairs."""
+    """One data set of texts, which becomes one task. `folders` are other names of its folder."""
 
     name: str
     pair: bool = False
     folders: tuple[str, ...] = ()
 
     def read(self, root: Path, splits: Sequence[str]) -> Texts:
-        """The texts of the first of these splits that is there."""
+        """The texts of the first of these splits that exists."""
         for folder in sorted(root.iterdir()) if root.is_dir() else ():
             plain = re.sub("[^a-z0-9]", "", folder.name.lower())
             if plain.removeprefix("glue").removeprefix("web").removesuffix("csv") in (self.name, *self.folders):
@@ -143,16 +143,16 @@ class _Table:
         )
 
     def _columns(self, file: Path) -> tuple[Column, Sequence[Column], Column | None]:
-        """Label, text and pair: by the names in the first row, or where there are none by position."""
+        """The columns of label, text and pair: by the names in the first row, or by position if it has no names."""
         first = saved(file).column_names if file.is_dir() else next(rows(file), [])
         label = next((name for name in LABELS if name in first), None)
-        if label is None:  # the published tables without names; CoLA's are source, label, star, sentence
+        if label is None:  # published tables without column names; CoLA's columns are source, label, star, sentence
             if self.name == "cola" and len(first) == 4:
                 return 1, [3], None
             return 0, [1] if self.pair else list(range(1, max(2, len(first)))), 2 if self.pair else None
-        found = [pair for pair in PAIRS if set(pair) <= set(first)] if self.pair else []
-        if self.pair and found:
-            return label, [found[0][0]], found[0][1]
+        pairs = [pair for pair in PAIRS if set(pair) <= set(first)] if self.pair else []
+        if self.pair and pairs:
+            return label, [pairs[0][0]], pairs[0][1]
         texts = [name for name in TEXTS if name in first]
         if self.pair or not texts:
             expected = " or ".join(", ".join(pair) for pair in PAIRS) if self.pair else ", ".join(TEXTS)
@@ -162,7 +162,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Tables:
-    """A stream whose tasks are data sets of texts."""
+    """A stream with one data set of texts per task."""
 
     sets: tuple[_Table, ...]
     test: tuple[str, ...]
@@ -224,7 +224,7 @@ _STREAMS: dict[str, Callable[[Path, Options], list[Task]]] = {
 
 
 def streams() -> tuple[str, ...]:
-    """The streams that `stream` knows by name."""
+    """Names of the streams that `stream` knows."""
     return tuple(_STREAMS)
 
 
@@ -235,10 +235,12 @@ def stream(
     encoder: Encoder | str | Path | None = None, max_tokens: int = 64, cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Task]:  # fmt: skip
-    """A stream of the literature, from files below `root` (default ./data). None stands for the stream's own options.
+    """Build a stream of the literature from files in the folder `root`.
+
+    The streams, their tasks, and their files if these differ from those of `load`:
 
     ====================  =============================================  =============================================
-    name                  tasks                                          files, where they are not as in `load`
+    name                  tasks                                          files
     ====================  =============================================  =============================================
     split-mnist,          5 of 2 classes, in an order drawn by seed 0
     split-fashion-mnist
@@ -253,20 +255,43 @@ def stream(
     glue                  cola, sst2, qqp, qnli, mnli; 90 % + 10 %       NAME/train.tsv and NAME/dev.tsv
     ====================  =============================================  =============================================
 
-    Tables of texts may as well be .csv or .jsonl, gzipped, or splits of a saved `DatasetDict`; their folders may have
-    the names of the published archives (CoLA, SST-2, ag_news_csv, ...), their columns the published names, or without
-    names the order label, text (label, text_a, text_b for qqp, qnli and mnli) or the published one. For glue the
-    validation data are the test data: dev, dev_matched, validation, validation_matched or, without any of them, test.
+    Tables of texts may also be .csv or .jsonl files, may be gzipped, or may be splits of a saved `DatasetDict`. Their
+    folders may have the names of the published archives (CoLA, SST-2, ag_news_csv, ...). Their columns may have the
+    published names. Columns without names are in the order label, text (label, text_a, text_b for qqp, qnli and mnli)
+    or in the published order. For glue, the published validation data become the test data: dev, dev_matched,
+    validation or validation_matched; test is used only if none of them exists.
 
-    tasks: how many, the first ones; or for disjoint classes the number of classes of each task.
-    task_order, class_order: numbers of tasks, ids of classes, all or some of them; or a seed to shuffle all.
-    validation, augment: as in `split_by_class`.
-    per_class, test_per_class: at most so many items of each class, before validation data is held out; drawn by seed.
-    seed: draws items, validation data, augmentation and permutations.
-    encoder, max_tokens, cache: of texts, see `encoder` and `text_features`; items are (L, E + 1), L that of the set's
-        longest text, the last feature 1 for tokens and 0 for padding.
-    progress: is told (what is encoded, texts done, all texts).
-    Raises FileNotFoundError, saying what to put where, ModuleNotFoundError or ValueError.
+    Each item of a stream of texts is a float32 tensor (L, E + 1). L is the length in tokens of the longest text of its
+    split, E the number of features. The last feature is 1 for tokens and 0 for padding.
+
+    Args:
+        name: One of `streams()`.
+        root: Folder of the files; default ./data.
+        tasks: Number of tasks: the first ones in the order. Or, if the tasks have disjoint classes, the number of
+            classes of each task. None: the number in the table.
+        task_order: Numbers of tasks, all or some of them; or a seed that shuffles all tasks. None: the table's order.
+        class_order: Ids of classes, all or some of them; or a seed that shuffles all classes. Only for streams of
+            disjoint classes.
+        validation: Share of the training data that is held out, as in `split_by_class`.
+        augment: Random changes of the training images, as in `split_by_class`.
+        per_class: Largest number of training items of each class, drawn by `seed` before validation data is held out.
+        test_per_class: Largest number of test items of each class, drawn by `seed`.
+        seed: Draws items, validation data, augmentation and permutations.
+        encoder: Encoder of texts, or its name (see `exssnet.tasks.encoder`).
+        max_tokens: Only the first `max_tokens` tokens of each text are used.
+        cache: Folder of cached features (see `text_features`).
+        progress: Function that is called with (what is encoded, texts done, all texts).
+
+    Returns:
+        The tasks in their order.
+
+    Raises:
+        FileNotFoundError: If files are missing. The message says which files to put where.
+        ModuleNotFoundError: If a package is missing. The message says what to install.
+        ValueError: If an option does not suit the stream, or a file is damaged.
+
+    Example:
+        >>> tasks = stream("split-mnist", "data", tasks=3)
     """
     if name not in _STREAMS:
         raise ValueError(f"stream {name} is none of {', '.join(_STREAMS)}")

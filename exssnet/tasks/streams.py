@@ -1,4 +1,7 @@
-"""Task-incremental streams from any labelled dataset. N items, B a batch of them, images (C, H, W)."""
+"""Task-incremental streams from any labelled dataset.
+
+N is the number of items, B the size of a batch, (C, H, W) the shape of an image.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +19,21 @@ from .data import Labelled, Relabelled, Transform
 
 Augmentation: TypeAlias = Literal["crop-flip", "flip"]
 AUGMENTATIONS: dict[Augmentation, int] = {"crop-flip": 4, "flip": 0}
-"""Pixels of padding before the crop, by name."""
+"""Pixels of padding before the crop, by the name of the augmentation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One task of a stream: the labels of its datasets restart from 0; `labels` are the original class ids."""
+    """One task of a stream. In its datasets the classes are numbered from 0.
+
+    Args:
+        name: Name of the task.
+        classes: Number of classes.
+        labels: Original class id of each class: label i of the datasets was `labels[i]`.
+        train: Training data.
+        validation: Validation data without augmentation, or None.
+        test: Test data.
+    """
 
     name: str
     classes: int
@@ -40,9 +52,11 @@ class Task:
 
 
 class CropFlip:
-    """Random crop after zero-padding each side, and horizontal flip with probability 1/2, for batches (B, C, H, W).
+    """Random crop after zero padding, and horizontal flip with probability 1/2, of batches (B, C, H, W).
 
-    padding: pixels on each side; 0 for flips alone.
+    Args:
+        seed: Seeds the generator, which only this augmentation uses.
+        padding: Pixels of padding on each side; 0: flips only.
     """
 
     def __init__(self, seed: int, padding: int = 4) -> None:
@@ -50,7 +64,7 @@ class CropFlip:
         self.padding = padding
 
     def restart(self) -> None:
-        """Draw from the start again."""
+        """Reset the generator to its seed."""
         self.generator.manual_seed(self.generator.initial_seed())
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,12 +78,12 @@ class CropFlip:
 
 
 def _classes(labels: Tensor) -> list[int]:
-    """Class ids, ascending."""
+    """Ascending class ids."""
     return sorted(set(labels.tolist()))
 
 
 def in_order(order: Sequence[int] | int | None, known: Sequence[int]) -> list[int]:
-    """Ids in the order that is given; or all those known, shuffled by a seed, or for None as they are."""
+    """The given ids; or all known ids, shuffled by a seed or, for None, in their own order."""
     if isinstance(order, int):
         shuffled = torch.randperm(len(known), generator=torch.Generator().manual_seed(order))
         return [known[i] for i in shuffled.tolist()]
@@ -77,7 +91,16 @@ def in_order(order: Sequence[int] | int | None, known: Sequence[int]) -> list[in
 
 
 def stratified_split(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Indices (rest, taken), ascending: of each class of n items, round(share * n) random ones are taken."""
+    """Split items at random, with the same share of each class.
+
+    Args:
+        labels: Tensor (N,), int64.
+        share: Of a class of n items, round(share * n) are taken.
+        generator: Draws the items.
+
+    Returns:
+        Ascending indices (rest, taken), int64. Together they are all N indices.
+    """
     taken = torch.zeros(len(labels), dtype=torch.bool)
     for label in _classes(labels):
         members = (labels == label).nonzero()[:, 0]
@@ -87,16 +110,16 @@ def stratified_split(labels: Tensor, share: float, generator: torch.Generator) -
 
 
 def _restarted(data: Relabelled, classes: Sequence[int]) -> Relabelled:
-    """The items of these classes, each label its position in `classes`."""
-    found = data.labels[:, None] == torch.tensor(classes)  # (N, classes)
-    index = found.any(1).nonzero()[:, 0]
-    return Relabelled(data.dataset, data.index[index], found[index].int().argmax(1))
+    """The items of these classes. Their labels become positions in `classes`."""
+    is_of_class = data.labels[:, None] == torch.tensor(classes)  # (N, classes)
+    index = is_of_class.any(1).nonzero()[:, 0]
+    return Relabelled(data.dataset, data.index[index], is_of_class[index].int().argmax(1))
 
 
 def _stream(
     train: Relabelled, test: Relabelled, groups: Sequence[Sequence[int]], validation: float, seed: int
 ) -> list[Task]:
-    """One task per group of classes. The validation data is the same whatever the grouping of the classes."""
+    """One task per group of classes. The validation data does not depend on the grouping."""
     if not 0 <= validation < 1:
         raise ValueError(f"validation must be a share in [0, 1), got {validation}")
     used = torch.tensor(sorted({label for group in groups for label in group}))
@@ -125,14 +148,14 @@ def _stream(
 
 
 def _images(data: Relabelled) -> Labelled:
-    """The images that a dataset selects from."""
+    """The underlying images of a dataset."""
     if not isinstance(data.dataset, Labelled) or len(data.dataset.images.shape) != 4:
         raise ValueError("images (N, C, H, W) in memory are needed: give a Labelled or a TensorDataset")
     return data.dataset
 
 
 def _augmented(stream: Sequence[Task], augment: bool | Augmentation, seed: int) -> list[Task]:
-    """The same tasks with random changes of the training images, a generator per task; see `split_by_class`."""
+    """Add random changes of the training images, with one generator per task; see `split_by_class`."""
     if not augment or not stream:
         return list(stream)
     shape = tuple(_images(stream[0].train).images.shape[1:])
@@ -155,17 +178,30 @@ def split_by_class(
     order: Sequence[int] | int | None = None, validation: float = 0.1, seed: int = 0,
     augment: bool | Augmentation = False,
 ) -> list[Task]:  # fmt: skip
-    """Tasks of disjoint classes (Split MNIST, Split CIFAR-100, ...).
+    """Split a data set into tasks of disjoint classes (Split MNIST, Split CIFAR-100, ...; Zenke et al. 2017).
 
-    train, test: any map-style datasets of (item, label) pairs, see `Relabelled.of`.
-    tasks: their number, which must divide the number of classes; or the number of classes of each task, and classes
-        left over at the end of the order are not used.
-    order: class ids in the order wanted, all or some of them; or a seed to shuffle all; None: ascending.
-    validation: share of each class's training data held out, in [0, 1); 0: no validation data.
-    seed: draws the validation data and the augmentation.
-    augment: random changes of the training images, a generator per task: "crop-flip" (of 4 pixels), "flip", or True,
-        which is the former for colour images of 32 x 32 pixels and the latter for others.
-    Raises ValueError where classes, data or arguments do not suffice.
+    Args:
+        train: Map-style dataset of (item, label) pairs, see `Relabelled.of`.
+        test: The same for the test data.
+        tasks: Number of tasks, which must divide the number of classes. Or the number of classes of each task; classes
+            that are left over at the end of the order are not used.
+        order: Class ids, all or some of them; or a seed that shuffles all classes. None: ascending.
+        validation: Share of each class's training data that is held out, in [0, 1). 0: no validation data.
+        seed: Draws the validation data and the augmentation.
+        augment: Random changes of the training images, with one generator per task. "crop-flip" crops after padding by
+            4 pixels and flips; "flip" only flips. True stands for "crop-flip" if the images are colour images of 32 x
+            32 pixels, and for "flip" if they are other colour images.
+
+    Returns:
+        The tasks in their order.
+
+    Raises:
+        ValueError: If the arguments are invalid or do not fit the classes, or a class has too few items.
+
+    Example:
+        >>> tasks = split_by_class(*load("digits"), 5)
+        >>> [task.labels for task in tasks]
+        [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     """
     train, test = Relabelled.of(train), Relabelled.of(test)
     known = _classes(train.labels)
@@ -188,7 +224,21 @@ def split_by_class(
 
 
 def in_one_task(name: str, train: Dataset[Any], test: Dataset[Any], validation: float, seed: int) -> Task:
-    """All classes of a data set as one task of this name; validation, seed and errors as in `split_by_class`."""
+    """Make one task with all classes of a data set.
+
+    Args:
+        name: Name of the task.
+        train: Map-style dataset of (item, label) pairs, see `Relabelled.of`.
+        test: The same for the test data.
+        validation: Share of each class's training data that is held out, in [0, 1). 0: no validation data.
+        seed: Draws the validation data.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If `validation` is invalid, or a class has too few items.
+    """
     train = Relabelled.of(train)
     (task,) = _stream(train, Relabelled.of(test), [_classes(train.labels)], validation, seed)
     return replace(task, name=name)
@@ -197,7 +247,7 @@ def in_one_task(name: str, train: Dataset[Any], test: Dataset[Any], validation: 
 def _changed(
     train: Relabelled, test: Relabelled, changes: Sequence[Transform], validation: float, seed: int
 ) -> list[Task]:
-    """One task per change of the images, all tasks with all classes and with the same images in memory."""
+    """One task per change of the images. All tasks have all classes and share the images in memory."""
     if not changes:
         raise ValueError("a stream must have at least 1 task, got none")
     for data in (train, test):
@@ -227,10 +277,22 @@ def _permute(order: Tensor, x: Tensor) -> Tensor:
 def permuted_pixels(
     train: Dataset[Any], test: Dataset[Any], tasks: int, validation: float = 0.1, seed: int = 0
 ) -> list[Task]:
-    """Tasks of the same classes, each with its own random permutation of the pixels, the first too (Permuted MNIST).
+    """Make tasks of the same classes, each with its own random permutation of the pixels (Permuted MNIST).
 
-    train, test: images (N, C, H, W) in memory; the channels of a pixel stay together.
-    validation, seed and errors as in `split_by_class`; the seed also draws the permutations.
+    The first task is permuted too. The channels of a pixel stay together. Source: Goodfellow et al. 2013.
+
+    Args:
+        train: Images (N, C, H, W) in memory and their labels, see `Relabelled.of`.
+        test: The same for the test data.
+        tasks: Number of tasks.
+        validation: Share of each class's training data that is held out, in [0, 1). 0: no validation data.
+        seed: Draws the validation data and the permutations.
+
+    Returns:
+        The tasks in their order.
+
+    Raises:
+        ValueError: If the images are not in memory, an argument is invalid, or a class has too few items.
     """
     train, test = Relabelled.of(train), Relabelled.of(test)
     pixels = prod(_images(train).images.shape[2:])
@@ -240,7 +302,7 @@ def permuted_pixels(
 
 
 def _rotate(degrees: float, x: Tensor) -> Tensor:
-    """Images turned counterclockwise about their centre, bilinear, zero outside."""
+    """Rotate images counterclockwise about their centre, with bilinear interpolation and zeros outside."""
     height, width = x.shape[2:]
     c, s = cos(radians(degrees)), sin(radians(degrees))
     turn = x.new_tensor([[[c, -s * height / width, 0], [s * width / height, c, 0]]])
@@ -251,11 +313,23 @@ def _rotate(degrees: float, x: Tensor) -> Tensor:
 def rotated(
     train: Dataset[Any], test: Dataset[Any], tasks: int | Sequence[float], validation: float = 0.1, seed: int = 0
 ) -> list[Task]:
-    """Tasks of the same classes, each with the images turned by its own angle (Rotated MNIST).
+    """Make tasks of the same classes, each with the images rotated by its own angle (Rotated MNIST).
 
-    train, test: images (N, C, H, W) in memory.
-    tasks: the angles in degrees, counterclockwise; or the number of tasks, for angles 360 t / tasks.
-    validation, seed and errors as in `split_by_class`.
+    Source: Lopez-Paz and Ranzato 2017.
+
+    Args:
+        train: Images (N, C, H, W) in memory and their labels, see `Relabelled.of`.
+        test: The same for the test data.
+        tasks: Angle of each task in degrees, counterclockwise. Or the number of tasks; then task t has the angle
+            360 t / tasks.
+        validation: Share of each class's training data that is held out, in [0, 1). 0: no validation data.
+        seed: Draws the validation data.
+
+    Returns:
+        The tasks in their order.
+
+    Raises:
+        ValueError: If the images are not in memory, an argument is invalid, or a class has too few items.
     """
     angles = [360 * t / tasks for t in range(tasks)] if isinstance(tasks, int) else tasks
     changes = [partial(_rotate, angle) for angle in angles]

@@ -1,4 +1,4 @@
-"""Labelled texts, read from tables and from Hugging Face `datasets`."""
+"""Reads labelled texts from tables and from data sets of Hugging Face `datasets`."""
 
 import csv
 import json
@@ -18,12 +18,20 @@ from .files import opened, package
 Column: TypeAlias = str | int
 
 FORMATS = tuple(f"{kind}{ending}" for kind in (".tsv", ".csv", ".jsonl") for ending in ("", ".gz"))
-"""How the names of tables end."""
+"""Suffixes of the files of tables."""
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """N texts, each of one part or, in tasks on pairs, of two; and N labels as they stand in the file."""
+    """N texts with N labels.
+
+    Args:
+        texts: N tuples: one part each or, for tasks on pairs, two parts.
+        labels: N labels, as written in the file.
+
+    Raises:
+        ValueError: If the numbers of texts and labels differ.
+    """
 
     texts: Sequence[tuple[str, ...]]
     labels: Sequence[str]
@@ -36,24 +44,33 @@ class Texts:
         return len(self.texts)
 
     def select(self, index: Tensor) -> "Texts":
-        """The texts at these indices."""
+        """Return the texts at these positions, a tensor of integers, with their labels."""
         chosen = index.tolist()
         return Texts([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
 
 
 def rows(path: str | Path) -> Iterator[list[str]]:
-    """The rows of a table, the one with the names of the columns first.
+    """Iterate over the rows of a table. The first row may hold the names of the columns.
 
-    .tsv: columns between tabs, and quotes are part of the text; .csv: quoted as in RFC 4180; .jsonl: an object a line,
-    all with the keys of the first. Each of them may be gzipped.
-    Raises FileNotFoundError, and ValueError, naming the line, for what is no such table.
+    A .tsv file has tabs between columns; quotes are part of the text. A .csv file is quoted as in RFC 4180. A .jsonl
+    file has one object per line, with the keys of the first object; these keys are the first row. All may be gzipped.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The columns of a row.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no such table. The message names the last row that could be read.
     """
     path = Path(path)
     if not path.name.endswith(FORMATS):
         raise ValueError(f"{shown(path)} must be a table, {', '.join(FORMATS[::2])}, gzipped or not")
     number = 0
     try:
-        # the ends of lines stay as they are; a byte order mark is left out
+        # line ends are kept; a byte order mark is skipped
         with opened(path, encoding="utf-8-sig", newline="" if ".csv" in path.suffixes else "\n") as file:
             lines: Iterable[list[str]]
             if ".csv" in path.suffixes:
@@ -72,16 +89,16 @@ def rows(path: str | Path) -> Iterator[list[str]]:
 def _objects(lines: Iterable[str]) -> Iterator[list[str]]:
     keys: list[str] = []
     for line in lines:
-        found = json.loads(line)
-        if not isinstance(found, dict):
-            raise ValueError(f"an object is needed, got {shown(found)}")
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError(f"an object is needed, got {shown(record)}")
         if not keys:
-            keys = list(found)
+            keys = list(record)
             yield keys
-        if missing := [key for key in keys if key not in found]:
+        if missing := [key for key in keys if key not in record]:
             raise ValueError(f"there is no {shown(missing[0])}")
-        row = [_string(found[key]) for key in keys]
-        "".join(row).encode()  # ValueError for half a surrogate pair, which no encoder takes
+        row = [_string(record[key]) for key in keys]
+        "".join(row).encode()  # ValueError for half of a surrogate pair, which encoders do not accept
         yield row
 
 
@@ -90,23 +107,36 @@ def _string(value: Any) -> str:
 
 
 def saved(folder: str | Path) -> Any:
-    """The data set of Hugging Face that `save_to_disk` wrote into a folder; ValueError, naming it, for any other."""
+    """Load a data set that `save_to_disk` of Hugging Face wrote to a folder; ValueError for any other folder."""
     library = package("datasets", "datasets")
     try:
         return library.load_from_disk(str(folder))
-    except Exception as error:  # pyarrow and json raise many kinds for damaged files
+    except Exception as error:  # pyarrow and json raise many kinds of errors for damaged files
         raise ValueError(f"{shown(Path(folder))} is no saved data set: {shown(error, 200)}") from None
 
 
 def read_texts(source: Any, label: Column, text: Column | Sequence[Column], pair: Column | None = None) -> Texts:
-    """Labelled texts of one table or data set.
+    """Read the labelled texts of one table or data set.
 
-    source: a file, see `rows`; a folder that `datasets.Dataset.save_to_disk` wrote, or one split of a `DatasetDict`; or
-        a `datasets.Dataset` itself.
-    label, text, pair: columns by name, which the first row of a table holds; or all by position from 0, then every row
-        is data. Several columns of `text` are joined by a space; `pair` is the second part of each text.
-    Rows of a table with too few columns are left out, and a warning tells how many.
-    Raises FileNotFoundError or ValueError, naming the file and what it lacks.
+    Columns are given by name or by position, all in the same way. With names, the first row of a table holds the names
+    of its columns. With positions, every row is data. Rows with too few columns are skipped, and a warning says how
+    many.
+
+    Args:
+        source: A table: .tsv (tabs between columns, no quoting), .csv (RFC 4180) or .jsonl (one object per line),
+            gzipped or not. Or a folder that `datasets.Dataset.save_to_disk` wrote, or one split in the folder of a
+            saved `DatasetDict`. Or a `datasets.Dataset`.
+        label: Column of the labels: a name, or a position from 0.
+        text: Column of the texts, or several columns, which are joined by a space.
+        pair: Column of the second part of each text, for tasks on pairs.
+
+    Returns:
+        The texts and their labels.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ModuleNotFoundError: If `datasets` is needed and missing.
+        ValueError: If a column is missing, or the source cannot be read. The message names the file.
     """
     parts = [[text] if isinstance(text, str | int) else list(text)] + ([] if pair is None else [[pair]])
     wanted = [label, *(column for part in parts for column in part)]
@@ -144,16 +174,24 @@ def read_texts(source: Any, label: Column, text: Column | Sequence[Column], pair
 
 
 def class_ids(train: Sequence[str], test: Sequence[str]) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """The classes among the training labels, ascending (as numbers, if all are), and both splits' ids (N,) int64.
+    """Number the classes from 0, in ascending order: as numbers if all labels are integers, else as strings.
 
-    Labels are classes as they are written: "01" and "1" are two, in this order.
+    Labels that are written differently are different classes: "01" and "1" are two classes, in this order.
 
-    Raises ValueError for test labels that no training text has.
+    Args:
+        train: Labels of the training texts.
+        test: Labels of the test texts.
+
+    Returns:
+        The classes, and the class ids of the training and the test texts, int64.
+
+    Raises:
+        ValueError: If a test label is not among the training labels.
     """
-    found = set(train)
-    if strange := sorted(set(test) - found):
+    classes = set(train)
+    if strange := sorted(set(test) - classes):
         raise ValueError(f"test texts have labels that no training text has: {shown(strange[:5])}")
-    numbers = all(re.fullmatch(r"-?\d{1,1000}", label) for label in found)  # Python reads no longer ones
-    names = sorted(found, key=lambda label: (int(label) if numbers else 0, label))
+    numbers = all(re.fullmatch(r"-?\d{1,1000}", label) for label in classes)  # Python refuses longer ones
+    names = sorted(classes, key=lambda label: (int(label) if numbers else 0, label))
     ids = {name: i for i, name in enumerate(names)}
     return tuple(names), *(torch.tensor([ids[label] for label in part], dtype=torch.int64) for part in (train, test))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-// batch_norm_act and its backward operator: PyTorch meets csrc/cpu/batchnorm.
+// batch_norm_act and its backward operator, for the kernels of csrc/cpu/batchnorm.
 #include "cpu/batchnorm.h"
 
 #include <tuple>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr auto kWho = "batch_norm_act";
 
-// t itself where a channel is one contiguous row, else a copy.
+// t itself if each channel is one contiguous row, else a copy.
 Tensor as_rows(const Tensor& t, const Tensor& x) {
   check(same_shape(t, x) && t.scalar_type() == x.scalar_type() && t.is_cpu(), kWho,
         "CPU tensors of one shape and dtype, float32 or float64");
@@ -38,7 +38,7 @@ cpu::BatchNorm<T> batch_norm_of(const Tensor& x, const OptTensor& weight, const 
   return {x.size(1), x.numel() / std::max<int64_t>(x.size(1), 1), data<T>(weight), data<T>(bias), eps, relu};
 }
 
-// f(a null pointer of x's type).
+// Calls f with a null pointer of x's type.
 template <class F>
 auto with_float(const Tensor& x, const F& f) {
   check(x.dim() >= 2, kWho, "x (N, C, ...)");

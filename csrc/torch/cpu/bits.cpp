@@ -1,4 +1,4 @@
-// pack_mask, unpack_mask, free_mask: PyTorch meets csrc/cpu/bits.
+// pack_mask, unpack_mask and free_mask, for the kernels of csrc/cpu/bits.
 #include "cpu/bits.h"
 
 #include "torch/checks.h"
@@ -24,7 +24,7 @@ Tensor unpack_mask(const Tensor& packed, const Ints& shape) {
 }
 
 Tensor free_mask(const Tensor& mask, const Tensor& used_mask) {
-  // Packed bytes, or bools of 0 and 1: the same operation on bytes.
+  // The same operation on bytes serves packed bits and bools of 0 and 1.
   check(mask.numel() == used_mask.numel() && mask.scalar_type() == used_mask.scalar_type() && mask.element_size() == 1,
         "free_mask", "two masks of one size and dtype");
   const Tensor a = torch::stable::contiguous(mask), b = torch::stable::contiguous(used_mask);

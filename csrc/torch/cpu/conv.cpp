@@ -1,4 +1,4 @@
-// supermask_conv2d, masked_conv2d and their backwards: csrc/cpu/epilogue around ATen's convolution.
+// supermask_conv2d, masked_conv2d and their backward operators: ATen's convolution with csrc/cpu/epilogue.
 #include "torch/cpu/supermask.h"
 
 namespace exssnet {
@@ -17,7 +17,8 @@ Tensor dense_convolution(const Tensor& x, const Tensor& weight, const OptTensor&
   return row_major(out);
 }
 
-// Gradients of x (N, C, H, W) and of the effective weight (O, C/groups, R, S); what is not needed is undefined.
+// Gradients of x (N, C, H, W) and of the effective weight (O, C/groups, R, S). A gradient that is not needed is
+// undefined.
 std::tuple<Tensor, Tensor> gradients(const Tensor& grad, const Tensor& x, const Tensor& weight, const Geometry& g,
                                      bool need_x, bool need_weight) {
   const std::array<bool, 3> output_mask{need_x, need_weight, false};

@@ -1,4 +1,4 @@
-// What the dense products under a mask share: the effective weight before them, and the gradients after them.
+// Shared by the dense products with a mask: the effective weight before them, and the gradients after them.
 #pragma once
 
 #include <tuple>
@@ -8,7 +8,7 @@
 
 namespace exssnet {
 
-// A mask over a weight, with the memory that it lies in.
+// A mask over a weight, which owns its memory.
 struct MaskOf {
   Tensor data;
   cpu::Mask mask;
@@ -25,7 +25,7 @@ inline MaskOf given(const Tensor& weight, const Tensor& mask, const char* who) {
   return m;
 }
 
-// What a selection picks from scores: a row of topk_masks, or its packed mask.
+// The mask of a selection: packed bits, or scores compared with a threshold (a row of topk_masks).
 inline MaskOf selected(const Tensor& weight, const Tensor& scores, const Tensor& selection, const char* who) {
   if (selection.scalar_type() == ScalarType::Byte) return given(weight, selection, who);
   check(same_shape(scores, weight) && selection.numel() == 2 && selection.scalar_type() == ScalarType::Long &&
@@ -39,7 +39,7 @@ inline MaskOf selected(const Tensor& weight, const Tensor& scores, const Tensor&
   return m;
 }
 
-// The weight where the mask keeps it, else 0, contiguous.
+// The effective weight: the weight where the mask keeps it, else 0; contiguous.
 inline Tensor effective(const Tensor& weight, const MaskOf& mask, const char* who) {
   float_type(weight, who);
   const Tensor w = row_major(weight);
@@ -48,7 +48,8 @@ inline Tensor effective(const Tensor& weight, const MaskOf& mask, const char* wh
   return out;
 }
 
-// The gradients of (scores, weight) from that of the effective weight, which is a fresh tensor and is used up.
+// The gradients of (scores, weight) from the gradient of the effective weight, which is a new tensor and is
+// overwritten.
 inline std::tuple<Tensor, Tensor> supermask_gradients(const Tensor& grad_effective, const Tensor& weight,
                                                       const Tensor& scores, const MaskOf& mask,
                                                       const Flags& output_mask, const char* who) {
@@ -70,7 +71,7 @@ inline std::tuple<Tensor, Tensor> supermask_gradients(const Tensor& grad_effecti
   return {grad_scores, need_weight ? grad : none_like(weight)};
 }
 
-// The gradient of the weight from that of the effective weight, which is a fresh tensor and is used up.
+// The gradient of the weight from the gradient of the effective weight, which is a new tensor and is overwritten.
 inline Tensor masked_gradient(const Tensor& grad_effective, const Tensor& weight, const MaskOf& mask,
                               const OptTensor& free_mask, const char* who) {
   Tensor grad = row_major(grad_effective);

@@ -1,4 +1,4 @@
-// knn_classify: PyTorch meets csrc/cpu/knn; the products are ATen's.
+// knn_classify, for the kernels of csrc/cpu/knn. ATen computes the products.
 #include "cpu/knn.h"
 
 #include "torch/checks.h"
@@ -6,7 +6,7 @@
 namespace exssnet {
 namespace {
 
-constexpr int64_t kBlock = 1 << 22;  // products at a time, but at least 16 queries
+constexpr int64_t kBlock = 1 << 22;  // products per block; a block has at least 16 queries
 
 template <class T>
 void classify(const Tensor& features, const Tensor& labels, Tensor queries, int64_t k, int64_t classes, Tensor& out) {

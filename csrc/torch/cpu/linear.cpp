@@ -1,4 +1,4 @@
-// supermask_linear, masked_linear and their backwards: csrc/cpu/epilogue around ATen's dense products.
+// supermask_linear, masked_linear and their backward operators: ATen's dense products with csrc/cpu/epilogue.
 #include "torch/cpu/supermask.h"
 
 namespace exssnet {

@@ -1,4 +1,4 @@
-// torch's thread pool behind csrc/cpu/parallel.h.
+// csrc/cpu/parallel.h with torch's thread pool.
 #include "cpu/parallel.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,4 @@
-// sparse_linear, sparse_conv2d and their backward operators: PyTorch meets csrc/cpu/sparse.
+// sparse_linear, sparse_conv2d and their backward operators, for the kernels of csrc/cpu/sparse.
 #include "torch/sparse_operators.h"
 
 namespace exssnet {

@@ -1,5 +1,5 @@
-// The products with what a mask keeps of a dense weight, where these are few: the pattern is made anew in each call,
-// which costs two passes over the mask.
+// Sparse products with the kept entries of a dense weight, for masks that keep few of them. The pattern is rebuilt in
+// each call, which costs two passes over the mask.
 #pragma once
 
 #include "cpu/mask_pattern.h"
@@ -8,7 +8,7 @@
 
 namespace exssnet {
 
-// The kept entries of a weight (O, C/groups, ...) as a sparse weight; `transposed` as well where asked.
+// The kept entries of a weight (O, C/groups, ...) as a sparse weight and, on request, its transpose.
 struct KeptWeight {
   cpu::OwnedPattern pattern, transposed;
   SparseWeight weight;
@@ -30,8 +30,8 @@ struct KeptWeight {
   }
 };
 
-// A contiguous copy in the order (N, H, W, C) of a tensor with the batch innermost, which ATen's dense convolution
-// takes as it is; others as they are.
+// Copies a tensor with the batch innermost to the order (N, H, W, C), which ATen's dense convolution uses without
+// another copy. Other tensors are returned unchanged.
 inline Tensor channels_last(const Tensor& x) {
   if (x.dim() != 4 || x.size(0) == 1 || x.is_contiguous() || !stored_innermost(x) || compute_dtype(x) != x.scalar_type()) return x;
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);

@@ -1,4 +1,4 @@
-// topk_masks: PyTorch meets csrc/cpu/topk.
+// topk_masks, for the kernels of csrc/cpu/topk.
 #include "cpu/bits.h"
 #include "cpu/topk.h"
 #include "torch/topk_layers.h"

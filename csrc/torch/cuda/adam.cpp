@@ -1,4 +1,4 @@
-// adam_topk: PyTorch meets csrc/cuda/adam. The operator of kernels/cuda_selection.py, with the flag for NaN scores.
+// adam_topk, for the kernels of csrc/cuda/adam. kernels/cuda_selection.py calls it with the flag for NaN scores.
 #include "cuda/adam.h"
 
 #include "torch/cuda/launch.h"
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> adam_topk(const Tensors& scores, const Tensors& grads
   std::vector<cuda::AdamLayer> layers;
   for (size_t i = 0; i < scores.size(); ++i) {
     const Tensor& s = scores[i];
-    floats(s, s, s.numel());  // contiguous: the layer points into the scores themselves
+    floats(s, s, s.numel());  // must be contiguous, because the layer points into the scores themselves
     if (!masks.empty()) write_to(made.layers[i], masks[i], s);
     layers.push_back({made.layers[i], floats(grads[i], s, s.numel()), floats(exp_avg[i], s, s.numel()),
                       floats(exp_avg_sq[i], s, s.numel()), floats(steps[i], s, 1)});

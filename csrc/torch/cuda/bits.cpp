@@ -1,4 +1,4 @@
-// pack_mask, unpack_mask, free_mask: PyTorch meets csrc/cuda/bits.
+// pack_mask, unpack_mask and free_mask, for the kernels of csrc/cuda/bits.
 #include "cuda/bits.h"
 
 #include "torch/cuda/launch.h"
@@ -29,7 +29,7 @@ Tensor unpack_mask(const Tensor& packed, const Ints& shape) {
 
 Tensor free_mask(const Tensor& mask, const Tensor& used_mask) {
   const OnDevice device("free_mask", mask);
-  // Packed bytes, or bools of 0 and 1: the same operation on bytes.
+  // The same operation on bytes serves packed bits and bools of 0 and 1.
   check(same_device(mask, used_mask) && mask.numel() == used_mask.numel() &&
             mask.scalar_type() == used_mask.scalar_type() && mask.element_size() == 1,
         "free_mask", "two masks of one size and dtype on one device");

@@ -1,4 +1,4 @@
-// What the entry points of CUDA kernels share: the device and the stream of their tensors.
+// Shared by the entry points of CUDA kernels: the device and the stream of their tensors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 
 namespace exssnet {
 
-// Makes the device of a tensor the current one for as long as this lives, and knows its stream.
+// Sets the current device to that of a tensor for the lifetime of this object, and holds its stream.
 class OnDevice {
  public:
   OnDevice(const char* who, const Tensor& t) : who_(who), index_(index_of(who, t)), guard_(index_) {
@@ -26,7 +26,7 @@ class OnDevice {
     return count;
   }
 
-  // Throws what went wrong.
+  // Throws an error if the launch failed.
   void launched(cudaError_t error) const {
     if (error != cudaSuccess) throw std::runtime_error(std::string(who_) + ": " + cudaGetErrorString(error));
   }

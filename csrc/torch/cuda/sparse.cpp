@@ -1,4 +1,4 @@
-// sparse_linear, sparse_conv2d and their backward operators: PyTorch meets csrc/cuda/sparse.
+// sparse_linear, sparse_conv2d and their backward operators, for the kernels of csrc/cuda/sparse.
 #include "cuda/sparse.h"
 
 #include "torch/cuda/launch.h"
@@ -7,7 +7,7 @@
 namespace exssnet {
 namespace {
 
-// x in a dtype, with the batch innermost: itself where it is stored so, else a copy.
+// x in a dtype, with the batch innermost: x itself if it is stored so, else a copy.
 Tensor innermost(const Tensor& x, ScalarType dtype) {
   if (x.scalar_type() == dtype && stored_innermost(x)) return x;
   return aten("aten::copy_", "", new_batch_last(x, shape_of(x), dtype), x, false);
@@ -77,7 +77,7 @@ struct Cuda {
     return {w.free.const_data_ptr(), w.frozen.const_data_ptr(), free, free + w.frozen.numel()};
   }
 
-  // A scale or bias.
+  // A scale or bias, in the dtype of the kernel.
   static OptTensor of_outputs(const SparseWeight& w, const Convolution& c, const Tensor& x, const OptTensor& t) {
     if (!t) return t;
     check(t->dim() == 1 && t->numel() == c.out_channels && same_device(*t, x), w.who,

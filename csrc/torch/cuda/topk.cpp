@@ -1,4 +1,4 @@
-// topk_masks: PyTorch meets csrc/cuda/topk. The operator of kernels/cuda_selection.py, with the flag for NaN scores.
+// topk_masks, for the kernels of csrc/cuda/topk. kernels/cuda_selection.py calls it with the flag for NaN scores.
 #include "cuda/topk.h"
 
 #include "torch/cuda/launch.h"
