@@ -114,3 +114,8 @@ def test_compiles_in_one_graph_with_the_same_bits() -> None:
         return ops.unpack_mask(ops.free_mask(ops.pack_mask(mask), ops.pack_mask(used)), mask.shape)
 
     assert torch.equal(torch.compile(free, fullgraph=True, backend="aot_eager")(mask, used), mask & ~used)
+
+
+def test_negative_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^unpack_mask: sizes must be at least 0, got \(-2, -4\)$"):
+        ops.unpack_mask(torch.zeros(1, dtype=torch.uint8), (-2, -4))
