@@ -26,19 +26,22 @@ settings.load_profile("exssnet")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`device` is the CPU, and CUDA where there is one."""
     if "device" in metafunc.fixturenames:
-        absent = [] if torch.cuda.is_available() else [pytest.mark.skip(reason="no CUDA device")]
-        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=absent)])
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         skip_without_cuda(items)
-    leave_to_proof(items)
+    thin_grids(config, items)
 
 
-def leave_to_proof(items: list[pytest.Item]) -> None:
-    """Of a test with a large grid of parameters, what does not stand for the grid is marked as a proof."""
+def thin_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test with a large grid of parameters, a case that does not stand for the grid is marked as a proof.
+
+    Of a test that is a proof itself, such a case is left out, unless EXSSNET_WHOLE_GRIDS is set.
+    """
+    left_out: set[pytest.Item] = set()
     grids: dict[tuple[str, object], list[pytest.Item]] = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec"):
@@ -46,21 +49,27 @@ def leave_to_proof(items: list[pytest.Item]) -> None:
     for (test, _), cases in grids.items():
         if len(cases) > LARGEST:
             chosen = representatives([case.callspec._idlist for case in cases], test)  # one id for each parametrization
-            for i, case in enumerate(cases):
-                if i not in chosen:
+            others = [case for i, case in enumerate(cases) if i not in chosen]
+            if any(case.get_closest_marker("proof") is None for case in cases):
+                for case in others:
                     case.add_marker("proof")
+            elif "EXSSNET_WHOLE_GRIDS" not in os.environ:
+                left_out.update(others)
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def skip_without_cuda(items: list[pytest.Item]) -> None:
-    """One skipped test in each file says so."""
+    """Of the tests that need a GPU, one in each file is skipped and says so."""
     told: set[object] = set()
     kept = []
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is None or callspec.params.get("device") != "cuda":
+        if item.get_closest_marker("gpu") is None:
             kept.append(item)
         elif item.path not in told:
             told.add(item.path)
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
             kept.append(item)
     items[:] = kept
 

@@ -80,7 +80,7 @@ def test_cudnn_is_as_precise_as_the_products(precision: str, allowed: bool) -> N
     assert torch.backends.cudnn.allow_tf32 is before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ops", "training", "sweep"])
 def test_a_gpu_is_measured_as_well(tmp_path: Path, kind: str) -> None:
     rows = bench(tmp_path, kind, "--device", "cuda")[kind].get("rows", [])

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from exssnet import Learner, checkpoint
 from exssnet.bench import command as bench
 from exssnet.cli import terminal, train
 from exssnet.cli.commands import main
+from exssnet.cli.saving import Saver
 from exssnet.experiments import report
 
 RUN = ["train", "--tasks", "2", "--epochs", "2", "--weight-epochs", "1", "--batch-size", "8", "--threads", "1"]
@@ -174,6 +176,14 @@ def test_progress_that_cannot_be_shown_does_not_stop_training(
     assert main([*RUN, "--data", data, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().err == "exssnet: progress is no longer shown: ZeroDivisionError: a bar of no width\n"
     assert results(tmp_path) == straight
+
+
+def test_progress_that_fails_once_is_shown_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watching = SimpleNamespace(on_step=failing(ZeroDivisionError()))
+    saver = Saver(watching, tmp_path / "checkpoint", {}, None, None)  # type: ignore[arg-type]
+    for step in (1, 2):
+        saver.on_step(0, "mask", step, 2, torch.zeros(()))
+    assert capsys.readouterr().err.count("progress is no longer shown") == 1
 
 
 def test_a_model_that_cannot_be_saved_is_an_error_and_its_run_is_saved(

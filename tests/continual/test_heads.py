@@ -1,5 +1,6 @@
 """The head of a model: which layer it is, and what a forward tells of it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -65,6 +66,23 @@ def test_the_last_of_several_calls_counts() -> None:
     call = heads.forward(model, x).head
     assert call is not None
     assert torch.equal(call.input, model.layer(x))
+
+
+def test_of_heads_with_equal_outputs_the_last_called_counts() -> None:
+    class Equal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 2)
+            self.second = copy.deepcopy(self.first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.first(x)
+            out: Tensor = self.second(x)
+            return out.double()
+
+    call = heads.forward(Equal(), torch.randn(5, 3)).head
+    assert call is not None
+    assert call.name == "second"
 
 
 def test_activations_of_inner_layers_are_not_kept() -> None:

@@ -1,6 +1,7 @@
 """Inference of the task: the gradient against autograd, both rules, and what they leave alone."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,14 @@ def test_binary_halves_the_tasks_until_one_is_left(
     asked = scripted(inference, dict(enumerate(gradients)))
     assert inference.infer(torch.zeros(1)) == task
     assert asked == rounds
+
+
+def test_of_an_odd_number_of_tasks_the_larger_half_stays(learned: Learner) -> None:
+    inference = TaskInference(learned.phases, "binary")
+    inference.phases = SimpleNamespace(bank=range(3))  # type: ignore[assignment]
+    asked = scripted(inference, {0: 2.0, 1: 0.0, 2: 1.0})
+    assert inference.infer(torch.zeros(1)) == 1
+    assert asked == [[0, 1, 2], [1, 2]]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,6 +1,7 @@
 """The training of a task: which rates act, which epoch counts, when it ends, and what the observer is told."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from exssnet import METHODS, Learner, PhaseOptions, convert
 from exssnet.continual.learner import EpochRecord
 from exssnet.kernels import nan_flag
-from exssnet.tasks import Labelled, split_by_class
+from exssnet.tasks import CropFlip, Labelled, split_by_class
 
 # Learning rates
 
@@ -64,6 +65,17 @@ def test_two_runs_are_bitwise_equal_and_need_no_global_random_state(method: str)
         learned = learner(method, kkt="best", seed=3)
         torch.manual_seed(state)
         learned.run(stream(2))
+        found.append(outcome(learned))
+    assert changes(*found) == []
+
+
+def test_an_augmented_task_is_learned_alike_again() -> None:
+    (task,) = stream(1)
+    task = replace(task, train=task.train.with_source(augment=CropFlip(0, 1)))
+    found = []
+    for _ in range(2):
+        learned = learner()
+        learned.run([task])
         found.append(outcome(learned))
     assert changes(*found) == []
 

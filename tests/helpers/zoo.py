@@ -303,6 +303,11 @@ CASES: dict[str, Case] = {
     "t5-encoder": Case(_hugging("T5Config", "T5EncoderModel", vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2,
                                 num_heads=2, decoder_start_token_id=0), _padded_tokens, **ELSEWHERE),
 }  # fmt: skip
+FAMILIES = (
+    "resnet-basic", "convnext", "mobilenet-v3", "vit", "swin", "densenet-checkpointed", "googlenet", "transformer",
+    "encoder-padding", "lstm", "attention", "branches", "heads", "gpt2", "t5-encoder",
+)  # fmt: skip
+"""One case for each way in which networks differ; proofs look at the others."""
 
 
 REFUSED: dict[str, tuple[Case, str]] = {

@@ -141,3 +141,10 @@ def test_names_in_a_refusal_are_cut_and_printable() -> None:
         typed(dict[str, int], {"\x1b[2J" + "x" * 1000: "y" * 1000}, "its notes")
     assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 250
+
+
+def test_integers_beyond_what_tensors_count_are_refused() -> None:
+    assert typed(int, 1 << 62, "n") == 1 << 62
+    for value in (1 + (1 << 62), -1 - (1 << 62)):
+        with pytest.raises(ValueError, match=f"^n must be int, got {value}$"):
+            typed(int, value, "n")

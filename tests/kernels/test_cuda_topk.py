@@ -2,16 +2,16 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, PATTERNS, SIZES, dtypes, scores_of
 from cuda import harness
 from cuda.harness import order as order
-from selections import HINTED, HINTS, MODERATE, drawn
+from cuda.topk import FLOATS, Result, select
+from selections import HINTED as ALL_HINTED
+from selections import HINTS, MODERATE, drawn
 from torch import Tensor
 
 from exssnet import ops
@@ -23,50 +23,14 @@ patterns = pytest.mark.parametrize("pattern", PATTERNS)
 PLAIN = harness.MODE == "plain"
 """Where every access is watched, kernels are much slower: fewer and smaller cases do."""
 orders = pytest.mark.parametrize("order", harness.ORDERS if PLAIN else ["1"], indirect=True)
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-"""In the order of cpu::Float."""
 LAYERS_OF_A_TABLE = 40
+LARGE = 100_003 if PLAIN else 20_011
+HINTED = (*ALL_HINTED[:-1], LARGE)
 
 
 @pytest.fixture
 def topk() -> ModuleType:
     return harness.load("topk")
-
-
-@dataclass
-class Result:
-    masks: list[Tensor]
-    selection: Tensor
-    hint: Tensor
-    nan: bool
-    launches: int
-    missed: int
-    """Layers whose scores were read more than once."""
-
-
-def bits(scores: Tensor) -> np.ndarray:
-    return scores.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]).numpy()
-
-
-def select(
-    topk: ModuleType, scores: list[Tensor], k: list[int], hint: Tensor | None = None, with_masks: bool = True,
-    nan_flag: int = 0, processors: int = 2, hint_in_place: bool = False, packed: bool = False,
-) -> Result:  # fmt: skip
-    arrays, kinds = [bits(s) for s in scores], [FLOATS.index(s.dtype) for s in scores]
-    masks = [torch.empty(s.shape, dtype=torch.bool) for s in scores] if with_masks else []
-    if packed:
-        masks = [torch.empty(-(-s.numel() // 8), dtype=torch.uint8) for s in scores]
-    selection, new_hint = (torch.empty(len(scores), 2, dtype=torch.int64) for _ in range(2))
-    if hint_in_place:
-        new_hint = hint
-    flag = np.array([nan_flag], dtype=np.int32)
-    workspace = torch.empty(topk.workspace_bytes(arrays, kinds), dtype=torch.uint8).numpy()
-    launches = topk.topk_masks(
-        arrays, kinds, k, [m.numpy() for m in masks], None if hint is None else hint.contiguous().numpy(),
-        selection.numpy(), new_hint.numpy(), flag, workspace, processors, packed,
-    )  # fmt: skip
-    missed = int(workspace[:4].view(np.uint32)[0])
-    return Result(masks, selection, new_hint, bool(flag[0]), launches, missed)
 
 
 def assert_reference(scores: list[Tensor], k: list[int], result: Result) -> None:
@@ -123,7 +87,7 @@ def test_hint_never_changes_results(topk: ModuleType, pattern: str, dtype: torch
 
 def training(dtype: torch.dtype, steps: int) -> Iterator[list[Tensor]]:
     """Scores of one model, as they are from step to step."""
-    scores = [scores_of("normal", n, torch.float32) for n in (65, 5000, 100_003)]
+    scores = [scores_of("normal", n, torch.float32) for n in (65, 5000, LARGE)]
     for _ in range(steps):
         scores = [s + 0.003 * torch.randn(s.shape) for s in scores]
         yield [s.to(dtype) for s in scores]
@@ -131,7 +95,7 @@ def training(dtype: torch.dtype, steps: int) -> Iterator[list[Tensor]]:
 
 @dtypes()
 def test_with_the_last_steps_hint_scores_are_read_once_where_it_holds(topk: ModuleType, dtype: torch.dtype) -> None:
-    k, hint, right = [7, 500, 30_000], None, 0
+    k, hint, right = [7, 500, LARGE // 3], None, 0
     for scores in training(dtype, 8):
         result = select(topk, scores, k, hint)
         assert_reference(scores, k, result)
@@ -157,14 +121,14 @@ def test_next_hint_may_take_the_place_of_the_hint(topk: ModuleType, dtype: torch
 
 @dtypes()
 def test_without_a_hint_a_sample_serves_as_well(topk: ModuleType, dtype: torch.dtype) -> None:
-    scores = [scores_of("normal", n, dtype) for n in (5000, 20_000, 100_003)] * 3
+    scores = [scores_of("normal", n, dtype) for n in (5000, 20_000, LARGE)] * 3
     k = [s.numel() // d for s, d in zip(scores, [50, 50, 50, 10, 10, 10, 2, 2, 2], strict=True)]
     result = select(topk, scores, k)
     assert_reference(scores, k, result)
     assert result.missed == 0
 
 
-@dtypes("float32", "bfloat16")
+@dtypes("float32", *["bfloat16"] * PLAIN)
 def test_bracket_may_end_at_crowded_magnitudes(topk: ModuleType, dtype: torch.dtype) -> None:
     """Each part of the scores that such a bracket leaves has more entries than there is room for as candidates."""
     scores, k = scores_of("integers", 100_003, dtype), [10_000, 40_000, 70_000, 95_000]
@@ -187,7 +151,7 @@ def test_layers_are_counted_whose_bracket_missed(topk: ModuleType) -> None:
 @pytest.mark.usefixtures("native")
 @dtypes()
 def test_next_hint_is_the_cpus_where_the_bracket_held(topk: ModuleType, pattern: str, dtype: torch.dtype) -> None:
-    scores, k = drawn(pattern, dtype, sizes=[100_003])
+    scores, k = drawn(pattern, dtype, sizes=[LARGE])
     threshold = reference.topk_masks(scores, k, None, False)[1][:, 0]
     held = 0
     for below, above in (-1, 1), (-30, 10), (-1000, 200), (0, 100_000):

@@ -149,6 +149,12 @@ def test_bitmap_products_are_exact_in_every_configuration(layer: Layer, dtype: t
         check_exact({name: args for name, args in calls.items() if name.startswith("bitmap")})
 
 
+@layers(SMALL[:1] + SMALL[-1:])
+def test_packed_products_are_exact_where_all_weights_are_kept(layer: Layer) -> None:
+    calls = arguments(problem(layer, torch.bfloat16, integers=True, density=1))
+    check_exact({name: args for name, args in calls.items() if name.startswith("packed")})
+
+
 def test_float32_is_tf32_only_where_pytorch_allows_it() -> None:
     x = torch.full((16, 16), 1 + 2.0**-12)  # 1 in tf32
     weight, scores, selection = torch.eye(16), torch.ones(16, 16), torch.tensor([0, 0])

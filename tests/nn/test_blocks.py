@@ -128,6 +128,14 @@ def test_hooks_see_what_they_saw_before(kind: str, on: type[nn.Module]) -> None:
     assert all(n == 1 for counts in seen for n in counts)
 
 
+def test_a_forward_that_was_replaced_is_called() -> None:
+    model, seen = converted("sequential").model, []
+    for relu in (m for m in model.modules() if isinstance(m, nn.ReLU)):
+        relu.forward = lambda x, relu=relu: seen.append(relu) or x.relu()  # type: ignore[method-assign]
+    model(torch.randn(2, 3, 32, 32))
+    assert len(seen) == 3
+
+
 @models
 def test_unconvert_gives_all_classes_back(name: str) -> None:
     plain = MODELS[name]()

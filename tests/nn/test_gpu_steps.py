@@ -20,7 +20,6 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 phases = pytest.mark.parametrize("phase", ["mask", "weight"])
 products = pytest.mark.parametrize("products", ["sparse", "dense"])
 optimizers = pytest.mark.parametrize("optimizer", ["sgd", "adam", "scores"])
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 Step = Callable[[], Tensor]
 
 
@@ -115,7 +114,7 @@ def on_the_gpu(phase: str, **options: object) -> tuple[nn.Module, Tensor, Tensor
     return in_phase(phase, **options).cuda(), images().cuda(), (torch.arange(24) % 4).cuda()
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @products
 @phases
 @optimizers
@@ -133,7 +132,7 @@ def test_host_never_waits(phase: str, optimizer: str, products: str) -> None:
     assert not ops.nan_scores_seen("cuda")
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @products
 @phases
 @optimizers
@@ -159,7 +158,7 @@ def test_steps_of_a_graph_are_those_without(phase: str, optimizer: str, products
     torch.testing.assert_close(*losses)
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @phases
 def test_compiled_steps_are_those_of_eager_mode(phase: str) -> None:
     losses = []

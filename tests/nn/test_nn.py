@@ -92,6 +92,8 @@ def test_convert_keeps_weights_unless_asked() -> None:
 def test_signed_constant_has_the_relu_gain(scale: str, constant: float) -> None:
     weight = torch.randn(5, 3, 2, 2)
     signs = weight.sign()
+    weight[0, 0, 0] = torch.tensor([0.0, -0.0])
+    signs[0, 0, 0] = 1
     signed_constant_(weight, 0.1, scale)  # type: ignore[arg-type]
     assert torch.allclose(weight, signs * constant)
 
@@ -298,6 +300,10 @@ def test_er_allocation_keeps_the_whole_density_and_caps_at_one() -> None:
     assert max(densities) == 1.0
     assert densities[1] < 0.1
     assert allocate_density(shapes, 0.1) == [0.1] * 3
+    for density in (0.02, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0):
+        densities = allocate_density(shapes, density, "er")
+        assert max(densities) <= 1
+        assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(density * sum(sizes))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

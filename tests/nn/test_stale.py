@@ -82,6 +82,27 @@ def test_an_optimizer_that_holds_no_masked_parameter_is_warned_of_at_its_second_
     _step(phases, optimizer)  # said once
 
 
+def test_nothing_is_said_of_masked_parameters_that_have_no_gradients() -> None:
+    model = small_net()
+    phases = Phases(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    phases.start_task()
+    for _ in range(2):
+        _loss(phases).backward()
+        for parameter in phases.masked_parameters():
+            parameter.grad = None
+        optimizer.step()
+
+
+def test_gradients_go_with_the_phase() -> None:
+    phases = Phases(small_net())
+    phases.start_task()
+    _loss(phases).backward()
+    scores = phases.masked_parameters()
+    phases.start_weight_phase()
+    assert [s.grad for s in scores] == [None] * 3
+
+
 def test_two_optimizers_may_share_the_work() -> None:
     phases = Phases(small_net())
     phases.start_task()

@@ -68,6 +68,11 @@ def test_the_numbers_are_those_of_the_tasks_that_are_kept() -> None:
     assert sum(r.parameters for r in told.rows if r.kind == "per task") == own
 
 
+def test_a_mask_takes_whole_bytes() -> None:
+    (masked,) = (row for row in summary(convert(nn.Linear(3, 3, bias=False), 1.0)).rows if row.kind == "masked")
+    assert masked.bytes_per_task == 2
+
+
 def test_the_table_is_text() -> None:
     lines = str(summary(convert(SmallNet().requires_grad_(True), 0.3))).splitlines()
     assert lines[0].split()[:6] == ["name", "type", "kind", "parameters", "kept", "bytes"]

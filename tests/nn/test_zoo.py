@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import CASES, REFUSED, Case, missing
+from zoo import CASES, FAMILIES, REFUSED, Case, missing
 
 from exssnet import Phases, Served, convert
 from exssnet.nn import evaluation, plain_state_dict
@@ -92,7 +92,10 @@ class Trained:
             self.first.append(of_task(phases, 0, self.x))
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[name if name in FAMILIES else pytest.param(name, marks=pytest.mark.proof) for name in CASES],
+)
 def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
     case = CASES[request.param]
     if reason := missing(case):

@@ -135,6 +135,10 @@ def test_score_that_becomes_nan_is_refused() -> None:
             {"exp_avg": [torch.zeros(2)] * 4},
             r"exp_avg must be torch.float32 of \(33, 65\) on cpu, got",
         ),
+        (
+            {"steps": [torch.zeros((), dtype=torch.float64)] * 4},
+            r"steps must be torch.float32 of \(\) on cpu, got torch.float64 of \(\)",
+        ),
         ({"k": [1]}, "expected one k per score tensor, got 4 scores and 1 k"),
     ],
 )

@@ -134,3 +134,8 @@ FOREIGN_MEMORY: Calls = {
     "a short used mask": lambda: RAW.free_mask(ops.pack_mask(M), SHORT),
 }
 test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)
+
+
+def test_negative_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^unpack_mask: sizes must be at least 0, got \(-2, -4\)$"):
+        ops.unpack_mask(torch.zeros(1, dtype=torch.uint8), (-2, -4))

@@ -75,7 +75,7 @@ def test_native_masks_are_the_references(threads: int) -> None:
 @pytest.mark.proof
 def test_emulated_cuda_masks_are_the_references() -> None:
     from cuda import harness
-    from test_cuda_topk import select
+    from cuda.topk import select
 
     topk = harness.load("topk")
     for scores, k in models():

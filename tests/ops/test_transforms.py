@@ -314,6 +314,12 @@ def test_folded_model_traces_as_any_plain_one(trace: Callable[[nn.Module], nn.Mo
     assert torch.equal(trace(model)(images(7)), model(images(7)))
 
 
+def test_free_mask_outside_the_mask_frees_nothing_in_a_transform() -> None:
+    x, weight, mask = torch.randn(3, 5), torch.randn(4, 5), torch.rand(4, 5) < 0.5
+    gradient = grad(lambda w: ops.masked_linear(x, w, mask, torch.ones_like(mask)).sum())(weight)
+    assert torch.equal(gradient, x.sum(0).expand(4, 5).where(mask, 0))
+
+
 def test_export_leaves_the_model_as_it_was() -> None:
     model = fixed_net()
     expected, before = model(images(7)), copy.deepcopy(model.state_dict())

@@ -8,7 +8,7 @@ import torch
 import triton_guard
 from accuracy import assert_exact, representable
 from cases import DTYPES, dtypes
-from products import opcheck_warning
+from products import Calls, opcheck_warning
 from torch import Tensor
 
 from exssnet import ops
@@ -87,8 +87,11 @@ def test_only_what_is_required_has_a_gradient(alone: str) -> None:
     with_gradient = dict(zip(("weights", "scores"), leaves(of), strict=True))
     without = {"weights": of[0], "scores": of[1]}
     arguments = without | {alone: with_gradient[alone]}
-    torch.autograd.backward(ops.supermask_weights(*arguments.values(), of[2]), of[3])
+    outputs = ops.supermask_weights(*arguments.values(), of[2])
+    with Calls() as calls:
+        torch.autograd.backward(outputs, of[3])
     assert all(t.grad is not None for t in arguments[alone])
+    assert [asked for _, (*_, asked) in calls.made] == [[alone == "scores", alone == "weights"]]
 
 
 def test_dtype_is_that_of_the_products() -> None:

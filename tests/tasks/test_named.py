@@ -292,6 +292,11 @@ def test_only_the_texts_that_are_used_are_encoded(web):
     assert len(encode.seen) == 6 * 3
 
 
+def test_at_most_so_many_texts_of_each_class_are_used(web):
+    (task,) = stream("webnlp", web, tasks=1, per_class=2, validation=0.5, encoder=Words(), cache=web / "cache")
+    assert [task.train.labels.bincount().tolist(), task.validation.labels.bincount().tolist()] == [[1, 1]] * 2
+
+
 def test_progress_tells_what_is_encoded(web):
     told: list[tuple[str, int, int]] = []
     stream("webnlp", web, tasks=1, encoder=Words(), cache=web / "cache", progress=lambda *seen: told.append(seen))

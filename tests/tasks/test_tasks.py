@@ -1,5 +1,7 @@
 """Labelled data, its batches, and the streams of tasks cut from it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -347,6 +349,13 @@ def test_augmentation_is_for_training_data_only():
     for part in (changed.train.unaugmented(), changed.validation, changed.test):
         assert part.dataset.augment is None
     assert torch.equal(changed.train.unaugmented()[[5, 6]][0], plain.train[[5, 6]][0])
+
+
+def test_validation_data_are_not_augmented_as_the_training_data_were_given():
+    data = numbered(10, 4, (3, 4, 4))
+    (task,) = tasks.split_by_class(replace(data, augment=lambda x: x + 1), data, 1)
+    (plain,) = tasks.split_by_class(data, data, 1)
+    assert torch.equal(task.validation[[0, 1]][0], plain.validation[[0, 1]][0])
 
 
 @pytest.mark.parametrize(

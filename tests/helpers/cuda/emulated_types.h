@@ -71,13 +71,13 @@ EXSSNET_PAIR(double, double)
 
 struct __half : exssnet::Float16 {
   __half() = default;
-  __half(float x) { exssnet::cpu::store(x, *this); }
-  operator float() const { return exssnet::cpu::value(*this); }
+  __half(float x) { exssnet::store(x, *this); }
+  operator float() const { return exssnet::value(*this); }
 };
 struct __nv_bfloat16 : exssnet::BFloat16 {
   __nv_bfloat16() = default;
-  __nv_bfloat16(float x) { exssnet::cpu::store(x, *this); }
-  operator float() const { return exssnet::cpu::value(*this); }
+  __nv_bfloat16(float x) { exssnet::store(x, *this); }
+  operator float() const { return exssnet::value(*this); }
 };
 inline __half __float2half(float x) { return x; }
 inline __half __float2half_rn(float x) { return x; }

@@ -34,6 +34,7 @@ Isa isa() { return chosen; }
 
 namespace {
 
+using namespace exssnet;
 using namespace exssnet::cpu;
 
 std::mt19937 generator(0);
