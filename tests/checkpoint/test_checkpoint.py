@@ -201,7 +201,7 @@ def test_a_run_is_no_finished_model_but_its_finished_tasks_are(saved: tuple[Lear
 def test_masks_of_finished_tasks_are_coded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned, coded = learned_two(), {}
     checkpoint.save_run(learned, tmp_path / "one", coded=coded)
-    monkeypatch.setattr(checkpoint, "encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("exssnet.checkpoint.format.encode", lambda *_: 1 / 0)
     checkpoint.save_run(learned, tmp_path / "two", coded=coded)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
