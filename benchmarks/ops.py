@@ -372,7 +372,7 @@ CASES: dict[str, Callable[[bool], Cases]] = {
 }
 """Generates the rows of each operator. The argument selects one small shape (`--quick`)."""
 SELECTION = ("topk_masks", "sparse_linear", "sparse_conv2d")
-"""The operators that `exssnet bench` measures without a kind."""
+"""Operators that `exssnet bench` measures if no kind is given."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
