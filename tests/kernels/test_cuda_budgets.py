@@ -202,6 +202,11 @@ def test_registers_and_shared_memory_keep_to_the_budgets(source: Path) -> None:
     assert beyond == [], f"if that is worth it, run {write}"
 
 
+def test_vectors_are_loaded_whole() -> None:
+    """Where nvcc does not see their alignment, it loads them byte by byte."""
+    assert re.findall(r"\bld\.(?!param)\S*\.[us]8\b", compiled(harness.ROOT / "csrc/cuda/sparse.cu")) == []
+
+
 def test_budgets_are_for_files_that_exist() -> None:
     assert set(json.loads(BUDGETS.read_text())["kernels"]) <= {source.stem for source in SOURCES}
 

@@ -1,16 +1,14 @@
 """csrc/cuda/sparse on the emulator: exactly, or as nearly as plain PyTorch, the dense layer of a pattern."""
 
 import math
-import re
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
 import pytest
-import test_cuda_budgets
 import torch
 from accuracy import Results, assert_accurate, assert_exact, representable, run
-from cases import FEW, LAYERS, TAILS, Layer, any_convolution, dtypes, layers
+from cases import DTYPES, FEW, LAYERS, TAILS, Layer, any_convolution, dtypes, layers
 from cuda import harness
 from cuda.harness import order as order
 from hypothesis import HealthCheck, given, settings
@@ -178,12 +176,10 @@ def test_exact_in_any_order_of_threads(sparse: Kernels, layer: Layer, order: str
     check_exact(sparse, problem(layer, integers=True))
 
 
-@layers(
-    (
-        Layer("conv2d-one-image", (1, 40, 56, 78), (256, 40, 2, 2)),
-        Layer("linear-many-rows", (512, 2), (2048, 2)),
-    )
-)
+@layers((
+    *(Layer("conv2d-one-image", (1, 40, 56, 78), (256, 40, 2, 2)),) * PLAIN,
+    Layer("linear-many-rows", (512, 2), (2048, 2)),
+))  # fmt: skip
 def test_gradient_of_the_values_is_exact_where_blocks_have_several_tiles_and_chunks(
     sparse: Kernels, layer: Layer
 ) -> None:
@@ -213,7 +209,7 @@ def test_exact_with_rows_from_empty_to_full(sparse: Kernels, layer: Layer) -> No
 
 @pytest.mark.parametrize("offset", [1, 2])
 @layers((*SOME, WIDE[0], WIDE[2]))
-@dtypes()
+@dtypes(*DTYPES if PLAIN else ["float32", "bfloat16"])
 def test_images_aligned_to_nothing_wider_than_an_element(
     sparse: Kernels, layer: Layer, dtype: torch.dtype, offset: int
 ) -> None:
@@ -263,7 +259,7 @@ def test_number_of_processors_does_not_change_results(sparse: Kernels, layer: La
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @layers(tuple(layer for layer in (*SOME, *WIDE[1:4]) if layer.kind == "conv2d"))
-@dtypes("float32", "float64")
+@dtypes("float32", *["float64"] * PLAIN)
 def test_exact_with_a_folded_norm(
     sparse: Kernels, layer: Layer, dtype: torch.dtype, with_residual: bool, relu: bool
 ) -> None:
@@ -338,15 +334,6 @@ def test_entries_that_may_not_be_followed_are_left_out(sparse: Kernels, layer: L
         kept = p.mask.nonzero()[entry]
         weight = p.weight.where(p.mask, 0).index_put(tuple(kept[:, None]), torch.zeros(1))
         assert torch.equal(got["output"], dense(layer, p.x, weight, p.bias))
-
-
-@pytest.mark.skipif(not PLAIN, reason="it is about nvcc, not about the emulator")
-def test_nvcc_loads_whole_vectors() -> None:
-    """Where it does not see their alignment, it loads them byte by byte."""
-    assert (
-        re.findall(r"\bld\.(?!param)\S*\.[us]8\b", test_cuda_budgets.compiled(harness.ROOT / "csrc/cuda/sparse.cu"))
-        == []
-    )
 
 
 @harness.other_modes
