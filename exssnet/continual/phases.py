@@ -353,17 +353,19 @@ class Phases:
         """All that the open phase has beyond the finished tasks; these tensors themselves, no copies.
 
         scores/LAYER (in the weight phase those that the masks were taken from), free/LAYER where weights are free,
-        weight/LAYER in the joint phase, state/NAME; called: which layers were.
+        weight/LAYER in the joint phase, state/NAME; called: which layers were, in the weight phase those with a mask.
         """
-        found = {"called": torch.tensor([layer.mode.called for layer in self.layers.values()])}
+        masks = self._open_masks  # of the weight phase
+        called = [bool(masks[name].any()) if masks else layer.mode.called for name, layer in self.layers.items()]
+        tensors = {"called": torch.tensor(called)}
         for name, layer in self.layers.items():
             scores = self._open_scores[name] if layer.scores is None else layer.scores.detach()
-            found[f"scores/{name}"] = scores
+            tensors[f"scores/{name}"] = scores
             if layer.free_values is not None:
-                found[f"free/{name}"] = layer.free_values.detach()
+                tensors[f"free/{name}"] = layer.free_values.detach()
             if self.phase == "joint":
-                found[f"weight/{name}"] = layer.dense_weight.detach()
-        return found | stored.state_tensors(self, self.own.live(), "state/")
+                tensors[f"weight/{name}"] = layer.dense_weight.detach()
+        return tensors | stored.state_tensors(self, self.own.live(), "state/")
 
     def reopen(self, phase: Phase, scores: Mapping[str, Tensor], called: Tensor, exclusive: bool | FreeRule) -> None:
         """Open a task again in a phase, from the scores of `open_tensors`; its other tensors are then to be filled."""
@@ -406,14 +408,14 @@ class Phases:
         self.require("load_state_dict", *PHASES)
         phase, active, tasks = stored.parse(self, state, PHASES)
         pieces = stored.Pieces(state["tensors"])
-        found = stored.take_finished(self, pieces, tasks)
+        finished = stored.take_finished(self, pieces, tasks)
         opened = stored.take_open(self, pieces, phase)
         pieces.end()
         if self.phase != "idle":
             self.abandon_task()
         self._ended("parameters from before load_state_dict")
         self.bank, self.states, self.scores = self._empty_bank(), [], []
-        found.put(self)
+        finished.put(self)
         if active is None:
             self.active = None
             self._clear_modes()

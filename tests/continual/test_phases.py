@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exssnet.continual.phases import Phases
-from exssnet.nn import SupermaskLayer
+from exssnet.nn import SupermaskLayer, convert
 
 OPTIMIZERS = {
     "sgd-momentum-decay": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1),
@@ -341,3 +341,22 @@ def test_a_layer_of_zeros_whose_scores_would_get_no_gradient_is_refused() -> Non
         phases.start_task()
     assert phases.phase == "idle"
     phases.start_task(joint=True)  # trains the weights
+
+
+def test_a_weight_phase_opens_again_without_the_layers_that_the_task_never_called() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.body(x).relu())
+
+    phases, other = (Phases(convert(TwoHeads(), 0.5)) for _ in range(2))
+    phases.start_task()
+    phases.model(torch.randn(4, 6)).sum().backward()
+    phases.start_weight_phase()
+    opened = {name: t.clone() for name, t in phases.open_tensors().items()}
+    other.reopen("weight", {n: opened[f"scores/{n}"] for n in other.layers}, opened["called"], True)
+    kept = [int(layer.mask().sum()) for layer in other.layers.values()]
+    assert kept == [int(layer.mask().sum()) for layer in phases.layers.values()] == [24, 12, 0]
