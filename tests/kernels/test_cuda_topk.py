@@ -11,7 +11,7 @@ from cuda import harness
 from cuda.harness import order as order
 from cuda.topk import FLOATS, Result, select
 from selections import HINTED as ALL_HINTED
-from selections import HINTS, MODERATE, drawn
+from selections import HINTS, drawn
 from torch import Tensor
 
 from exssnet import ops
@@ -45,7 +45,14 @@ def assert_reference(scores: list[Tensor], k: list[int], result: Result) -> None
 @orders
 @dtypes()
 def test_bitwise_the_reference(topk: ModuleType, pattern: str, dtype: torch.dtype, order: str) -> None:
-    scores, k = drawn(pattern, dtype, sizes=SIZES if PLAIN else MODERATE)
+    scores, k = drawn(pattern, dtype, sizes=[n for n in SIZES if n <= LARGE] if PLAIN else (1, 7, 65, 33 * 65))
+    assert_reference(scores, k, select(topk, scores, k))
+
+
+@pytest.mark.skipif(not PLAIN, reason="the same loads and stores as those of fewer scores")
+@dtypes()
+def test_bitwise_the_reference_of_many_scores(topk: ModuleType, dtype: torch.dtype) -> None:
+    scores, k = drawn("many-ties", dtype, sizes=[1 << 18])
     assert_reference(scores, k, select(topk, scores, k))
 
 
@@ -70,7 +77,7 @@ def test_packed_masks_are_the_references(topk: ModuleType, pattern: str, dtype: 
         assert torch.equal(mask, expected)
 
 
-@pytest.mark.parametrize("n", [7, 64, 1000] if PLAIN else [7, 64])
+@pytest.mark.parametrize("n", [7, 64, 300] if PLAIN else [7, 64])
 @dtypes()
 def test_bitwise_the_reference_for_every_k(topk: ModuleType, n: int, dtype: torch.dtype) -> None:
     scores, k = [scores_of("many-ties", n, dtype)] * (n + 1), list(range(n + 1))
