@@ -182,7 +182,7 @@ class Learner:
         """All that training goes on from: see `restore`.
 
         Returns:
-            Named tensors, and an object that JSON can hold. The tensors are those of the model: write or copy them
+            Named tensors, and an object that JSON can hold. The tensors are those of the model. Write or copy them
             before training goes on.
 
         Raises:

@@ -73,7 +73,7 @@ class Phases(TaskModel):
             RuntimeError: If a task is open.
             ValueError: For scores of other layers or shapes, and if all weights of a layer are zero outside a joint
                 phase.
-            FloatingPointError: If the weights have NaN or infinity before the first task.
+            FloatingPointError: If weights or per-task tensors have NaN or infinity before the first task.
         """
         self.require("start_task", "idle")
         if not len(self.bank):

@@ -112,7 +112,7 @@ class TaskModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all finished tasks: the shared weights, packed masks, per-task tensors, and scores if kept."""
+        """Size of all finished tasks in bytes, with the shared weights, packed masks, per-task tensors and scores."""
         tables = [*self.states, *self.scores, {name: layer.dense_weight for name, layer in self.layers.items()}]
         return self.bank.nbytes + sum(t.nbytes for table in tables for t in table.values())
 
@@ -216,6 +216,8 @@ class TaskModel:
         """The tensors of the open task by name, without copies.
 
         Returns:
+            A dictionary with these names.
+
             - "scores/LAYER": The scores, of the weight's shape. In the weight phase, those that the mask is from.
             - "free/LAYER": The free values, (number of free weights,), for layers that have any.
             - "weight/LAYER": The trained copy of the dense weight, in the joint phase.
@@ -240,8 +242,8 @@ class TaskModel:
         The model's own `state_dict` only holds the network of the active or open task.
 
         Returns:
-            The phase, the active task, the number of finished tasks, k by layer, and "tensors": all tensors by name,
-            without copies.
+            The "phase", the "active" task, the number of finished "tasks" and "k" by layer name. The "tensors" are all
+            tensors by name, without copies.
         """
         self.require("state_dict", *PHASES)
         tensors = stored.finished(self)
