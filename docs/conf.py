@@ -1,6 +1,5 @@
 """Builds the documentation: `sphinx-build -W -b html docs build/docs`."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,5 @@ def write_notebooks(app: Any) -> None:
         jupytext.write(jupytext.read(script), folder / f"{script.stem}.ipynb")
 
 
-ENTRY = re.compile(r"^[a-z_]\w*(?:, [a-z_]\w*)*: .*(?:\n {4}.*)*", re.MULTILINE)
-"""An argument in a docstring without sections: `name: text`, whose further lines are indented."""
-
-
-def list_arguments(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
-    """Make a list of the arguments where a docstring has no section for them."""
-    if "Args:" not in lines:
-        lines[:] = ENTRY.sub(lambda m: "\n* " + m[0].replace("\n    ", "\n  ") + "\n", "\n".join(lines)).split("\n")
-
-
 def setup(app: Any) -> None:
     app.connect("builder-inited", write_notebooks)
-    app.connect("autodoc-process-docstring", list_arguments, priority=400)  # before napoleon

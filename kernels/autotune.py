@@ -1,4 +1,4 @@
-"""Chooses the faster of two kernels by timing each shape once; the user's cache folder keeps what was measured."""
+"""Chooses the faster of two kernels by timing each shape once. A file in the user's cache folder keeps the results."""
 
 import json
 import os
@@ -16,18 +16,18 @@ import torch
 from exssnet.io.writing import locked, write_text
 
 MASKING = ("auto", "fused", "written")
-KERNELS_VERSION = 3  # of what the file holds: raise it when kernels become faster, or when keys or numbers change
-ENTRIES = 4096  # answers that a cache in memory holds; the oldest is evicted first
+KERNELS_VERSION = 3  # of the file's content: raise it when kernels become faster, or when keys or numbers change
+ENTRIES = 4096  # limit of a cache in memory; the oldest entry is evicted first
 PATIENCE = 1.0
-"""Seconds to wait for another process: it may itself wait for this one, which has not yet sent what a GPU expects."""
+"""Seconds to wait for another process. It may wait for this one in turn, if its GPU expects data from this process."""
 
 Way = Callable[[], object]
 Ways = tuple[Mapping[float, Way], Sequence[Way]]
-"""What is timed of two candidates: the first at one or two densities, and all forms of the second."""
+"""What is timed: the first candidate at one or two densities, and all forms of the second candidate."""
 
 
 class Operand(NamedTuple):
-    """What times depend on of a tensor; its layout is its strides, or their `order` where sizes are rounded."""
+    """The properties of a tensor that times depend on. `layout` is its strides, or their `order` for rounded sizes."""
 
     shape: tuple[int, ...]
     layout: tuple[int, ...]
@@ -36,7 +36,7 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class Key:
-    """What the times of an operator depend on."""
+    """Everything that the times of an operator depend on."""
 
     operator: str
     arguments: tuple[Any, ...]  # operands, geometry and options
@@ -48,7 +48,17 @@ class Key:
 
     @classmethod
     def of(cls, operator: str, device: torch.device, *arguments: Any, density: float | None = None) -> "Key":
-        """The key of a call on a device, as torch is set now."""
+        """The key of a call on a device, with torch's present settings.
+
+        Args:
+            operator: The operator's name.
+            device: The device of the call.
+            arguments: Operands, geometry and options. Lists become tuples.
+            density: The density, if the times depend on it. It is rounded to three digits.
+
+        Returns:
+            The key.
+        """
         hashable = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
         call = operator, hashable, None if density is None else round(density, 3)
         if device.type == "cpu":
@@ -58,11 +68,11 @@ class Key:
 
 
 _limits: dict[Key, float] = {}
-_measuring = threading.Lock()  # threads that meet a shape together measure it once, and choose alike
+_measuring = threading.Lock()  # threads measure a shape once, so that all choose the same
 
 
 def _free_lock() -> None:
-    """In a forked child, which has none of the threads that may have held the lock."""
+    """Make a new lock in a forked child: the thread that may hold the old one does not exist there."""
     global _measuring
     _measuring = threading.Lock()
 
@@ -72,16 +82,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def fastest(key: Key, candidates: tuple[str, str], ways: Callable[[], Ways] | None, density: float = 1.0) -> str | None:
-    """The faster of two candidates, as measured in this run, in an earlier one, or else now.
+    """The faster of two candidates. It was measured in this run or an earlier one, or is measured now.
 
     Args:
-        key: What the measurement is kept by.
+        key: The key under which the measurement is kept.
         candidates: The names of both.
-        ways: Makes what is timed; None measures nothing. Nothing is measured while a CUDA graph is captured.
+        ways: Returns the functions to time. None measures nothing. Nothing is measured while a CUDA graph is captured.
         density: The density of this call, if the first candidate is timed at two densities.
 
     Returns:
-        The name; None if it is not known and not measured.
+        The name of the faster one. None if it is not known and not measured.
     """
     if (limit := _known(key)) is None and ways is not None:
         with _measuring:
@@ -95,14 +105,14 @@ def fastest(key: Key, candidates: tuple[str, str], ways: Callable[[], Ways] | No
 
 
 def _known(key: Key) -> float | None:
-    """The limit of this run, which stays, or the one in the file."""
+    """The limit of this run, or else the one in the file, which the run then keeps."""
     if (limit := _limits.get(key)) is None and (limit := _read().get(repr(key))) is not None:
         limit = remember(_limits, key, limit)
     return limit
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
-    """What a cache holds for a key, or else this value. Beyond `ENTRIES`, the oldest is evicted."""
+    """The cached value of a key, or else this value, which is cached. Beyond `ENTRIES`, the oldest is evicted."""
     value = cache.setdefault(key, value)
     for oldest in tuple(cache)[:-ENTRIES]:
         cache.pop(oldest, None)
@@ -110,9 +120,17 @@ def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
 
 
 def measured_limit(key: Key, ways: Callable[[], Ways]) -> float:
-    """The density in [0, 1] up to which the first candidate takes no longer than the second, measured now.
+    """Measure the density up to which the first candidate takes no longer than the second.
 
-    Times at two densities make a line. A candidate with one time is faster at all densities, or at none.
+    A straight line joins the times at two densities. If the first candidate has one time only, it is faster at all
+    densities or at none.
+
+    Args:
+        key: The key of the call.
+        ways: Returns the functions to time.
+
+    Returns:
+        The density, in [0, 1].
     """
     first, second = ways()
     seconds = times(key.device, *first.values(), *second)
@@ -125,9 +143,15 @@ def measured_limit(key: Key, ways: Callable[[], Ways]) -> float:
 
 
 def times(device: torch.device, *ways: Way) -> list[float]:
-    """Seconds that each takes by the device's clock: the least of several rounds, over at least 10 ms.
+    """Time functions by the device's clock.
 
-    Infinite where the memory is too small.
+    Args:
+        device: The device that they run on.
+        ways: The functions.
+
+    Returns:
+        For each the shortest time in seconds of several rounds, which take at least 10 ms together. It is infinite if
+        memory ran out.
     """
     best = [float("inf")] * len(ways)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -141,6 +165,7 @@ def times(device: torch.device, *ways: Way) -> list[float]:
 
 
 def _seconds(device: torch.device, way: Way) -> float:
+    """The time of one call in seconds, infinite if memory ran out."""
     try:
         if device.type != "cuda":
             start = time.perf_counter()
@@ -157,7 +182,7 @@ def _seconds(device: torch.device, way: Way) -> float:
 
 
 def rounded(shape: Sequence[int]) -> tuple[int, ...]:
-    """An input's shape (N, C, ...), all but C rounded to powers of two, so that many sizes need few measurements."""
+    """An input's shape (N, C, ...) with all sizes but C rounded to powers of two, which saves measurements."""
     return tuple(size if i == 1 else 1 << (size * size).bit_length() // 2 for i, size in enumerate(shape))
 
 
@@ -167,7 +192,19 @@ def order(stride: Sequence[int]) -> tuple[int, ...]:
 
 
 def pinned(setting: str, allowed: Sequence[str], asked: str = "auto") -> str:
-    """A setting as asked for; over "auto", the environment's EXSSNET_<SETTING> decides."""
+    """The value of a setting. If it is "auto", the environment variable EXSSNET_<SETTING> replaces it.
+
+    Args:
+        setting: The setting's name in lower case.
+        allowed: The allowed values.
+        asked: The value that the caller asks for.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If the value is not allowed.
+    """
     if asked == "auto":
         asked = os.environ.get(f"EXSSNET_{setting.upper()}", "auto")
     if asked not in allowed:
@@ -176,12 +213,13 @@ def pinned(setting: str, allowed: Sequence[str], asked: str = "auto") -> str:
 
 
 def _file() -> Path:
+    """The file of all measurements, in the user's cache folder."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "exssnet" / "crossovers.json"
 
 
 def cpu_model() -> str:
-    """The CPU's name, as the operating system tells it."""
+    """The CPU's name from the operating system."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -189,12 +227,13 @@ def cpu_model() -> str:
 
 
 def _machine() -> str:
+    """The file's key of this machine: CPU, number of cores and versions."""
     versions = f"kernels {KERNELS_VERSION}, torch {torch.__version__}"
     return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {versions}"
 
 
 def _everything() -> dict[str, Any]:
-    """The file's content by machine; nothing if it cannot be read: then it is written anew."""
+    """The file's content by machine. Empty if the file cannot be read; it is then overwritten."""
     try:
         content = json.loads(_file().read_text())
     except (OSError, RuntimeError, ValueError):
@@ -203,23 +242,23 @@ def _everything() -> dict[str, Any]:
 
 
 def _read() -> dict[str, float]:
-    """What processes measured on this machine: limits in [0, 1], by key."""
+    """The limits in [0, 1] that processes measured on this machine, by key."""
     own = _everything().get(_machine())
     limits = own.items() if isinstance(own, dict) else ()
     return {key: limit for key, limit in limits if isinstance(limit, float) and 0 <= limit <= 1}
 
 
 def _write() -> None:
-    """Add what this run knows to the file; if it cannot be written, later runs measure again."""
+    """Add the limits of this run to the file. If it cannot be written, later runs measure again."""
     with suppress(OSError, RuntimeError, ValueError):
         limits = _read() | {repr(key): limit for key, limit in tuple(_limits.items())}
         everything = _everything() | {_machine(): limits}
-        write_text(_file(), json.dumps(everything, indent=1), lasting=False)  # nothing waits for the disk here
+        write_text(_file(), json.dumps(everything, indent=1), lasting=False)  # no flush to disk: it may be lost
 
 
 @contextmanager
 def _alone(key: Key) -> Iterator[None]:
-    """Waits while another process measures, at most `PATIENCE` and until the key is known."""
+    """Wait while another process measures, until the key is known, but at most `PATIENCE` seconds."""
     with ExitStack() as held:
         with suppress(OSError, RuntimeError):
             file = _file()

@@ -47,8 +47,8 @@ def keep_freed_memory() -> bool:
     up to 32 MB. ``MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824`` in the environment does the same.
 
     Returns:
-        Whether it was set. False where glibc does not allocate the memory: with another C library, or with jemalloc,
-        tcmalloc or another allocator.
+        Whether it was set. False if glibc does not allocate the memory, that is with another C library, or with
+        jemalloc, tcmalloc or another allocator.
     """
     if not _glibc_allocates():
         return False

@@ -1,4 +1,4 @@
-"""What the Triton layers share: which arguments they serve, their results' memory, and their gradients."""
+"""Shared code of the Triton layers: the arguments that they support, memory of results, and gradients."""
 
 import functools
 import inspect
@@ -16,11 +16,19 @@ from .triton_product import Geometry, Weight, product, weight_gradients
 
 
 def served(x: Tensor, shape: Sequence[int], scores: Tensor | None = None, padding: Sequence[int] = ()) -> bool:
-    """Whether the kernels take a layer with a weight of that shape; the reference takes float64, and sizes at which
-    their int32 indices end.
+    """Whether the kernels support a layer. The reference computes the others: float64, and too large sizes.
 
-    These count all pixels (the largest padded image has fewer than 2^30 with all its batch) and the weights of a tile
-    of outputs (fewer than 2^22 of each); elements they count in int64.
+    The kernels index pixels and the weights of a tile of outputs in int32, and elements in int64. So a padded batch
+    must have fewer than 2^30 pixels, and an output must have fewer than 2^22 weights.
+
+    Args:
+        x: The input, (B, I) or (N, C, H, W).
+        shape: The weight's shape.
+        scores: The scores, if the layer has any.
+        padding: The padding of a convolution.
+
+    Returns:
+        Whether they support it.
     """
     if x.dtype == torch.float64 or (scores is not None and scores.dtype == torch.float64):
         return False
@@ -32,7 +40,7 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 def _takes(kernel: Callable[..., Any]) -> Callable[..., bool]:
-    """Whether a kernel's arguments, by position, are of a layer that is `served`."""
+    """A function of a kernel's positional arguments that returns whether the layer is `served`."""
     names = list(inspect.signature(kernel).parameters)
 
     def takes(*args: Any) -> bool:
@@ -44,7 +52,7 @@ def _takes(kernel: Callable[..., Any]) -> Callable[..., bool]:
 
 
 def or_reference(kernel: Kernel) -> Kernel:
-    """The kernel of an operator for layers that are `served`, the reference's for others; arguments by position."""
+    """Use the kernel for layers that are `served`, and the reference for others. All arguments are positional."""
     takes, otherwise = _takes(kernel), getattr(reference, kernel.__name__)
 
     @functools.wraps(kernel)
@@ -55,7 +63,7 @@ def or_reference(kernel: Kernel) -> Kernel:
 
 
 def or_written(kernel: Kernel) -> Kernel:
-    """As `or_reference`; on a GPU the faster of the kernel and PyTorch's product with a masked weight."""
+    """Like `or_reference`. On a GPU, use the faster of the kernel and PyTorch's product with a masked weight."""
     names = list(inspect.signature(kernel).parameters)
 
     def written(*args: Any) -> Any:
@@ -87,12 +95,12 @@ def _can_be_timed(x: Tensor) -> bool:
 
 
 def _images(t: Tensor) -> Tensor:
-    """(B, F) as images of one pixel with F channels."""
+    """View (B, F) as images of one pixel with F channels: (B, F, 1, 1)."""
     return t if t.dim() == 4 else t[:, :, None, None]
 
 
 def _new_result(x: Tensor, shape: Sequence[int], batch_inner: bool) -> Tensor:
-    """Memory for a result, contiguous or with the batch innermost."""
+    """An uninitialised result, contiguous or with the batch as the innermost dimension."""
     return reference.empty_batch_last(x, *shape) if batch_inner else x.new_empty(shape)
 
 

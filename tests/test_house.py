@@ -251,12 +251,13 @@ def test_every_exported_name_exists(name: str) -> None:
 
 
 def exported_objects() -> dict[str, object]:
-    """Functions and classes that users see, by qualified name, with the public methods of the classes."""
+    """Functions and classes that users see, by qualified name, with the public methods of classes and their bases."""
     found: dict[str, object] = {}
     for name in exssnet.__all__:
         thing = getattr(exssnet, name)
         if inspect.isclass(thing):
-            methods = {f"{name}.{n}": f for n, f in vars(thing).items() if inspect.isfunction(f) and n[0] != "_"}
+            inner = {n: f for c in reversed(thing.__mro__) if "exssnet" in c.__module__ for n, f in vars(c).items()}
+            methods = {f"{name}.{n}": f for n, f in inner.items() if inspect.isfunction(f) and n[0] != "_"}
             found |= {name: thing, **methods}
         elif inspect.isfunction(thing):
             found[name] = thing

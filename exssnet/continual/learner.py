@@ -20,9 +20,10 @@ from ..tasks import Task, loader, stratified_split
 from . import checking, heads, hooks, method_state, state, stored
 from .kkt import RULES, Rule, sample_share, transfer
 from .methods import preset
-from .phases import PHASES, Phases
+from .phases import Phases
 from .records import OPTIMIZERS, EpochRecord, OpenTask, PhaseOptions, Stopwatch, TaskReport, Training
 from .strategy import Stage, Strategy
+from .task_model import PHASES
 from .training import Loop, Observer, optimizer_of, score
 
 __all__ = ["OPTIMIZERS", "EpochRecord", "Learner", "Observer", "PhaseOptions"]
@@ -181,7 +182,7 @@ class Learner:
         """All that training goes on from: see `restore`.
 
         Returns:
-            Named tensors, and an object that JSON can hold. The tensors are those of the model: write or copy them
+            Named tensors, and an object that JSON can hold. The tensors are those of the model. Write or copy them
             before training goes on.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The networks of all finished tasks at once, for inference: a task number with every sample."""
+"""Inference with the networks of all finished tasks at once: each sample has a task number."""
 
 import copy
 import os
@@ -22,16 +22,16 @@ from .phases import Phases
 class _Network:
     module: nn.Module
     history: Tensor  # see Served._history
-    size: int = 0  # bytes of its own
-    kept: dict[Hashable, Any] = field(default_factory=dict)  # what its layers keep, see `Constant`
-    counted: int = 0  # entries of `kept` in size
+    size: int = 0  # bytes that no other network shares
+    kept: dict[Hashable, Any] = field(default_factory=dict)  # the cache of its layers, see `Constant`
+    counted: int = 0  # entries of `kept` that are counted in `size`
 
 
 _all: "weakref.WeakSet[Served]" = weakref.WeakSet()
 
 
 def _free_locks() -> None:
-    """In a forked child, which has none of the threads that may have held the locks."""
+    """Make new locks in a forked child: the threads that may hold the old ones do not exist there."""
     for served in _all:
         served._lock, served._making = threading.Lock(), threading.Lock()
 
@@ -41,22 +41,31 @@ if hasattr(os, "register_at_fork"):
 
 
 class Served:
-    """The finished tasks' networks: ``served(x, task_ids)`` answers each sample by the network of its task.
+    """The networks of finished tasks: ``served(x, task_ids)`` computes each sample by the network of its task.
+
+    A task's network is built at the first call for the task, from the present weights. It holds the values that the
+    task's mask keeps, their positions, and the norms and biases. It computes what ``phases.using(task)`` computes in
+    evaluation mode: the results are equal bit for bit if one call has the same samples of the task. Norms are folded
+    into convolutions once. A layer for which dense products are faster keeps its dense weight. The model and its
+    `Phases` do not change.
+
+    Threads may call it at the same time. The results are those of one call after another; only the lookup of networks
+    is locked.
+
+    Args:
+        phases: The `Phases` of a converted model.
+        tasks: The tasks to serve. None means all finished tasks, including those that are finished later.
+        cache: Limit of the total size of the networks in bytes. The least recently used network is evicted first; the
+            next call for its task builds it again. A kept float32 weight takes 8 bytes: 5 % of the 11 million weights
+            of a ResNet-18 take 4.5 MB per task.
+
+    Raises:
+        ValueError: If a task is not finished, or if `cache` is not a whole number of bytes, at least 0.
+
+    Example::
 
         served = Served(phases)
-        logits = served(x, task_ids)           # x (N, ...), N task numbers in any order: (N, outputs)
-
-    A task's network is made when the task is first asked for, from the weights of that time: the values that its mask
-    keeps, where they are, its norms and biases. It answers as ``phases.using(task)`` does in evaluation mode, bit for
-    bit for the same samples of the task in one call. Norms are folded into convolutions once, and a layer for which
-    dense products are faster keeps its dense weight. The model and its `Phases` stay as they are.
-
-    phases: of a converted model.
-    tasks: the tasks to answer for; None for all that are finished, also later.
-    cache: bytes that the networks may take together; the one not used for the longest time is dropped first, and made
-        again when asked for. A kept float32 weight takes 8: 5 % of a ResNet-18 of 11 M weights are 4.5 MB a task.
-    Threads may call it at the same time, with the results of one call after another; only the look-up of networks is
-    locked. ValueError for tasks that are not finished, and for a bound that is no whole number of bytes.
+        logits = served(x, task_ids)  # x (N, ...), N task numbers in any order; logits (N, outputs)
     """
 
     def __init__(self, phases: Phases, tasks: Iterable[int] | None = None, cache: int = 256 << 20) -> None:
@@ -66,11 +75,11 @@ class Served:
         self._tasks = None if tasks is None else sorted(set(tasks))
         for task in self._tasks or ():
             _check_known(task, range(len(phases.bank)))
-        self._networks: OrderedDict[int, _Network] = OrderedDict()  # the last used one last
+        self._networks: OrderedDict[int, _Network] = OrderedDict()  # the most recently used is last
         self._lock, self._making = threading.Lock(), threading.Lock()
         _all.add(self)
         self._blank, self._blank_of = _without_weights(phases), self._history()
-        # Values lie in the pattern's order, so the slots of all layers count from 0 on.
+        # Values are in the pattern's order, so the slots of every layer count up from 0.
         layers = phases.layers.values()
         device = next(iter(layers)).dense_weight.device
         self._slots = torch.arange(
@@ -79,20 +88,29 @@ class Served:
 
     @property
     def tasks(self) -> Sequence[int]:
-        """The tasks that it answers for."""
+        """The tasks that are served."""
         return range(len(self._phases.bank)) if self._tasks is None else self._tasks
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the networks take now."""
+        """Total size of the networks now, in bytes."""
         with self._lock:
             return sum(network.size for network in self._networks.values())
 
     @torch.no_grad()
     def __call__(self, x: Tensor, task_ids: Tensor | Sequence[int]) -> Tensor:
-        """What the model gives for each sample of x (N, ...) in evaluation mode: (N, outputs), without gradients.
+        """Compute each sample by the network of its task, in evaluation mode and without gradients.
 
-        task_ids: N whole numbers, a sequence or a tensor on any device. ValueError for an unknown task.
+        Args:
+            x: The samples, (N, ...).
+            task_ids: N task numbers: a sequence, or an integer tensor on any device.
+
+        Returns:
+            The output of the networks, (N, outputs).
+
+        Raises:
+            ValueError: If a task is unknown, if `task_ids` are not N whole numbers, or if the model does not return a
+                tensor with a row for each sample.
         """
         ids = torch.as_tensor(task_ids)
         whole = ids.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) or not ids.numel()
@@ -105,43 +123,45 @@ class Served:
         for row, task in enumerate(ids.tolist()):
             rows.setdefault(task, []).append(row)
         tasks = self.tasks
-        for task in rows or list(tasks[:1]) or [0]:  # without samples, any network tells how many outputs there are
+        for task in rows or list(tasks[:1]) or [0]:  # without samples, any network gives the number of outputs
             _check_known(task, tasks)
         if len(rows) < 2:
             return self._answer(next(iter(rows), tasks[0]), x).clone()
         logits: Tensor | None = None
         for task, of_task in rows.items():
             index = torch.tensor(of_task, device=x.device)
-            found = self._answer(task, x.index_select(0, index))
+            answer = self._answer(task, x.index_select(0, index))
             if logits is None:
-                logits = found.new_empty(len(x), *found.shape[1:])
-            logits.index_copy_(0, index, found)
+                logits = answer.new_empty(len(x), *answer.shape[1:])
+            logits.index_copy_(0, index, answer)
         assert logits is not None
         return logits
 
     def _answer(self, task: int, x: Tensor) -> Tensor:
-        """The network's logits, of inference mode: to be copied."""
+        """The network's logits. They are tensors of inference mode, which callers must copy."""
         network = self._network(task)
         with torch.inference_mode():  # a sixth faster than without gradients, for batches of a few samples
-            found = network.module(x)
-        if not isinstance(found, Tensor) or found.shape[:1] != x.shape[:1]:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            logits = network.module(x)
+        if not isinstance(logits, Tensor) or logits.shape[:1] != x.shape[:1]:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"Served: the model must give a tensor with a row for each of {len(x)} samples, got {got}")
         if len(network.kept) != network.counted:
             self._keep(task, network)
-        return found
+        return logits
 
     def _network(self, task: int) -> _Network:
-        network = self._found(task)
+        """The task's network, from the cache or built now."""
+        network = self._cached(task)
         if network is None:
-            with self._making:  # one at a time; who asks for another task does not wait
-                network = self._found(task)
+            with self._making:  # one network at a time; calls for cached networks do not wait
+                network = self._cached(task)
                 if network is None:
                     network = self._make(task)
                     self._keep(task, network)
         return network
 
-    def _found(self, task: int) -> _Network | None:
+    def _cached(self, task: int) -> _Network | None:
+        """The task's network in the cache, now the most recently used; None if it is not there or out of date."""
         with self._lock:
             network = self._networks.get(task)
             if network is None or network.history is not self._history():
@@ -150,18 +170,18 @@ class Served:
             return network
 
     def _history(self) -> Tensor | None:
-        """The first task's mask, which is another tensor when `Phases.load_state_dict` brings other tasks."""
+        """The first task's mask. `Phases.load_state_dict` replaces the tensor, which shows that the tasks changed."""
         bank, name = self._phases.bank, next(iter(self._phases.layers))
         return bank.packed(0, name) if len(bank) else None
 
     def _keep(self, task: int, network: _Network) -> None:
-        """Count the network as it is now, and drop others, or itself, until all that are left fit."""
+        """Update the network's size in the cache, and evict networks, even this one, until all fit."""
         with self._lock:
             if network.history is not self._history():
                 return
             kept = list(network.kept.values())
-            more = (t for made in kept[network.counted :] for t in (made if isinstance(made, tuple) else (made,)))
-            network.size += sum(t.nbytes for t in more)
+            new = (t for entry in kept[network.counted :] for t in (entry if isinstance(entry, tuple) else (entry,)))
+            network.size += sum(t.nbytes for t in new)
             network.counted = len(kept)
             self._networks[task] = network
             self._networks.move_to_end(task)
@@ -170,7 +190,7 @@ class Served:
                 total -= self._networks.popitem(last=False)[1].size
 
     def _make(self, task: int) -> _Network:
-        """The task's network; what all tasks share it has not of its own."""
+        """Build the task's network. It shares with the others what all tasks share."""
         phases = self._phases
         owners.check(phases, "Served")
         phases.own.check("Served")
@@ -182,14 +202,14 @@ class Served:
         network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), history)
         phases.own.write(phases.states[task], network.module)
         weights = phases.weights_before()
-        choices = {name: layer._choices for name, layer in supermask_layers(self._blank)}  # made once for all tasks
+        choices = {name: layer._choices for name, layer in supermask_layers(self._blank)}  # shared by all tasks
         for name, layer in supermask_layers(network.module):
             weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
             layer.mode = Constant(weight, mask, getattr(layer, "groups", 1), self._slots, network.kept)
             layer._choices = choices[name]
-        found = (*network.module.parameters(), *network.module.buffers())
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+        tensors = (*network.module.parameters(), *network.module.buffers())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         for t in (*shared, self._slots):
             storages.pop(t.untyped_storage().data_ptr(), None)
         network.size = sum(storages.values())
@@ -202,7 +222,7 @@ def _check_known(task: int, tasks: Sequence[int]) -> None:
 
 
 def _without_weights(phases: Phases) -> nn.Module:
-    """A copy of the model in evaluation mode, of whose masked weights only the shapes are left."""
+    """A copy of the model in evaluation mode. Its masked weights are expanded zeros, which keep only the shapes."""
     phases.own.check("Served")
     known: dict[int, Any] = {}
     for layer in phases.layers.values():

@@ -16,9 +16,10 @@ from ..nn import SupermaskLayer
 from ..ops import pack_mask, unpack_mask
 from ..tasks import Task
 from .mask_bank import FreeRule
-from .phases import Phase, Phases
+from .phases import Phases
 from .records import OpenTask, Result, Stopwatch, TaskReport, Training
 from .stored import FLOATS, Pieces, check_layers, state_tensors, take_all_state
+from .task_model import Phase
 
 NUMBERS = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
 FINITE = ("weight/", "scores/", "open/scores/", "open/free/", "open/weight/", "kept/masked/")

@@ -36,6 +36,11 @@ class TaskStore(Protocol):
     @property
     def initial(self) -> dict[str, Tensor]: ...
     def reset_state(self) -> None: ...
+
+
+class AdoptingStore(TaskStore, Protocol):
+    """The part of `Phases` that is needed to fill it with stored tasks."""
+
     def adopt_all(self, tasks: Sequence["Learned"]) -> int: ...
 
 
@@ -151,7 +156,7 @@ class Finished:
     values: list[tuple[Tensor, Tensor]]  # (target in the model, its new value)
     tasks: list[Learned]
 
-    def put(self, phases: TaskStore) -> None:
+    def put(self, phases: AdoptingStore) -> None:
         """Copy the tasks into a `Phases` without tasks, and activate the last."""
         with torch.no_grad():
             for target, value in self.values:
@@ -177,7 +182,7 @@ def take_finished(phases: TaskStore, pieces: Pieces, tasks: int) -> Finished:
     return Finished(values, [_task(phases, pieces, task) for task in range(tasks)])
 
 
-def put_finished(phases: TaskStore, pieces: Pieces, tasks: int, complete: bool = False) -> None:
+def put_finished(phases: AdoptingStore, pieces: Pieces, tasks: int, complete: bool = False) -> None:
     """Copy finished tasks into a new `Phases`, and activate the last. An error leaves everything unchanged.
 
     Args:

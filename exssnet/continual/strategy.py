@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from ..tasks import Task
 from . import checking
-from .phases import Phase, Phases
+from .phases import Phases
 from .records import PhaseOptions
+from .task_model import Phase
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A change of task or phase that fails, for want of memory say, leaves everything as it was."""
+"""Undoes a change of task or phase that fails, for example because memory runs out."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from .stored import TaskStore
 
 
 def held(layers: Iterable[SupermaskLayer]) -> Callable[[], None]:
-    """A function that gives the layers the modes and dense weights back that they have now."""
+    """A function that puts the layers back into their present modes, with their present dense weights."""
     now = [(layer, layer.mode, layer.dense_weight) for layer in layers]
 
     def put_back() -> None:
@@ -20,7 +20,7 @@ def held(layers: Iterable[SupermaskLayer]) -> Callable[[], None]:
 
 @contextmanager
 def undone_on_failure(phases: TaskStore) -> Iterator[None]:
-    """If the block raises, put back the layers' modes, what the task has of its own, and what `phases` knows."""
+    """If the block raises, restore the layers' modes, the per-task tensors and the attributes of `phases`."""
     put_back = held(phases.layers.values())
     state = {name: t.clone() for name, t in phases.own.live().items()}
     known = {name: getattr(phases, name) for name in ("phase", "active", "bank", "states", "scores")}

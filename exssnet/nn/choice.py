@@ -14,15 +14,16 @@ from ..ops import bitmap_pattern, kept_weights, masked_weight, pack_mask, sparse
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
 Call = tuple[str, torch.Size, torch.dtype, torch.device, int, str, int, tuple[int, ...], torch.dtype]
-"""What a layer decided, "sparse" or "fused"; shape, dtype and device of its input, number of threads, `products` and k,
-stride of the input, dtype of the products. What does not count is "", 0 or ()."""
+"""Key of a layer's decision: "sparse" or "fused"; the input's shape, dtype and device; number of threads; `products`;
+k; the input's stride; the dtype of the products. An entry that does not matter is "", 0 or ()."""
 SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
-"""A layer on a CPU is sparse without a measurement up to this density, from this many multiply-adds (dense) on, and if
-its kernel spans at most this many pixels: sparse products were 2.5 to 20 times faster on every such shape in
-docs/internals/cpu-engine.md."""
+"""A layer on a CPU is sparse without a measurement if three conditions hold: its density is at most the first number,
+the dense product has at least the second number of multiply-adds, and the kernel spans at most the third number of
+pixels. Sparse products were 2.5 to 20 times faster on every such shape in docs/internals/cpu-engine.md."""
 TINY_DENSITY, TINY_WEIGHTS, TINY_WORK = 0.5, 1 << 10, 1 << 18
-"""So is a layer on a CPU up to these. Its steps took 0.1 to 0.7 ms, mostly PyTorch's overhead: sparse convolutions took
-0.4 to 1.1 times as long as dense ones, linear layers at most 0.05 ms longer. A measurement takes 15 ms."""
+"""A tiny layer on a CPU is sparse without a measurement: its density, its weights and its multiply-adds are at most
+these. Its steps took 0.1 to 0.7 ms, mostly PyTorch's overhead. Sparse convolutions took 0.4 to 1.1 times as long as
+dense ones, and sparse linear layers took at most 0.05 ms longer. A measurement takes 15 ms."""
 
 
 def sparse_is_faster(
@@ -30,20 +31,27 @@ def sparse_is_faster(
 ) -> bool:
     """Whether a layer should multiply only the kept entries of its weight.
 
-    The layer's crossover decides: the density at which sparse and dense products take equally long, measured when a
-    shape is first met. Sizes of batches and images count as the nearest powers of two. On a CPU tiny layers, see
-    `TINY_WORK`, and large ones of low density, see `SURE_WORK`, are not measured. Nothing is measured while operators
-    are traced: what is known decides, and low density alone if nothing is known or if sizes are not fixed.
+    The layer's crossover decides. It is the density at which sparse and dense products take equally long, and is
+    measured at the first call with a shape. Batch and image sizes are rounded to powers of two. On a CPU, tiny layers
+    (see `TINY_WORK`) and large layers of low density (see `SURE_WORK`) are sparse without a measurement. While
+    operators are traced, nothing is measured: an earlier measurement decides. If there is none, or if sizes are not
+    fixed, layers of low density are sparse.
 
     Args:
         x: The layer's input, (..., I) or (N, C, ...).
         weight: The dense weight.
         density: The share of the weight that is kept.
-        geometry: Stride, padding, dilation and groups of a convolution, in one dimension for x (N, C, L).
-        products: "sparse" or "dense" decide alone. Over "auto", the environment's EXSSNET_PRODUCTS does.
+        geometry: Stride, padding, dilation and groups of a convolution, in one dimension for x (N, C, L). Empty for a
+            linear layer.
+        products: "sparse" or "dense" decides without a measurement. So does the environment variable EXSSNET_PRODUCTS
+            if this is "auto".
 
     Returns:
-        False if x's device has no kernel for sparse products, if x is empty, and if these kernels refuse the layer.
+        Whether sparse products are faster. False if x's device has no sparse kernel, if x is empty, and if the sparse
+        kernels refuse the layer.
+
+    Raises:
+        ValueError: If `products` or EXSSNET_PRODUCTS is none of the three words.
     """
     if (asked := pinned("products", PRODUCTS, products)) != "auto":
         return asked == "sparse"
@@ -52,13 +60,13 @@ def sparse_is_faster(
         return False
     sure = on_cpu and density <= SURE_DENSITY and _span(weight, geometry) <= SURE_SPAN
     if traced() and (any(isinstance(n, Tensor) for n in x.shape) or not all(map(has_static_value, x.shape))):
-        return sure  # sizes that a trace keeps open
+        return sure  # the trace leaves sizes open
     if not x.numel():
         return False
     if weight.dim() == 2 and x.dim() not in (0, 2):
         x = x.reshape(-1, x.shape[-1])
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * (geometry[3] if geometry else 1):
-        return True  # the operators tell what is wrong
+        return True  # the operators raise the error
     x, weight, geometry = _as_images(x, weight, geometry)
     weights, work = weight.numel(), x.numel() // x.shape[1] * weight.numel()
     tiny = weights <= TINY_WEIGHTS and work <= TINY_WORK and density <= TINY_DENSITY
@@ -73,18 +81,25 @@ def sparse_is_faster(
 def fused_is_faster(
     x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any] = (), density: float | None = None
 ) -> bool:
-    """Whether a dense layer on a GPU should mask tiles of its weight while it multiplies them.
+    """Whether a dense layer on a GPU should mask tiles of its weight during the product.
 
-    Otherwise the masked weight is written before. EXSSNET_MASKING decides, or else the time, measured when a GPU, a
-    shape and dtypes are first met. Scores are fused and values written if nothing is known and nothing can be measured:
-    while operators are traced or a CUDA graph is captured, and without Triton's kernels.
+    Otherwise the masked weight is written to memory before the product. EXSSNET_MASKING decides, if it is set.
+    Otherwise both forms are timed at the first call with a GPU, a shape and dtypes. Without a measurement, scores are
+    fused and values are written. Nothing is measured while operators are traced or a CUDA graph is captured, and
+    without Triton kernels.
 
     Args:
         x: The layer's input, as in `sparse_is_faster`.
         weight: The dense weight.
         dtype: The dtype of the products.
         geometry: As in `sparse_is_faster`.
-        density: None in the mask phase, which has scores; the density in the weight phase.
+        density: The density in the weight phase. None in the mask phase, which has scores.
+
+    Returns:
+        Whether the fused form is faster.
+
+    Raises:
+        ValueError: If EXSSNET_MASKING is not "auto", "fused" or "written".
     """
     if (asked := pinned("masking", MASKING)) != "auto":
         return asked == "fused"
@@ -103,13 +118,13 @@ def fused_is_faster(
 
 
 def _span(weight: Tensor, geometry: Sequence[Any]) -> int:
-    """Pixels from one end of a kernel to the other."""
+    """The largest extent of a convolution's kernel in pixels, with its dilation."""
     dilation = geometry[2] if geometry else ()
     return max((d * (taps - 1) + 1 for d, taps in zip(dilation, weight.shape[2:], strict=True)), default=1)
 
 
 def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Any]]:
-    """A one-dimensional convolution as one of images of height 1."""
+    """A one-dimensional convolution as a two-dimensional one of images with height 1."""
     if not weight.dim() == x.dim() == 3:
         return x, weight, geometry
     stride, padding, dilation, groups = geometry
@@ -127,7 +142,7 @@ def _faster(
     x: Sequence[int], stride: Sequence[int], dtype: torch.dtype, weight: Sequence[int], weight_dtype: torch.dtype,
     geometry: Sequence[Any], device: torch.device,
 ) -> str | None:  # fmt: skip
-    """The faster candidate, see `fastest`; None also if there is no such layer, or if its kernels refuse it."""
+    """The faster candidate, see `fastest`. None also if a kernel refuses the layer."""
     operands = Operand(rounded(x), order(stride), dtype), Operand(tuple(weight), (), weight_dtype)
     key = Key.of(operator, device, *operands, *geometry, density=density)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -138,9 +153,17 @@ def _faster(
 
 
 def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Ways:
-    """Sparse products at densities of 5 and 25 %, and dense ones; on a GPU these are written or fused.
+    """Sparse products at densities of 5 and 25 %, and dense products: written, and on a GPU fused too.
 
-    Output and input gradient of the weight phase; they decide for all phases.
+    Each computes the output and the input gradient of the weight phase. Their times decide for all phases.
+
+    Args:
+        x: The layer's input, (B, I) or (N, C, H, W).
+        shape: The weight's shape.
+        geometry: Stride, padding, dilation and groups of a convolution. Empty for a linear layer.
+
+    Returns:
+        The candidates for `fastest`.
     """
     generator = torch.Generator(x.device).manual_seed(0)
     images, filters = (x.new_empty(size).normal_(generator=generator) for size in (x.shape, shape))
@@ -165,10 +188,20 @@ def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Way
 
 
 def fused_ways(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any], density: float | None) -> Ways:
-    """A layer's fused products, and PyTorch's with a written weight.
+    """A layer's fused products, and PyTorch's products with a written masked weight.
 
-    Output, input gradient, and gradient of the scores or of the free values, half of those kept. The raw operators are
-    timed, without autograd, which may be the one that asks.
+    Each computes the output, the input gradient, and the gradient of the scores or of the free values. Half of the kept
+    values are free. The raw operators are timed without autograd, because the caller may be inside it.
+
+    Args:
+        x: The layer's input, (B, I) or (N, C, H, W).
+        weight: The dense weight.
+        dtype: The dtype of the products.
+        geometry: Stride, padding, dilation and groups of a convolution. Empty for a linear layer.
+        density: The density in the weight phase. None in the mask phase.
+
+    Returns:
+        The candidates for `fastest`.
     """
     generator = torch.Generator(x.device).manual_seed(0)
     of = (x, dtype), (weight, weight.dtype), (weight, torch.float32)
@@ -186,6 +219,7 @@ def _random_mask(shape: Sequence[int], density: float, generator: torch.Generato
 
 
 def _score_ways(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometry: Sequence[Any]) -> tuple[Way, Way]:
+    """The fused and the written step of the mask phase."""
     forward, backward = _raw("supermask", geometry)
     steps, ops = list(geometry), torch.ops.exssnet
 
@@ -204,7 +238,7 @@ def _score_ways(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometr
 def _value_ways(
     x: Tensor, weight: Tensor, mask: Tensor, free: Tensor | None, geometry: Sequence[Any]
 ) -> tuple[Way, Way]:
-    """With the gradient of the free values, if a free mask is given."""
+    """The fused and the written step of the weight phase. Without a free mask, values get no gradient."""
     forward, backward = _raw("bitmap", geometry)
     trains, free = free is not None, mask if free is None else free
     values, frozen = weight[free], weight[mask & ~free]
@@ -228,12 +262,13 @@ def _value_ways(
 
 
 def _raw(family: str, geometry: Sequence[Any]) -> tuple[Any, Any]:
+    """The raw operators of a family: forward and backward."""
     name = f"{family}_{'conv2d' if geometry else 'linear'}"
     return getattr(torch.ops.exssnet, name), getattr(torch.ops.exssnet, f"{name}_backward")
 
 
 def _dense_step(x: Tensor, weight: Tensor, geometry: Sequence[Any], weight_gradient: bool = True) -> Any:
-    """The gradient of a dense weight, or None, after output and input gradient."""
+    """Compute the output and the input gradient, and return the gradient of the dense weight, or None."""
     if not geometry:
         y = torch.nn.functional.linear(x, weight)
         torch.mm(y, weight)
@@ -247,10 +282,10 @@ def _dense_step(x: Tensor, weight: Tensor, geometry: Sequence[Any], weight_gradi
 
 
 def traced() -> bool:
-    """Whether operators are being recorded, so that a measurement would be recorded as well."""
+    """Whether operators are being recorded. A measurement would be recorded too."""
     return recorded() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
 
 
 def recorded() -> bool:
-    """Whether a graph is made, by the compiler or by `torch.jit.trace`."""
+    """Whether the compiler or `torch.jit.trace` is building a graph."""
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

@@ -29,15 +29,16 @@ Chosen = str | type[nn.Module]
 
 def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
     """Class -> the class that `convert` replaces it by; torchvision's only if torchvision is imported."""
-    found = {**norms.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
+    classes = {**norms.SWAPPED, **blocks.SWAPPED, nn.Sequential: blocks.FusedSequential}
     if "torchvision.models.resnet" in sys.modules:
         from . import torchvision_blocks
 
-        found |= torchvision_blocks.SWAPPED
-    return found
+        classes |= torchvision_blocks.SWAPPED
+    return classes
 
 
 def _swapped(module: nn.Module) -> type[nn.Module]:
+    """The class that `convert` gives a module. An `nn.Sequential` without batch norms keeps its class."""
     if type(module) is nn.Sequential and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module):
         return nn.Sequential
     return swaps().get(type(module), type(module))
@@ -150,6 +151,7 @@ def _choose(
 
 
 def _matches(name: str, module: nn.Module, by: Iterable[Chosen]) -> bool:
+    """Whether a module matches a name pattern or a type."""
     return any(fnmatch(name, p) if isinstance(p, str) else isinstance(module, p) for p in by)
 
 
@@ -171,6 +173,7 @@ def _unmaskable(module: nn.Module) -> str:
 def _check_patterns(
     what: str, patterns: Iterable[Chosen], known: Mapping[str, nn.Module], reasons: Mapping[str, str]
 ) -> None:
+    """Raise ValueError for a name pattern that matches no known layer."""
     for pattern in patterns:
         if not isinstance(pattern, str) or any(fnmatch(name, pattern) for name in known):
             continue
@@ -191,11 +194,12 @@ def _owners_of(model: nn.Module, weight: Any) -> list[str]:
 
 
 def _warn_of_few(model: nn.Module, passed_over: Mapping[str, str]) -> None:
+    """Warn if masks cover less than `FEW` of the parameters that train."""
     rows = [r for r in summary(model).rows if passed_over.get(r.name) not in ("excluded", "not included")]
     masked, dense = (sum(r.parameters for r in rows if r.kind == kind) for kind in ("masked", "per task"))
     passed = [model.get_submodule(name) for name, why in passed_over.items() if why not in ("excluded", "not included")]
     matrices = [p for m in passed for p in m._parameters.values() if p is not None and p.dim() > 1 and p.requires_grad]
-    if masked >= FEW * (masked + dense) or not matrices:  # biases and norms are small, and expected to be per task
+    if masked >= FEW * (masked + dense) or not matrices:  # a dense copy of biases and norms is small
         return
     sizes: dict[str, int] = {}
     for row in rows:
@@ -212,13 +216,19 @@ def _warn_of_few(model: nn.Module, passed_over: Mapping[str, str]) -> None:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a plain network with the same outputs as the model now: each ``weight`` is masked.
+    """The state dict of a plain network with the model's present outputs. Each ``weight`` is masked.
 
     Args:
         model: A converted model.
 
     Returns:
-        Names and tensors as in the model before `convert`.
+        The names and shapes of the model before `convert`.
+
+    Raises:
+        RuntimeError: If a layer has neither scores nor a mask.
+
+    Example:
+        >>> plain_model.load_state_dict(plain_state_dict(phases.model))
     """
     state = model.state_dict()
     for name, layer in supermask_layers(model):
@@ -236,7 +246,14 @@ def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **option
 
 
 def unconvert(model: nn.Module) -> None:
-    """Turn a converted model back into plain torch modules, in place: each masked layer keeps `weight * mask`."""
+    """Turn a converted model back into plain torch modules, in place. A masked layer keeps ``weight * mask``.
+
+    Args:
+        model: A converted model.
+
+    Raises:
+        RuntimeError: If a layer has neither scores nor a mask.
+    """
     backward = {new: old for old, new in swaps().items()}
     for _, layer in supermask_layers(model):
         layer.to_plain()

@@ -1,4 +1,4 @@
-"""What layers with a supermask share: a dense weight, of which a mask keeps a share, and a mode."""
+"""The base class of layers with a supermask: a dense weight, a mask that keeps part of it, and a mode."""
 
 import copy
 import math
@@ -19,39 +19,43 @@ from .selector import forwards
 TENSORS = (
     "dense_weight", *PARAMETERS, "frozen_values", "packed_mask", "packed_free_mask", "kept", *PATTERN,
 )  # fmt: skip
-"""Names of all parameters and buffers that a layer has in place of the plain layer's weight."""
+"""Names of all parameters and buffers that replace the plain layer's weight."""
 ATTRIBUTES = ("k", "products", "written", "_mode", "_choices", "_read")
-"""Names of all else that a layer has beside the plain layer's attributes."""
+"""Names of all further attributes that the plain layer does not have."""
 
-# One compiled graph for the weight phases of all tasks: the compiler takes sizes of parameters for constants.
+# One compiled graph serves the weight phases of all tasks. By default the compiler treats parameter sizes as constants.
 compiler.dynamic_sources += r",.*\._(parameters|buffers)\['(free|frozen)_values'\]"
 
 
 def full_name(module: str, key: str) -> str:
-    """The name in a model of the parameter or buffer `key` of its module of that name, which is "" for the model."""
+    """The full name of the parameter or buffer `key` of a module. The name of the model itself is ""."""
     return f"{module}.{key}".lstrip(".")
 
 
 class SupermaskLayer(nn.Module):
-    """A layer with a dense weight that is no parameter, and one of three modes, which say how it is used.
+    """A layer whose dense weight is a buffer, not a parameter. It is in one of three modes.
 
-    - `exssnet.nn.modes.Scores` (the mask phase; how a new layer starts): `scores` is the parameter, the mask is their
+    - `exssnet.nn.modes.Scores` (the mask phase; the mode of a new layer): the parameter is `scores`. The mask is their
       top k.
-    - `exssnet.nn.modes.Values` (the weight phase): `free_values` is the parameter, the kept weights that may change;
-      `frozen_values`, `packed_mask`, `packed_free_mask` and the pattern are buffers. The rest of the weight is out of
-      every optimizer's reach.
-    - `exssnet.nn.modes.Fixed` (evaluation): values of which none is free.
+    - `exssnet.nn.modes.Values` (the weight phase): the parameter is `free_values`, the kept weights that train.
+      `frozen_values`, `packed_mask`, `packed_free_mask` and the pattern are buffers. No optimizer can change the other
+      weights.
+    - `exssnet.nn.modes.Fixed` (evaluation): no value is free.
 
-    A layer enters a mode when it is assigned to `mode`. The mode that it leaves keeps its tensors, and may be assigned
-    again. A state dict of the layer holds its mode, and loading it brings the layer there; the state dict of a plain
-    layer loads into `dense_weight`.
+    Assigning a mode to `mode` enters it. The old mode keeps its tensors and may be assigned again. The state dict of
+    the layer holds the mode. Loading a state dict enters its mode. The state dict of a plain layer loads into
+    `dense_weight`.
 
     Attributes:
-        dense_weight: buffer of the plain layer's shape, the same in all modes.
-        weight: what the layer multiplies by, ``dense_weight * mask``, with its gradient.
-        k: weights that a mask keeps.
-        products: chooses between sparse and dense products, see `exssnet.nn.choice.sparse_is_faster`.
-        written: whether the products of the scores want the masked weight written before.
+        dense_weight: Buffer of the plain layer's shape, the same in all modes.
+        scores: Parameter of the mask phase: float32 of the weight's shape. None in other modes.
+        free_values: Parameter of the weight phase: (number of free weights,). None in other modes.
+        frozen_values: Buffer of the kept weights that are not free, (their number,). None in the mask phase.
+        packed_mask: Buffer of the fixed mask: uint8 of (ceil(n / 8),). None in the mask phase.
+        packed_free_mask: Buffer of the free mask: uint8 of (ceil(n / 8),). None in the mask phase.
+        k: Number of weights that a mask keeps.
+        products: "sparse", "dense" or "auto", see `exssnet.nn.choice.sparse_is_faster`.
+        written: Whether the masked weight is computed before the products of the mask phase, which are then dense.
     """
 
     plain_type: type[nn.Module]
@@ -69,19 +73,25 @@ class SupermaskLayer(nn.Module):
     packed_free_mask: Tensor | None
     kept: Tensor  # k, for the state dict
     k: int
-    _read: tuple[Tensor, int, object] | None = None  # `weight` as somebody outside of a forward got it
+    _read: tuple[Tensor, int, object] | None = None  # the last `weight` that was read outside of a forward
 
     @classmethod
     def from_plain(cls, layer: nn.Module, density: float, products: Products = "auto") -> "SupermaskLayer":
         """Turn a plain layer into one of this class, in place, with random scores.
 
         Args:
-            layer: of the class's `plain_type`.
-            density: share of the weights kept, in [0, 1].
-            products: see the class.
+            layer: A layer of the class's `plain_type`.
+            density: Share of the weights kept, in [0, 1].
+            products: "sparse", "dense" or "auto".
 
         Returns:
             The same object.
+
+        Raises:
+            ValueError: If the density is outside [0, 1].
+
+        Example:
+            >>> layer = SupermaskLinear.from_plain(nn.Linear(784, 300), density=0.1)
         """
         layer.__class__ = cls
         assert isinstance(layer, SupermaskLayer)
@@ -89,10 +99,10 @@ class SupermaskLayer(nn.Module):
         return layer
 
     def to_plain(self) -> None:
-        """Turn this layer into the plain one, in place, with ``dense_weight * mask`` for its weight.
+        """Turn this layer into a plain layer with the weight ``dense_weight * mask``, in place.
 
         Raises:
-            RuntimeError: if the layer has neither scores nor a mask.
+            RuntimeError: If the layer has neither scores nor a mask.
         """
         weight = self.dense_weight.where(self.mask(), 0)
         for name in TENSORS:
@@ -105,7 +115,7 @@ class SupermaskLayer(nn.Module):
         self._parameters = {"weight": nn.Parameter(weight), **self._parameters}  # first, as in the plain layer
 
     def _own_weight(self, density: float, products: Products = "auto") -> None:
-        """Turn the plain layer's weight into a buffer and start with random scores."""
+        """Turn the plain layer's weight into a buffer, and enter the mask phase with random scores."""
         self.products = products
         self._choices: dict[Call, bool] = {}
         weight = self._parameters.pop("weight")
@@ -126,7 +136,7 @@ class SupermaskLayer(nn.Module):
 
     @property
     def mode(self) -> Mode:
-        """The mode that the layer is in."""
+        """The layer's mode. Assigning another one enters it; ValueError for the mode of another layer."""
         return self._mode
 
     @mode.setter
@@ -148,15 +158,19 @@ class SupermaskLayer(nn.Module):
         return self._mode.product(self, x, padding)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
-        """The input with the padding that the operators do not know, and the padding that is left to them."""
+        """The input with the padding that operators do not support, and the padding that operators add."""
         return x, None
 
     @property
     def weight(self) -> Tensor:
-        """The weight in effect, ``dense_weight * mask``, of the plain layer's shape, with its gradient.
+        """The masked weight, ``dense_weight * mask``, of the plain layer's shape, with its gradient.
 
-        For modules that multiply by it themselves. It is computed at each access: RuntimeError, at the next access or
-        forward, if something was written into it.
+        It is for modules that multiply by it themselves. Each access computes it anew, so writing into it has no
+        effect.
+
+        Raises:
+            RuntimeError: If the layer has neither scores nor a mask, and if the tensor of the last access was written
+                to. A forward pass raises the latter too.
         """
         if "dense_weight" not in self._buffers:  # the plain layer is being built
             if (own := self._parameters.get("weight")) is None:
@@ -169,12 +183,12 @@ class SupermaskLayer(nn.Module):
         return weight
 
     def _check_read(self) -> None:
-        """RuntimeError if the weight that somebody got was written to: that would have no effect."""
+        """Raise RuntimeError if the weight of the last access was written to, which has no effect."""
         if self._read is None:
             return
         (weight, version, versions), self._read = self._read, None
         written = weight._version != version
-        if not written and versions == self._versions():  # `.data` is written to behind the version's back
+        if not written and versions == self._versions():  # a write through `.data` does not change the version
             with torch.no_grad():
                 written = not torch.allclose(weight, self._mode.weight(self), rtol=0, atol=0, equal_nan=True)
         if written:
@@ -184,41 +198,65 @@ class SupermaskLayer(nn.Module):
             )
 
     def _versions(self) -> object:
+        """Identities, addresses and versions of the tensors that the weight is computed from."""
         tensors = (self.dense_weight, self.scores, self.free_values, self.frozen_values)
         return [(id(t), t.data_ptr(), t._version) for t in tensors if t is not None]
 
     @property
     def density(self) -> float:
-        """Share of the weights that a mask keeps."""
+        """Share of the weights that a mask keeps, in [0, 1]."""
         return self.k / max(1, self.dense_weight.numel())
 
     def random_scores(self, generator: torch.Generator | None = None) -> Tensor:
-        """Fresh scores, Kaiming-uniform with a = sqrt(5), drawn on the CPU so that every device starts alike."""
+        """Random initial scores: Kaiming-uniform with a = sqrt(5), drawn on the CPU for equal scores on all devices.
+
+        Args:
+            generator: Generator of the CPU. None means the global one.
+
+        Returns:
+            Float scores of the weight's shape, on the weight's device.
+        """
         scores = torch.empty(self.dense_weight.shape, device="cpu")
         if scores.numel():
             nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
         return scores.to(self.dense_weight.device)
 
     def use_scores(self, scores: Tensor) -> None:
-        """Enter the mask phase from a copy of the given scores, of the weight's shape."""
+        """Enter the mask phase.
+
+        Args:
+            scores: Scores of the weight's shape. They are copied to float32.
+        """
         self._read, self.mode = None, Scores(self, scores)
 
     def use_values(self, mask: Tensor, free_mask: Tensor) -> None:
-        """Fix a mask (bool, of the weight's shape); the kept weights inside free_mask become trainable."""
+        """Fix a mask, and make the kept weights inside the free mask trainable.
+
+        Args:
+            mask: Bool of the weight's shape.
+            free_mask: Bool of the weight's shape, inside the mask. If it is empty, no value trains.
+
+        Raises:
+            ValueError: If the masks do not fit the layer, or if the free mask is not inside the mask.
+        """
         kind = Values if bool(free_mask.any()) else Fixed
         self._read, self.mode = None, kind(self, mask, free_mask)
 
     def store_values(self, free_mask: Tensor) -> None:
-        """Scatter the trained values back into the weight; free_mask is the one of `use_values`."""
+        """Write the trained values back into the dense weight. Without free values, nothing happens.
+
+        Args:
+            free_mask: The free mask that `use_values` got.
+        """
         if self.free_values is not None:
             self.dense_weight[free_mask] = self.free_values.detach()
 
     def mask(self) -> Tensor:
-        """The current bool mask, of the weight's shape."""
+        """The present mask, bool of the weight's shape. RuntimeError if the layer has neither scores nor a mask."""
         return self._mode.mask(self)
 
     def _sparse(self, x: Tensor, padding: Any = None) -> bool:
-        """Whether to multiply only what is kept, see `sparse_is_faster`."""
+        """Whether to multiply only the kept weights, see `sparse_is_faster`."""
 
         def decide() -> bool:
             return sparse_is_faster(x, self.dense_weight, self.density, self._geometry(padding), self.products)
@@ -226,7 +264,7 @@ class SupermaskLayer(nn.Module):
         return self._decided(decide, x, "sparse", self.products, self.k, (), x.dtype)
 
     def _fused(self, x: Tensor, padding: Any = None) -> bool:
-        """Whether a dense weight is masked as it is multiplied, see `fused_is_faster`; on a CPU by scores alone."""
+        """Whether to mask a dense weight during the product, see `fused_is_faster`. On a CPU, only scores do."""
         scored = self.scores is not None
         if x.device.type == "cpu":
             return scored
@@ -241,7 +279,7 @@ class SupermaskLayer(nn.Module):
         return fused
 
     def _decided(self, decide: Callable[[], bool], x: Tensor, what: str, *more: Any) -> bool:
-        """What this layer decided for such an x, or decides now: a run and its checkpoint keep to it."""
+        """The layer's decision for such an x, from earlier or made now. A run and its checkpoint keep it."""
         if recorded():
             return decide()
         key: Call = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
@@ -252,10 +290,11 @@ class SupermaskLayer(nn.Module):
         return decided
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
+        """Stride, padding, dilation and groups of a convolution. Empty for a linear layer."""
         return () if padding is None else (self.stride, padding, self.dilation, self.groups)
 
     def _apply(self, *how: Any) -> "SupermaskLayer":
-        """Moves and casts: a weight that trains, in a joint phase, stays a leaf."""
+        """Move or cast the layer. A dense weight that trains in a joint phase stays a leaf."""
         trains = self.dense_weight.requires_grad
         with torch.no_grad():
             super()._apply(*how)  # type: ignore[no-untyped-call]
@@ -263,11 +302,11 @@ class SupermaskLayer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was made here: another machine may choose otherwise."""
+        """Leave the choices between products out: another machine may choose differently."""
         return {**self.__dict__, "_choices": {}, "_read": None}
 
     def _replicate_for_data_parallel(self) -> Any:
-        """A replica has a mode of its own: a selection is for the original."""
+        """Give the replica its own mode, because a selection belongs to the original."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._mode = copy.copy(self._mode)
         return replica
@@ -276,9 +315,9 @@ class SupermaskLayer(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Bring the layer to the mode of the state dict, then copy; a plain layer's weight goes to `dense_weight`."""
+        """Enter the mode of the state dict, then copy its tensors. A plain weight is copied to `dense_weight`."""
         hooks, messages = self._load_state_dict_pre_hooks, (missing_keys, unexpected_keys, error_msgs)
-        for hook in hooks.values():  # they may refuse, before the mode is another one
+        for hook in hooks.values():  # a hook may refuse, which must be before the mode changes
             hook(state_dict, prefix, local_metadata, strict, *messages)
         own = {key: t for key, t in state_dict.items() if key.startswith(prefix)}
         given = {name: own[prefix + name] for name in ("weight", *TENSORS) if prefix + name in own}
@@ -296,13 +335,13 @@ class SupermaskLayer(nn.Module):
         self._load_state_dict_pre_hooks = hooks
 
     def _enter_mode_of(self, given: Mapping[str, Tensor]) -> str:
-        """Make room for the tensors of a state dict; returns what is wrong with them, or ""."""
+        """Enter the mode of a state dict's tensors. Returns what is wrong with them, or ""."""
         shape, dense = self.dense_weight.shape, given.get("dense_weight")
         if "kept" in given and int(given["kept"]) != self.k:
             return f"its masks keep {int(given['kept'])} weights, the layer's keep {self.k} of {shape.numel()}"
         packed = {name: given[name] for name in ("packed_mask", "packed_free_mask") if name in given}
         if dense is None or dense.shape != shape or any(t.shape != (-(-shape.numel() // 8),) for t in packed.values()):
-            return ""  # the caller tells of names and shapes
+            return ""  # the caller reports wrong names and shapes
         if "scores" in given:
             if self.scores is None and given["scores"].shape == shape:
                 self.use_scores(given["scores"])
@@ -314,7 +353,7 @@ class SupermaskLayer(nn.Module):
                 self.dense_weight.copy_(dense)
             have = (self.packed_mask, self.packed_free_mask)
             if all(t is not None and t.equal(new.to(t.device)) for t, new in zip(have, packed.values(), strict=True)):
-                self.frozen_values = self.dense_weight[mask & ~free]  # parameters that an optimizer holds stay
+                self.frozen_values = self.dense_weight[mask & ~free]  # keeps the parameters that an optimizer holds
             else:
                 self.use_values(mask, free)
         return ""

@@ -1,4 +1,4 @@
-"""`nn.Linear`, `nn.Conv1d` and `nn.Conv2d` with a supermask, which keeps a share of their weights."""
+"""`nn.Linear`, `nn.Conv1d` and `nn.Conv2d` with a supermask, which keeps a part of their weights."""
 
 from typing import Any
 
@@ -24,10 +24,18 @@ from .norms import TaskBatchNorm
 
 
 class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]
-    """`nn.Linear` of which only a supermask of the weights is used; see `SupermaskLayer` and `supermask_linear`.
+    """`nn.Linear` with a supermask: x (..., in_features) -> (..., out_features). See `supermask_linear`.
 
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Linear`, by default without a
-    bias. The bias, if any, has no mask. x (..., in_features) to (..., out_features). ValueError for a wrong density.
+    The other arguments are those of `nn.Linear`, except that `bias` is False by default. A bias has no mask.
+
+    Args:
+        density: Share of the weights kept, in [0, 1].
+
+    Raises:
+        ValueError: If the density is outside [0, 1].
+
+    Example:
+        >>> layer = SupermaskLinear(784, 300, density=0.1)
     """
 
     plain_type = nn.Linear
@@ -43,7 +51,7 @@ class SupermaskLinear(SupermaskLayer, nn.Linear):  # type: ignore[override]
 
 
 class _SupermaskConv(SupermaskLayer):
-    """What both convolutions share."""
+    """The code that both convolutions share."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], *geometry: Any,
                  density: float = 0.1, bias: bool = False, **options: Any) -> None:  # fmt: skip
@@ -58,10 +66,18 @@ class _SupermaskConv(SupermaskLayer):
 
 
 class SupermaskConv1d(_SupermaskConv, nn.Conv1d):  # type: ignore[override]
-    """`nn.Conv1d` of which only a supermask of the weights is used: x (N, C, L) to (N, O, L').
+    """`nn.Conv1d` with a supermask: x (N, C, L) -> (N, O, L'). See `supermask_conv1d` for the formula.
 
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv1d`, by default without a
-    bias. See `SupermaskLayer` and `supermask_conv1d`.
+    The other arguments are those of `nn.Conv1d`, except that `bias` is False by default. A bias has no mask.
+
+    Args:
+        density: Share of the weights kept, in [0, 1].
+
+    Raises:
+        ValueError: If the density is outside [0, 1].
+
+    Example:
+        >>> layer = SupermaskConv1d(3, 64, 3, padding=1, density=0.1)
     """
 
     plain_type = nn.Conv1d
@@ -72,10 +88,18 @@ class SupermaskConv1d(_SupermaskConv, nn.Conv1d):  # type: ignore[override]
 
 
 class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
-    """`nn.Conv2d` of which only a supermask of the weights is used: x (N, C, H, W) to (N, O, H', W').
+    """`nn.Conv2d` with a supermask: x (N, C, H, W) -> (N, O, H', W'). See `supermask_conv2d` for the formula.
 
-    density: share of the weights kept, in [0, 1]; the other arguments are those of `nn.Conv2d`, by default without a
-    bias. See `SupermaskLayer` and `supermask_conv2d`.
+    The other arguments are those of `nn.Conv2d`, except that `bias` is False by default. A bias has no mask.
+
+    Args:
+        density: Share of the weights kept, in [0, 1].
+
+    Raises:
+        ValueError: If the density is outside [0, 1].
+
+    Example:
+        >>> layer = SupermaskConv2d(3, 64, 3, padding=1, density=0.1)
     """
 
     plain_type = nn.Conv2d
@@ -85,9 +109,19 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
     dense_product = staticmethod(F.conv2d)
 
     def normalised(self, x: Tensor, norm: TaskBatchNorm, residual: Tensor | None, relu: bool) -> Tensor | None:
-        """``norm(self(x), residual, relu)`` in one operation; None in training, and where it cannot be had.
+        """``norm(self(x), residual, relu)`` in one operation, for evaluation.
 
         The norm's statistics become a scale and a bias of the output, see `sparse_conv2d_folded`.
+
+        Args:
+            x: The input, (N, C, H, W), float32 or float64.
+            norm: The batch norm after this layer.
+            residual: Added to the norm's output, of the output's shape (N, O, H', W') and x's dtype. None adds nothing.
+            relu: Whether a ReLU follows.
+
+        Returns:
+            The result, (N, O, H', W'). None in training, with gradients, and if sparse products cannot be used or are
+            slower.
         """
         mode = self.mode
         if not isinstance(mode, Fixed) or norm.training or norm.running_var is None or norm.running_mean is None:
@@ -105,7 +139,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
         )  # type: ignore[arg-type]
 
     def _folded(self, norm: TaskBatchNorm) -> tuple[Tensor, Tensor]:
-        """Scale and bias of the product that the bias and a norm in evaluation amount to."""
+        """The scale and the bias that replace the layer's bias and a norm in evaluation."""
         assert norm.running_var is not None
         assert norm.running_mean is not None
         scale = (norm.running_var + norm.eps).rsqrt()

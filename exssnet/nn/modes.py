@@ -1,4 +1,4 @@
-"""The modes of a supermask layer: what it multiplies by, the tensors of that, and what is computed from them."""
+"""The modes of a supermask layer. A mode owns the mask's tensors and computes the product and the masked weight."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -26,24 +26,24 @@ from .selector import capturing, in_backward, recomputable
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
 PATTERN = SparsePattern._fields[:-1]
-"""Names of the buffers that hold a layer's pattern."""
+"""Names of the buffers of a layer's pattern."""
 PARAMETERS = ("scores", "free_values")
 BUFFERS = ("frozen_values", "packed_mask", "packed_free_mask", *PATTERN)
-"""Names under which the tensors of a mode are registered on its layer."""
+"""Names of the buffers that a mode registers on its layer."""
 NO_MASK = "this layer has neither scores nor a mask: start a task or activate one"
 
 
 class Mode:
-    """What a supermask layer multiplies by; one mode belongs to one layer.
+    """How a supermask layer computes its product. A mode belongs to one layer.
 
-    A mode owns tensors. While the layer has the mode, they are registered on the layer under fixed names, so that
-    state dicts, moves and compiled graphs see them: the layer's methods and the mode's read them there. The mode takes
-    the same tensors back when the layer gets another mode.
+    A mode owns tensors. While the layer is in the mode, they are registered on the layer under fixed names, so that
+    state dicts, moves and compiled graphs see them. The methods of the layer and of the mode read them there. When the
+    layer enters another mode, the old mode takes its tensors back.
 
     Attributes:
-        tensors: the tensors by name, or None while they are registered on the layer.
-        scored: whether the mask is selected from scores, by the model's `Selector` if there is one.
-        called: whether the layer was called since it got its scores.
+        tensors: The tensors by name. None while they are registered on the layer.
+        scored: Whether the mask is selected from scores, by the model's `Selector` if there is one.
+        called: Whether the layer was called since it got its scores.
     """
 
     scored = False
@@ -53,38 +53,38 @@ class Mode:
         self.tensors: dict[str, Tensor] | None = tensors
 
     def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
-        """The layer's output for x; padding: of a convolution."""
+        """The layer's output for x. `padding` is that of a convolution, None for a linear layer."""
         raise RuntimeError(NO_MASK)
 
     def weight(self, layer: Layer) -> Tensor:
-        """The weight in effect, ``dense_weight * mask``, with its gradient."""
+        """The masked weight, ``dense_weight * mask``, with its gradient."""
         raise RuntimeError(NO_MASK)
 
     def mask(self, layer: Layer) -> Tensor:
-        """The bool mask, of the weight's shape."""
+        """The mask, bool of the weight's shape."""
         raise RuntimeError(NO_MASK)
 
     def used(self, layer: Layer) -> bool:
-        """Whether the scores had any part in what was computed since they are there."""
+        """Whether a product or a gradient has used the scores."""
         return False
 
 
 class NoMask(Mode):
-    """Neither scores nor a mask: the layer cannot be called."""
+    """The mode of a layer with neither scores nor a mask. Calling the layer raises RuntimeError."""
 
 
 class Scores(Mode):
     """The mask phase: `scores` is the parameter, and the mask is their top k.
 
     Args:
-        layer: the layer that is to have the mode.
-        scores: of the weight's shape; they are copied to float32 on the layer's device.
+        layer: The layer that will enter the mode.
+        scores: Scores of the weight's shape. They are copied to float32 on the layer's device.
 
     Attributes:
-        selection: the selection of these scores. The `Selector` sets it for one forward of the model.
-        masked: the masked weight in the dtype of the products. The `Selector` sets it likewise, where the layer's
-            `written` asks for it.
-        recent: the selection of the last forward, for activations that are computed again in its backward pass.
+        selection: The selection of these scores. The `Selector` sets it for one forward pass of the model.
+        masked: The masked weight in the dtype of the products. The `Selector` sets it for one forward pass too, if the
+            layer's `written` is true.
+        recent: The selection of the last forward pass, for activations that its backward pass recomputes.
     """
 
     scored = True
@@ -140,7 +140,7 @@ class Scores(Mode):
         return supermask_weights([layer.dense_weight], [scores], [selection], dtype)[0]
 
     def _selected(self) -> Tensor | None:
-        """The model's selection for this forward, or for the one that is computed again; None without."""
+        """The model's selection for this forward pass, or for the one that is recomputed. None if there is none."""
         if self.selection is None and self.recent is not None and in_backward():
             return self.recent
         return self.selection
@@ -150,18 +150,18 @@ class Scores(Mode):
 
 
 class Fixed(Mode):
-    """A fixed mask, of which no value trains: `frozen_values`, the packed masks and the pattern are buffers.
+    """A fixed mask without trainable values: `frozen_values`, the packed masks and the pattern are buffers.
 
     Args:
-        layer: the layer that is to have the mode.
-        mask: bool, of the weight's shape.
-        free_mask: bool, of the weight's shape; values inside it are left to `Values`.
+        layer: The layer that will enter the mode.
+        mask: Bool of the weight's shape.
+        free_mask: Bool of the weight's shape. `Values` holds the values inside it.
 
     Raises:
-        ValueError: if the masks do not fit the layer, or the free mask is not inside the mask.
+        ValueError: If the masks do not fit the layer, or if the free mask is not inside the mask.
     """
 
-    _derived: tuple[SparsePattern, dict[str, Any]] | None = None  # the pattern, and what is computed from it by name
+    _derived: tuple[SparsePattern, dict[str, Any]] | None = None  # the pattern, and by name what was computed from it
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
@@ -194,26 +194,27 @@ class Fixed(Mode):
         return unpack_mask(layer.packed_mask, layer.dense_weight.shape)
 
     def values(self, layer: Layer) -> tuple[Tensor, Tensor, SparsePattern]:
-        """Free values, frozen values and the pattern, as the sparse products take them."""
-        frozen: Any = layer._buffers["frozen_values"]  # read at every step: `getattr` of a module is slow
+        """Free values, frozen values and the pattern: the arguments of the sparse products."""
+        frozen: Any = layer._buffers["frozen_values"]  # `getattr` of a module is too slow for every step
         free = layer._parameters["free_values"]
         return frozen.new_empty(0) if free is None else free, frozen, self._pattern(layer)[0]
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns. It follows from values and norms, which may change."""
+        """Return ``compute()``. It depends on values and norms, which may change here, so nothing is cached."""
         return compute()
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
-        """Whether dense products mask the weight as they read it."""
+        """Whether dense products mask the weight while they read it."""
         return bool(layer._fused(x, padding))
 
     def _bitmap_values(self, layer: Layer) -> tuple[Tensor, Tensor, BitmapPattern]:
+        """Free values, frozen values and the bitmap: the arguments of the bitmap products."""
         free, frozen, _ = self.values(layer)
         shape, count = layer.dense_weight.shape, free.numel()
         return free, frozen, self._once_a_pattern(layer, "bitmap", lambda p: as_bitmap(p, shape, count))
 
     def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[str, Any]]:
-        """The pattern, and what is computed from it by name. A move of the layer replaces both."""
+        """The pattern, and by name what was computed from it. Moving the layer replaces both."""
         buffers, recorded = layer._buffers, traced()
         known = None if recorded else self._derived
         if known is None or known[0].row_ptr is not buffers["row_ptr"]:
@@ -224,7 +225,7 @@ class Fixed(Mode):
         return known
 
     def _once_a_pattern(self, layer: Layer, name: str, compute: Callable[[SparsePattern], Any]) -> Any:
-        """What follows from the pattern alone, computed once for a pattern."""
+        """The result of ``compute(pattern)``, cached for each pattern under a name."""
         pattern, known = self._pattern(layer)
         if name not in known:
             if traced() or capturing():
@@ -238,7 +239,7 @@ class Fixed(Mode):
 
 
 class Values(Fixed):
-    """The weight phase: `free_values`, the kept weights inside the free mask, is the parameter; else as `Fixed`."""
+    """The weight phase: the kept weights inside the free mask are the parameter `free_values`. Else like `Fixed`."""
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         super().__init__(layer, mask, free_mask)
@@ -247,20 +248,20 @@ class Values(Fixed):
 
 
 class Constant(Fixed):
-    """A fixed mask for inference, whose values and norms never change again: what follows from them is kept.
+    """A fixed mask for inference. Values and norms never change again, so results that depend on them are cached.
 
     Args:
-        weight: the dense weight.
-        mask: bool, of the weight's shape.
-        groups: of the layer.
-        slots: 0, 1, 2, ... in int32, at least as many as the weight has entries. All layers of a network share them:
-            the values lie in the pattern's order.
-        kept: where the results of `once` are kept; the layers of a network share it.
+        weight: The dense weight.
+        mask: Bool of the weight's shape.
+        groups: The layer's number of groups.
+        slots: 0, 1, 2, ... in int32, at least as many as the weight has entries. All layers of a network share them,
+            because the values are in the pattern's order.
+        kept: The cache of `once`. All layers of a network share it.
     """
 
     def __init__(self, weight: Tensor, mask: Tensor, groups: int, slots: Tensor, kept: dict[Hashable, Any]) -> None:
         pattern = sparse_pattern(mask, groups=groups)
-        nothing = pattern.col_t[:0].clone()  # the transposed pattern is for gradients
+        nothing = pattern.col_t[:0].clone()  # only gradients need the transposed pattern
         tensors = pattern.row_ptr, pattern.col, slots[: len(pattern.col)], pattern.row_ptr_t, nothing, nothing
         Mode.__init__(self, frozen_values=weight[mask], **dict(zip(PATTERN, tensors, strict=True)))
         self._kept = kept
@@ -269,7 +270,7 @@ class Constant(Fixed):
         weight: Tensor = self.once(layer, lambda: super(Constant, self).weight(layer))
         return weight
 
-    mask = Mode.mask  # only the values and their places are there
+    mask = Mode.mask  # raises: only the values and their positions are stored
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -277,4 +278,4 @@ class Constant(Fixed):
         return self._kept[key]
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
-        return False  # the masked weight is written once
+        return False  # the masked weight is cached

@@ -1,4 +1,4 @@
-"""One selection for all layers of a converted model: made before each forward, or handed over by the optimizer."""
+"""Selects the masks of all layers of a model at once: before each forward pass, or in the optimizer's step."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,30 +13,30 @@ from . import stale
 
 _running = threading.local()
 
-# Private names of torch. Where one is missing, nothing is taken from an earlier forward.
+# Private names of torch. If one is missing, no forward pass uses tensors of an earlier one.
 _graph_task = getattr(torch._C, "_current_graph_task_id", None)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class Handed(NamedTuple):
-    """Selections of scores in the state that they were in."""
+    """Selections from an optimizer, and the state of the scores at that time."""
 
     state: list[tuple[int, ...]]
     selections: Sequence[Tensor]
-    scores: Sequence[Tensor]  # held, so that no others have their identity
+    scores: Sequence[Tensor]  # references, so that no new tensor gets the same id
 
 
 class Selector:
-    """Selects for all layers of one converted model, which owns it; it alone sets the selections of their modes.
+    """Selects the masks of all layers of one converted model, which owns it. Nothing else sets a mode's selection.
 
     Args:
-        layers: the supermask layers of the model, in the order of its modules.
-        passed_over: why other layers have no mask, by name.
+        layers: The supermask layers of the model, in the order of its modules.
+        passed_over: Name of each other layer -> the reason why it has no mask.
 
     Attributes:
-        hint: what the last selection leaves to the next one, see `topk_masks`; (layers, 2), always the same tensor on
-            one device.
-        handed: selections that the optimizer made for the next forward, or None.
+        hint: Makes the next selection faster, see `topk_masks`: int64 of (layers, 2). On one device it is always the
+            same tensor.
+        handed: Selections from the optimizer for the next forward pass, or None.
     """
 
     def __init__(self, layers: Sequence[Any], passed_over: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ class Selector:
         self.handed: Handed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was handed over, which is of these scores and of no copies."""
+        """Leave `handed` out: it belongs to these scores, not to copies."""
         return {**self.__dict__, "handed": None}
 
     def scored(self) -> list[Any]:
@@ -54,7 +54,7 @@ class Selector:
         return [layer for layer in self.layers if layer.mode.scored]
 
     def hint_for(self, layers: Sequence[Any]) -> Tensor | None:
-        """The hint, on the device of the scores; None unless all layers have scores, and under `torch.func`."""
+        """The hint, on the device of the scores. None if a layer has no scores, and under `torch.func`."""
         if len(layers) != len(self.layers) or transforming():
             return None
         device = layers[0].scores.device
@@ -64,11 +64,11 @@ class Selector:
         return self.hint
 
     def hand_over(self, layers: Sequence[Any], selections: Sequence[Tensor]) -> None:
-        """Let the next training forward use selections of the scores as they are now."""
+        """Let the next forward pass in training use these selections of the present scores."""
         self.handed = Handed(_state(layers), selections, [layer.scores for layer in layers])
 
     def give(self, model: nn.Module) -> None:
-        """Before a forward of the model: set the selections of all layers that have scores."""
+        """Set the selections of all layers with scores, before a forward pass of the model."""
         layers = self.scored()
         if not layers:
             self.handed = None
@@ -81,7 +81,7 @@ class Selector:
         for layer, selection in zip(layers, self._select(layers) if handed is None else handed, strict=True):
             layer.mode.selection = selection
         written = [layer for layer in layers if layer.written]
-        if written:  # in one pass for all of them
+        if written:  # one pass for all these layers
             weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
             selections = [layer.mode.selection for layer in written]
             masked = supermask_weights(weights, scores, selections, product_dtype(weights[0]))
@@ -89,7 +89,7 @@ class Selector:
                 layer.mode.masked = weight
 
     def take_back(self, recent: bool) -> None:
-        """After a forward of the model; recent: whether a backward pass may compute activations again."""
+        """Remove the selections after a forward pass. recent: whether a backward pass may recompute activations."""
         for layer in self.scored():
             mode = layer.mode
             if mode.selection is not None:
@@ -97,22 +97,22 @@ class Selector:
                 mode.selection = mode.masked = None
 
     def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
-        """A selection for each of the layers, from their scores as they are."""
+        """Select for each of the layers from its present scores."""
         scores, k, hint = [layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers)
         if scores[0].device.type == "cpu":
             rows, new = topk_select(scores, k, hint)
-            found: Sequence[Tensor] = rows.unbind()
-        else:  # the products of a GPU would read the scores again, and again in the backward pass: packed masks
-            found, _, new = topk_masks(scores, k, hint, packed=True)
+            selections: Sequence[Tensor] = rows.unbind()
+        else:  # packed masks, or the products of a GPU would read the scores again, forward and backward
+            selections, _, new = topk_masks(scores, k, hint, packed=True)
         if hint is not None:
             hint.copy_(new)
-        return found
+        return selections
 
     def _handed(self, model: nn.Module, layers: Sequence[Any]) -> Sequence[Tensor] | None:
-        """What the optimizer handed over, if nothing has changed since.
+        """The selections from the optimizer, unless the scores have changed since.
 
-        A version does not tell of writes through `.data`, as averaged weights are often swapped in for evaluation:
-        there the scores are always read.
+        A write through `.data` does not change a tensor's version. Averaged weights are often swapped in that way for
+        evaluation, so an evaluation always selects anew.
         """
         if torch.compiler.is_compiling() or self.handed is None:
             return None
@@ -124,22 +124,22 @@ class Selector:
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is captured, whose replays change tensors that Python does not see."""
+    """Whether a CUDA graph is being captured. Its replays change tensors without Python."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def forwards() -> int:
-    """How many forwards of converted models this thread is in."""
+    """The number of forward passes of converted models that this thread is in."""
     return getattr(_running, "forwards", 0)
 
 
 def in_backward() -> bool:
-    """Whether this thread runs a backward pass, in which checkpointed activations are computed again."""
+    """Whether this thread is in a backward pass, which recomputes checkpointed activations."""
     return not torch.compiler.is_compiling() and _graph_task is not None and _graph_task() != -1
 
 
 def recomputable() -> bool:
-    """Whether what is computed now may be computed again, or is: then it must not depend on tensors made before."""
+    """Whether this computation is or may be recomputed. Then it must not depend on tensors from before it."""
     if torch.compiler.is_compiling():
         return False
     return _graph_task is None or _top_hooks is None or in_backward() or _top_hooks(True) is not None
@@ -147,12 +147,12 @@ def recomputable() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exporting() -> bool:
-    """Whether `torch.export` traces; under the compiler of torch 2.10, `is_exporting` itself is always true."""
+    """Whether `torch.export` traces. The compiler of torch 2.10 takes `is_exporting` itself for always true."""
     return torch.compiler.is_exporting()
 
 
 def select_for_all(model: nn.Module, args: Any) -> None:
-    """Before the model's forward: one selection for all layers in the mask phase."""
+    """Forward pre-hook of the model: select for all layers in the mask phase."""
     selector: Selector = model._selector  # type: ignore[assignment]
     if not torch.compiler.is_compiling():
         _running.forwards = forwards() + 1
@@ -161,7 +161,7 @@ def select_for_all(model: nn.Module, args: Any) -> None:
 
 
 def forget_selection(model: nn.Module, args: Any, output: Any) -> None:
-    """After the model's forward: what it selected is kept for its backward pass alone."""
+    """Forward hook of the model: keep its selections for its backward pass alone."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _running.forwards = max(0, forwards() - 1)
@@ -170,5 +170,5 @@ def forget_selection(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def _state(layers: Sequence[Any]) -> list[tuple[int, ...]]:
-    """What tells whether scores have changed."""
+    """Identities, addresses and versions of the scores, which show whether they have changed."""
     return [(id(layer.scores), layer.scores.data_ptr(), layer.scores._version) for layer in layers]

@@ -12,15 +12,25 @@ Kind = Literal["masked", "per task", "frozen"]
 
 @dataclass(frozen=True)
 class Row:
-    """The parameters of one kind in one module."""
+    """The parameters of one kind in one module.
+
+    Attributes:
+        name: Name of the module in the model, "" for the model itself.
+        type: Name of the module's class.
+        kind: "masked", "per task" or "frozen".
+        parameters: Number of parameters.
+        kept: Number of weights that a mask keeps.
+        bytes_per_task: Bytes of a packed mask, or of a copy of the parameters and the statistics.
+        why: The reason why they have no mask, or "".
+    """
 
     name: str
     type: str
     kind: Kind
     parameters: int
-    kept: int  # number of weights that a mask keeps
-    bytes_per_task: int  # of a packed mask, or of a copy of the parameters and the statistics
-    why: str  # reason why it has no mask
+    kept: int
+    bytes_per_task: int
+    why: str
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def batch_norm_act(
         relu: Whether the ReLU follows.
 
     Returns:
-        (y, mean, var): the statistics that were used, as new tensors without gradient. It has no second derivative.
+        (y, mean, var) with the statistics that were used, as new tensors without gradient. It has no second derivative.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not match, or only one of mean and var is given.
