@@ -23,7 +23,7 @@ from exssnet import Learner, Phases, checkpoint, convert
 from exssnet.cli import terminal, train
 from exssnet.cli.commands import main
 from exssnet.cli.train import TrainOptions
-from exssnet.continual import metrics
+from exssnet.continual import hooks, metrics
 from exssnet.continual.learner import EpochRecord
 from exssnet.nn import evaluation
 from exssnet.nn.models import MODELS
@@ -264,7 +264,7 @@ def interrupting(
     """The next step after this phase's second raises the error."""
 
     def stop() -> None:
-        monkeypatch.setattr(Learner, "_loss", raising)
+        monkeypatch.setattr(hooks, "loss", raising)
 
     def raising(*_: object) -> None:
         raise error

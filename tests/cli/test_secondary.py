@@ -14,11 +14,12 @@ import torch
 from learning import acting
 from test_resume import results
 
-from exssnet import Learner, checkpoint
+from exssnet import checkpoint
 from exssnet.bench import command as bench
 from exssnet.cli import terminal, train
 from exssnet.cli.commands import main
 from exssnet.cli.saving import Saver
+from exssnet.continual import hooks
 from exssnet.experiments import report
 
 RUN = ["train", "--tasks", "2", "--epochs", "2", "--weight-epochs", "1", "--batch-size", "8", "--threads", "1"]
@@ -179,8 +180,8 @@ def test_progress_that_cannot_be_shown_does_not_stop_training(
 
 
 def test_progress_that_fails_once_is_shown_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching = SimpleNamespace(on_step=failing(ZeroDivisionError()))
-    saver = Saver(watching, tmp_path / "checkpoint", {}, None, None)  # type: ignore[arg-type]
+    saver = Saver(tmp_path / "checkpoint", {}, None, None)
+    saver.watching = SimpleNamespace(on_step=failing(ZeroDivisionError()))  # type: ignore[assignment]
     for step in (1, 2):
         saver.on_step(0, "mask", step, 2, torch.zeros(()))
     assert capsys.readouterr().err.count("progress is no longer shown") == 1
@@ -207,7 +208,7 @@ def test_an_error_within_a_step_leaves_the_finished_tasks_and_a_run_that_goes_on
     error: BaseException, data: str, straight: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        break_down = lambda: patch.setattr(Learner, "_loss", failing(error))  # noqa: E731
+        break_down = lambda: patch.setattr(hooks, "loss", failing(error))  # noqa: E731
         patch.setattr(terminal, "observer", acting(1, "weight", 1, break_down))
         if isinstance(error, KeyboardInterrupt):
             assert main([*RUN, "--data", data, "--out", str(tmp_path)]) == 130
@@ -231,7 +232,7 @@ def test_a_checkpoint_that_holds_more_is_not_replaced_after_an_error(
 ) -> None:
     path = tmp_path / "checkpoint.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        break_down = lambda: patch.setattr(Learner, "_loss", failing(MemoryError()))  # noqa: E731
+        break_down = lambda: patch.setattr(hooks, "loss", failing(MemoryError()))  # noqa: E731
         patch.setattr(terminal, "observer", acting(1, "weight", 2, break_down))
         with pytest.raises(MemoryError):
             main([*RUN, "--data", data, "--every", "1", "--out", str(tmp_path)])
@@ -257,7 +258,7 @@ def test_what_a_failed_step_held_in_memory_is_free_when_the_model_is_saved(
         held.append(weakref.ref(activations))
         raise MemoryError
 
-    monkeypatch.setattr(Learner, "_loss", exhausted)
+    monkeypatch.setattr(hooks, "loss", exhausted)
     save = train._save
     monkeypatch.setattr(train, "_save", lambda *a: (alive.extend(r() is not None for r in held), save(*a))[1])
     with pytest.raises(MemoryError):
