@@ -10,7 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 import pytest
 import torch
 from hypothesis import settings
-from tiers import LARGEST, representatives
+from tiers import LARGEST, LARGEST_PROOF, representatives
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing native library warns, and its tests are skipped with a reason
@@ -47,10 +47,11 @@ def thin_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
         if hasattr(item, "callspec"):
             grids[item.nodeid.partition("[")[0], item.callspec.params.get("device")].append(item)
     for (test, _), cases in grids.items():
-        if len(cases) > LARGEST:
+        is_proof = all(case.get_closest_marker("proof") is not None for case in cases)
+        if len(cases) > (LARGEST_PROOF if is_proof else LARGEST):
             chosen = representatives([case.callspec._idlist for case in cases], test)  # one id for each parametrization
             others = [case for i, case in enumerate(cases) if i not in chosen]
-            if any(case.get_closest_marker("proof") is None for case in cases):
+            if not is_proof:
                 for case in others:
                     case.add_marker("proof")
             elif "EXSSNET_WHOLE_GRIDS" not in os.environ:

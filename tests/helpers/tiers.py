@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 WHOLE = ("-m", "", "-n0")
 """Options of a pytest process that a test starts: both tiers, in that process."""
-LARGEST = 32
-"""Grids with at most this many cases are run whole."""
+LARGEST, LARGEST_PROOF = 32, 16
+"""Grids with at most this many cases are run whole; those of tests that are proofs themselves are slower."""
 
 
 def representatives(rows: Sequence[Sequence[object]], seed: str) -> set[int]:
