@@ -202,12 +202,12 @@ class Served:
         network = _Network(copy.deepcopy(self._blank, {id(t): t for t in shared}), history)
         phases.own.write(phases.states[task], network.module)
         weights = phases.weights_before()
-        choices = {name: layer._choices for name, layer in supermask_layers(self._blank)}  # shared by all tasks
+        choices = {name: layer.choices for name, layer in supermask_layers(self._blank)}  # shared by all tasks
         for name, layer in supermask_layers(network.module):
             weight = weights[name]
             mask = phases.bank.mask(task, name).to(weight.device)
             layer.mode = Constant(weight, mask, getattr(layer, "groups", 1), self._slots, network.kept)
-            layer._choices = choices[name]
+            layer.choices = choices[name]
         tensors = (*network.module.parameters(), *network.module.buffers())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         for t in (*shared, self._slots):

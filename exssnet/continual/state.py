@@ -140,7 +140,7 @@ def choices(phases: Phases) -> list[Choice]:
     """The choices between products that were made so far."""
     stored = []
     for name, layer in phases.layers.items():
-        for (what, x, dtype, device, threads, products, k, stride, product_dtype), chosen in layer._choices.items():
+        for (what, x, dtype, device, threads, products, k, stride, product_dtype), chosen in layer.choices.items():
             dtypes = [str(d).removeprefix("torch.") for d in (dtype, product_dtype)]
             place = dtypes[0], str(device), threads, products, k, list(stride), dtypes[1]
             stored.append(Choice(name, what, list(x), *place, chosen))
@@ -152,7 +152,7 @@ def put_choices(phases: Phases, stored: Sequence[Choice]) -> None:
         layer: SupermaskLayer = phases.layers[c.layer]
         device, dtype, product_dtype = torch.device(c.device), NUMBERS[c.dtype], NUMBERS[c.product_dtype]
         key = c.what, torch.Size(c.shape), dtype, device, c.threads, c.products, c.k, tuple(c.stride), product_dtype
-        layer._choices[key] = c.chosen
+        layer.choices[key] = c.chosen
 
 
 # The open task

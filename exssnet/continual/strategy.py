@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..io.values import shown
 from ..tasks import Task
 from . import checking
 from .phases import Phases
 from .records import PhaseOptions
 from .task_model import Phase
+
+ORDERS = (("mask",), ("mask", "weight"), ("weight",), ("joint",))
+"""The values of `Strategy.trains`."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,10 @@ class Strategy:
         By default one stage for each of `trains`. A method with one phase gets the epochs of both, so that every method
         trains as long. A mask stage without epochs comes first where only weights are trained.
         """
+        if self.trains not in ORDERS:
+            raise ValueError(
+                f"{type(self).__name__}.trains must be one of {', '.join(map(str, ORDERS))}, got {shown(self.trains)}"
+            )
         options = {"mask": learner.mask, "joint": learner.mask, "weight": learner.weight}
         if len(self.trains) == 1:
             total = learner.mask.epochs + learner.weight.epochs

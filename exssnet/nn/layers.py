@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import config as compiler
 
+from ..io.values import shown
 from ..kernels.autotune import remember
 from ..ops import density_to_k, unpack_mask
 from ..ops.library import product_dtype
@@ -20,7 +21,7 @@ TENSORS = (
     "dense_weight", *PARAMETERS, "frozen_values", "packed_mask", "packed_free_mask", "kept", *PATTERN,
 )  # fmt: skip
 """Names of all parameters and buffers that replace the plain layer's weight."""
-ATTRIBUTES = ("k", "products", "written", "_mode", "_choices", "_read")
+ATTRIBUTES = ("k", "products", "written", "_mode", "choices", "_read")
 """Names of all further attributes that the plain layer does not have."""
 
 # One compiled graph serves the weight phases of all tasks. By default the compiler treats parameter sizes as constants.
@@ -117,7 +118,7 @@ class SupermaskLayer(nn.Module):
     def _own_weight(self, density: float, products: Products = "auto") -> None:
         """Turn the plain layer's weight into a buffer, and enter the mask phase with random scores."""
         self.products = products
-        self._choices: dict[Call, bool] = {}
+        self.choices: dict[Call, bool] = {}
         weight = self._parameters.pop("weight")
         assert weight is not None
         self.k = density_to_k(weight.numel(), density)
@@ -143,8 +144,12 @@ class SupermaskLayer(nn.Module):
     def mode(self, mode: Mode) -> None:
         if mode is self._mode:
             return
-        if mode.tensors is None:
+        if not isinstance(mode, Mode):
+            raise ValueError(f"mode: must be one of exssnet.nn.modes, got {shown(mode)}")
+        if mode.tensors is None or mode.made_for not in (None, id(self)):
             raise ValueError(f"mode: this {type(mode).__name__} is the mode of another layer; a mode serves one layer")
+        if self._mode.made_for is not None:
+            self._mode.made_for = id(self)  # a copy's mode was made for the original
         places: dict[str, dict[str, Any]] = dict.fromkeys(PARAMETERS, self._parameters)
         places |= dict.fromkeys(BUFFERS, self._buffers)
         self._mode.tensors = {name: t for name, place in places.items() if (t := place[name]) is not None}
@@ -283,10 +288,10 @@ class SupermaskLayer(nn.Module):
         if recorded():
             return decide()
         key: Call = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
-        if (decided := self._choices.get(key)) is None:
+        if (decided := self.choices.get(key)) is None:
             decided = decide()
             if not traced():
-                remember(self._choices, key, decided)
+                remember(self.choices, key, decided)
         return decided
 
     def _geometry(self, padding: Any) -> tuple[Any, ...]:
@@ -303,7 +308,7 @@ class SupermaskLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the choices between products out: another machine may choose differently."""
-        return {**self.__dict__, "_choices": {}, "_read": None}
+        return {**self.__dict__, "choices": {}, "_read": None}
 
     def _replicate_for_data_parallel(self) -> Any:
         """Give the replica its own mode, because a selection belongs to the original."""

@@ -44,13 +44,15 @@ class Mode:
         tensors: The tensors by name. None while they are registered on the layer.
         scored: Whether the mask is selected from scores, by the model's `Selector` if there is one.
         called: Whether the layer was called since it got its scores.
+        made_for: Identity of the layer whose weights the mode holds. None if it fits any layer.
     """
 
     scored = False
     called = False
 
-    def __init__(self, **tensors: Tensor) -> None:
+    def __init__(self, layer: Layer | None = None, **tensors: Tensor) -> None:
         self.tensors: dict[str, Tensor] | None = tensors
+        self.made_for = None if layer is None else id(layer)
 
     def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
         """The layer's output for x. `padding` is that of a convolution, None for a linear layer."""
@@ -91,7 +93,7 @@ class Scores(Mode):
 
     def __init__(self, layer: Layer, scores: Tensor) -> None:
         copied = scores.detach().to(layer.dense_weight.device, torch.float32, copy=True).contiguous()
-        super().__init__(scores=nn.Parameter(copied))
+        super().__init__(layer, scores=nn.Parameter(copied))
         self.called = False
         self.selection: Tensor | None = None
         self.masked: Tensor | None = None
@@ -166,6 +168,7 @@ class Fixed(Mode):
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
         super().__init__(
+            layer,
             frozen_values=layer.dense_weight[mask & ~free_mask],
             packed_mask=pack_mask(mask),
             packed_free_mask=pack_mask(free_mask),

@@ -70,9 +70,7 @@ class Transformer:
     def __init__(self, name: str | Path) -> None:
         self.name = str(name)
         self.local = Path(name).is_dir()
-        files = [
-            f for f in sorted(Path(name).glob("*")) if f.suffix in (".json", ".txt", ".model", ".safetensors", ".bin")
-        ]
+        files = [f for f in sorted(Path(name).glob("*")) if f.suffix in self.FILES]
         self.identity = f"folder {_digest(files)}" if self.local else f"model {self.name}"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = None

@@ -179,7 +179,7 @@ def test_seconds_go_on_from_those_that_were_spent() -> None:
 def test_choices_of_kernels_are_taken_over_and_not_made_again() -> None:
     learned = made()
     states, _ = recorded(learned, noisy_stream())
-    known = {n: dict(layer._choices) for n, layer in learned.phases.layers.items()}
+    known = {n: dict(layer.choices) for n, layer in learned.phases.layers.items()}
     assert all(known.values())
     flipped = copied(states[-1])
     for choice in flipped[1]["choices"]:
@@ -187,7 +187,7 @@ def test_choices_of_kernels_are_taken_over_and_not_made_again() -> None:
     again = made(seed=1)
     again.restore(*flipped, noisy_stream())
     for name, layer in again.phases.layers.items():
-        assert layer._choices == {key: not sparse for key, sparse in known[name].items()}
+        assert layer.choices == {key: not sparse for key, sparse in known[name].items()}
 
 
 def test_choices_of_fused_products_are_stored_as_well() -> None:
@@ -201,12 +201,12 @@ def test_choices_of_fused_products_are_stored_as_well() -> None:
                 layer.use_values(mask, mask)
             x = torch.empty(3, *layer.dense_weight.shape[1:], device="meta")
             layer._fused(x, *([(0, 0)] if x.dim() == 4 else []))
-            assert [what for what, *_ in layer._choices].count("fused") == 1 + (phase == "values"), name
+            assert [what for what, *_ in layer.choices].count("fused") == 1 + (phase == "values"), name
     stored = learner_state.choices(learned.phases)
     assert {choice.chosen for choice in stored} == {True, False}  # without Triton scores are fused, values written
     learner_state.put_choices(again.phases, stored)
     for name, layer in learned.phases.layers.items():
-        assert again.phases.layers[name]._choices == layer._choices
+        assert again.phases.layers[name].choices == layer.choices
 
 
 def test_skipped_batches_are_not_read() -> None:

@@ -220,6 +220,15 @@ BAD: dict[str, tuple[str, Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("trains", [("weights",), ("weight", "mask"), "mask", ["mask"], (), None], ids=repr)
+def test_an_order_of_phases_that_is_unknown_is_refused(trains: object) -> None:
+    method = type("Mine", (Strategy,), {"trains": trains})()
+    learned = own(method)
+    with pytest.raises(ValueError, match=r"^Mine\.trains must be one of \('mask',\), .*, got "):
+        learned.learn(stream(1)[0])
+    assert learned.phases.phase == "idle"
+
+
 @pytest.mark.parametrize(("hook", "result", "sentence"), BAD.values(), ids=BAD)
 def test_a_wrong_result_of_a_hook_is_told_in_one_sentence(hook: str, result: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as raised:

@@ -57,6 +57,34 @@ def test_a_mode_serves_one_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", ["scores", "values", "fixed"])
+def test_a_mode_that_was_made_for_another_layer_is_refused(kind: str) -> None:
+    layer, other = SupermaskLinear(7, 5, density=0.3), SupermaskLinear(7, 5, density=0.3)
+    before = layer.mode
+    with pytest.raises(ValueError, match="is the mode of another layer; a mode serves one layer"):
+        layer.mode = mode_of(other, kind)
+    assert layer.mode is before
+
+
+def test_a_mode_of_a_copy_comes_back_to_the_copy_alone() -> None:
+    layer = SupermaskLinear(7, 5, density=0.3)
+    twin = copy.deepcopy(layer)
+    left, twin.mode = twin.mode, NoMask()
+    with pytest.raises(ValueError, match="of another layer"):
+        layer.mode = left
+    twin.mode = left
+    assert twin.scores is not None
+
+
+@pytest.mark.parametrize("wrong", [None, "scores", Scores])
+def test_what_is_no_mode_is_refused(wrong: object) -> None:
+    layer = SupermaskLinear(7, 5)
+    before = layer.mode
+    with pytest.raises(ValueError, match=r"^mode: must be one of exssnet\.nn\.modes, got "):
+        layer.mode = wrong  # type: ignore[assignment]
+    assert layer.mode is before
+
+
+@pytest.mark.parametrize("kind", ["scores", "values", "fixed"])
 def test_a_copy_has_a_mode_of_its_own(kind: str) -> None:
     layer, x = SupermaskConv2d(2, 3, 3, density=0.3), torch.randn(2, 2, 6, 6)
     layer.mode = mode_of(layer, kind)
