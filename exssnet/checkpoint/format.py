@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..continual import owners, state, stored
+from ..continual import state, stored
 from ..continual.learner import Learner
 from ..continual.phases import Phases
 from ..io.values import printable, shown, typed
@@ -63,7 +63,7 @@ def save(phases: Phases, path: str | Path, notes: Mapping[str, Any] | None = Non
         ValueError: If weights or scores hold NaN or infinity.
         OSError: If the file cannot be written.
     """
-    owners.check(phases, "save")
+    phases.check_owner("save")
     if phases.phase != "idle":
         raise RuntimeError(f"save: a task is open in the {phases.phase} phase; finish it first")
     _write(Path(path), stored.finished(phases), Meta(len(phases.bank), stored.kept(phases), notes), {})
@@ -88,7 +88,7 @@ def load(phases: Phases, path: str | Path) -> Any:
     with _named(path):
         stored.check_layers(meta.k, phases)
         pieces = stored.Pieces(tensors if meta.learner is None else _of_finished_tasks(tensors))
-        stored.put_finished(phases, pieces, meta.tasks, complete=True)
+        phases.put_finished(pieces, meta.tasks, complete=True)
     return meta.notes
 
 

@@ -445,7 +445,7 @@ class Learner:
         phases, pieces = self.phases, stored.Pieces(tensors)
         read = state.parse(meta, self._settings(), phases, tasks)
         random = state.take_random(pieces)
-        stored.put_finished(phases, pieces, read.tasks)
+        phases.put_finished(pieces, read.tasks)
         state.put_choices(phases, read.choices)
         self._stream, self._rows = read.stream, read.rows
         self.reports = [replace(r, use=use) for r, use in zip(read.reports, phases.bank.use, strict=True)]

@@ -1,4 +1,4 @@
-"""Records which `Phases` owns a model, and checks what is loaded into the model itself."""
+"""The hooks of a model whose `Phases` protects the finished tasks: what is loaded into the model itself is checked."""
 
 import weakref
 from collections.abc import Mapping
@@ -8,28 +8,26 @@ from torch import Tensor, nn
 
 from ..nn import full_name, stale
 from ..ops import unpack_mask
-from .stored import TaskStore
+from .task_model import OWNERS, TaskModel, owner_of
 
-_owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[TaskStore]]" = weakref.WeakKeyDictionary()
 KINDS = {"packed_mask": "fixed masks", "scores": "scores", "weight": "plain weights"}
 """Entry of a layer's state dict -> what a state with such entries holds."""
 
 
-def own(phases: TaskStore) -> None:
+def own(phases: TaskModel) -> None:
     """Make this `Phases` the owner of its model and of all modules in it, and watch the model's optimizers."""
     for module in phases.model.modules():
-        _owners[module] = weakref.ref(phases)
+        OWNERS[module] = weakref.ref(phases)
         if not any(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
             module.register_load_state_dict_pre_hook(before_load)
     stale.watch(phases)
 
 
-def end_joint(phases: TaskStore) -> None:
+def end_joint(phases: TaskModel) -> None:
     """End a joint phase of the layers' former owner: the layers get their weights in place of the trained copies."""
     for layer in phases.layers.values():
         if layer.dense_weight.requires_grad:
-            owner = _owners.get(layer)
-            other = None if owner is None else owner()
+            other = owner_of(layer)
             names = {} if other is None else {id(known): name for name, known in other.layers.items()}
             weights = {} if other is None else other.weights_before()
             layer.dense_weight = weights.get(names.get(id(layer), ""), layer.dense_weight).detach()
@@ -47,18 +45,9 @@ def _is_ours(hook: Any) -> bool:
     return getattr(hook, "hook", None) is before_load
 
 
-def check(phases: TaskStore, call: str) -> None:
-    """Raise RuntimeError if another `Phases` owns the model or one of its layers. call: name of the caller."""
-    for module in (phases.model, *phases.layers.values()):
-        owner = _owners.get(module)
-        if owner is None or owner() is not phases:
-            raise RuntimeError(f"{call}: another Phases was made for this model since, and owns it: use that one")
-
-
 def before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Pre-hook of `load_state_dict` for the model and each module in it; it runs before anything is changed."""
-    owner = _owners.get(module)
-    phases = None if owner is None else owner()
+    phases = owner_of(module)
     name = None if phases is None else phases.own.names.get(module)
     if phases is None or name is None or (name and prefix.endswith(f"{name}.")):  # the whole model was checked already
         return
@@ -71,12 +60,12 @@ def before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
     _check_shared(phases, given)
 
 
-def _where(phases: TaskStore) -> str:
+def _where(phases: TaskModel) -> str:
     finished = f"{len(phases.bank)} tasks finished"
     return finished if phases.phase == "idle" else f"{finished} in the {phases.phase} phase of task {phases.active}"
 
 
-def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
+def _check_mode(phases: TaskModel, given: Mapping[str, Any]) -> None:
     """Raise RuntimeError if the state dict is from a different phase than the model's."""
     if phases.phase == "idle":
         wanted = "packed_mask" if len(phases.bank) else None
@@ -93,7 +82,7 @@ def _check_mode(phases: TaskStore, given: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shared(phases: TaskStore, given: Mapping[str, Any]) -> None:
+def _check_shared(phases: TaskModel, given: Mapping[str, Any]) -> None:
     """Raise RuntimeError if the state dict would change finished tasks or what the open phase does not train."""
     trained = {full_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(
         phases.initial

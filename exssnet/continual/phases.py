@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import memory
 from ..nn import stale, unconvert
-from ..nn.modes import Values
+from ..nn.modes import NoMask, Values
 from ..ops import unpack_mask
 from . import owners, stored
 from .mask_bank import FreeRule
@@ -55,6 +55,17 @@ class Phases(TaskModel):
         phases.finish_task()                   # masks and statistics are stored; the task stays active
         phases.activate(0)                     # the model is now the network of task 0
     """
+
+    def __init__(self, model: nn.Module, keep_scores: torch.dtype | None = torch.float32, seed: int = 0) -> None:
+        super().__init__(model, keep_scores, seed)
+        owners.end_joint(self)
+        owners.own(self)
+        self._ended("scores from before Phases was made")
+        self._clear_modes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        owners.own(self)
 
     @torch.inference_mode(False)
     def start_task(self, scores: Mapping[str, Tensor] | None = None, joint: bool = False) -> int:
@@ -344,6 +355,26 @@ class Phases(TaskModel):
         owners.disown(plain)
         return plain
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all tasks in any phase, for `torch.save`.
+
+        The model's own `state_dict` only holds the network of the active or open task.
+
+        Returns:
+            The "phase", the "active" task, the number of finished "tasks" and "k" by layer name. The "tensors" are all
+            tensors by name, without copies.
+        """
+        self.require("state_dict", *PHASES)
+        tensors = stored.finished(self)
+        if self.phase != "idle":
+            tensors |= {f"open/{n}": t for n, t in self.open_tensors().items()}
+            for name, layer in self.layers.items():
+                if layer.packed_mask is not None and layer.packed_free_mask is not None:
+                    tensors[f"open/mask/{name}"] = layer.packed_mask
+                    tensors[f"open/free_mask/{name}"] = layer.packed_free_mask
+        where = {"phase": self.phase, "active": self.active, "tasks": len(self.bank), "k": stored.kept(self)}
+        return {**where, "tensors": tensors}
+
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a `state_dict` of a model with the same layers, whatever this model has learned since.
@@ -360,41 +391,91 @@ class Phases(TaskModel):
         phase, active, tasks = stored.parse(self, state, PHASES)
         pieces = stored.Pieces(state["tensors"])
         finished = stored.take_finished(self, pieces, tasks)
-        opened = stored.take_open(self, pieces, phase)
+        stored.check_open(self, pieces, phase)
         pieces.end()
+        opened = {name: t for name, t in state["tensors"].items() if name.startswith("open/")}
+
+        def free_before_pruning(name: str, mask: Tensor) -> Tensor:
+            kept, free = (unpack_mask(opened[f"open/{kind}/{name}"], mask.shape) for kind in ("mask", "free_mask"))
+            return free.to(mask.device) | (mask & ~kept.to(mask.device))
+
         if self.phase != "idle":
             self.abandon_task()
         self._ended("parameters from before load_state_dict")
         self.bank, self.states, self.scores = self._empty_bank(), [], []
-        finished.put(self)
+        self._put_finished(finished)
         if active is None:
             self.active = None
             self._clear_modes()
         elif phase == "idle":
             self._activate(active)
         else:
-            self._put_open(phase, opened)
+            self.put_open(phase, stored.Pieces(opened), free_before_pruning)
 
-    def _put_open(self, phase: Phase, opened: Mapping[str, Tensor]) -> None:
-        """Open a task again in a phase, from the tensors that `stored.take_open` took."""
-        scores = {name: opened[f"scores/{name}"] for name in self.layers}
-        self.reopen("joint" if phase == "joint" else "mask", scores, opened["called"], True)
-        for name, layer in self.layers.items():
-            if phase == "weight":
-                self._open_masks[name], self._open_free[name] = (
-                    unpack_mask(opened[f"{kind}/{name}"], layer.dense_weight.shape).to(layer.dense_weight.device)
-                    for kind in ("mask", "free_mask")
-                )
-                self._open_scores[name] = scores[name].detach().to(layer.dense_weight.device, copy=True)
-                layer.use_values(self._open_masks[name], self._open_free[name])
-                if layer.free_values is not None:
-                    layer.free_values.data.copy_(opened[f"free/{name}"])
-            elif phase == "joint":
-                layer.dense_weight.data.copy_(opened[f"weight/{name}"])
-        self.phase = phase
-        self.own.write({n.removeprefix("state/"): t for n, t in opened.items() if n.startswith("state/")})
+    def put_finished(self, pieces: stored.Pieces, tasks: int, complete: bool = False) -> None:
+        """Take finished tasks over into a `Phases` without tasks, and activate the last.
+
+        Args:
+            pieces: The tensors of a state.
+            tasks: Number of tasks to take.
+            complete: Whether the pieces may hold nothing else.
+
+        Raises:
+            ValueError: If a tensor does not fit. Nothing is changed then.
+            RuntimeError: If there are tasks.
+        """
+        if len(self.bank) or self.phase != "idle":
+            raise RuntimeError(
+                f"load: needs a Phases without tasks, this one has {len(self.bank)} and is in the {self.phase} phase"
+            )
+        finished = stored.take_finished(self, pieces, tasks)
+        if complete:
+            pieces.end()
+        self._put_finished(finished)
+
+    def put_open(self, phase: Phase, pieces: stored.Pieces, exclusive: bool | FreeRule) -> None:
+        """Open a task again in a phase, from the tensors of a state.
+
+        Args:
+            phase: The phase.
+            pieces: Those of `open_tensors`, with "open/" before their names. Also "open/free_mask/LAYER", packed, if
+                weights were pruned since the weight phase began.
+            exclusive: Which weights the weight phase trained when it began, see `start_weight_phase`.
+
+        Raises:
+            RuntimeError: If a task is open.
+            ValueError: If a tensor does not fit.
+        """
+        shapes = {name: layer.dense_weight.shape for name, layer in self.layers.items()}
+        scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
+        self.reopen(phase, scores, pieces.take("open/called", (len(shapes),), torch.bool), exclusive)
+        if phase == "weight" and pieces.names("open/free_mask/"):
+            before = self._open_free
+            free = {
+                n: unpack_mask(pieces.mask(f"open/free_mask/{n}", s), s).to(before[n].device) for n, s in shapes.items()
+            }
+            for name, mask in free.items():
+                if more := int((mask & ~before[name]).sum()):
+                    raise ValueError(f"the state trains {more} weights of {name} that are not free")
+            if any(not torch.equal(mask, before[name]) for name, mask in free.items()):
+                self.prune(free)
+        for name, target in self.open_tensors().items():
+            if name.startswith(("free/", "weight/")):
+                target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=True))
+        self.own.write(stored.take_all_state(self, pieces, "open/state/"))
 
     # Inside
+
+    def _put_finished(self, finished: stored.Finished) -> None:
+        with torch.no_grad():
+            for target, value in finished.values:
+                target.copy_(value)
+        self.reset_state()
+        self.adopt_all(finished.tasks)
+
+    def _clear_modes(self) -> None:
+        for layer in self.layers.values():
+            layer.mode = NoMask()
 
     def _close(self) -> None:
         self._open_masks, self._open_free, self._open_scores = {}, {}, {}

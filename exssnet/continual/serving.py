@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..nn import TENSORS, supermask_layers
 from ..nn.modes import Constant, NoMask
-from . import owners
 from .phases import Phases
 
 
@@ -192,7 +191,7 @@ class Served:
     def _make(self, task: int) -> _Network:
         """Build the task's network. It shares with the others what all tasks share."""
         phases = self._phases
-        owners.check(phases, "Served")
+        phases.check_owner("Served")
         phases.own.check("Served")
         history = self._history()
         assert history is not None

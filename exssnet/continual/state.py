@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..io.values import alike, typed
 from ..nn import SupermaskLayer
-from ..ops import pack_mask, unpack_mask
+from ..ops import pack_mask
 from ..tasks import Task
 from .mask_bank import FreeRule
 from .phases import Phases
 from .records import OpenTask, Result, Stopwatch, TaskReport, Training
-from .stored import FLOATS, Pieces, check_layers, state_tensors, take_all_state
+from .stored import FLOATS, Pieces, check_layers, take_all_state
 from .task_model import Phase
 
 NUMBERS = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
@@ -165,7 +165,7 @@ def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[st
     if training.kept is not None:
         tensors |= {f"kept/masked/{i}": t for i, t in enumerate(training.kept["masked"])}
         tensors |= {f"kept/trained/{i}": t for i, t in enumerate(training.kept["trained"])}
-        tensors |= state_tensors(phases, training.kept["state"], "kept/state/")
+        tensors |= phases.own.named(training.kept["state"], "kept/state/")
     if phases.phase == "weight":
         tensors |= {f"open/free_mask/{n}": pack_mask(phases.free_mask(n)) for n in phases.layers}
     if (random := open_.task.train.random) is not None:
@@ -183,7 +183,7 @@ def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[st
     )  # fmt: skip
 
 
-def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, plan: Sequence[str], rule: FreeRule) -> int:
+def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, plan: Sequence[Phase], rule: FreeRule) -> int:
     """Open the phase of a task again and return the index of its stage in the method's plan, a list of phases."""
     stage = meta.stage if meta.stage is not None else plan.index(meta.phase) if meta.phase in plan else -1
     if not 0 <= stage < len(plan) or plan[stage] != meta.phase:
@@ -191,29 +191,8 @@ def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, plan: Sequence[str], 
         raise ValueError(
             f"the state's open task is in the {meta.phase} phase{where}, the method has {' and '.join(plan)}"
         )
-    phase: Phase = meta.phase  # type: ignore[assignment]
-    shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
-    scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
-    called = pieces.take("open/called", (len(shapes),), torch.bool)
-    phases.reopen(phase, scores, called, rule)
-    if phase == "weight" and pieces.names("open/free_mask/"):
-        _prune(phases, {n: unpack_mask(pieces.mask(f"open/free_mask/{n}", s), s) for n, s in shapes.items()})
-    for name, target in phases.open_tensors().items():
-        if name.partition("/")[0] not in ("scores", "called", "state"):
-            target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=True))
-    phases.own.write(take_all_state(phases, pieces, "open/state/"))
+    phases.put_open(plan[stage], pieces, rule)
     return stage
-
-
-def _prune(phases: Phases, free: Mapping[str, Tensor]) -> None:
-    """Bring a weight phase to free masks from which the method has pruned weights since the phase began."""
-    before = {name: phases.free_mask(name) for name in free}
-    free = {name: mask.to(before[name].device) for name, mask in free.items()}
-    for name, mask in free.items():
-        if more := int((mask & ~before[name]).sum()):
-            raise ValueError(f"the state trains {more} weights of {name} that are not free")
-    if any(not torch.equal(mask, before[name]) for name, mask in free.items()):
-        phases.prune(free)
 
 
 def put_training(

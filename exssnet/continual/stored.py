@@ -1,47 +1,18 @@
-"""Converts finished tasks to named tensors and back. All tensors are checked before anything is changed."""
+"""Converts tasks to named tensors and back. All tensors are checked, and nothing is changed."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..nn import SupermaskLayer
-from ..ops import pack_mask, unpack_mask
+from ..ops import pack_mask, topk_mask, unpack_mask
 from .mask_bank import MaskBank
-from .task_state import TaskState
+from .task_model import TaskModel
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-class TaskStore(Protocol):
-    """The part of `Phases` that is needed to store its tasks."""
-
-    model: nn.Module
-    layers: dict[str, SupermaskLayer]
-    bank: MaskBank
-    states: list[dict[str, Tensor]]
-    scores: list[dict[str, Tensor]]
-    own: TaskState
-    looking: list[int]
-    active: int | None
-    phase: Any
-
-    def masked_parameters(self) -> list[Tensor]: ...
-    def parameters(self) -> list[Tensor]: ...
-    def weights_before(self) -> dict[str, Tensor]: ...
-    def frozen_parameters(self) -> dict[str, Tensor]: ...
-    @property
-    def initial(self) -> dict[str, Tensor]: ...
-    def reset_state(self) -> None: ...
-
-
-class AdoptingStore(TaskStore, Protocol):
-    """The part of `Phases` that is needed to fill it with stored tasks."""
-
-    def adopt_all(self, tasks: Sequence["Learned"]) -> int: ...
 
 
 class Pieces:
@@ -90,7 +61,7 @@ class Pieces:
             raise ValueError(f"the state holds {shown}, which has no place in the model")
 
 
-def finished(phases: TaskStore) -> dict[str, Tensor]:
+def finished(phases: TaskModel) -> dict[str, Tensor]:
     """Tensors of all finished tasks by name.
 
     Returns:
@@ -109,12 +80,12 @@ def finished(phases: TaskStore) -> dict[str, Tensor]:
     return tensors | {f"frozen/{n}": p.detach() for n, p in phases.frozen_parameters().items()}
 
 
-def kept(phases: TaskStore) -> dict[str, int]:
+def kept(phases: TaskModel) -> dict[str, int]:
     """k of every layer. A state fits a model only if these agree."""
     return {n: layer.k for n, layer in phases.layers.items()}
 
 
-def check_layers(k: Mapping[str, int], phases: TaskStore) -> None:
+def check_layers(k: Mapping[str, int], phases: TaskModel) -> None:
     """Raise ValueError if a state has other layers or another k than the model."""
     if k != kept(phases):
         raise ValueError(f"the state has layers and k {dict(k)}, the model has {kept(phases)}")
@@ -123,7 +94,7 @@ def check_layers(k: Mapping[str, int], phases: TaskStore) -> None:
 Learned = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, state and scores of a task
 
 
-def parse(phases: TaskStore, state: Any, known: Sequence[str]) -> tuple[Any, int | None, int]:
+def parse(phases: TaskModel, state: Any, known: Sequence[str]) -> tuple[Any, int | None, int]:
     """Read a `Phases.state_dict` without its tensors.
 
     Args:
@@ -156,16 +127,8 @@ class Finished:
     values: list[tuple[Tensor, Tensor]]  # (target in the model, its new value)
     tasks: list[Learned]
 
-    def put(self, phases: AdoptingStore) -> None:
-        """Copy the tasks into a `Phases` without tasks, and activate the last."""
-        with torch.no_grad():
-            for target, value in self.values:
-                target.copy_(value)
-        phases.reset_state()
-        phases.adopt_all(self.tasks)
 
-
-def take_finished(phases: TaskStore, pieces: Pieces, tasks: int) -> Finished:
+def take_finished(phases: TaskModel, pieces: Pieces, tasks: int) -> Finished:
     """Take the finished tasks from the pieces. ValueError if a tensor does not fit."""
     targets = {f"weight/{n}": layer.dense_weight for n, layer in phases.layers.items()}
     targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
@@ -182,30 +145,7 @@ def take_finished(phases: TaskStore, pieces: Pieces, tasks: int) -> Finished:
     return Finished(values, [_task(phases, pieces, task) for task in range(tasks)])
 
 
-def put_finished(phases: AdoptingStore, pieces: Pieces, tasks: int, complete: bool = False) -> None:
-    """Copy finished tasks into a new `Phases`, and activate the last. An error leaves everything unchanged.
-
-    Args:
-        phases: A `Phases` without tasks.
-        pieces: The tensors of a state.
-        tasks: Number of tasks to take.
-        complete: Whether the pieces may hold nothing else.
-
-    Raises:
-        ValueError: If a tensor does not fit.
-        RuntimeError: If the `Phases` has tasks.
-    """
-    if len(phases.bank) or phases.phase != "idle":
-        raise RuntimeError(
-            f"load: needs a Phases without tasks, this one has {len(phases.bank)} and is in the {phases.phase} phase"
-        )
-    tasks_read = take_finished(phases, pieces, tasks)
-    if complete:
-        pieces.end()
-    tasks_read.put(phases)
-
-
-def _task(phases: TaskStore, pieces: Pieces, task: int) -> Learned:
+def _task(phases: TaskModel, pieces: Pieces, task: int) -> Learned:
     """Take the masks, the state and the scores of one finished task."""
     layers = phases.layers
     shapes = {n: layer.dense_weight.shape for n, layer in layers.items()}
@@ -218,14 +158,8 @@ def _task(phases: TaskStore, pieces: Pieces, task: int) -> Learned:
     return masks, state, scores
 
 
-def state_tensors(phases: TaskStore, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """A task's own tensors, named for a state. Non-persistent buffers with their initial value are left out."""
-    own = phases.own
-    return {f"{prefix}{n}": t for n, t in state.items() if n not in own.transient or not own.is_initial(n, t)}
-
-
 def take_state(
-    phases: TaskStore, pieces: Pieces, prefix: str, names: Iterable[str], *casts: torch.dtype
+    phases: TaskModel, pieces: Pieces, prefix: str, names: Iterable[str], *casts: torch.dtype
 ) -> dict[str, Tensor]:
     """Take a task's own tensors by name. Names that are no tensors of a task stay in the pieces.
 
@@ -251,14 +185,14 @@ def take_state(
     return state
 
 
-def take_all_state(phases: TaskStore, pieces: Pieces, prefix: str) -> dict[str, Tensor]:
+def take_all_state(phases: TaskModel, pieces: Pieces, prefix: str) -> dict[str, Tensor]:
     """Take all tensors that the open task has of its own."""
     names = {*pieces.names(prefix), *phases.initial.keys() - phases.own.transient}
     return take_state(phases, pieces, prefix, names)
 
 
 def adopted(
-    phases: TaskStore, tasks: Sequence[Learned]
+    phases: TaskModel, tasks: Sequence[Learned]
 ) -> tuple[MaskBank, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Masks, states and scores of the finished tasks followed by copies of `tasks`. ValueError if one does not fit."""
     bank, states, scores = copy.copy(phases.bank), list(phases.states), list(phases.scores)
@@ -289,22 +223,23 @@ def check_finite(call: str, tensors: Mapping[str, Tensor | None]) -> None:
             )
 
 
-def take_open(phases: TaskStore, pieces: Pieces, phase: str) -> dict[str, Tensor]:
-    """Take the open task's tensors, named as in `Phases.open_tensors`. ValueError if one does not fit."""
+def check_open(phases: TaskModel, pieces: Pieces, phase: str) -> None:
+    """Take all tensors that `Phases.put_open` will take. ValueError if one does not fit."""
     if phase == "idle":
-        return {}
-    tensors = {"called": pieces.take("open/called", (len(phases.layers),), torch.bool)}
-    for name, layer in phases.layers.items():
+        return
+    called = pieces.take("open/called", (len(phases.layers),), torch.bool)
+    for (name, layer), was_called in zip(phases.layers.items(), called.tolist(), strict=True):
         shape, dtype = layer.dense_weight.shape, layer.dense_weight.dtype
-        tensors[f"scores/{name}"] = pieces.take(f"open/scores/{name}", shape, torch.float32, finite=True)
+        scores = pieces.take(f"open/scores/{name}", shape, torch.float32, finite=True)
         if phase == "joint":
-            tensors[f"weight/{name}"] = pieces.take(f"open/weight/{name}", shape, dtype, finite=True)
+            pieces.take(f"open/weight/{name}", shape, dtype, finite=True)
         elif phase == "weight":
             mask, free = (pieces.mask(f"open/{kind}/{name}", shape) for kind in ("mask", "free_mask"))
             if bool((free & ~mask).any()):
                 raise ValueError(f"the state's free mask of {name} is not inside its mask")
-            tensors |= {f"mask/{name}": mask, f"free_mask/{name}": free}
+            if bool((unpack_mask(mask, shape) & ~topk_mask(scores, layer.k if was_called else 0)).any()):
+                raise ValueError(f"the state's mask of {name} is not inside the mask of its scores")
             count = int(unpack_mask(free, shape).sum())
             if count or f"open/free/{name}" in pieces.left:
-                tensors[f"free/{name}"] = pieces.take(f"open/free/{name}", (count,), dtype, finite=True)
-    return tensors | {f"state/{n}": t for n, t in take_all_state(phases, pieces, "open/state/").items()}
+                pieces.take(f"open/free/{name}", (count,), dtype, finite=True)
+    take_all_state(phases, pieces, "open/state/")

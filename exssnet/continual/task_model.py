@@ -1,6 +1,7 @@
 """A converted model with the tasks that it has learned, and what its open phase trains."""
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -8,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SupermaskLayer, stale, supermask_layers
-from ..nn.modes import NoMask
-from . import owners, stored
 from .freezing import freeze_weights
 from .mask_bank import MaskBank
 from .shared_weights import SharedWeights
@@ -20,7 +19,7 @@ PHASES: tuple[Phase, ...] = ("idle", "mask", "weight", "joint")
 
 
 class TaskModel:
-    """The part of `Phases` that starts and ends no phase. It knows the tasks, lists what trains, and copies the state.
+    """The part of `Phases` that starts and ends no phase: what `stored`, `owners` and `undo` work on.
 
     Attributes:
         model: The converted model.
@@ -52,14 +51,6 @@ class TaskModel:
         self._weights = SharedWeights(self.layers)
         self.looking: list[int] = []
         self.own = TaskState(model, self.layers)
-        owners.end_joint(self)
-        owners.own(self)
-        self._ended("scores from before Phases was made")
-        self._clear_modes()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        owners.own(self)
 
     def __repr__(self) -> str:
         use = self.bank.total(len(self.bank) - 1) if len(self.bank) else None
@@ -234,33 +225,9 @@ class TaskModel:
                 tensors[f"free/{name}"] = layer.free_values.detach()
             if self.phase == "joint":
                 tensors[f"weight/{name}"] = layer.dense_weight.detach()
-        return tensors | stored.state_tensors(self, self.own.live(), "state/")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of all tasks in any phase, for `torch.save`.
-
-        The model's own `state_dict` only holds the network of the active or open task.
-
-        Returns:
-            The "phase", the "active" task, the number of finished "tasks" and "k" by layer name. The "tensors" are all
-            tensors by name, without copies.
-        """
-        self.require("state_dict", *PHASES)
-        tensors = stored.finished(self)
-        if self.phase != "idle":
-            tensors |= {f"open/{n}": t for n, t in self.open_tensors().items()}
-            for name, layer in self.layers.items():
-                if layer.packed_mask is not None and layer.packed_free_mask is not None:
-                    tensors[f"open/mask/{name}"] = layer.packed_mask
-                    tensors[f"open/free_mask/{name}"] = layer.packed_free_mask
-        where = {"phase": self.phase, "active": self.active, "tasks": len(self.bank), "k": stored.kept(self)}
-        return {**where, "tensors": tensors}
+        return tensors | self.own.named(self.own.live(), "state/")
 
     # Inside
-
-    def _clear_modes(self) -> None:
-        for layer in self.layers.values():
-            layer.mode = NoMask()
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})
@@ -268,6 +235,11 @@ class TaskModel:
     def _ended(self, what: str) -> None:
         """Let optimizers of the present phase raise at their next step, with a sentence that says `what` they hold."""
         stale.phase_changes(self, self.masked_parameters(), what)
+
+    def check_owner(self, call: str) -> None:
+        """Raise RuntimeError if another `Phases` owns the model or one of its layers. call: name of the caller."""
+        if any(owner_of(module) is not self for module in (self.model, *self.layers.values())):
+            raise RuntimeError(f"{call}: another Phases was made for this model since, and owns it: use that one")
 
     def require(self, call: str, *phases: Phase, looking: bool = False) -> None:
         """Raise RuntimeError unless a method may be called now.
@@ -282,7 +254,7 @@ class TaskModel:
         Raises:
             RuntimeError: If it may not be called.
         """
-        owners.check(self, call)
+        self.check_owner(call)
         who = "this" if threading.get_ident() in self.looking else "another"
         if self.looking and not (looking and who == "this"):
             raise RuntimeError(f"{call}: {who} thread is in a block of `using`, which puts the model back at its end")
@@ -301,3 +273,12 @@ class TaskModel:
         """Set the per-task tensors of the model to their initial values. RuntimeError outside the idle phase."""
         self.require("reset_state", "idle")
         self.own.write({})
+
+
+OWNERS: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[TaskModel]]" = weakref.WeakKeyDictionary()
+
+
+def owner_of(module: nn.Module) -> TaskModel | None:
+    """The `Phases` that was made last of a model with this module. None if there is none."""
+    owner = OWNERS.get(module)
+    return None if owner is None else owner()

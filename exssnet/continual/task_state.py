@@ -58,6 +58,10 @@ class TaskState:
             return False
         return torch.equal(initial.to(value), value) and torch.equal(initial, value.to(initial))
 
+    def named(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Per-task tensors, named for a state. Non-persistent buffers with their initial value are left out."""
+        return {f"{prefix}{n}": t for n, t in state.items() if n not in self.transient or not self.is_initial(n, t)}
+
     def has(self, name: str) -> bool:
         """Whether the model has, or had, a per-task parameter or buffer of that name."""
         return name in self.known | self._late or any(name == other for other, *_ in self._slots())

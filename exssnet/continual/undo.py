@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from ..nn import SupermaskLayer
-from .stored import TaskStore
+from .task_model import TaskModel
 
 
 def held(layers: Iterable[SupermaskLayer]) -> Callable[[], None]:
@@ -19,7 +19,7 @@ def held(layers: Iterable[SupermaskLayer]) -> Callable[[], None]:
 
 
 @contextmanager
-def undone_on_failure(phases: TaskStore) -> Iterator[None]:
+def undone_on_failure(phases: TaskModel) -> Iterator[None]:
     """If the block raises, restore the layers' modes, the per-task tensors and the attributes of `phases`."""
     put_back = held(phases.layers.values())
     state = {name: t.clone() for name, t in phases.own.live().items()}
