@@ -2,9 +2,10 @@
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 
-from ..experiments.recipes import as_json, names, read, recipe
+from ..experiments.recipes import names, read, recipe
 from ..experiments.reproduce import reproduce
 from ..io.writing import alone_in
 
@@ -25,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``exssnet reproduce``; returns the exit status."""
-    values = as_json(read(arguments.recipe))
+    values = asdict(read(arguments.recipe))
     for name in ("scale", "seeds", "densities", "methods", "epochs"):
         if getattr(arguments, name) is not None:
             values[name] = getattr(arguments, name)

@@ -1,7 +1,7 @@
 """Packed supermasks of all finished tasks, and how many weights they use."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
@@ -20,6 +20,11 @@ class LayerUse:
     kept: int  # kept by the task's mask
     free: int  # kept by the task's mask and by no earlier mask
     used: int  # kept by the masks of this task and all earlier tasks
+
+    @classmethod
+    def sum(cls, uses: Sequence["LayerUse"]) -> "LayerUse":
+        """The use of several layers together."""
+        return cls(*(sum(getattr(use, f.name) for use in uses) for f in fields(cls)))
 
     @property
     def sparse_overlap(self) -> float:
@@ -120,8 +125,7 @@ class MaskBank:
 
     def total(self, task: int, names: list[str] | None = None) -> LayerUse:
         """Sums of a task's `LayerUse` over the named layers. None means all layers."""
-        parts = [self.use[task][name] for name in (names if names is not None else self.shapes)]
-        return LayerUse(*(sum(getattr(p, f) for p in parts) for f in ("weights", "kept", "free", "used")))
+        return LayerUse.sum([self.use[task][name] for name in (self.shapes if names is None else names)])
 
     @property
     def nbytes(self) -> int:

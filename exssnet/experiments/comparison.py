@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from ..continual.metrics import epochs_to_reach
 from ..io.console import secondary
 from ..io.writing import write_text
 from .plotting import pyplot, save
-from .recipes import KKT, Rates, Run, recipe
+from .recipes import Rates, Run, recipe
 from .results import FORWARD, MeasuredResult
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
@@ -62,27 +63,15 @@ class Finished(NamedTuple):
         return 100 * self.result.metrics["average accuracy"]
 
 
-class Group(NamedTuple):
-    """What runs have in common that differ in nothing but the seed."""
-
-    method: str
-    init_scale: str
-    density: float | None
-
-    @property
-    def plain(self) -> "Group":
-        """The same without KKT."""
-        return self._replace(method=self.method.removesuffix(KKT))
-
-
-Groups = dict[Group, list[Finished]]
+Groups = dict[Run, list[Finished]]
+"""The runs that differ in nothing but the seed, by their `Run.group`."""
 
 
 def groups_of(finished: Sequence[Finished]) -> Groups:
     """Group runs that differ in nothing but the seed. The groups and their runs keep the given order."""
     groups: Groups = {}
     for one in finished:
-        groups.setdefault(Group(one.run.method, one.run.init_scale, one.run.density), []).append(one)
+        groups.setdefault(one.run.group, []).append(one)
     return groups
 
 
@@ -122,21 +111,8 @@ def _text(report: dict[str, Any], groups: Groups, diverged: Sequence[Run]) -> li
             [_row(group, runs) for group, runs in groups.items()],
         ),
     ]  # fmt: skip
-    for title, table in (
-        ("Accuracy on each task after the last, in %, mean over the seeds", _by_task(groups)),
-        (
-            f"Difference to {BASE} with the same number of epochs, paired by seed, with 95 % intervals",
-            _differences(groups),
-        ),
-        ("Knowledge transfer (KKT): with and without", _transfer(groups)),
-        ("Weights of the masks: kept, and free when the task came", _capacity(groups)),
-        ("Seconds of training a task, medians by its place in the stream", _pace(groups)),
-        (
-            "Without a task id: share of test items whose task was found, and that were classified right",
-            _inferred(groups),
-        ),
-    ):
-        if table:
+    for title, make in TABLES:
+        if table := make(groups):
             parts += [f"## {title}", table]
     if diverged:
         parts.append("Diverged: " + ", ".join(f"{run.method} {run.density or ''} seed {run.seed}" for run in diverged))
@@ -152,11 +128,16 @@ def _percent(values: Sequence[float]) -> str:
     return f"{mean:.2f} ± {std:.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
-def _name(group: Group) -> list[str]:
+def _name(group: Run) -> list[str]:
     return [group.method, "" if group.density is None else f"{group.density:g}", group.init_scale]
 
 
-def _row(group: Group, members: list[Finished]) -> list[str]:
+def _line(group: Run) -> tuple[str, str]:
+    """What groups have in common that differ in nothing but the density."""
+    return group.method, group.init_scale
+
+
+def _row(group: Run, members: list[Finished]) -> list[str]:
     results = [member.result for member in members]
     shown = "average accuracy", "forgetting", "learning accuracy", FORWARD
     return [
@@ -179,7 +160,7 @@ def _by_task(groups: Groups) -> str:
     return _table(["method", "density", "weights", *names], rows) if 1 < len(names) <= SHORT else ""
 
 
-def paired(groups: Groups, group: Group, base: str) -> tuple[list[float], list[float]]:
+def paired(groups: Groups, group: Run, base: str) -> tuple[list[float], list[float]]:
     """Average accuracies of a group and of a baseline, paired by the seeds that both have.
 
     Args:
@@ -195,8 +176,8 @@ def paired(groups: Groups, group: Group, base: str) -> tuple[list[float], list[f
     return ours, theirs
 
 
-def _pairs(groups: Groups, group: Group, base: str) -> list[tuple[Finished, Finished]]:
-    theirs = {member.run.seed: member for member in groups.get(Group(base, *group[1:]), [])}
+def _pairs(groups: Groups, group: Run, base: str) -> list[tuple[Finished, Finished]]:
+    theirs = {member.run.seed: member for member in groups.get(replace(group, method=base), [])}
     ours = sorted(groups.get(group, []), key=lambda member: member.run.seed)
     return [(member, theirs[member.run.seed]) for member in ours if member.run.seed in theirs]
 
@@ -207,8 +188,8 @@ def _points(mean: float, half: float) -> str:
 
 def _differences(groups: Groups) -> str:
     rows = []
-    wanted = sorted((g for g in groups if g.method != BASE and g.density is not None), key=lambda g: g[:2])
-    for (method, scale), members in groupby(wanted, key=lambda g: g[:2]):
+    wanted = sorted((g for g in groups if g.method != BASE and g.density is not None), key=_line)
+    for (method, scale), members in groupby(wanted, key=_line):
         means = []
         for group in members:
             ours, theirs = paired(groups, group, BASE)
@@ -289,6 +270,16 @@ def _inferred(groups: Groups) -> str:
     return _table(["method", "density", "weights", "rule, samples", "task accuracy", "accuracy", "with task id"], rows)
 
 
+TABLES = (
+    ("Accuracy on each task after the last, in %, mean over the seeds", _by_task),
+    (f"Difference to {BASE} with the same number of epochs, paired by seed, with 95 % intervals", _differences),
+    ("Knowledge transfer (KKT): with and without", _transfer),
+    ("Weights of the masks: kept, and free when the task came", _capacity),
+    ("Seconds of training a task, medians by its place in the stream", _pace),
+    ("Without a task id: share of test items whose task was found, and that were classified right", _inferred),
+)
+
+
 # Plots: each draws one figure, or none where there is nothing to show
 
 
@@ -310,12 +301,12 @@ def _accuracy(members: list[Finished]) -> tuple[float, float]:
     return mean_std([member.average for member in members])
 
 
-def _scale(groups: Groups, group: Group) -> str:
+def _scale(groups: Groups, group: Run) -> str:
     """The scale of a group's weights, where there are several."""
     return group.init_scale if len({g.init_scale for g in groups if g.init_scale}) > 1 else ""
 
 
-def _label(groups: Groups, group: Group) -> str:
+def _label(groups: Groups, group: Run) -> str:
     density = "" if group.density is None else f"{group.density:g}"
     return " ".join(filter(None, [group.method, density, _scale(groups, group)]))
 
@@ -334,9 +325,9 @@ def _by_method(plt: Any, groups: Groups) -> Any:
 
 
 def _by_density(plt: Any, groups: Groups) -> Any:
-    lines: dict[tuple[str, str], list[Group]] = {}
+    lines: dict[tuple[str, str], list[Run]] = {}
     for group in sorted((g for g in groups if g.density is not None), key=lambda g: g.density or 0):
-        lines.setdefault(group[:2], []).append(group)
+        lines.setdefault(_line(group), []).append(group)
     if all(len(members) < 2 for members in lines.values()):
         return None
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")

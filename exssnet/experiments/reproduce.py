@@ -29,7 +29,7 @@ from ..nn.models import MODELS
 from ..tasks import Task, stratified_split, stream
 from .baselines import BASELINES, Individual, Multitask, baseline
 from .comparison import Finished, write_report
-from .recipes import KKT, Rates, Recipe, Run, as_json
+from .recipes import KKT, Rates, Recipe, Run
 from .results import MeasuredResult
 
 Outcome = MeasuredResult | float | str
@@ -207,12 +207,8 @@ def perform_all(jobs: Iterable[Job], out: Path, processes: int, tell: Callable[[
         tell(f"{job.file} {time.perf_counter() - began:.0f} s")
 
     with ThreadPoolExecutor(processes) as pool:
-        for future in [pool.submit(make, job) for job in missing]:
-            try:
-                future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for _ in pool.map(make, missing):  # the first failure cancels the runs that have not begun
+            pass
     return [_read(out / job.file, _outcome) for job in jobs]
 
 
@@ -252,7 +248,7 @@ def tune(recipe: Recipe, root: str, out: Path, processes: int, tell: Callable[[s
     Raises:
         RunFailed: A process died, or a method diverged with every learning rate.
     """
-    groups = list(dict.fromkeys(replace(run.group, method=run.base) for run in recipe.runs()))
+    groups = list(dict.fromkeys(run.group.plain for run in recipe.runs()))
     jobs = [
         Job(recipe, root, replace(group, seed=seed), rates, tuning=True)
         for group in groups
@@ -260,18 +256,15 @@ def tune(recipe: Recipe, root: str, out: Path, processes: int, tell: Callable[[s
         for seed in recipe.tuning.seeds
         if len(recipe.candidates(group.method)) > 1
     ]
-    accuracies: dict[tuple[Run, Rates], list[float]] = {}
+    accuracies: dict[tuple[Run, Rates], list[float]] = {}  # of the groups that have several candidates
     for job, outcome in zip(jobs, perform_all(jobs, out, processes, tell), strict=True):
         accuracy = outcome if isinstance(outcome, float) else float("-inf")  # it diverged
         accuracies.setdefault((job.run.group, job.rates), []).append(accuracy)
+    means = {key: statistics.mean(values) for key, values in accuracies.items()}
     chosen = {}
     for group in groups:
-        candidates = recipe.candidates(group.method)
-        if len(candidates) == 1:
-            chosen[group] = candidates[0]
-            continue
-        chosen[group] = max(candidates, key=lambda rates: statistics.mean(accuracies[group, rates]))
-        if statistics.mean(accuracies[group, chosen[group]]) == float("-inf"):
+        chosen[group] = max(recipe.candidates(group.method), key=lambda rates: means.get((group, rates), 0.0))
+        if means.get((group, chosen[group])) == float("-inf"):
             raise RunFailed(f"{group.method} diverged with every learning rate of {list(recipe.tuning.rates)}")
     return chosen
 
@@ -295,7 +288,7 @@ def reproduce(
         ValueError: The folder holds results of another recipe, data is missing, or a file is damaged.
         RunFailed: A process died, or a method diverged with every learning rate.
     """
-    described = json.loads(json.dumps(as_json(recipe)))
+    described = json.loads(json.dumps(asdict(recipe)))
     file = out / "recipe.json"
     before = _read(file, lambda values: typed(dict, values, "its content")) if file.exists() else described
     if before.keys() != described.keys() or (before != described and any(out.glob("*/*.json"))):
@@ -307,7 +300,7 @@ def reproduce(
     write_text(file, json.dumps(described, indent=1))
     rates = tune(recipe, root, out, processes, tell)
     runs = recipe.runs()
-    jobs = [Job(recipe, root, run, rates[replace(run.group, method=run.base)]) for run in runs]
+    jobs = [Job(recipe, root, run, rates[run.group.plain]) for run in runs]
     pairs = list(zip(jobs, perform_all(jobs, out, processes, tell), strict=True))
     report = {
         "recipe": described,

@@ -49,12 +49,12 @@ class TaskResult:
     @classmethod
     def of(cls, report: TaskReport, head: str) -> "TaskResult":
         """Sum up the report of a task; `head` is the name of the output layer."""
-        body, last = (_total([u for n, u in report.use.items() if (n == head) is of_head]) for of_head in (False, True))
+        uses = [[use for name, use in report.use.items() if (name == head) is of_head] for of_head in (False, True)]
         return cls(
             report.name, report.classes, report.seconds, report.reverted,
             [r.accuracy if r.validation is None else r.validation for r in report.history],
             None if report.kkt is None else report.kkt.sources, report.initial_accuracy,
-            *((body, last) if report.use else ()),
+            *(map(LayerUse.sum, uses) if report.use else ()),
         )  # fmt: skip
 
     @property
@@ -62,7 +62,7 @@ class TaskResult:
         """Use of all masked layers together."""
         assert self.body is not None
         assert self.head is not None
-        return _total([self.body, self.head])
+        return LayerUse.sum([self.body, self.head])
 
     def as_json(self) -> dict[str, Any]:
         """The task as an object of JSON; what it has not is left out."""
@@ -165,11 +165,6 @@ class MeasuredResult(RunResult):
         if not tasks or sizes != list(range(1, len(sizes) + 1)):
             raise ValueError(f"{where}: expected rows of 1, 2, ... accuracies and their tasks, got {sizes}")
         return result
-
-
-def _total(uses: Sequence[LayerUse]) -> LayerUse:
-    """Use of several layers together."""
-    return LayerUse(*(sum(getattr(use, f.name) for use in uses) for f in fields(LayerUse)))
 
 
 def _named(kind: Any, values: Any, where: str) -> dict[str, Any]:

@@ -244,7 +244,7 @@ WRONG = {
         lambda s: _with(s, "open/mask/head", s["tensors"]["open/mask/head"] * 0), "free mask of head is not inside",
     ),
     "a mask outside the scores'": (
-        lambda s: _with(s, "open/mask/head", s["tensors"]["open/mask/head"] | 255), "mask of head is not inside the mask",
+        lambda s: _with(s, "open/mask/head", s["tensors"]["open/mask/head"] | 255), "of head is not inside the mask of",
     ),
     "something else beside": (lambda s: _with(s, "x", torch.zeros(1)), "holds x, which has no place"),
 }  # fmt: skip

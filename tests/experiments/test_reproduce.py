@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from processes import children
 
 from exssnet.cli.commands import main
 from exssnet.experiments import recipes
-from exssnet.experiments.comparison import Finished, Group, _pace, groups_of, paired, paired_difference
+from exssnet.experiments.comparison import Finished, _pace, groups_of, paired, paired_difference
 from exssnet.experiments.recipes import Rates, Run, read, recipe
 from exssnet.experiments.reproduce import Job, RunFailed, learner_of, perform, reproduce, tasks_of, tune
 from exssnet.experiments.results import MeasuredResult, TaskResult
@@ -60,7 +61,7 @@ def test_a_recipe_of_the_package_names_what_there_is(name: str) -> None:
 
 def test_a_recipe_is_read_back_from_its_json() -> None:
     made = recipe(SMALL, "test")
-    assert recipe(json.loads(json.dumps(recipes.as_json(made))), "again") == made
+    assert recipe(json.loads(json.dumps(asdict(made))), "again") == made
 
 
 def test_dense_methods_have_one_run_a_seed_whatever_the_densities() -> None:
@@ -363,7 +364,7 @@ def test_pairs_are_of_the_same_density_and_seed() -> None:
             ("supsup", 0.1, 0, 0.5), ("supsup", 0.2, 0, 0.9), ("exssnet", 0.1, 0, 0.7), ("exssnet", 0.1, 1, 1.0),
         )
     ]  # fmt: skip
-    group = Group("exssnet", "official", 0.1)
+    group = Run("exssnet", 0.1, "official", 0)
     assert paired(groups_of(runs), group, "supsup") == ([70.0], [50.0])
 
 

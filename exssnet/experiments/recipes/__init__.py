@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -96,6 +95,11 @@ class Run:
     def base(self) -> str:
         """The method without KKT. With and without KKT a method has the same learning rates."""
         return self.method.removesuffix(KKT)
+
+    @property
+    def plain(self) -> "Run":
+        """The run without KKT."""
+        return replace(self, method=self.base)
 
     @property
     def name(self) -> str:
@@ -195,14 +199,13 @@ class Recipe:
 
     def runs(self) -> list[Run]:
         """All runs, seed by seed."""
-        return [run for seed in range(self.seeds) for method in self.methods for run in self._of(method, seed)]
-
-    def _of(self, method: str, seed: int) -> Iterator[Run]:
-        if method in BASELINES:
-            yield Run(method, None, "", seed)
-        else:
-            for scale, density in itertools.product(self.init_scales, self.densities):
-                yield Run(method, density, scale, seed)
+        masks, none = list(itertools.product(self.init_scales, self.densities)), [("", None)]
+        return [
+            Run(method, density, scale, seed)
+            for seed in range(self.seeds)
+            for method in self.methods
+            for scale, density in (none if method in BASELINES else masks)
+        ]
 
     def candidates(self, base: str) -> list[Rates]:
         """The learning rates that tuning tries for a method without KKT; one candidate if the recipe gives them."""
@@ -239,7 +242,7 @@ def read(name: str) -> Recipe:
 
 
 def recipe(values: dict[str, Any], where: str) -> Recipe:
-    """Make a recipe of values that came from YAML or JSON.
+    """Make a recipe of values that came from YAML, from JSON, or from `dataclasses.asdict` of another recipe.
 
     Args:
         values: by field name.
@@ -257,11 +260,6 @@ def recipe(values: dict[str, Any], where: str) -> Recipe:
     values["options"] = {name: getattr(filled, name) for name in options}
     whole: Recipe = _fill(Recipe, values, where)
     return whole
-
-
-def as_json(whole: Recipe) -> dict[str, Any]:
-    """The values of a recipe, from which `recipe` makes an equal one."""
-    return asdict(whole)
 
 
 def _lines(values: Any, where: str) -> dict[str, Any]:
