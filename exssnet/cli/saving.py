@@ -131,11 +131,9 @@ class Saver:
             Stopped: Always.
         """
         name = signal.Signals(self.signal).name
-        if not self.write():
-            raise Stopped(self.signal, f"Stopped by {name} in {where}; what came after the last checkpoint is lost.")
-        raise Stopped(
-            self.signal, f"Stopped by {name} in {where}; go on with: exssnet train --resume {self.path.parent}"
-        )
+        written = f"go on with: exssnet train --resume {self.path.parent}"
+        outcome = written if self.write() else "what came after the last checkpoint is lost."
+        raise Stopped(self.signal, f"Stopped by {name} in {where}; {outcome}")
 
     @contextmanager
     def at_signals(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from ..continual import distributed
@@ -35,18 +35,11 @@ def _line(record: EpochRecord) -> str:
     )
 
 
-class _Silent:
-    """Shows nothing."""
+class _PlainLines:
+    """One line an epoch, for logs and pipes."""
 
     def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
         pass
-
-    def on_epoch(self, record: EpochRecord) -> None:
-        pass
-
-
-class _PlainLines(_Silent):
-    """One line an epoch, for logs and pipes."""
 
     def on_epoch(self, record: EpochRecord) -> None:
         print(_line(record), flush=True)
@@ -78,17 +71,17 @@ class _Bars:
 
 
 @contextmanager
-def observer(tasks: list[Task]) -> Iterator[Observer]:
+def observer(tasks: list[Task]) -> Iterator[Observer | None]:
     """Show progress: bars on a terminal, plain lines elsewhere. Of several processes only the first shows it.
 
     Args:
         tasks: the stream.
 
     Yields:
-        The observer for the learner.
+        The observer for the learner, None for nobody.
     """
     if distributed.rank() > 0:
-        yield _Silent()
+        yield None
         return
     if not sys.stdout.isatty():
         yield _PlainLines()
@@ -118,19 +111,15 @@ def show(result: RunResult, out: Path) -> None:
 
 
 def _accuracy_table(result: RunResult) -> Table:
-    table = Table(title="Accuracy on task j (columns) after learning task i (rows), %")
-    table.add_column("")
-    for j in range(len(result.accuracy)):
-        table.add_column(str(j), justify="right")
+    columns = (Column(str(j), justify="right") for j in range(len(result.accuracy)))
+    table = Table("", *columns, title="Accuracy on task j (columns) after learning task i (rows), %")
     for i, row in enumerate(result.accuracy):
         table.add_row(str(i), *("" if math.isnan(a) else f"{100 * a:.1f}" for a in row))
     return table
 
 
 def _metrics_table(result: RunResult) -> Table:
-    table = Table(title="Metrics, %")
-    table.add_column("metric")
-    table.add_column("", justify="right")
+    table = Table("metric", Column(justify="right"), title="Metrics, %")
     for name, value in result.metrics.items():
         table.add_row(name, f"{100 * value:.2f}")
     return table
@@ -141,9 +130,9 @@ def _use_table(result: RunResult) -> Table:
     caption = "overlap: share of the mask that earlier tasks use; used: share of all weights used so far" + (
         f"\nweight phase undone, no better on validation: {', '.join(reverted)}" if reverted else ""
     )
-    table = Table(title="Weights of each task's masks, and time", caption=caption)
-    for name in ("task", "kept", "free", "overlap %", "used %", "KKT from", "mask s", "weight s"):
-        table.add_column(name, justify="right")
+    names = ("task", "kept", "free", "overlap %", "used %", "KKT from", "mask s", "weight s")
+    columns = (Column(name, justify="right") for name in names)
+    table = Table(*columns, title="Weights of each task's masks, and time", caption=caption)
     for task in result.tasks:
         use, seconds = task.total, task.seconds
         table.add_row(

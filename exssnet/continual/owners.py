@@ -4,10 +4,10 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import full_name, stale
-from ..ops import unpack_mask
 from .task_model import OWNERS, TaskModel, owner_of
 
 KINDS = {"packed_mask": "fixed masks", "scores": "scores", "weight": "plain weights"}
@@ -84,6 +84,8 @@ def _check_mode(phases: TaskModel, given: Mapping[str, Any]) -> None:
 
 def _check_shared(phases: TaskModel, given: Mapping[str, Any]) -> None:
     """Raise RuntimeError if the state dict would change finished tasks or what the open phase does not train."""
+    if phases.phase == "idle" and not len(phases.bank):
+        return
     trained = {full_name(layer, key) for layer in phases.layers for key in ("scores", "free_values")} | set(
         phases.initial
     )
@@ -91,24 +93,21 @@ def _check_shared(phases: TaskModel, given: Mapping[str, Any]) -> None:
     expected = {n: t for n, t in phases.model.state_dict().items() if n in named}  # a shared module has one name here
     if phases.phase == "idle" and phases.active is not None:
         expected |= phases.initial | phases.states[phases.active]
-    changed = []
     for name, live in expected.items():
         new = given.get(name)
-        if new is None or (phases.phase == "idle" and not len(phases.bank)):
+        if new is None or (phases.phase != "idle" and name in trained):
             continue
         layer, _, key = name.rpartition(".")
         if phases.phase == "joint" and key == "dense_weight" and layer in phases.layers and new.shape == live.shape:
-            used = phases.bank.used_mask(layer)
-            if used is not None:
-                where = unpack_mask(used, live.shape)
-                changed += [] if _same(new[where.to(new.device)], live[where.to(live.device)]) else [name]
-        elif phases.phase == "idle" or name not in trained:
-            changed += [] if _same(new, live) else [name]
-    if changed:
-        raise RuntimeError(
-            f"load_state_dict: {changed[0]} differs from the model's, whose Phases has {_where(phases)}: what is "
-            "finished or fixed would change. Use Phases.load_state_dict"
-        )
+            if not len(phases.bank):
+                continue
+            used = ~phases.bank.free(layer, torch.ones_like(live, dtype=torch.bool))
+            live, new = live[used], new.to(live.device)[used]
+        if not _same(new, live):
+            raise RuntimeError(
+                f"load_state_dict: {name} differs from the model's, whose Phases has {_where(phases)}: what is "
+                "finished or fixed would change. Use Phases.load_state_dict"
+            )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

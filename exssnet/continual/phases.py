@@ -318,25 +318,6 @@ class Phases(TaskModel):
             self.phase, self.active = phase, active
             self.looking.pop()
 
-    def reopen(self, phase: Phase, scores: Mapping[str, Tensor], called: Tensor, exclusive: bool | FreeRule) -> None:
-        """Open a task again in a phase. The caller then fills the other tensors of `open_tensors`.
-
-        Args:
-            phase: The phase.
-            scores: Layer name -> scores of the weight's shape, from `open_tensors`.
-            called: Bool, (layers,), from `open_tensors`.
-            exclusive: Which weights a weight phase trains, see `start_weight_phase`.
-
-        Raises:
-            RuntimeError: If a task is open.
-            ValueError: If the scores do not fit the layers.
-        """
-        self.start_task(scores, joint=phase == "joint")
-        for layer, was in zip(self.layers.values(), called.tolist(), strict=True):
-            layer.mode.called = was
-        if phase == "weight":
-            self.start_weight_phase(exclusive)
-
     def fold(self, task: int) -> nn.Module:
         """A copy of a finished task's network as plain dense PyTorch modules, which need no exssnet.
 
@@ -410,7 +391,7 @@ class Phases(TaskModel):
         elif phase == "idle":
             self._activate(active)
         else:
-            self.put_open(phase, stored.Pieces(opened), free_before_pruning)
+            self.reopen(phase, stored.Pieces(opened), free_before_pruning)
 
     def put_finished(self, pieces: stored.Pieces, tasks: int, complete: bool = False) -> None:
         """Take finished tasks over into a `Phases` without tasks, and activate the last.
@@ -433,7 +414,7 @@ class Phases(TaskModel):
             pieces.end()
         self._put_finished(finished)
 
-    def put_open(self, phase: Phase, pieces: stored.Pieces, exclusive: bool | FreeRule) -> None:
+    def reopen(self, phase: Phase, pieces: stored.Pieces, exclusive: bool | FreeRule) -> None:
         """Open a task again in a phase, from the tensors of a state.
 
         Args:
@@ -448,17 +429,14 @@ class Phases(TaskModel):
         """
         shapes = {name: layer.dense_weight.shape for name, layer in self.layers.items()}
         scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
-        self.reopen(phase, scores, pieces.take("open/called", (len(shapes),), torch.bool), exclusive)
-        if phase == "weight" and pieces.names("open/free_mask/"):
-            before = self._open_free
-            free = {
-                n: unpack_mask(pieces.mask(f"open/free_mask/{n}", s), s).to(before[n].device) for n, s in shapes.items()
-            }
-            for name, mask in free.items():
-                if more := int((mask & ~before[name]).sum()):
-                    raise ValueError(f"the state trains {more} weights of {name} that are not free")
-            if any(not torch.equal(mask, before[name]) for name, mask in free.items()):
-                self.prune(free)
+        called = pieces.take("open/called", (len(shapes),), torch.bool)
+        self.start_task(scores, joint=phase == "joint")
+        for layer, was_called in zip(self.layers.values(), called.tolist(), strict=True):
+            layer.mode.called = was_called
+        if phase == "weight":
+            self.start_weight_phase(exclusive)
+            if pieces.names("open/free_mask/"):
+                self._prune_to({n: unpack_mask(pieces.mask(f"open/free_mask/{n}", s), s) for n, s in shapes.items()})
         for name, target in self.open_tensors().items():
             if name.startswith(("free/", "weight/")):
                 target.copy_(pieces.take(f"open/{name}", target.shape, target.dtype, finite=True))
@@ -472,6 +450,15 @@ class Phases(TaskModel):
                 target.copy_(value)
         self.reset_state()
         self.adopt_all(finished.tasks)
+
+    def _prune_to(self, free: Mapping[str, Tensor]) -> None:
+        """Bring a weight phase to these free masks. ValueError if they are not inside the present ones."""
+        free = {name: mask.to(self._open_free[name].device) for name, mask in free.items()}
+        for name, mask in free.items():
+            if more := int((mask & ~self._open_free[name]).sum()):
+                raise ValueError(f"the state trains {more} weights of {name} that are not free")
+        if any(not torch.equal(mask, self._open_free[name]) for name, mask in free.items()):
+            self.prune(free)
 
     def _clear_modes(self) -> None:
         for layer in self.layers.values():

@@ -126,15 +126,9 @@ class Served:
             _check_known(task, tasks)
         if len(rows) < 2:
             return self._answer(next(iter(rows), tasks[0]), x).clone()
-        logits: Tensor | None = None
-        for task, of_task in rows.items():
-            index = torch.tensor(of_task, device=x.device)
-            answer = self._answer(task, x.index_select(0, index))
-            if logits is None:
-                logits = answer.new_empty(len(x), *answer.shape[1:])
-            logits.index_copy_(0, index, answer)
-        assert logits is not None
-        return logits
+        index = [torch.tensor(of_task, device=x.device) for of_task in rows.values()]
+        logits = torch.cat([self._answer(task, x.index_select(0, i)) for task, i in zip(rows, index, strict=True)])
+        return torch.empty_like(logits).index_copy_(0, torch.cat(index), logits)
 
     def _answer(self, task: int, x: Tensor) -> Tensor:
         """The network's logits. They are tensors of inference mode, which callers must copy."""

@@ -191,7 +191,7 @@ def reopen(phases: Phases, pieces: Pieces, meta: OpenMeta, plan: Sequence[Phase]
         raise ValueError(
             f"the state's open task is in the {meta.phase} phase{where}, the method has {' and '.join(plan)}"
         )
-    phases.put_open(plan[stage], pieces, rule)
+    phases.reopen(plan[stage], pieces, rule)
     return stage
 
 

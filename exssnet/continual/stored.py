@@ -149,12 +149,11 @@ def _task(phases: TaskModel, pieces: Pieces, task: int) -> Learned:
     """Take the masks, the state and the scores of one finished task."""
     layers = phases.layers
     shapes = {n: layer.dense_weight.shape for n, layer in layers.items()}
-    masks = {n: pieces.mask(f"mask/{task}/{n}", shape) for n, shape in shapes.items()}
+    masks = {n: pieces.mask(f"mask/{task}/{n}", s).to(layers[n].dense_weight.device) for n, s in shapes.items()}
     state = take_state(phases, pieces, f"state/{task}/", pieces.names(f"state/{task}/"))
     scores: dict[str, Tensor] = {}
     if pieces.names(f"scores/{task}/"):
         scores = {n: pieces.take(f"scores/{task}/{n}", s, *FLOATS, finite=True) for n, s in shapes.items()}
-    masks, scores = ({n: t.to(layers[n].dense_weight.device) for n, t in part.items()} for part in (masks, scores))
     return masks, state, scores
 
 
@@ -224,7 +223,7 @@ def check_finite(call: str, tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def check_open(phases: TaskModel, pieces: Pieces, phase: str) -> None:
-    """Take all tensors that `Phases.put_open` will take. ValueError if one does not fit."""
+    """Take all tensors that `Phases.reopen` will take. ValueError if one does not fit."""
     if phase == "idle":
         return
     called = pieces.take("open/called", (len(phases.layers),), torch.bool)

@@ -185,12 +185,10 @@ class TaskModel:
         """
         self.require("restore", *PHASES)
         parameters, values = self.masked_parameters() + self.dense_weights(), snapshot["masked"]
+        places = (snapshot["task"], snapshot["phase"], values), (self.active, self.phase, parameters)
         taken, now = (
             f"task {task}'s {phase} phase with {sum(t.numel() for t in tensors)} masked parameters"
-            for task, phase, tensors in (
-                (snapshot["task"], snapshot["phase"], values),
-                (self.active, self.phase, parameters),
-            )
+            for task, phase, tensors in places
         )
         if taken != now or [t.shape for t in values] != [p.shape for p in parameters]:
             raise RuntimeError(f"restore: the snapshot is of {taken}, this is {now}")

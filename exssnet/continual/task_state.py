@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..nn import TENSORS, SupermaskLayer, full_name
 
+Slot = tuple[str, nn.Module, str, Tensor | None]  # of a parameter or buffer: its name, its module, its key, its tensor
+
 
 class TaskState:
     """The parameters without a mask and the buffers of a converted model, with their initial values.
@@ -69,16 +71,7 @@ class TaskState:
     def write(self, state: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
         """Set the model, or a copy of it, to the values of `state`, and to initial values elsewhere, in place."""
         values = self.initial | dict(state)
-        with torch.inference_mode(False), torch.no_grad():
-            for name, module, key, tensor in self._slots(values, model):
-                value = values.get(name)
-                if tensor is None or value is None:
-                    self._put_buffer(name, module, key, value)
-                elif tensor.shape == value.shape and 0 not in tensor.stride():
-                    tensor.copy_(value)
-                else:
-                    tensor.data = value.to(tensor, copy=True)
-        torch.clear_autocast_cache()  # the cache identifies parameters by their objects
+        self._set(self._slots(values, model), values)
 
     @contextmanager
     def showing(self, state: Mapping[str, Tensor]) -> Iterator[None]:
@@ -87,19 +80,13 @@ class TaskState:
         The tensors use other memory in the block. Their own memory is not written, so a backward pass still works.
         """
         values = self.initial | dict(state)
-        held = [(name, module, key, t, None if t is None else t.data) for name, module, key, t in self._slots(values)]
+        slots = list(self._slots(values))
+        held = [None if tensor is None else tensor.data for *_, tensor in slots]
         try:
-            with torch.inference_mode(False):
-                for name, module, key, tensor, _ in held:
-                    value = values.get(name)
-                    if tensor is None or value is None:
-                        self._put_buffer(name, module, key, value)
-                    else:
-                        tensor.data = value.detach().to(tensor, copy=True)
-            torch.clear_autocast_cache()
+            self._set(slots, values, in_place=False)
             yield
         finally:
-            for name, module, key, tensor, data in held:
+            for (name, module, key, tensor), data in zip(slots, held, strict=True):
                 if tensor is None or data is None:
                     self._put_buffer(name, module, key, None)
                     continue
@@ -137,9 +124,7 @@ class TaskState:
 
     # Inside
 
-    def _slots(
-        self, wanted: Iterable[str] = (), model: nn.Module | None = None
-    ) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
+    def _slots(self, wanted: Iterable[str] = (), model: nn.Module | None = None) -> Iterator[Slot]:
         """Name, module, key and tensor of each per-task parameter and buffer, then of missing wanted ones."""
         missing = dict.fromkeys(wanted)
         model = self._model if model is None else model
@@ -153,6 +138,19 @@ class TaskState:
         for name in missing:
             prefix, _, key = name.rpartition(".")
             yield name, model.get_submodule(prefix), key, None
+
+    def _set(self, slots: Iterable[Slot], values: Mapping[str, Tensor], in_place: bool = True) -> None:
+        """Set the slots to the values by name, None where there is none. Tensors that fit are written in place."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, module, key, tensor in slots:
+                value = values.get(name)
+                if tensor is None or value is None:
+                    self._put_buffer(name, module, key, value)
+                elif in_place and tensor.shape == value.shape and 0 not in tensor.stride():
+                    tensor.copy_(value)
+                else:
+                    tensor.data = value.to(tensor, copy=True)
+        torch.clear_autocast_cache()  # the cache identifies parameters by their objects
 
     def _put_buffer(self, name: str, module: nn.Module, key: str, value: Tensor | None) -> None:
         """Register a missing buffer, or remove one if the value is None."""

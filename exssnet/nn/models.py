@@ -38,12 +38,10 @@ class LeNet300100(nn.Module):
 
     def penultimate(self, x: Tensor) -> Tensor:
         """Features (N, 100): the second layer's output before its ReLU."""
-        features: Tensor = self.hidden2(self.relu1(self.hidden1(x.flatten(1))))
-        return features
+        return self.hidden2(self.relu1(self.hidden1(x.flatten(1))))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.relu2(self.penultimate(x)))
-        return logits
+        return self.head(self.relu2(self.penultimate(x)))
 
 
 def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
@@ -88,8 +86,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu1(self.norm1(self.conv1(x)))
-        out: Tensor = self.relu2(self.norm2(self.conv2(y)) + self.shortcut(x))
-        return out
+        return self.relu2(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -120,8 +117,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu1(self.norm1(self.conv1(x)))
         y = self.relu2(self.norm2(self.conv2(y)))
-        out: Tensor = self.relu3(self.norm3(self.conv3(y)) + self.shortcut(x))
-        return out
+        return self.relu3(self.norm3(self.conv3(y)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -166,8 +162,7 @@ class ResNet(nn.Module):
         return torch.mean(self.blocks(self.stem(x)), dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.penultimate(x))
-        return logits
+        return self.head(self.penultimate(x))
 
 
 class ResNet18(ResNet):
@@ -249,8 +244,7 @@ class TextCNN(nn.Module):
         return torch.cat([(y * mask).max(2).values for y in maps], dim=1)  # all values are >= 0, so padding never wins
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.penultimate(x))
-        return logits
+        return self.head(self.penultimate(x))
 
 
 class TextBlock(nn.Module):
@@ -278,8 +272,7 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.relu1(self.norm1(self.conv1(x))) * mask
-        out: Tensor = self.relu2(self.norm2(self.conv2(y)) + self.shortcut(x)) * mask
-        return out
+        return self.relu2(self.norm2(self.conv2(y)) + self.shortcut(x)) * mask
 
 
 _BLOCKS = {9: (1, 1, 1, 1), 17: (2, 2, 2, 2), 29: (5, 5, 2, 2), 49: (8, 8, 5, 3)}  # depth -> blocks in each stage
@@ -337,12 +330,10 @@ class VDCNN(nn.Module):
         x = F.pad(x, (0, max(0, _KEPT - x.shape[2])))
         largest = x.sort(dim=2, descending=True, stable=True).indices[..., :_KEPT]  # stable: padding comes last
         x = x.gather(2, largest.sort(dim=2).values)
-        features: Tensor = self.relu2(self.hidden2(self.relu1(self.hidden1(x.flatten(1)))))
-        return features
+        return self.relu2(self.hidden2(self.relu1(self.hidden1(x.flatten(1)))))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.penultimate(x))
-        return logits
+        return self.head(self.penultimate(x))
 
 
 Constructor = Callable[[Sequence[int], int], nn.Module]

@@ -93,30 +93,17 @@ def summary(model: nn.Module) -> Summary:
     reasons = {name: why for selector in selectors for name, why in selector.passed_over.items()}  # type: ignore[union-attr, operator]
     rows = []
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        own = dict(module._parameters)
+        kind, own, why = type(module).__name__, list(module._parameters.values()), reasons.get(name, "")
+        state = [b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
         if isinstance(module, SupermaskLayer):
             count = module.dense_weight.numel()
             rows.append(Row(name, kind, "masked", count, module.k, -(-count // 8), ""))
-            own = {"bias": own.get("bias")}
-        trained = [p for p in own.values() if p is not None and p.requires_grad]
-        frozen = [p for p in own.values() if p is not None and not p.requires_grad]
-        state = [] if isinstance(module, SupermaskLayer) else [
-            b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
-        ]  # fmt: skip
-        why = "a bias" if isinstance(module, SupermaskLayer) else reasons.get(name, "")
+            own, state, why = [module._parameters.get("bias")], [], "a bias"
+        trained = [p for p in own if p is not None and p.requires_grad]
+        frozen = [p for p in own if p is not None and not p.requires_grad]
         if trained or state:
-            rows.append(
-                Row(
-                    name,
-                    kind,
-                    "per task",
-                    sum(p.numel() for p in trained),
-                    0,
-                    sum(t.nbytes for t in trained + state),
-                    why,
-                )
-            )
+            size = sum(t.nbytes for t in trained + state)
+            rows.append(Row(name, kind, "per task", sum(p.numel() for p in trained), 0, size, why))
         if frozen:
             rows.append(Row(name, kind, "frozen", sum(p.numel() for p in frozen), 0, 0, why))
     return Summary(rows)

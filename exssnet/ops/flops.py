@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..kernels.reference import mask_of
+from ..kernels.registry import OPERATORS
 
 Count = Callable[..., tuple[int, int]]
 """Takes the arguments after x; returns how many weights the product multiplies, and how many get a gradient."""
@@ -63,8 +64,9 @@ def _knn(features: Tensor, labels: Tensor, queries: Tensor, *rest: Any, out_val:
 
 def register() -> None:
     """Register the counts with `FlopCounterMode`; the operators must be defined."""
-    for family, count in (("supermask", _supermask), ("masked", _masked), ("sparse", _sparse), ("bitmap", _bitmap)):
-        for kind in ("linear", "conv2d"):
-            _register(f"{family}_{kind}", count)
-    _register("sparse_conv2d_folded", _sparse)
+    families: dict[str, Count] = {"supermask": _supermask, "masked": _masked, "sparse": _sparse, "bitmap": _bitmap}
+    for operator in OPERATORS:
+        family, _, kind = operator.partition("_")
+        if kind.startswith(("linear", "conv2d")):
+            _register(operator, families[family])
     register_flop_formula(torch.ops.exssnet.knn_classify, get_raw=True)(_knn)

@@ -49,11 +49,6 @@ class ImageFiles:
     def _read(self, file: Path) -> Tensor:
         return torch.from_numpy(np.array(read_image(file, "RGB"))).permute(2, 0, 1)
 
-    @classmethod
-    def below(cls, folder: Path) -> list[Path]:
-        """All image files in a folder and its subfolders, sorted by path."""
-        return sorted(f for f in folder.rglob("*") if f.suffix.lower() in cls.SUFFIXES)
-
 
 def _first_to_train(images: npt.NDArray[Any], labels: npt.NDArray[Any], share: float) -> Arrays:
     """Split each class of n items: the first round(share * n) are training data, the rest test data."""
@@ -128,7 +123,7 @@ def _omniglot(root: Path) -> Arrays:
 
 def _of_classes(path: Path, classes: Sequence[str]) -> tuple[ImageFiles, npt.NDArray[Any]]:
     """The images in the folders path/CLASS. Their label is the position of CLASS in `classes`."""
-    by_class = [ImageFiles.below(path / name) for name in classes]
+    by_class = [sorted(f for f in (path / c).rglob("*") if f.suffix.lower() in ImageFiles.SUFFIXES) for c in classes]
     if empty := [name for name, files in zip(classes, by_class, strict=True) if not files]:
         raise FileNotFoundError(f"{shown(path)} has no images of the classes {shown(empty)}")
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in by_class])

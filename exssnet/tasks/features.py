@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..io.values import shown
 from ..io.writing import replacing
@@ -99,17 +100,11 @@ class Transformer:
         return int(self._model.config.hidden_size)
 
     def __call__(self, tokens: Sequence[Any]) -> Tensor:
-        shape = len(tokens), max(len(t) for t in tokens)
-        given = {
-            "input_ids": torch.full(shape, self._tokenizer.pad_token_id or 0),
-            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        }
-        for i, pairs in enumerate(tokens):
-            given["input_ids"][i, : len(pairs)], given["token_type_ids"][i, : len(pairs)] = torch.from_numpy(pairs.T)
-            given["attention_mask"][i, : len(pairs)] = 1
-        if "token_type_ids" not in self._tokenizer.model_input_names:
-            del given["token_type_ids"]
+        ids, types = pad_sequence([torch.from_numpy(pairs) for pairs in tokens], batch_first=True).long().unbind(2)
+        real = torch.arange(ids.shape[1]) < torch.tensor([len(pairs) for pairs in tokens])[:, None]
+        given = {"input_ids": ids.where(real, self._tokenizer.pad_token_id or 0), "attention_mask": real.long()}
+        if "token_type_ids" in self._tokenizer.model_input_names:
+            given["token_type_ids"] = types
         with torch.inference_mode():
             states: Tensor = self._model(**{k: t.to(self.device) for k, t in given.items()}).last_hidden_state
         return states.cpu()
@@ -172,7 +167,7 @@ class WordVectors:
 
     def __call__(self, tokens: Sequence[Any]) -> Tensor:
         rows = [self._vectors[torch.tensor(text, dtype=torch.int64)] for text in tokens]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return pad_sequence(rows, batch_first=True)
 
 
 def encoder(name: str | Path | None = None) -> Encoder:

@@ -89,7 +89,11 @@ class _Images:
         if self.classes:
             known = sorted(set(train.labels.tolist()))
             order = _permutation(self.order if options.class_order is None else options.class_order, known)
-            sizes, options = self._sizes(len(order), options)
+            sizes = options.tasks
+            if sizes is None or isinstance(sizes, int):
+                sizes = [self.classes] * min(self.tasks, len(order) // self.classes)
+            else:
+                options = replace(options, tasks=None)
             built = split_by_class(train, test, sizes, order, validation, options.seed, augment)
         else:
             if augment or options.class_order is not None:
@@ -98,15 +102,6 @@ class _Images:
             built = self.change(train, test, options.tasks if grows else self.tasks, validation, options.seed)
         # All tasks are built before some are selected, so that the data of a task does not depend on the selection.
         return [replace(built[i], name=f"task {t}") for t, i in enumerate(options.chosen(len(built)))]
-
-    def _sizes(self, classes: int, options: Options) -> tuple[list[int], Options]:
-        """Number of classes of each task, for all tasks that the classes suffice for."""
-        if options.tasks is None or isinstance(options.tasks, int):
-            return [self.classes] * min(self.tasks, classes // self.classes), options
-        sizes = list(options.tasks)
-        if min(sizes, default=0) < 1 or sum(sizes) > classes:
-            raise ValueError(f"tasks must have at least 1 class each and at most {classes} in all, got {shown(sizes)}")
-        return sizes, replace(options, tasks=None)
 
 
 LABELS = ("label", "labels", "gold_label", "is_duplicate", "topic", "class")
@@ -185,13 +180,9 @@ class _Tables:
                 _, y_train, y_test = class_ids(train.labels, test.labels)
             except ValueError as error:
                 raise ValueError(f"{table.name} in {shown(root)}: {error}") from None
-            parts = [
-                self._features(f"{table.name}, {split}", texts, labels, most, encode, options)
-                for split, texts, labels, most in (
-                    ("train", train, y_train, limit), ("test", test, y_test, options.test_per_class),
-                )
-            ]  # fmt: skip
-            stream.append(in_one_task(table.name, parts[0], parts[1], validation, options.seed))
+            x_train = self._features(f"{table.name}, train", train, y_train, limit, encode, options)
+            x_test = self._features(f"{table.name}, test", test, y_test, options.test_per_class, encode, options)
+            stream.append(in_one_task(table.name, x_train, x_test, validation, options.seed))
         return stream
 
     def _features(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exssnet.continual.phases import Phases
+from exssnet.continual.stored import Pieces
 from exssnet.nn import SupermaskLayer, convert
 
 OPTIMIZERS = {
@@ -356,7 +357,6 @@ def test_a_weight_phase_opens_again_without_the_layers_that_the_task_never_calle
     phases.start_task()
     phases.model(torch.randn(4, 6)).sum().backward()
     phases.start_weight_phase()
-    opened = {name: t.clone() for name, t in phases.open_tensors().items()}
-    other.reopen("weight", {n: opened[f"scores/{n}"] for n in other.layers}, opened["called"], True)
+    other.reopen("weight", Pieces({f"open/{name}": t for name, t in phases.open_tensors().items()}), True)
     kept = [int(layer.mask().sum()) for layer in other.layers.values()]
     assert kept == [int(layer.mask().sum()) for layer in phases.layers.values()] == [24, 12, 0]

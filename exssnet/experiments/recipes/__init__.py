@@ -283,11 +283,10 @@ def _fill(kind: Any, values: Any, where: str) -> Any:
         if isinstance(value, str) and kind_of == tuple[str, ...]:
             value = [value]
         try:
-            value = fitting(kind_of, value)
+            fitted[name] = fitting(kind_of, value)
         except ValueError:
             wanted = str(kind_of).removeprefix("<class '").removesuffix("'>")
             raise ValueError(f"{where}: {name} must be {wanted}, got {shown(value)}") from None
-        fitted[name] = value
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [n for n in needed if n not in fitted]:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
