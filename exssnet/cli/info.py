@@ -39,15 +39,14 @@ def describe() -> str:
         *(f"{operator:<{widths[0]}}{cpu:<{widths[1]}}{cuda}" for operator, cpu, cuda in table),
         "",
     ]
-    wishes = []
     if native.missing is not None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         advice = f"{compiler} is here" if compiler else "install one, e.g. g++ >= 10"
-        wishes.append(
+        lines.append(
             f"for the native CPU kernels: a C++20 compiler ({advice}), then `pip install --force-reinstall --no-deps "
             ".` without EXSSNET_NATIVE=0 or EXSSNET_BACKEND=reference"
         )
-    return "\n".join(lines + wishes)
+    return "\n".join(lines)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

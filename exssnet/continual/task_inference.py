@@ -1,8 +1,8 @@
 """Inference of a batch's task without a task id: SupSup's gradient of a superposition of masks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -139,9 +139,7 @@ def evaluate_without_task(
     inferred = right = seen = 0
     device = next(iter(inference.phases.layers.values())).dense_weight.device
     for task, (items, outputs) in enumerate(zip(data, classes, strict=True)):
-        for number, (x, y) in enumerate(loader(items, batch_size)):
-            if number == (math.inf if batches is None else batches):
-                break
+        for x, y in islice(loader(items, batch_size), batches):
             x = x.to(device)
             seen += len(y)
             if inference.infer(x) == task:
