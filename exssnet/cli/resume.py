@@ -69,7 +69,7 @@ def was_restarted(path: Path, options: TrainOptions) -> bool:
         path: where the run writes its checkpoint.
         options: the options of the run.
     """
-    notes: Any = checkpoint.header(path).notes if distributed.restarted() and path.exists() else None
+    notes: Any = checkpoint.header(path).notes if distributed.restarts() and path.exists() else None
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
     return _of_train(notes) and own.items() <= notes["options"].items()
 

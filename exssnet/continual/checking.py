@@ -28,8 +28,13 @@ def check_tasks(
         for task in tasks:
             x = sample(task, batch_size).to(device)
             fits(task, x)
-            if (items := min(batch_size, len(task.train))) < 2 * processes:
-                check_batch(task, model, x, items, processes)
+            items = min(batch_size, len(task.train))
+            if items < 2 * processes and lone_items_fail(model, x):
+                shared = f", shared by {processes} processes" if processes > 1 else ""
+                raise ValueError(
+                    f"{task.name}: batch norm cannot be trained on one item, and a batch has {items} of "
+                    f"{len(task.train)} training items{shared}: at least {2 * processes} are needed"
+                )
 
 
 def check_data(task: Task) -> None:
@@ -98,13 +103,3 @@ def least_items(task: Task, model: nn.Module, batch_size: int, device: torch.dev
         return 1
     with trial(model, device):
         return two_each if lone_items_fail(model, sample(task, batch_size).to(device)) else 1
-
-
-def check_batch(task: Task, model: nn.Module, x: Tensor, items: int, processes: int) -> None:
-    """Raise ValueError if batches of `items` items are too small for a batch norm. x: a batch (B, ...)."""
-    if lone_items_fail(model, x):
-        shared = f", shared by {processes} processes" if processes > 1 else ""
-        raise ValueError(
-            f"{task.name}: batch norm cannot be trained on one item, and a batch has {items} of {len(task.train)} "
-            f"training items{shared}: at least {2 * processes} are needed"
-        )

@@ -46,18 +46,14 @@ def start() -> None:
 
         store, number, processes = next(rendezvous("env://"))
         # The store survives a restart. A prefix separates this start from what earlier processes wrote.
-        store = PrefixStore(f"restart {_restarts()}", store)
+        store = PrefixStore(f"restart {restarts()}", store)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=processes)
         atexit.register(dist.destroy_process_group)
 
 
-def restarted() -> bool:
-    """Whether torchrun started the processes again because one of them died."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
+def restarts() -> int:
+    """How often torchrun started the processes again because one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
