@@ -103,10 +103,8 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
     if len(tasks) < begun:
         raise ValueError(f"the state is of {begun} tasks, the stream has {len(tasks)}")
     check_stream(tasks, read.stream)
-    reports = [*read.reports, *([read.open.report] if read.open else [])]
-    if [r.task for r in reports] != list(range(begun)) or [len(r) for r in read.rows] != [
-        i + 1 for i in range(len(read.rows))
-    ]:
+    reports, rows = [*read.reports, *([read.open.report] if read.open else [])], [len(row) for row in read.rows]
+    if [report.task for report in reports] != list(range(begun)) or rows != list(range(1, len(rows) + 1)):
         raise ValueError("the state's reports or rows of accuracies are out of order")
     for c in read.choices:
         fits = c.layer in phases.layers and {c.dtype, c.product_dtype} <= NUMBERS.keys()
