@@ -111,14 +111,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     for key, size in zip(order, sizes, strict=True):
         entries[key] = vars(Entry(NAMES[tensors[key].dtype], list(tensors[key].shape), (at, at + size)))
         at += size
-    digest_size = hashlib.sha256().digest_size
-    entries[CHECKSUM] = vars(Entry("U8", [digest_size], (at, at + digest_size)))
+    digest = hashlib.sha256()
+    entries[CHECKSUM] = vars(Entry("U8", [digest.digest_size], (at, at + digest.digest_size)))
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
 
     parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little"), header]
     parts += [tensors[key].reshape(-1).view(torch.uint8).numpy().data for key in order]
-    digest = hashlib.sha256()
     with writing.replacing(path) as file:
         for data in parts:
             digest.update(data)

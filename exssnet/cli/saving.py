@@ -53,11 +53,12 @@ class Saver:
         replaces: whether `path` is the file of an earlier run. It stays until this run has made a step.
     """
 
+    learner: Learner
+
     def __init__(self, path: Path, notes: dict[str, Any], every: int | None, minutes: float | None) -> None:
         self.watching: Observer | None = None
         self.path, self.notes = path, notes
         self.every, self.seconds = every or 0, 60 * (minutes or 0)
-        self.learner: Learner | None = None
         self.coded: dict[str, Tensor] = {}
         self.tasks: int | None = None
         self.signal = 0
@@ -94,7 +95,6 @@ class Saver:
 
         Of several processes only the first writes: all hold the same state.
         """
-        assert self.learner is not None
         if distributed.rank() > 0:
             return True
         try:
@@ -113,7 +113,6 @@ class Saver:
         Saved is the open task at its last step, if that step is complete, or else the finished tasks. A checkpoint of
         the run that holds more stays.
         """
-        assert self.learner is not None
         if self.learner.phases.phase != "idle":
             if self.learner.whole and self.steps:  # before its first step a run replaces nothing
                 self.write()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from . import distributed, heads
 from .phases import Phases
 
 Rule = Literal["best", "always", "all", "rescaled"]
-RULES: tuple[Rule, ...] = ("best", "always", "all", "rescaled")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True, eq=False)

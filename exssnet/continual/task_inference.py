@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..tasks import loader
 from .phases import Phases
 
 InferenceRule = Literal["one-shot", "binary"]
-RULES: tuple[InferenceRule, ...] = ("one-shot", "binary")
+RULES: tuple[InferenceRule, ...] = get_args(InferenceRule)
 
 
 class TaskInference:

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .shared_weights import SharedWeights
 from .task_state import TaskState
 
 Phase = Literal["idle", "mask", "weight", "joint"]
-PHASES: tuple[Phase, ...] = ("idle", "mask", "weight", "joint")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class TaskModel:
@@ -33,7 +33,7 @@ class TaskModel:
         own: The per-task tensors of the model.
     """
 
-    def __init__(self, model: nn.Module, keep_scores: torch.dtype | None = torch.float32, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, keep_scores: torch.dtype | None, seed: int) -> None:
         self.model = model
         self.layers: dict[str, SupermaskLayer] = dict(supermask_layers(model))
         if not self.layers:
