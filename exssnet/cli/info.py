@@ -7,6 +7,7 @@ import shutil
 
 import torch
 
+from ..io.values import aligned
 from ..kernels import native, triton_backend
 from ..kernels.native import serving
 from ..kernels.registry import OPERATORS
@@ -27,7 +28,6 @@ def describe() -> str:
             for i in range(torch.cuda.device_count())
         )
     table = [("operator", "cpu", "cuda"), *((op, serving(op, "cpu"), serving(op, "cuda")) for op in OPERATORS)]
-    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
     lines = [
         f"exssnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
@@ -36,7 +36,7 @@ def describe() -> str:
         f"cuda    {_state(native.missing_cuda)}",
         f"triton  {_state(triton_backend.missing)}",
         "",
-        *(f"{operator:<{widths[0]}}{cpu:<{widths[1]}}{cuda}" for operator, cpu, cuda in table),
+        *aligned(table),
         "",
     ]
     if native.missing is not None:

@@ -1,6 +1,6 @@
 """Read JSON and YAML as annotated Python values. A wrong type is refused in one sentence that names the place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePath
@@ -41,6 +41,18 @@ def shown(value: Any, most: int = 80) -> str:
 def printable(text: str) -> str:
     """Escape all characters of a text that are not printable, line ends and terminal codes included."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """The lines of a table in plain text.
+
+    Args:
+        rows: the cells of each row.
+        right: indices of the columns that are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [str.rjust if number in right else str.ljust for number in range(len(widths))]
+    return ["  ".join(pad(c, w) for pad, c, w in zip(pads, row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _parts(value: Any, most: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from ..io.values import aligned
 from .layers import SupermaskLayer
 
 Kind = Literal["masked", "per task", "frozen"]
@@ -59,14 +60,7 @@ class Summary:
             rows = [r for r in self.rows if r.kind == kind]
             numbers = (sum(r.parameters for r in rows), sum(r.kept for r in rows), sum(r.bytes_per_task for r in rows))
             cells += [("all", "", kind, *(f"{n:,}" if n else "" for n in numbers), "")] if rows else []
-        widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                c.rjust(w) if 3 <= i <= 5 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in (head, *cells)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(aligned([head, *cells], right=(3, 4, 5)))
 
 
 def summary(model: nn.Module) -> Summary:
