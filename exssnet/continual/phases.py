@@ -369,7 +369,7 @@ class Phases(TaskModel):
             ValueError: If the state does not fit the model. Nothing is changed then.
         """
         self.require("load_state_dict", *PHASES)
-        phase, active, tasks = stored.parse(self, state, PHASES)
+        phase, active, tasks = stored.parse(self, state)
         pieces = stored.Pieces(state["tensors"])
         finished = stored.take_finished(self, pieces, tasks)
         stored.check_open(self, pieces, phase)
@@ -384,7 +384,7 @@ class Phases(TaskModel):
             self.abandon_task()
         self._ended("parameters from before load_state_dict")
         self.bank, self.states, self.scores = self._empty_bank(), [], []
-        self._put_finished(finished)
+        self._put_finished(*finished)
         if active is None:
             self.active = None
             self._clear_modes()
@@ -412,7 +412,7 @@ class Phases(TaskModel):
         finished = stored.take_finished(self, pieces, tasks)
         if complete:
             pieces.end()
-        self._put_finished(finished)
+        self._put_finished(*finished)
 
     def reopen(self, phase: Phase, pieces: stored.Pieces, exclusive: bool | FreeRule) -> None:
         """Open a task again in a phase, from the tensors of a state.
@@ -427,7 +427,7 @@ class Phases(TaskModel):
             RuntimeError: If a task is open.
             ValueError: If a tensor does not fit.
         """
-        shapes = {name: layer.dense_weight.shape for name, layer in self.layers.items()}
+        shapes = self.bank.shapes
         scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
         called = pieces.take("open/called", (len(shapes),), torch.bool)
         self.start_task(scores, joint=phase == "joint")
@@ -444,12 +444,12 @@ class Phases(TaskModel):
 
     # Inside
 
-    def _put_finished(self, finished: stored.Finished) -> None:
+    def _put_finished(self, values: stored.Shared, tasks: Sequence[stored.Learned]) -> None:
         with torch.no_grad():
-            for target, value in finished.values:
+            for target, value in values:
                 target.copy_(value)
         self.reset_state()
-        self.adopt_all(finished.tasks)
+        self.adopt_all(tasks)
 
     def _prune_to(self, free: Mapping[str, Tensor]) -> None:
         """Bring a weight phase to these free masks. ValueError if they are not inside the present ones."""

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..ops import pack_mask, topk_mask, unpack_mask
 from .mask_bank import MaskBank
-from .task_model import TaskModel
+from .task_model import PHASES, Phase, TaskModel
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -94,13 +93,12 @@ def check_layers(k: Mapping[str, int], phases: TaskModel) -> None:
 Learned = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, state and scores of a task
 
 
-def parse(phases: TaskModel, state: Any, known: Sequence[str]) -> tuple[Any, int | None, int]:
+def parse(phases: TaskModel, state: Any) -> tuple[Phase, int | None, int]:
     """Read a `Phases.state_dict` without its tensors.
 
     Args:
         phases: The `Phases` that the state is for.
         state: The state.
-        known: Names of all phases.
 
     Returns:
         The phase, the active task and the number of finished tasks.
@@ -115,20 +113,15 @@ def parse(phases: TaskModel, state: Any, known: Sequence[str]) -> tuple[Any, int
     phase, active, tasks = state["phase"], state["active"], state["tasks"]
     check_layers(state["k"], phases)
     within = (None, *range(tasks)) if phase == "idle" else (tasks,)
-    if phase not in known or active not in within:
+    if phase not in PHASES or active not in within:
         raise ValueError(f"load_state_dict: task {active} cannot be in the {phase} phase after {tasks} tasks")
     return phase, active, tasks
 
 
-@dataclass
-class Finished:
-    """Finished tasks that were read, checked, and fit a `Phases`."""
-
-    values: list[tuple[Tensor, Tensor]]  # (target in the model, its new value)
-    tasks: list[Learned]
+Shared = list[tuple[Tensor, Tensor]]  # what all tasks share: (tensor of the model, its new value)
 
 
-def take_finished(phases: TaskModel, pieces: Pieces, tasks: int) -> Finished:
+def take_finished(phases: TaskModel, pieces: Pieces, tasks: int) -> tuple[Shared, list[Learned]]:
     """Take the finished tasks from the pieces. ValueError if a tensor does not fit."""
     targets = {f"weight/{n}": layer.dense_weight for n, layer in phases.layers.items()}
     targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
@@ -142,13 +135,12 @@ def take_finished(phases: TaskModel, pieces: Pieces, tasks: int) -> Finished:
         for key, target in targets.items()
         if key in pieces.left or key not in transient
     ]
-    return Finished(values, [_task(phases, pieces, task) for task in range(tasks)])
+    return values, [_task(phases, pieces, task) for task in range(tasks)]
 
 
 def _task(phases: TaskModel, pieces: Pieces, task: int) -> Learned:
     """Take the masks, the state and the scores of one finished task."""
-    layers = phases.layers
-    shapes = {n: layer.dense_weight.shape for n, layer in layers.items()}
+    layers, shapes = phases.layers, phases.bank.shapes
     masks = {n: pieces.mask(f"mask/{task}/{n}", s).to(layers[n].dense_weight.device) for n, s in shapes.items()}
     state = take_state(phases, pieces, f"state/{task}/", pieces.names(f"state/{task}/"))
     scores: dict[str, Tensor] = {}
@@ -195,7 +187,6 @@ def adopted(
 ) -> tuple[MaskBank, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Masks, states and scores of the finished tasks followed by copies of `tasks`. ValueError if one does not fit."""
     bank, states, scores = copy.copy(phases.bank), list(phases.states), list(phases.scores)
-    shapes = {n: layer.dense_weight.shape for n, layer in phases.layers.items()}
     device = next(iter(phases.layers.values())).dense_weight.device
     for number, (masks, state, task_scores) in enumerate(tasks, len(bank)):
         bank.add({n: t.detach().clone() for n, t in masks.items()})
@@ -204,7 +195,7 @@ def adopted(
         pieces.end()
         if task_scores:
             pieces = Pieces(dict(task_scores))
-            taken = {n: pieces.take(n, shape, *FLOATS, finite=True) for n, shape in shapes.items()}
+            taken = {n: pieces.take(n, shape, *FLOATS, finite=True) for n, shape in bank.shapes.items()}
             pieces.end()
             scores.append({n: t.detach().to(device, copy=True) for n, t in taken.items()})
         if scores and len(scores) != len(bank):
