@@ -76,20 +76,19 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if torch.compiler.is_compiling():
         return
     seen = _optimizers.get(optimizer)
-    if seen is not None and seen.phase == _phase and not seen.doubtful:
-        return
     if seen is None or seen.phase != _phase:
         _optimizers[optimizer] = _first_step(optimizer)
         return
-    if not any(p._version != version for p, version in seen.doubtful):
-        if not any(p.grad is not None for p, _ in seen.doubtful):
-            return
+    trained = any(p._version != version for p, version in seen.doubtful)
+    with_gradient = any(p.grad is not None for p, _ in seen.doubtful)
+    if with_gradient and not trained:
         warnings.warn(
             f"no optimizer has trained the {len(seen.doubtful)} masked parameters since the phase began, though they "
             f"have gradients. {ANEW}",
             stacklevel=4,
         )
-    seen.doubtful = []
+    if with_gradient or trained:
+        seen.doubtful = []
 
 
 def _first_step(optimizer: torch.optim.Optimizer) -> _Seen:
@@ -100,10 +99,9 @@ def _first_step(optimizer: torch.optim.Optimizer) -> _Seen:
             raise RuntimeError(f"this optimizer holds {ended}: its step would train nothing. {ANEW}")
     held = {id(p) for p in parameters}
     for owner in _watched:
-        masked = owner.masked_parameters()
-        if held.isdisjoint(map(id, owner.parameters())):
-            continue
-        return _Seen(_phase, owner, masked if held.isdisjoint(map(id, masked)) else ())
+        if not held.isdisjoint(map(id, owner.parameters())):
+            masked = owner.masked_parameters()
+            return _Seen(_phase, owner, masked if held.isdisjoint(map(id, masked)) else ())
     return _Seen(_phase, None)
 
 
