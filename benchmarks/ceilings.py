@@ -19,22 +19,28 @@ class Ceilings:
 
     flops: FLOP/s in float32 of the fastest dense product (of a GPU: without tensor cores). bandwidth: bytes/s, read and
     written, of a copy that is larger than all caches. tf32: FLOP/s of a dense product with one pass of tensor cores.
-    shared: bytes/s read from the shared memories of all multiprocessors, computed from their clock.
+    shared: bytes/s read from the shared memories of all multiprocessors, computed from their clock. bfloat16: FLOP/s of
+    a dense product in bfloat16.
     """
 
     flops: float
     bandwidth: float
     tf32: float = 0.0
     shared: float = math.inf
+    bfloat16: float = 0.0
 
     def __str__(self) -> str:
         said = f"{self.flops / 1e9:.0f} GFLOP/s in float32, {self.bandwidth / 1e9:.1f} GB/s read and written by a copy"
+        if self.bfloat16:
+            said += f", {self.bfloat16 / 1e9:.0f} GFLOP/s in bfloat16"
         if self.tf32:
             said += f", {self.tf32 / 1e9:.0f} GFLOP/s in tf32, {self.shared / 1e9:.0f} GB/s of shared memory read"
         return said
 
     def multiplying(self, work: Work) -> float:
         """Peak FLOP/s for this work. Tensor cores need three passes for the accuracy of float32."""
+        if work.tiles and work.dtype == torch.bfloat16:
+            return max(self.flops, self.bfloat16)
         passes = 3 if torch.get_float32_matmul_precision() == "highest" else 1
         return max(self.flops, self.tf32 / passes) if work.tiles else self.flops
 
@@ -44,9 +50,9 @@ class Ceilings:
 
 
 PAPER = {
-    "A100": Ceilings(19.5e12, 2.04e12, 156e12, 108 * 128 * 1.41e9),
-    "H100": Ceilings(66.9e12, 3.35e12, 495e12, 132 * 128 * 1.98e9),
-    "RTX 4090": Ceilings(82.6e12, 1.01e12, 82.6e12, 128 * 128 * 2.52e9),
+    "A100": Ceilings(19.5e12, 2.04e12, 156e12, 108 * 128 * 1.41e9, 312e12),
+    "H100": Ceilings(66.9e12, 3.35e12, 495e12, 132 * 128 * 1.98e9, 989e12),
+    "RTX 4090": Ceilings(82.6e12, 1.01e12, 82.6e12, 128 * 128 * 2.52e9, 165e12),
 }
 """Three GPUs, from their data sheets: A100 with 80 GB, H100 SXM, RTX 4090 (see docs/internals/gpu-kernels.md)."""
 
@@ -72,15 +78,18 @@ def _measured(threads: int, quick: bool, device: str) -> Ceilings:
     taps = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
     source, target = torch.ones(size), torch.ones(size)
     flops = 2 * n**3
-    with torch.no_grad(), _precision("highest"):  # two libraries: the faster one counts
+    with torch.no_grad(), float32_precision("highest"):  # two libraries: the faster one counts
         matrix = flops / _best(lambda: torch.mm(a, b, out=product))
         convolution = 2 * taps.numel() * 64 * 16**2 / _best(lambda: F.conv2d(image, taps))
     tf32 = 0.0
     if device == "cuda":
-        with _precision("high"):
+        with float32_precision("high"):
             tf32 = flops / _best(lambda: torch.mm(a, b, out=product))
+    a, b = a.bfloat16(), b.bfloat16()
+    bfloat16 = flops / _best(lambda: torch.mm(a, b))
     bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
-    return Ceilings(max(matrix, convolution), bandwidth, tf32, _shared_bandwidth() if device == "cuda" else math.inf)
+    shared = _shared_bandwidth() if device == "cuda" else math.inf
+    return Ceilings(max(matrix, convolution), bandwidth, tf32, shared, bfloat16)
 
 
 def _shared_bandwidth() -> float:
@@ -90,7 +99,8 @@ def _shared_bandwidth() -> float:
 
 
 @contextmanager
-def _precision(which: str) -> Iterator[None]:
+def float32_precision(which: str) -> Iterator[None]:
+    """`torch.set_float32_matmul_precision` within the block, for convolutions too."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(which)
     try:

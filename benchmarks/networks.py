@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,19 @@ PEERS = {"mask": ("sort", "no mask"), "weight": ("cached mask", "no mask"), "inf
 
 
 class Way:
-    """One variant of training or evaluating a network. `trained` are the tensors that Adam updates, if any."""
+    """One variant of training or evaluating a network. `trained` are the tensors that Adam updates, if any.
 
-    def __init__(self, name: str, model: nn.Module, trained: list[Tensor], channels_last: bool = False) -> None:
-        self.name, self.model, self.trained, self.channels_last = name, model, trained, channels_last
-        # The fused Adam is the fastest one for dense weights, and ours uses it too.
-        self.optimizer = torch.optim.Adam(trained, LEARNING_RATE, fused=True) if trained else None
+    dtype: of the products, by autocast if it is not float32.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, trained: list[Tensor], channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.name, self.model, self.trained, self.channels_last, self.dtype = name, model, trained, channels_last, dtype
+        on_gpu = any(t.is_cuda for t in trained)
+        # The fused Adam is the fastest one for dense weights, and ours uses it too. A CUDA graph needs `capturable`.
+        self.optimizer = torch.optim.Adam(trained, LEARNING_RATE, fused=True, capturable=on_gpu) if trained else None
 
     def input(self, x: Tensor) -> Tensor:
         x = x.to(next(t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()).dtype)
@@ -59,30 +66,40 @@ class Way:
     def results(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """Gradients of all trained tensors or, for evaluation, the logits."""
         if self.optimizer is None:
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 return [self.model(x)]
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(x), y).backward()
+        with self._autocast():
+            loss = F.cross_entropy(self.model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
         return [t.grad for t in self.trained if t.grad is not None]
+
+    def _autocast(self) -> Any:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(torch.get_default_device().type, self.dtype)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One step on a batch that went through `input`."""
+        self.results(x, y)
+        if self.optimizer is not None:
+            self.optimizer.step()
 
     def steps(self, data: Iterator[Batch]) -> Callable[[], None]:
         """A function that does one step per call."""
         data = itertools.cycle([(self.input(x), y) for x, y in itertools.islice(data, 50)])
-
-        def step() -> None:
-            self.results(*next(data))
-            if self.optimizer is not None:
-                self.optimizer.step()
-
-        return step
+        return lambda: self.step(*next(data))
 
 
 class Start:
-    """Common start of all variants: one network at one density, in plain PyTorch and converted."""
+    """Common start of all variants: one network at one density, in plain PyTorch and converted.
 
-    def __init__(self, network: Network, density: float) -> None:
+    dtype: of the products of all variants, ours and in plain PyTorch.
+    """
+
+    def __init__(self, network: Network, density: float, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        self.network, self.density = network, density
+        self.network, self.density, self.dtype = network, density, dtype
         self.plain = network.build()
         self.model = convert(copy.deepcopy(self.plain), density, weights="signed_constant")
         self.phases = Phases(self.model)
@@ -94,21 +111,21 @@ class Start:
             assert layer.scores is not None
             self.masks[name], self.scores[name] = layer.mask(), layer.scores.detach().clone()
 
-    def ours(self, phase: str) -> Way:
+    def ours(self, phase: str, channels_last: bool = False) -> Way:
         """Move our network into a phase. Call it only once."""
-        if phase == "mask":
-            return Way("ours", self.model, self.phases.parameters())
-        self.phases.start_weight_phase()
-        way = Way("ours", self.model, self.phases.parameters())
-        if phase == "weight":
+        options = channels_last, self.dtype
+        if phase != "mask":
+            self.phases.start_weight_phase()
+        way = Way("ours", self.model, self.phases.parameters(), *options)
+        if phase != "inference":
             return way
         for x, y in itertools.islice(self.network.batches(), 2):
-            way.results(x, y)  # computes the running statistics of the norms
+            way.results(way.input(x), y)  # computes the running statistics of the norms
         self.phases.finish_task()
-        return Way("ours", self.model.eval(), [])
+        return Way("ours", self.model.eval(), [], *options)
 
     def peer(self, how: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Way:
-        """The same network in plain PyTorch: one of `PEERS`."""
+        """The same network in plain PyTorch: one of `PEERS`. In another dtype than float32 there is no autocast."""
         trained: list[Tensor] = []
         finished = how.startswith("dense")
         model = (self.phases.fold(0).eval() if finished else copy.deepcopy(self.plain)).to(dtype)
@@ -124,7 +141,8 @@ class Start:
             if channels_last and mask.dim() == 4:
                 factors, scores = (t.contiguous(memory_format=torch.channels_last) for t in (factors, scores))
             trained.append(plain.reweight(layer, how, factors, scores, self.density))
-        return Way(f"{how}, channels_last" if channels_last else how, model, trained, channels_last)
+        products = self.dtype if dtype == torch.float32 else torch.float32
+        return Way(f"{how}, channels_last" if channels_last else how, model, trained, channels_last, products)
 
     def fastest_peer(self, how: str) -> Way:
         """The baseline in the memory layout with the faster step."""
@@ -138,14 +156,14 @@ class Start:
         return self.peer(how, channels_last=best[1] < best[0])  # a new one: those have been trained
 
     def check(self, phase: str, ours: Way) -> None:
-        """Check our gradients, or logits, of one batch against the first baseline in float64 and float32.
+        """Check our gradients, or logits, of one batch against the first baseline in float64 and in our dtype.
 
-        In float32 the input of a ReLU near zero may have either sign, and one flipped sign outweighs all rounding
-        errors. The baseline therefore uses the signs of our network. A wrong sign still shows as a wrong value.
+        The input of a ReLU near zero may have either sign, and one flipped sign outweighs all rounding errors. The
+        baseline therefore uses the signs of our network. A wrong sign still shows as a wrong value.
 
-        Our error may be at most twice the error of the baseline in float32. That error is the largest one of all layers
-        and of several orders of the batch, because a single order depends on chance: batch norm cancels everything
-        but rounding errors in some layers, and an ill-conditioned network amplifies them.
+        Our error may be at most twice the error of the baseline in our dtype. That error is the largest one of all
+        layers and of several orders of the batch, because a single order depends on chance: batch norm cancels
+        everything but rounding errors in some layers, and an ill-conditioned network amplifies them.
 
         The hooks that read the signs separate norms from ReLUs, which are fused when timed. tests/nn/test_blocks.py
         compares the two.
@@ -170,10 +188,10 @@ class Start:
         budget = max(error(p, truth) for draw in draws for p, truth in zip(draw, truths, strict=True))
         if phase == "inference":  # the timed network has no hooks, and its norms are folded
             folded = error(ours.results(ours.input(x), y)[0], truths[0])
-            check_error("inference phase: the logits without hooks", folded, budget, truths[0])
+            check_error("inference phase: the logits without hooks", folded, budget, truths[0], self.dtype)
         names = ["logits"] if phase == "inference" else [f"gradient of {name}" for name in self.masks]
         for name, result, truth in zip(names, got, truths, strict=True):
-            check_error(f"{phase} phase: the {name}", error(result, truth), budget, truth)
+            check_error(f"{phase} phase: the {name}", error(result, truth), budget, truth, self.dtype)
 
     def _relus(self) -> list[str]:
         return [name for name, module in self.plain.named_modules() if isinstance(module, nn.ReLU)]

@@ -32,7 +32,8 @@ class Row:
     """One line of the table.
 
     rate: bytes or FLOPs, as counted in the code, per second; 0 if none are counted. peak: the rate as a share of the
-    machine's peak. floor: lower bound of the seconds on this device; paper: the same for GPUs, from data sheets.
+    machine's peak. floor: lower bound of the seconds on this device; paper: the same for GPUs, from data sheets. dtype:
+    of the products.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row:
     baselines: dict[str, Timing] = field(default_factory=dict)
     floor: float = 0.0
     paper: dict[str, float] = field(default_factory=dict)
+    dtype: str = "float32"
 
     def ratio(self, baseline: str) -> float:
         """How many times faster than this baseline ours is."""
@@ -60,12 +62,14 @@ class Work:
     """Work of one call: bytes of memory, FLOPs, and bytes of a GPU's shared memory.
 
     Each byte of memory is counted once per product. tiles: whether the products are dense, so that tensor cores help.
+    dtype: of the factors.
     """
 
     bytes: float
     flops: float = 0.0
     shared: float = 0.0
     tiles: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -145,12 +149,14 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 def check_accurate(what: str, got: Tensor, truth: Tensor, plain: Tensor) -> None:
     """Check that the error is at most twice that of plain PyTorch in the same dtype, or 8 ulps of the largest value."""
-    check_error(what, error(got, truth), error(plain, truth), truth)
+    check_error(what, error(got, truth), error(plain, truth), truth, plain.dtype)
 
 
-def check_error(what: str, deviation: float, plain: float, truth: Tensor) -> None:
-    """`check_accurate` for known errors of float32 results."""
-    floor = 8 * torch.finfo(torch.float32).eps * truth.abs().max().item() if truth.numel() else 0.0
+def check_error(
+    what: str, deviation: float, plain: float, truth: Tensor, dtype: torch.dtype = torch.float32
+) -> None:
+    """`check_accurate` for known errors of results in this dtype."""
+    floor = 8 * torch.finfo(dtype).eps * truth.abs().max().item() if truth.numel() else 0.0
     if not deviation <= max(2 * plain, floor):
         raise WrongResult(f"{what} errs by {deviation:.3g}, plain PyTorch by {plain:.3g}: it is not timed")
 
@@ -196,7 +202,7 @@ def timings(rows: Sequence[Row]) -> str:
     """The rows as a table. "sort 2.0" means: 2.0 times faster than the baseline "sort"."""
     floored, rated = any(row.floor for row in rows), any(row.unit for row in rows)
     paper = next((list(row.paper) for row in rows), [])
-    head = ["what", "shape", "density", "threads", "median ms", "spread ms"]
+    head = ["what", "shape", "density", "dtype", "threads", "median ms", "spread ms"]
     head += ["floor ms", *(f"{gpu} ms" for gpu in paper)] if floored else []
     head += ["rate", "of peak"] if rated else []
     lines = [
@@ -204,6 +210,7 @@ def timings(rows: Sequence[Row]) -> str:
             row.name,
             row.shape,
             "" if row.density is None else f"{row.density:g}",
+            row.dtype,
             str(row.threads),
             milliseconds(row.timing.median),
             milliseconds(row.timing.spread),
