@@ -14,9 +14,11 @@ import torch
 from exssnet import keep_freed_memory
 from exssnet.io.writing import write_text
 
-from . import ceilings, memory, ops, serving, sweep, timing, training
+from . import ceilings, memory, ops, report, serving, sweep, timing, training
 
-KINDS: dict[str, Any] = {"ops": ops, "training": training, "sweep": sweep, "memory": memory, "serving": serving}
+KINDS: dict[str, Any] = {
+    "ops": ops, "training": training, "sweep": sweep, "memory": memory, "serving": serving, "report": report,
+}  # fmt: skip
 SELECTION = {
     "ops": ["--only", *ops.SELECTION, "--densities", "0.1"],
     "training": ["--cases", "weight/resnet18-20", "weight/lenet-300-100", "--densities", "0.1", "0.02"],
@@ -54,6 +56,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--device cuda needs a GPU, and torch {torch.__version__} finds none")
     if options.device == "cuda" and options.kind == "memory":
         raise ValueError("memory is measured on the CPU alone, got --device cuda")
+    if options.kind == "report":  # it measures in a process of its own
+        numbers = report.run(options)
+        if options.json:
+            write_text(options.json.resolve(), json.dumps(numbers, indent=1))
+        return 0
     keep_freed_memory()  # as in `exssnet train`; the baselines profit as well
     # No device context on the CPU: with such a context, every call of torch takes a detour through Python.
     device = torch.device(options.device) if options.device != "cpu" else nullcontext()

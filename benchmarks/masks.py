@@ -16,10 +16,18 @@ from .timing import Case, Cases, Variant, Work, check_accurate, check_equal
 AdamState = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-def topk_masks(quick: bool) -> Cases:
-    """Single tensors, and all layers of a ResNet-18 of width 64."""
+def _sizes(quick: bool) -> list[list[int]]:
+    """Numbers of scores: of single tensors, and of all layers of a ResNet-18 of width 64."""
     layers = [p.numel() for p in ResNet18(10, 4 if quick else 64).parameters() if p.dim() > 1]
-    for sizes in ([10_000], layers) if quick else ([1 << 20], [1 << 24], layers):
+    return [[10_000], layers] if quick else [[1 << 20], [1 << 24], layers]
+
+
+def _shape(sizes: list[int]) -> str:
+    return f"{sum(sizes):,}" + (f" in {len(sizes)} layers" if len(sizes) > 1 else "")
+
+
+def topk_masks(quick: bool) -> Cases:
+    for sizes in _sizes(quick):
         for density in (0.1, 0.02):
             torch.manual_seed(0)
             k, hint = [ops.density_to_k(n, density) for n in sizes], None
@@ -32,8 +40,7 @@ def topk_masks(quick: bool) -> Cases:
 
 
 def _topk_masks(scores: list[Tensor], k: list[int], density: float, hint: Tensor | None) -> Case:
-    n = sum(s.numel() for s in scores)
-    shape = f"{n:,}" + (f" in {len(scores)} layers" if len(scores) > 1 else "")
+    sizes = [s.numel() for s in scores]
 
     def each(select: plain.Selection) -> Variant:
         return lambda: [select(s.abs(), density) for s in scores]
@@ -44,52 +51,66 @@ def _topk_masks(scores: list[Tensor], k: list[int], density: float, hint: Tensor
             check_equal("the mask", mask, truth)
 
     return Case(
-        shape=shape + ("" if hint is None else ", hint"),
+        shape=_shape(sizes) + ("" if hint is None else ", hint"),
         ours=lambda: ops.topk_masks(scores, k, hint),
         baselines={
             "sort": each(plain.sort_mask), "topk": each(plain.topk_mask), "kthvalue": each(plain.kthvalue_mask),
         },
         check=check,
-        work=Work(n * (4 + 1)),
+        work=Work(sum(sizes) * (4 + 1)),
         density=density,
     )  # fmt: skip
 
 
 def adam_topk(quick: bool) -> Cases:
+    for sizes in _sizes(quick):
+        yield _adam_topk(sizes)
+
+
+def _adam_topk(sizes: list[int], density: float = 0.1) -> Case:
     """Bytes: reads scores, gradient and both averages; writes scores, both averages and the packed mask."""
     torch.manual_seed(0)
-    scores, grad = torch.randn(2, 10_000 if quick else 1 << 20)
-    k = [ops.density_to_k(scores.numel(), 0.1)]
+    scores, grads = ([torch.randn(n) for n in sizes] for _ in range(2))
+    k = [ops.density_to_k(n, density) for n in sizes]
 
     def start(dtype: torch.dtype = torch.float32) -> AdamState:
-        own = scores.to(dtype)
-        return [own.clone()], [grad.to(dtype)], [torch.zeros_like(own)], [torch.zeros_like(own)], [torch.zeros(())]
+        own = [s.to(dtype, copy=True) for s in scores]
+        first, second = ([torch.zeros_like(s) for s in own] for _ in range(2))
+        return own, [g.to(dtype) for g in grads], first, second, [torch.zeros(()) for _ in own]
 
-    def torchs(select: Callable[[Tensor], object]) -> Variant:
-        (leaf,), (leaf_grad,), *_ = start()
-        leaf.requires_grad_().grad = leaf_grad
-        optimizer = torch.optim.Adam([leaf], fused=True)
-        return lambda: (optimizer.step(), select(leaf.detach()))
+    def torchs(select: Callable[[list[Tensor]], object]) -> Variant:
+        leaves, leaf_grads, *_ = start()
+        for leaf, grad in zip(leaves, leaf_grads, strict=True):
+            leaf.requires_grad_().grad = grad
+        optimizer = torch.optim.Adam(leaves, fused=True, capturable=leaves[0].is_cuda)
+        return lambda: (optimizer.step(), select([leaf.detach() for leaf in leaves]))
 
     def check() -> None:
         ours, plainly, truth = start(), start(), start(torch.float64)
         masks = ops.adam_topk(*ours, k).masks
-        check_equal("the mask", masks[0], reference.topk_masks(ours[0], k, None, True)[0][0])
+        for mask, expected in zip(masks, reference.topk_masks(ours[0], k, None, True)[0], strict=True):
+            check_equal("the mask", mask, expected)
         for state in (plainly, truth):
             reference.adam_topk(*state, [], k, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, False)
-        check_accurate("the step", ours[0][0], truth[0][0], plainly[0][0])
+        for results in zip(ours[0], truth[0], plainly[0], strict=True):
+            check_accurate("the step", *results)
 
     state = start()
-    yield Case(
-        shape=f"{scores.numel():,}",
-        ours=lambda: ops.adam_topk(*state, k, packed=True),
+    hint = [ops.topk_select(state[0], k)[1]]
+
+    def step() -> None:
+        hint[0] = ops.adam_topk(*state, k, hint[0], packed=True).hint
+
+    return Case(
+        shape=_shape(sizes),
+        ours=step,
         baselines={
-            "Adam, topk_select": torchs(lambda s: ops.topk_select([s], k)),
-            "Adam, sort": torchs(lambda s: plain.sort_mask(s.abs(), 0.1)),
+            "Adam, topk_select": torchs(lambda all_scores: ops.topk_select(all_scores, k)),
+            "Adam, sort": torchs(lambda all_scores: [plain.sort_mask(s.abs(), density) for s in all_scores]),
         },
         check=check,
-        work=Work(scores.numel() * (7 * scores.element_size() + 1 / 8)),
-        density=0.1,
+        work=Work(sum(sizes) * (7 * 4 + 1 / 8)),
+        density=density,
     )
 
 

@@ -6,6 +6,7 @@ built. Adam's state is also listed alone. In the weight phase it is proportional
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -33,8 +34,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for threads in options.threads:
         for network in networks:
             for phase, ways in WAYS.items():
-                for density in options.densities:
-                    rows += (measure(network, phase, density, way, threads) for way in ways)
+                for density, way in itertools.product(options.densities, ways):
+                    rows.append(measure(network, phase, density, way, threads))
+                    tick()
     print("\n" + table(
         ["network", "phase", "density", "threads", "way", "trained values", "Adam's state MB", "setup MB", "step MB"],
         [
@@ -55,7 +57,6 @@ def measure(network: str, phase: str, density: float, way: str, threads: int) ->
     done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{asked} failed: {done.stderr.strip().splitlines()[-1]}")
-    tick()
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -72,10 +73,10 @@ def child(asked: str) -> None:
     restart_peak()
     start = Start(NETWORKS[network], density)
     variant = start.ours(phase) if way == "ours" else start.peer(way)
-    _drop_the_other(start, way)
+    drop_the_other(start, way)
     setup = peak() - baseline
     restart_peak()
-    step = variant.steps(_forever(batch))
+    step = variant.steps(forever(batch))
     for _ in range(3):
         step()
     print(json.dumps({
@@ -85,11 +86,11 @@ def child(asked: str) -> None:
     }))  # fmt: skip
 
 
-def _forever(batch: Any) -> Iterator[Any]:
+def forever(batch: Any) -> Iterator[Any]:
     yield batch
 
 
-def _drop_the_other(start: Start, way: str) -> None:
+def drop_the_other(start: Start, way: str) -> None:
     """Delete the networks of the other variants: a user has only one network in memory."""
     for name in ("plain", "masks", "scores", *(() if way == "ours" else ("model", "phases"))):
         delattr(start, name)

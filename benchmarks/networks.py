@@ -163,7 +163,8 @@ class Start:
 
         Our error may be at most twice the error of the baseline in our dtype. That error is the largest one of all
         layers and of several orders of the batch, because a single order depends on chance: batch norm cancels
-        everything but rounding errors in some layers, and an ill-conditioned network amplifies them.
+        everything but rounding errors in some layers, and an ill-conditioned network amplifies them. In bfloat16 the
+        memory layout matters as much, so both count.
 
         The hooks that read the signs separate norms from ReLUs, which are fused when timed. tests/nn/test_blocks.py
         compares the two.
@@ -174,8 +175,8 @@ class Start:
         with _recorded(ours.model, self._relus(), signs):
             got = ours.results(ours.input(x), y)
 
-        def peer(dtype: torch.dtype, first: int = 0) -> list[Tensor]:
-            way = self.peer(PEERS[phase][0], dtype)
+        def peer(dtype: torch.dtype, first: int = 0, channels_last: bool = False) -> list[Tensor]:
+            way = self.peer(PEERS[phase][0], dtype, channels_last)
             for name, positive in signs.items():
                 way.model.get_submodule(name).forward = _pinned(positive.roll(first, 0))  # type: ignore[method-assign]
             results = way.results(way.input(x.roll(first, 0)), y.roll(first, 0))
@@ -184,7 +185,8 @@ class Start:
             return [results[0].roll(-first, 0)] if phase == "inference" else results
 
         truths = peer(torch.float64)
-        draws = [peer(torch.float32, first) for first in range(4)]
+        layouts = (False, True) if self.dtype != torch.float32 and x.dim() == 4 else (False,)
+        draws = [peer(torch.float32, first, layout) for first in range(4) for layout in layouts]
         budget = max(error(p, truth) for draw in draws for p, truth in zip(draw, truths, strict=True))
         if phase == "inference":  # the timed network has no hooks, and its norms are folded
             folded = error(ours.results(ours.input(x), y)[0], truths[0])

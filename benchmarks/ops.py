@@ -31,7 +31,20 @@ from exssnet.kernels.registry import OPERATORS
 
 from . import masks, peers, plain
 from .ceilings import floors, machine_peak
-from .timing import Case, Cases, Row, Variant, Work, alternate, check_accurate, check_close, check_equal, tick, timings
+from .timing import (
+    Case,
+    Cases,
+    Row,
+    Timing,
+    Variant,
+    Work,
+    alternate,
+    check_accurate,
+    check_close,
+    check_equal,
+    tick,
+    timings,
+)
 
 
 class Layer:
@@ -95,11 +108,13 @@ def step(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Vari
     return run
 
 
-def accurate(ours: Variant, peer: Callable[[torch.dtype], Variant]) -> Callable[[], None]:
-    """A check of ours against plain PyTorch in float64 and in float32."""
+def accurate(
+    ours: Variant, peer: Callable[[torch.dtype], Variant], dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """A check of ours against plain PyTorch in float64 and in our dtype."""
 
     def check() -> None:
-        for i, results in enumerate(zip(ours(), peer(torch.float64)(), peer(torch.float32)(), strict=True)):
+        for i, results in enumerate(zip(ours(), peer(torch.float64)(), peer(dtype)(), strict=True)):
             check_accurate("the output" if i == 0 else f"gradient {i}", *results)
 
     return check
@@ -300,15 +315,22 @@ def batch_norm_act(quick: bool) -> Cases:
     for shape in [(8, 6, 8, 8)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]:
         for residual in (False, True):
             yield _batch_norm_act(shape, residual)
+        if torch.get_default_device().type == "cuda":
+            yield _batch_norm_act(shape, True, torch.bfloat16)
 
 
-def _batch_norm_act(shape: tuple[int, int, int, int], with_residual: bool) -> Case:
-    """Training, with ReLU. Bytes: forward reads x and residual and writes y. Backward reads the gradient and x, with a
-    residual also y, and writes the gradients."""
+def _batch_norm_act(
+    shape: tuple[int, int, int, int], with_residual: bool, dtype: torch.dtype = torch.float32
+) -> Case:  # fmt: skip
+    """Training, with ReLU; the batch innermost, or channels_last in bfloat16. Bytes: forward reads x and residual and
+    writes y. Backward reads the gradient and x, with a residual also y, and writes the gradients."""
     torch.manual_seed(0)
-    count = 2 if with_residual else 1
-    leaves = [reference.batch_last(torch.randn(shape)) for _ in range(count)]
-    grad = reference.batch_last(torch.randn(shape))
+
+    def stored() -> Tensor:
+        x = torch.randn(shape).to(dtype)
+        return reference.batch_last(x) if dtype == torch.float32 else x.contiguous(memory_format=torch.channels_last)
+
+    leaves, grad = [stored() for _ in range(2 if with_residual else 1)], stored()
 
     def peer(dtype: torch.dtype, norm: Callable[[Tensor], Tensor] = plain.batch_norm) -> Variant:
         def function(x: Tensor, *residual: Tensor) -> Tensor:
@@ -317,15 +339,17 @@ def _batch_norm_act(shape: tuple[int, int, int, int], with_residual: bool) -> Ca
         return step(function, grad.to(dtype), *(t.to(dtype) for t in leaves))
 
     ours = step(lambda x, residual=None: ops.batch_norm_act(x, residual, relu=True)[0], grad, *leaves)
+    other = (
+        {"in place": peer(dtype, plain.batch_norm_innermost)}
+        if dtype == torch.float32
+        else {"with weight and bias": peer(dtype, plain.affine_batch_norm)}
+    )
     return Case(
         shape=" x ".join(map(str, shape)) + (", residual" if with_residual else ""),
         ours=ours,
-        baselines={
-            "batch norm, ReLU": peer(torch.float32),
-            "in place": peer(torch.float32, plain.batch_norm_innermost),
-        },
-        check=accurate(ours, peer),
-        work=Work((5 + 3 * with_residual) * grad.numel() * grad.element_size()),
+        baselines={"batch norm, ReLU": peer(dtype), **other},
+        check=accurate(ours, peer, dtype),
+        work=Work((5 + 3 * with_residual) * grad.numel() * grad.element_size(), dtype=dtype),
     )
 
 
@@ -380,18 +404,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--densities", type=float, nargs="+", help="only rows of these densities (default: all)")
 
 
-def measure(operator: str, case: Case, threads: int, quick: bool) -> Row:
+def measure(operator: str, case: Case, threads: int, quick: bool, calls: int = 1) -> Row:
+    """Check a case and time it. Each of its variants makes so many calls of the operator."""
     case.check()
     # On a GPU small calls are queued, so that the GPU's time is measured, unless Python takes longer.
     turn = 0.01 if torch.get_default_device().type == "cuda" else 0.0
-    ours, *others = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0, turn)
+    timed = alternate([case.ours, *case.baselines.values()], 0.1 if quick else 1.0, turn)
+    ours, *others = (Timing(t.median / calls, t.spread / calls) for t in timed)
     peak, work = machine_peak(quick), case.work
     rate = (work.flops or work.bytes) / ours.median
     share = rate / (peak.multiplying(work) if work.flops else peak.bandwidth)
     baselines = dict(zip(case.baselines, others, strict=True))
+    dtype = str(work.dtype).removeprefix("torch.")
     return Row(
-        operator, case.shape, case.density, threads, ours, rate / 1e9, case.unit, share, baselines, *floors(work, quick)
-    )
+        operator, case.shape, case.density, threads, ours, rate / 1e9, case.unit, share, baselines,
+        *floors(work, quick), dtype,
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -89,6 +89,12 @@ def batch_norm(x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, training=True)
 
 
+def affine_batch_norm(x: Tensor) -> Tensor:
+    """The same with weight and bias, which cuDNN's kernels need."""
+    weight, bias = torch.ones(x.shape[1], device=x.device), torch.zeros(x.shape[1], device=x.device)
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
 def batch_norm_innermost(x: Tensor) -> Tensor:
     """Batch norm of a tensor with the batch innermost, viewed as one image of C channels to avoid a copy."""
     stored = x.movedim(0, -1)

@@ -152,9 +152,7 @@ def check_accurate(what: str, got: Tensor, truth: Tensor, plain: Tensor) -> None
     check_error(what, error(got, truth), error(plain, truth), truth, plain.dtype)
 
 
-def check_error(
-    what: str, deviation: float, plain: float, truth: Tensor, dtype: torch.dtype = torch.float32
-) -> None:
+def check_error(what: str, deviation: float, plain: float, truth: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """`check_accurate` for known errors of results in this dtype."""
     floor = 8 * torch.finfo(dtype).eps * truth.abs().max().item() if truth.numel() else 0.0
     if not deviation <= max(2 * plain, floor):
