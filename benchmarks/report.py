@@ -100,9 +100,7 @@ def items(device: str, quick: bool) -> list[Item]:
                 left_out = "tf32 is a precision of GPUs"
             elif device == "cpu" and mode == "graph":
                 left_out = "a CUDA graph needs a GPU"
-            elif quick and (
-                mode == "compile" or ("bfloat16" in (precision, mode) or mode == "counts") and phase != "weight"
-            ):
+            elif quick and (mode == "compile" or (phase != "weight" and (precision, mode) != ("float32", "eager"))):
                 left_out = "--quick makes few steps"
             seconds = STEPS[device][mode] * SMALLER[network]
             asked = {"phase": phase, "network": network, "density": density, "precision": precision, "mode": mode}

@@ -1,5 +1,6 @@
 """The tables of a report, from the results that are there; and the targets of a GPU, met or missed."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,12 +118,8 @@ def markdown(machine: dict[str, Any], planned: Sequence[Item], outcomes: Outcome
         parts.append("A smoke test: its numbers mean nothing.")
     parts.append(f"{state(planned, outcomes)[0].upper()}{state(planned, outcomes)[1:]}.")
     if rates := _result(outcomes, "ceilings"):
-        lines = [[name, f"{rate / 1e9:.0f}"] for name, rate in rates.items()]
-        parts += [
-            "## Ceilings",
-            "GFLOP/s of dense products, GB/s of a copy and of shared memory.",
-            table(["", ""], lines),
-        ]
+        lines = [[said, f"{rates[name] / 1e9:,.0f}"] for name, said in _CEILINGS.items() if name in rates]
+        parts += ["## Ceilings", table(["what", "rate"], lines)]
     if machine["device"] == "cuda":
         parts += ["## Targets", *_targets(outcomes)]
     parts += _whole_steps(planned, outcomes)
@@ -134,6 +131,13 @@ def markdown(machine: dict[str, Any], planned: Sequence[Item], outcomes: Outcome
     return "\n\n".join(parts) + "\n"
 
 
+_CEILINGS = {
+    "bandwidth": "copy, GB/s read and written",
+    "flops": "dense products in float32, GFLOP/s",
+    "tf32": "dense products in tf32, GFLOP/s",
+    "bfloat16": "dense products in bfloat16, GFLOP/s",
+    "shared": "shared memory, GB/s read (computed)",
+}
 _ROWS = (
     (
         "## Operators",
@@ -232,8 +236,13 @@ def _missing(planned: Sequence[Item], outcomes: Outcomes) -> list[str]:
     parts = []
     if failed := [[name, o["error"].replace("|", "\\|")] for name, o in outcomes.items() if "error" in o]:
         parts += ["## Failed", "The traceback is in results/NAME.json.", table(["what", "error"], failed)]
-    if waiting := [[item.name, f"{item.seconds:.0f}"] for item in not_run(planned, outcomes)]:
-        parts += ["## Not run", "The same command runs them.", table(["what", "estimated s"], waiting)]
-    if left_out := [[item.name, item.left_out] for item in planned if item.left_out]:
-        parts += ["## Left out", table(["what", "why"], left_out)]
+    if waiting := not_run(planned, outcomes):
+        note = (
+            f"{len(waiting)} measurements, estimated at {sum(item.seconds for item in waiting) / 60:.0f} minutes. "
+            "The same command runs them. The first:"
+        )
+        lines = [[item.name, f"{item.seconds:.0f}"] for item in waiting[:20]]
+        parts += ["## Not run", note, table(["what", "estimated s"], lines)]
+    if left_out := Counter(item.left_out for item in planned if item.left_out):
+        parts += ["## Left out", table(["why", "measurements"], [[why, str(n)] for why, n in left_out.items()])]
     return parts
