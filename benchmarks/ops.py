@@ -311,6 +311,31 @@ def folded(layer: Layer, density: float) -> Cases:
     )
 
 
+def decode(quick: bool, dtype: torch.dtype) -> Cases:
+    """Forward of linear layers on few rows, where reading the weights takes the time."""
+    for n, batch in [(40, 1)] if quick else itertools.product((1024, 4096), (1, 4, 16)):
+        yield from _decode(Layer(batch, n, n), dtype, 0.05)
+
+
+def _decode(layer: Layer, dtype: torch.dtype, density: float) -> Cases:
+    mask = layer.mask(density)
+    x, values = layer.x.to(dtype), layer.weight[mask].to(dtype)
+    variants = {"sparse": partial(ops.sparse_linear, x, values, values[:0], ops.sparse_pattern(mask))}
+    index = {"sparse": 4 * len(values), "bitmap": mask.numel() / 4}
+    if x.is_cuda:  # on a CPU it is the reference
+        variants["bitmap"] = partial(ops.bitmap_linear, x, values, values[:0], ops.bitmap_pattern(mask))
+
+    def dense(dtype: torch.dtype) -> Variant:
+        inputs, weight = layer.x.to(dtype), (layer.weight * mask).to(dtype)
+        return lambda: (plain.layer(inputs, weight),)
+
+    for how, product in variants.items():
+        check = accurate(lambda product=product: (product(),), dense, dtype)  # type: ignore[misc]
+        moved = values.nbytes + index[how] + 2 * x.nbytes
+        work = Work(moved, 2 * len(values) * len(x), dtype=dtype)
+        yield Case(f"{layer.name}, {how}", product, {"dense": dense(dtype)}, check, work, density)
+
+
 def batch_norm_act(quick: bool) -> Cases:
     for shape in [(8, 6, 8, 8)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]:
         for residual in (False, True):

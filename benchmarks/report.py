@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from exssnet import Learner, PhaseOptions, convert, keep_freed_memory, ops
+from exssnet import Learner, PhaseOptions, convert, keep_freed_memory
 from exssnet.io.writing import alone_in, write_text
 from exssnet.tasks import Labelled, split_by_class
 
 from . import ceilings, serving, steps, summary, timing
 from .agenda import Item, opened, other_process, work_off
 from .networks import NETWORKS, Start
-from .ops import CASES, Layer, accurate
+from .ops import CASES, decode
 from .ops import measure as measure_operator
-from .timing import Case, Cases, Variant, Work, alternate
+from .timing import Case, Variant, alternate
 
 DENSITIES = (0.05, 0.1, 0.02)
 STEPS = {
@@ -41,12 +40,9 @@ STEPS = {
 """Estimates for ResNet-18 of width 64, in seconds. No GPU was measured."""
 SMALLER = {"resnet18-64": 1.0, "resnet18-20": 0.5, "lenet-300-100": 0.2, "resnet18-4": 0.03}
 """Factors of these estimates."""
-OPERATORS = {
-    "batch_norm_act": None, "topk_masks": None, "adam_topk": None, "supermask_weights": None,
-    "sparse_conv2d": 0.05, "bitmap_conv2d": 0.1, "supermask_conv2d": 0.1, "sparse_conv2d_folded": 0.1,
-    "sparse_linear": 0.05, "bitmap_linear": 0.1, "supermask_linear": 0.1,
-}  # fmt: skip
-"""Operators in order of value, and the density that is measured, if an operator has rows of several."""
+PRODUCTS = [f"{family}_{kind}" for kind in ("conv2d", "linear") for family in ("sparse", "bitmap", "supermask")]
+OPERATORS = ["batch_norm_act", "topk_masks", "adam_topk", *PRODUCTS, "sparse_conv2d_folded", "supermask_weights"]
+"""In order of value."""
 CALLS = 10
 """Calls of an operator that a CUDA graph holds, so that the GPU's time is measured and not the host's."""
 
@@ -113,7 +109,9 @@ def items(device: str, quick: bool) -> list[Item]:
             if device == "cpu" and name.startswith("bitmap"):
                 left_out = "bitmap products run the reference on a CPU"
             seconds = 1 if quick else 60
-            yield Item(name, "operator", {"name": name, "density": OPERATORS[name]}, seconds, left_out)
+            yield Item(
+                name, "operator", {"name": name, "density": 0.1 if name in PRODUCTS else None}, seconds, left_out
+            )
 
     def learners(precisions: tuple[str, ...]) -> Iterator[Item]:
         network = networks[-2 if device == "cpu" and not quick else 0]
@@ -122,13 +120,13 @@ def items(device: str, quick: bool) -> list[Item]:
             asked = {"network": network, "density": densities[0], "precision": precision}
             yield Item(f"learner-{network}-{precision}", "learner", asked, seconds)
 
-    names, others = list(OPERATORS), list(itertools.product(networks, densities))
+    others = list(itertools.product(networks, densities))
     planned = [Item("ceilings", "ceilings", {}, 1 if quick else 20)]
     planned += whole_steps(("graph", "eager"), *others[0])
-    planned += operators(names[:3])
+    planned += operators(OPERATORS[:3])
     planned += learners(("float32",) if quick else ("bfloat16", "float32"))
     planned += whole_steps(("counts",), *others[0])
-    planned += operators(names[4:7] if quick else names[3:])
+    planned += operators(OPERATORS[3:6] if quick else OPERATORS[3:])
     planned += [Item(f"decode-{d}", "decode", {"dtype": d}, 1 if quick else 60) for d in ("float32", "bfloat16")]
     planned += [
         Item(f"serving-{name}", "serving", {"network": name}, 1 if quick else 60 * SMALLER[name]) for name in networks
@@ -185,34 +183,8 @@ def repeated(variant: Variant) -> Variant:
     return steps.captured(calls).replay
 
 
-def decode(dtype: str, quick: bool) -> dict[str, Any]:
-    """Forward of a linear layer on few rows, where the weights that are read take the time."""
-    shapes = [(1, 40)] if quick else itertools.product((1, 4, 16), (1024, 4096))
-    cases = (case for batch, n in shapes for case in _decode(batch, n, getattr(torch, dtype)))
-    return {"rows": [timed("decode", case, quick) for case in cases]}
-
-
-def _decode(batch: int, n: int, dtype: torch.dtype, density: float = 0.05) -> Cases:
-    layer = Layer(batch, n, n)
-    mask = layer.mask(density)
-    x, values, none = (t.to(dtype) for t in (layer.x, layer.weight[mask], layer.weight[:0].flatten()))
-    sparse, bitmap, kept = ops.sparse_pattern(mask), ops.bitmap_pattern(mask), int(mask.sum())
-
-    def dense(dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor]]:
-        inputs, weight = layer.x.to(dtype), (layer.weight * mask).to(dtype)
-        return lambda: (F.linear(inputs, weight),)
-
-    def ours(product: Callable[..., torch.Tensor], pattern: Any) -> Callable[[], tuple[torch.Tensor]]:
-        return lambda: (product(x, values, none, pattern),)
-
-    variants = {"sparse": ours(ops.sparse_linear, sparse)}
-    if torch.get_default_device().type == "cuda":  # on a CPU it is the reference
-        variants["bitmap"] = ours(ops.bitmap_linear, bitmap)
-    for how, variant in variants.items():
-        index = {"sparse": 4 * kept, "bitmap": mask.numel() / 4}[how]
-        work = Work(kept * x.element_size() + index + 2 * x.nbytes, 2 * kept * batch, dtype=dtype)
-        shape = f"{batch} x {n} to {n}, {how}"
-        yield Case(shape, variant, {"dense": dense(dtype)}, accurate(variant, dense, dtype), work, density)
+def decoding(dtype: str, quick: bool) -> dict[str, Any]:
+    return {"rows": [timed("decode", case, quick) for case in decode(quick, getattr(torch, dtype))]}
 
 
 def serve(network: str, quick: bool) -> dict[str, Any]:
@@ -247,6 +219,6 @@ def learn(network: str, density: float, precision: str, quick: bool) -> dict[str
 
 
 KINDS: dict[str, Callable[..., Any]] = {
-    "ceilings": rates, "step": steps.measure, "operator": operator, "decode": decode, "serving": serve,
+    "ceilings": rates, "step": steps.measure, "operator": operator, "decode": decoding, "serving": serve,
     "learner": learn,
 }  # fmt: skip

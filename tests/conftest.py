@@ -10,7 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 import pytest
 import torch
 from hypothesis import settings
-from tiers import LARGEST, LARGEST_PROOF, representatives
+from tiers import GPU_SECONDS, LARGEST, LARGEST_PROOF, representatives, time_limit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing native library warns, and its tests are skipped with a reason
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
-        skip_without_cuda(items)
+        skip_without_cuda(items, all_told=config.option.markexpr.startswith("gpu"))
     thin_grids(config, items)
 
 
@@ -61,14 +61,14 @@ def thin_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item not in left_out]
 
 
-def skip_without_cuda(items: list[pytest.Item]) -> None:
-    """Of the tests that need a GPU, one in each file is skipped and says so."""
+def skip_without_cuda(items: list[pytest.Item], all_told: bool) -> None:
+    """The tests that need a GPU are skipped. One in each file says so, or all of them."""
     told: set[object] = set()
     kept = []
     for item in items:
         if item.get_closest_marker("gpu") is None:
             kept.append(item)
-        elif item.path not in told:
+        elif all_told or item.path not in told:
             told.add(item.path)
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
             kept.append(item)
@@ -92,6 +92,25 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def terminal(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A file descriptor of the real stderr, which pytest does not capture."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        descriptor = os.dup(2)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture(autouse=True)
+def _limited(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that needs a GPU has a time limit."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+    else:
+        with time_limit(GPU_SECONDS, request.getfixturevalue("terminal")):
+            yield
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])

@@ -1,9 +1,14 @@
-"""What stands for a large grid in the default tier misses no value and, of three parameters or more, no pair."""
+"""What stands for a large grid misses no value and, of three parameters or more, no pair; tests on a GPU are chosen."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tiers import representatives
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("sizes", [(40,), (4, 33), (4, 12, 6), (1, 9, 2, 2)], ids=str)
@@ -16,3 +21,12 @@ def test_each_value_and_each_pair_of_three_parameters_occurs(sizes: tuple[int, .
         assert {tuple(row[i] for i in columns) for row in chosen} == {tuple(row[i] for i in columns) for row in rows}
     fewest = sorted(sizes[i] for i in varying)[-together:]
     assert len(chosen) <= 1.5 * (fewest[0] if together == 1 else fewest[0] * fewest[1])
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.05, 1), (60, 0)])
+def test_a_test_that_hangs_ends_its_process_and_says_where(seconds: float, status: int) -> None:
+    code = f"import time; from tiers import time_limit\nwith time_limit({seconds}, 2): time.sleep(2 - {status})"
+    helpers = {"PYTHONPATH": str(ROOT / "tests/helpers")}
+    done = subprocess.run([sys.executable, "-c", code], env=helpers, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert ("Timeout" in done.stderr) == bool(status)

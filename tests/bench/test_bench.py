@@ -81,6 +81,13 @@ def test_cudnn_is_as_precise_as_the_products(precision: str, allowed: bool) -> N
 
 
 @pytest.mark.gpu
+def test_a_quick_report_of_a_gpu_has_no_failures(tmp_path: Path) -> None:
+    assert main(["bench", "report", "--quick", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["failed"] == found["not run"] == {}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ops", "training", "sweep"])
 def test_a_gpu_is_measured_as_well(tmp_path: Path, kind: str) -> None:
     rows = bench(tmp_path, kind, "--device", "cuda")[kind].get("rows", [])
@@ -98,6 +105,26 @@ def test_training_times_each_phase_and_its_budget(tmp_path: Path) -> None:
         assert b["seconds"]["products"] > 0
         assert b["passed"] > 0
         assert (b["seconds"]["optimizer"] > 0) == (not b["case"].startswith("inference"))
+
+
+def test_training_in_bfloat16_says_so_and_has_no_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("training", "--cases", "weight/resnet18-4", "--densities", "0.1", "--dtype", "bfloat16")
+    found = bench(tmp_path, *asked)["training"]
+    (row,) = found["rows"]
+    assert row["dtype"] == "bfloat16"
+    assert timed(row)
+    assert found["budgets"] == []
+    assert "| 0.1     | bfloat16 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["cached mask", "no mask"])
+def test_a_baseline_in_bfloat16_multiplies_in_bfloat16_and_trains_float32(how: str) -> None:
+    way = Start(TINY, 0.1, torch.bfloat16).peer(how)
+    x, y = next(TINY.batches())
+    seen: list[torch.dtype] = []
+    way.model.get_submodule("stem.conv").register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    assert {t.dtype for t in way.results(way.input(x), y)} == {torch.float32}
+    assert seen == [torch.bfloat16]
 
 
 def test_sweep_fits_a_line_and_draws_it(tmp_path: Path) -> None:
@@ -362,6 +389,18 @@ def test_floors_are_of_what_takes_longest() -> None:
         assert peak.floor(timing.Work(0, 3e11)) == pytest.approx(0.3)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_products_in_bfloat16_have_a_ceiling_and_a_budget_of_their_own() -> None:
+    peak = ceilings.Ceilings(flops=1e12, bandwidth=1e10, tf32=6e12, bfloat16=2e13)
+    assert peak.floor(timing.Work(0, 2e13, tiles=True, dtype=torch.bfloat16)) == pytest.approx(1)
+    assert peak.floor(timing.Work(0, 2e13, dtype=torch.bfloat16)) == pytest.approx(20)
+    truth = torch.ones(3, dtype=torch.float64)
+    timing.check_error("it", 0.06, 0.0, truth, torch.bfloat16)  # 8 ulps are 0.0625
+    with pytest.raises(WrongResult):
+        timing.check_error("it", 0.06, 0.02, truth)
+    with pytest.raises(WrongResult):
+        timing.check_accurate("it", truth + 0.07, truth, truth.bfloat16())
 
 
 def test_the_work_of_a_layer_counts_products_activations_and_weights() -> None:

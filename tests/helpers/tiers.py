@@ -1,13 +1,30 @@
-"""The tiers of the tests: which cases of a large grid of parameters stand for the grid in the default tier."""
+"""The tiers of the tests: which cases of a large grid stand for it in the default tier; the limit of tests on a GPU."""
 
+import faulthandler
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 WHOLE = ("-m", "", "-n0")
 """Options of a pytest process that a test starts: both tiers, in that process."""
 LARGEST, LARGEST_PROOF = 32, 16
 """Grids with at most this many cases are run whole; those of tests that are proofs themselves are slower."""
+GPU_SECONDS = 300.0
+"""Time limit of a test that needs a GPU. The first calls of a shape compile and tune kernels for a minute or more."""
+
+
+@contextmanager
+def time_limit(seconds: float, stderr: int) -> Iterator[None]:
+    """After this time the process prints where it is, and ends; pytest-xdist reports the test and goes on.
+
+    A kernel that hangs cannot be interrupted: Python waits in a call that never returns.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def representatives(rows: Sequence[Sequence[object]], seed: str) -> set[int]:
