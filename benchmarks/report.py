@@ -132,8 +132,9 @@ def items(device: str, quick: bool) -> list[Item]:
         Item(f"serving-{name}", "serving", {"network": name}, 1 if quick else 60 * SMALLER[name]) for name in networks
     ]
     planned += whole_steps(("compile",), *others[0])
-    for network, density in others[1:]:
-        planned += whole_steps(("graph", "eager", "counts", "compile"), network, density)
+    for modes in (("graph", "eager", "counts"), ("compile",)):
+        for network, density in others[1:]:
+            planned += whole_steps(modes, network, density)
     return planned
 
 
