@@ -67,8 +67,8 @@ def work_off(
     """Make the measurements that are missing, and write each outcome when it is there.
 
     A measurement starts only if its estimate fits into the time that is left. One that takes more than a minute and 5
-    times its estimate is stopped, and so is one at the end of the time. It has failed then. One that failed before comes
-    after those that were never tried.
+    times its estimate is stopped, and so is one at the end of the time. It has failed then. One that failed before
+    comes after those that were never tried.
 
     Args:
         items: most valuable first.

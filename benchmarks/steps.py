@@ -86,15 +86,18 @@ VARIANTS: dict[str, Callable[[Way, Iterator[Batch]], Variant]] = {
 
 def captured(call: Variant) -> torch.cuda.CUDAGraph:
     """A CUDA graph of a call, captured after three calls on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(before)  # `graph` leaves its own stream if the capture fails
     return graph
 
 
