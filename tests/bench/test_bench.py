@@ -399,6 +399,7 @@ def test_products_in_bfloat16_have_a_ceiling_and_a_budget_of_their_own() -> None
     timing.check_error("it", 0.06, 0.0, truth, torch.bfloat16)  # 8 ulps are 0.0625
     with pytest.raises(WrongResult):
         timing.check_error("it", 0.06, 0.02, truth)
+    timing.check_accurate("it", truth + 0.06, truth, truth.bfloat16())
     with pytest.raises(WrongResult):
         timing.check_accurate("it", truth + 0.07, truth, truth.bfloat16())
 
