@@ -79,15 +79,8 @@ class Loop:
             self.model.train()
             for x, y in data:
                 training.whole = False
-                y = y.to(self.device)
                 batch, processes = training.sizes[training.batch], distributed.size()
-                own = distributed.share(batch)
-                loss, logits = self.loss(x.to(self.device), y)
-                if processes > 1:
-                    loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                sums = torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
+                sums = self.step(x.to(self.device), y.to(self.device), batch, optimizer)
                 if processes > 1:
                     gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
                     distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
@@ -104,6 +97,26 @@ class Loop:
             self.restore(training.kept)
         open_.report.seconds[phase] = open_.report.seconds.get(phase, 0.0) + training.clock.seconds
         open_.training = None
+
+    def step(self, x: Tensor, y: Tensor, batch: int, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Compute the gradients of a batch. No value is read on the host.
+
+        Args:
+            x: This process' items (B, ...), on the device.
+            y: Their labels (B,), on the device.
+            batch: Items of the whole batch, over all processes.
+            optimizer: Its parameters get the gradients.
+
+        Returns:
+            (2,): the sum of the losses of this process' items, and how many of them are right.
+        """
+        own, processes = distributed.share(batch), distributed.size()
+        loss, logits = self.loss(x, y)
+        if processes > 1:
+            loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
 
     def _end_epoch(self, open_: OpenTask, training: Training, phase: str, epochs: int) -> None:
         """Validate, record and report an epoch, and keep it if it is the best so far."""
