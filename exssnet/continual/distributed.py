@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -77,17 +77,17 @@ def average(tensors: Iterable[Tensor]) -> None:
                 tensor.copy_(part.view_as(tensor))
 
 
-def total(values: Iterable[float], device: torch.device) -> list[float]:
+def total(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:
     """Sum each number over all processes, in float64.
 
     Args:
-        values: Numbers of this process, equally many on each process.
+        values: Numbers of this process, equally many on each process. A tensor may be changed.
         device: Device of the exchange.
 
     Returns:
         One sum for each number.
     """
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+    tensor = torch.as_tensor(values, dtype=torch.float64, device=device)
     if size() > 1:
         dist.all_reduce(tensor)
     sums: list[float] = tensor.tolist()

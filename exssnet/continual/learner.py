@@ -4,10 +4,10 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from ..kernels.native import is_served
 from ..nn.optim import ScoreAdam
 from ..tasks import Task, loader, stratified_split
 from . import checking, heads, hooks, method_state, state, stored
+from .forward import ForwardOptions, Precision
 from .kkt import RULES, Rule, sample_share, transfer
 from .methods import preset
 from .phases import Phases
 from .records import OPTIMIZERS, EpochRecord, OpenTask, PhaseOptions, Stopwatch, TaskReport, Training
 from .strategy import Stage, Strategy
 from .task_model import PHASES
-from .training import Loop, Observer, optimizer_of, score
+from .training import Loop, Observer, divergence_told, optimizer_of, score
 
 __all__ = ["OPTIMIZERS", "EpochRecord", "Learner", "Observer", "PhaseOptions"]
 
@@ -53,6 +54,8 @@ class Learner:
         keep_scores: Dtype of the scores kept for KKT, or None to drop them.
         observer: Is told of each step and epoch.
         head: Name of the layer whose input KKT compares; None: see `exssnet.continual.kkt.penultimate_features`.
+        precision: "fp32", or "bf16" or "fp16" for autocast; see `exssnet.continual.forward.ForwardOptions`.
+        channels_last: Store images with the channels innermost; "auto": on a GPU with "bf16" or "fp16".
 
     Raises:
         ValueError: An option is unknown or out of range, or options contradict each other.
@@ -68,7 +71,9 @@ class Learner:
         mask: PhaseOptions | None = None, weight: PhaseOptions | None = None, kkt: Rule | None = None,
         batch_size: int = 64, all_outputs: bool = False, seed: int = 0,
         keep_scores: torch.dtype | None = torch.float32, observer: Observer | None = None, head: str | None = None,
+        precision: Precision = "fp32", channels_last: bool | Literal["auto"] = "auto",
     ) -> None:  # fmt: skip
+        self.forward = ForwardOptions(precision, channels_last)
         if not isinstance(method, str | Strategy):
             raise ValueError(f"method must be a name or an instance of Strategy, got {shown(method)}")
         self.method: Strategy = preset(method) if isinstance(method, str) else copy.deepcopy(method)
@@ -103,6 +108,10 @@ class Learner:
         """Where the model is."""
         return next(iter(self.phases.layers.values())).dense_weight.device
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of the learner's forward passes, for other passes of the model in the same precision."""
+        return self.forward.autocast(self.device)
+
     @property
     def nbytes(self) -> int:
         """Bytes that are kept of all finished tasks."""
@@ -133,7 +142,7 @@ class Learner:
         if not any(checked is task for checked in self._checked):
             self._check([task])
         try:
-            with self._divergence_told(task):
+            with divergence_told(task, self.phases, self.mask, self.weight):
                 report = self._learn(self._open or self._begin(task))
         except BaseException as error:
             whole = self._open is not None and self._open.training is not None and self._open.training.whole
@@ -295,30 +304,18 @@ class Learner:
             self.phases.start_task({name: torch.zeros(shape) for name, shape in self.phases.bank.shapes.items()})
         try:
             fits = partial(self.method.check, self)
-            checking.check_tasks(tasks, self.model, self.batch_size, self.device, fits)
+            with self.autocast():
+                checking.check_tasks(tasks, self.model, self.batch_size, self.device, fits)
         finally:
             if bare:
                 self.phases.abandon_task()
-
-    @contextmanager
-    def _divergence_told(self, task: Task) -> Iterator[None]:
-        """Names the task and the learning rates where training, or the selection, finds NaN or infinity."""
-        try:
-            yield
-        except (RuntimeError, FloatingPointError) as error:
-            trained, told = self.phases.masked_parameters() + self.phases.dense_weights(), str(error)
-            if isinstance(error, RuntimeError):
-                if "NaN" not in told or all(bool(p.isfinite().all()) for p in trained):
-                    raise
-                told = f"the {self.phases.phase} phase diverged ({told})"
-            rates = f"lower the learning rates, mask {self.mask.lr} and weight {self.weight.lr}"
-            raise FloatingPointError(f"{task.name}: {told}; {rates}") from error
 
     def _generator(self, task: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + task) * 8 + purpose)
 
     def _logits(self, x: Tensor, classes: int) -> Tensor:
-        logits: Tensor = self.model(x.to(self.device))
+        with self.autocast():
+            logits = self.forward.single(self.model(self.forward.placed(x, self.device)))
         return logits if self.all_outputs else logits[:, :classes]
 
     def _begin(self, task: Task) -> OpenTask:
@@ -372,6 +369,7 @@ class Learner:
         return Loop(
             self.model, self.device, self.batch_size, self.observer, lambda x, y: hooks.loss(self.method, self, x, y),
             lambda: self.method.gradient(self), self.phases.statistics, self._snapshot, self._put_back, self.validate,
+            self.forward,
         )  # fmt: skip
 
     def _snapshot(self) -> dict[str, Any]:
@@ -395,9 +393,10 @@ class Learner:
         picked = data.select(index)
 
         def batches() -> Iterator[Tensor]:
-            return (x.to(self.device) for x, _ in loader(picked, 4 * self.batch_size))
+            return (self.forward.placed(x, self.device) for x, _ in loader(picked, 4 * self.batch_size))
 
-        outcome = transfer(self.phases, batches, picked.labels, task.classes, self.kkt, self.seed, head=self.head)
+        with self.autocast():
+            outcome = transfer(self.phases, batches, picked.labels, task.classes, self.kkt, self.seed, head=self.head)
         report.kkt = replace(outcome, scores=None)
         if outcome.scores is None:
             return None
@@ -428,7 +427,7 @@ class Learner:
             return None
         if options.optimizer == "adam" and self.phases.phase == "mask" and is_served("adam_topk", self.device.type):
             return ScoreAdam(groups, self.model, weight_decay=options.weight_decay)
-        return optimizer_of(options, groups, self.device)
+        return optimizer_of(options, groups, self.device, self.forward.precision == "fp16")
 
     def _settings(self) -> dict[str, Any]:
         """What decides how training goes, as JSON has it."""
@@ -437,6 +436,7 @@ class Learner:
             "mask": asdict(self.mask), "weight": asdict(self.weight), "kkt": self.kkt,
             "batch_size": self.batch_size, "all_outputs": self.all_outputs, "seed": self.seed,
             "keep_scores": None if self.phases.keep_scores is None else str(self.phases.keep_scores), "head": self.head,
+            **asdict(self.forward),
         }  # fmt: skip
         return dict(json.loads(json.dumps(options)))
 
@@ -485,4 +485,5 @@ class Learner:
 
     def _score(self, data: Dataset[Any], classes: int) -> tuple[float, float]:
         """(accuracy, mean loss) of the network as it is now, in evaluation mode."""
-        return score(self.model, lambda x: self._logits(x, classes), data, 4 * self.batch_size, self.device)
+        logits = partial(self._logits, classes=classes)
+        return score(self.model, logits, data, 4 * self.batch_size, self.device, self.forward)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from ..io.values import alike, typed
 from ..nn import SupermaskLayer
 from ..ops import pack_mask
 from ..tasks import Task
+from .forward import ForwardOptions
 from .mask_bank import FreeRule
 from .phases import Phases
 from .records import OpenTask, Result, Stopwatch, TaskReport, Training
@@ -63,6 +65,7 @@ class OpenMeta:
     groups: list[dict[str, Any]]  # of the optimizer, without parameters
     moments: list[dict[str, Any]]  # the optimizer's state of each parameter; None stands for a tensor
     stage: int | None  # None in files of earlier versions, in which each phase occurs once
+    scaler: tuple[float, int] | None  # of gradients in float16: the scale, and the steps since it changed
 
 
 @dataclass
@@ -88,7 +91,10 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
     """The JSON part of a learner's state. ValueError where it is damaged or of other settings, model or stream."""
     if isinstance(meta, dict) and meta:  # files of earlier versions lack what is added here
         meta = {"method": {}, **meta}
-        meta["open"] = {"stage": None, **meta["open"]} if isinstance(meta.get("open"), dict) else meta.get("open")
+        if isinstance(meta.get("open"), dict):
+            meta["open"] = {"stage": None, "scaler": None, **meta["open"]}
+        if isinstance(meta.get("settings"), dict):
+            meta["settings"] = {**asdict(ForwardOptions()), **meta["settings"]}
     read: LearnerMeta = typed(LearnerMeta, meta, "the state")
     check_layers(read.k, phases)
     if different := sorted(k for k in {*settings, *read.settings} if settings.get(k) != read.settings.get(k)):
@@ -177,7 +183,7 @@ def opened(phases: Phases, open_: OpenTask, training: Training) -> tuple[dict[st
     return tensors, OpenMeta(
         phases.phase, open_.report, open_.best, open_.to_beat, training.epoch, training.batch, training.waited,
         None if training.kept is None else len(training.kept["masked"]), training.clock.seconds,
-        training.epoch_clock.seconds, groups, moments, open_.stage,
+        training.epoch_clock.seconds, groups, moments, open_.stage, scale_of(training.scaler),
     )  # fmt: skip
 
 
@@ -207,7 +213,8 @@ def put_training(
         )
     training.epoch, training.waited = meta.epoch, meta.waited
     training.clock, training.epoch_clock = Stopwatch(meta.seconds), Stopwatch(meta.epoch_seconds)
-    training.sums.copy_(pieces.take("epoch/sums", (2,), training.sums.dtype))
+    training.sums.copy_(pieces.take("epoch/sums", training.sums.shape, training.sums.dtype))
+    put_scale(training.scaler, meta.scaler)
     if meta.kept is not None:
         for i, target in enumerate(snapshot["masked"]):
             target.copy_(pieces.take(f"kept/masked/{i}", target.shape, target.dtype, finite=True))
@@ -246,6 +253,21 @@ def _put_optimizer(pieces: Pieces, meta: OpenMeta, training: Training) -> None:
                 optimizer.state[parameter][name] = expected.copy_(taken)
             else:
                 optimizer.state[parameter][name] = alike(expected, value, f"the optimizer's {name}")
+
+
+def scale_of(scaler: torch.amp.GradScaler | None) -> tuple[float, int] | None:
+    """The scale of a gradient scaler, and the steps since it changed."""
+    return None if scaler is None else (scaler.get_scale(), scaler.state_dict()["_growth_tracker"])
+
+
+def put_scale(scaler: torch.amp.GradScaler | None, stored: tuple[float, int] | None) -> None:
+    if (scaler is None) != (stored is None):
+        raise ValueError(f"the state's gradient scaler is {stored}, the learner {'has' if scaler else 'needs'} none")
+    if scaler is not None and stored is not None:
+        scale, steps = stored
+        if not (0 <= scale < math.inf and 0 <= steps < scaler.get_growth_interval()):
+            raise ValueError(f"the state's gradient scaler has the scale {scale} since {steps} steps")
+        scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": steps})
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

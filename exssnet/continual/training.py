@@ -1,7 +1,8 @@
 """One loop that trains a network for a phase, and one that evaluates it. B a batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from ..kernels import nan_flag
 from ..nn import evaluation
 from ..tasks import Task, batch_sizes, loader
 from . import checking, distributed
+from .forward import ForwardOptions, batches, resident
+from .phases import Phases
 from .records import EpochRecord, OpenTask, PhaseOptions, Training
 
 
@@ -39,6 +42,7 @@ class Loop:
         snapshot: A copy of everything that the phase trains.
         restore: Puts a snapshot back.
         validate: (accuracy, mean loss) on the validation data of a task.
+        forward: How forward passes compute.
     """
 
     model: nn.Module
@@ -51,16 +55,19 @@ class Loop:
     snapshot: Callable[[], dict[str, Any]]
     restore: Callable[[dict[str, Any]], None]
     validate: Callable[[Task], tuple[float, float]]
+    forward: ForwardOptions
 
     def begin(
         self, task: Task, options: PhaseOptions, optimizer: torch.optim.Optimizer, generator: torch.Generator,
         skip: int = 0,
     ) -> Training:  # fmt: skip
         """A phase's training at its first step, or after `skip` batches of an epoch; `generator` orders the data."""
-        least = checking.least_items(task, self.model, self.batch_size, self.device)
-        sizes, sums = batch_sizes(len(task.train), self.batch_size, least), torch.zeros(2, device=self.device)
+        with self.forward.autocast(self.device):
+            least = checking.least_items(task, self.model, self.batch_size, self.device)
+        sizes, scaler = batch_sizes(len(task.train), self.batch_size, least), self.forward.scaler(self.device)
+        sums = torch.zeros(2 if scaler is None else 3, device=self.device)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(sizes))
-        return Training(optimizer, schedule, least, sizes, generator, generator.get_state(), sums, batch=skip)
+        return Training(optimizer, schedule, least, sizes, scaler, generator, generator.get_state(), sums, batch=skip)
 
     def train(self, open_: OpenTask, phase: str, options: PhaseOptions) -> None:
         """Train a phase that has begun. Leave it at its best epoch by validation (accuracy, then loss), or at its last.
@@ -69,25 +76,23 @@ class Loop:
         """
         task, training = open_.task, open_.training
         assert training is not None
-        optimizer, schedule, steps = training.optimizer, training.schedule, options.epochs * len(training.sizes)
+        optimizer, steps = training.optimizer, options.epochs * len(training.sizes)
         training.generator.set_state(training.order)
         data = loader(
-            task.train, self.batch_size, shuffle=True, generator=training.generator, skip=training.batch,
-            share=distributed.part(), least=training.least,
+            resident(task.train, self.device), self.batch_size, shuffle=True, generator=training.generator,
+            skip=training.batch, share=distributed.part(), least=training.least, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         while training.epoch < options.epochs and (options.patience is None or training.waited < options.patience):
             self.model.train()
-            for x, y in data:
+            for x, y in batches(data, self.device, self.forward):
                 training.whole = False
                 batch, processes = training.sizes[training.batch], distributed.size()
-                sums = self.step(x.to(self.device), y.to(self.device), batch, optimizer)
+                sums = self.step(x, y, batch, training)
                 if processes > 1:
                     gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
                     distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
-                self.gradient()
-                optimizer.step()
-                schedule.step()
-                training.sums += sums * processes
+                self.update(training)
+                training.add(sums * processes, batch)
                 training.batch, training.whole = training.batch + 1, True
                 if self.observer is not None:
                     step = training.epoch * len(training.sizes) + training.batch
@@ -98,30 +103,50 @@ class Loop:
         open_.report.seconds[phase] = open_.report.seconds.get(phase, 0.0) + training.clock.seconds
         open_.training = None
 
-    def step(self, x: Tensor, y: Tensor, batch: int, optimizer: torch.optim.Optimizer) -> Tensor:
+    def step(self, x: Tensor, y: Tensor, batch: int, training: Training) -> Tensor:
         """Compute the gradients of a batch. No value is read on the host.
 
         Args:
             x: This process' items (B, ...), on the device.
             y: Their labels (B,), on the device.
             batch: Items of the whole batch, over all processes.
-            optimizer: Its parameters get the gradients.
+            training: Its optimizer's parameters get the gradients, times the scale of its gradient scaler.
 
         Returns:
             (2,): the sum of the losses of this process' items, and how many of them are right.
         """
         own, processes = distributed.share(batch), distributed.size()
-        loss, logits = self.loss(x, y)
+        with self.forward.autocast(self.device):
+            loss, logits = self.loss(x, y)
+        loss = self.forward.single(loss)
         if processes > 1:
             loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        training.optimizer.zero_grad(set_to_none=True)
+        (loss if training.scaler is None else training.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         return torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
+
+    def update(self, training: Training) -> None:
+        """Make the optimizer's step. No value is read on the host."""
+        optimizer, scaler = training.optimizer, training.scaler
+        if scaler is None:
+            self.gradient()
+            optimizer.step()
+        else:
+            scaler.unscale_(optimizer)
+            self.gradient()
+            scaler.step(optimizer)
+            scaler.update()
+        training.schedule.step()
 
     def _end_epoch(self, open_: OpenTask, training: Training, phase: str, epochs: int) -> None:
         """Validate, record and report an epoch, and keep it if it is the best so far."""
         task, number = open_.task, training.epoch + 1
-        mean_loss, accuracy = (total / len(task.train) for total in training.sums.tolist())
+        loss, right, items = (*training.sums.tolist(), len(task.train))[:3]
+        mean_loss, accuracy = loss / (items or math.nan), right / (items or math.nan)
+        if training.scaler is not None and (scale := training.scaler.get_scale()) < 1:
+            raise FloatingPointError(
+                f"gradients overflowed float16 until their scale was {scale}, in epoch {number} of the {phase} phase"
+            )
         if nan_flag.seen(training.sums.device):
             raise FloatingPointError(f"scores became NaN in epoch {number} of the {phase} phase")
         if not math.isfinite(mean_loss):
@@ -146,28 +171,47 @@ class Loop:
             self.observer.on_epoch(record)
 
 
-def optimizer_of(options: PhaseOptions, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that a phase's options name, over groups of parameters."""
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
+@contextmanager
+def divergence_told(task: Task, phases: Phases, mask: PhaseOptions, weight: PhaseOptions) -> Iterator[None]:
+    """Names the task and the learning rates where training, or the selection, finds NaN or infinity."""
+    try:
+        yield
+    except (RuntimeError, FloatingPointError) as error:
+        trained, told = phases.masked_parameters() + phases.dense_weights(), str(error)
+        if isinstance(error, RuntimeError):
+            if "NaN" not in told or all(bool(p.isfinite().all()) for p in trained):
+                raise
+            told = f"the {phases.phase} phase diverged ({told})"
+        rates = f"lower the learning rates, mask {mask.lr} and weight {weight.lr}"
+        raise FloatingPointError(f"{task.name}: {told}; {rates}") from error
+
+
+def optimizer_of(
+    options: PhaseOptions, groups: list[dict[str, Any]], device: torch.device, scaled: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that a phase's options name, over groups of parameters; `scaled`: with a gradient scaler."""
+    if options.optimizer == "sgd":  # fused, it skips a step without a question to the device
+        fused = scaled or None
+        return torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused)
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     # One kernel for all parameters: it cuts a step of a small network to a third.
     return kind(groups, weight_decay=options.weight_decay, fused=device.type in ("cpu", "cuda"))
 
 
 def score(
-    model: nn.Module, logits_of: Callable[[Tensor], Tensor], data: Dataset[Any], batch_size: int, device: torch.device
-) -> tuple[float, float]:
+    model: nn.Module, logits_of: Callable[[Tensor], Tensor], data: Dataset[Any], batch_size: int, device: torch.device,
+    forward: ForwardOptions,
+) -> tuple[float, float]:  # fmt: skip
     """(accuracy, mean loss) on labelled data in evaluation mode; NaN without data. `logits_of` calls the model."""
-    right, loss, seen = 0, 0.0, 0
+    items = len(data)  # type: ignore[arg-type]
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, loss
     with evaluation(model):
-        batches = loader(data, batch_size, share=distributed.part())
-        for (x, y), batch in zip(batches, batch_sizes(len(data), batch_size), strict=True):  # type: ignore[arg-type]
+        parts = loader(data, batch_size, share=distributed.part(), pin_memory=device.type == "cuda")
+        for (x, y), batch in zip(batches(parts, device, forward), batch_sizes(items, batch_size), strict=True):
             own = distributed.share(batch)
-            y = y.to(device)[:own]
-            logits = logits_of(x.to(device))[:own]
-            right += int((logits.argmax(1) == y).sum())
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-            seen += len(y)
-    rights, losses, items = distributed.total((right, loss, seen), device)
-    return (rights / items, losses / items) if items else (math.nan, math.nan)
+            with forward.autocast(device):
+                logits = forward.single(logits_of(x))[:own]
+            totals[0] += (logits.argmax(1) == y[:own]).sum()
+            totals[1] += F.cross_entropy(logits, y[:own], reduction="sum")
+    right, loss = distributed.total(totals, device)
+    return (right / items, loss / items) if items else (math.nan, math.nan)

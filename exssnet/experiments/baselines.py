@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..continual import checking
+from ..continual.forward import ForwardOptions, Precision
 from ..continual.learner import Learner
 from ..continual.methods import EWC, PackNet, Replay, Sequential
 from ..continual.records import OpenTask, PhaseOptions, TaskReport
@@ -28,12 +29,15 @@ class Plain:
         batch_size: Items of a batch, over all processes.
         seed: Seed of the data order.
         observer: Is told of each step and epoch.
+        precision, channels_last: See `Learner`.
     """
 
     def __init__(
         self, model: nn.Module, options: PhaseOptions, *,
         batch_size: int = 64, seed: int = 0, observer: Observer | None = None,
+        precision: Precision = "fp32", channels_last: bool | Literal["auto"] = "auto",
     ) -> None:  # fmt: skip
+        self.forward = ForwardOptions(precision, channels_last)
         self.model, self.options = model, options
         self.batch_size, self.seed, self.observer = batch_size, seed, observer
         self.networks: list[nn.Module] = []  # that are trained
@@ -58,7 +62,8 @@ class Plain:
         def fits(task: Task, x: Tensor) -> None:
             checking.check_logits(task, self.model(x), len(x))
 
-        checking.check_tasks(tasks, self.model, self.batch_size, self.device, fits)
+        with self.forward.autocast(self.device):
+            checking.check_tasks(tasks, self.model, self.batch_size, self.device, fits)
 
     def _learn(
         self, network: nn.Module, task: Task, loss: Loss, validate: Callable[[Task], tuple[float, float]]
@@ -79,12 +84,13 @@ class Plain:
         loop = Loop(
             network, self.device, self.batch_size, self.observer, loss, lambda: None,
             lambda: [t for t in network.buffers() if t.is_floating_point()],
-            lambda: {"tensors": [t.detach().clone() for t in tensors]}, restore, validate,
+            lambda: {"tensors": [t.detach().clone() for t in tensors]}, restore, validate, self.forward,
         )  # fmt: skip
         task.train.restart()
         parameters = [p for p in network.parameters() if p.requires_grad]
         if parameters and self.options.epochs:
-            optimizer = optimizer_of(self.options, [{"params": parameters, "lr": self.options.lr}], self.device)
+            groups: list[dict[str, Any]] = [{"params": parameters, "lr": self.options.lr}]
+            optimizer = optimizer_of(self.options, groups, self.device, self.forward.precision == "fp16")
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 * 8 + 2)  # that of a learner's first task
             open_.training = loop.begin(task, self.options, optimizer, generator)
             try:
@@ -124,15 +130,14 @@ class Individual(Plain):
         network = copy.deepcopy(self.model)
 
         def logits(x: Tensor) -> Tensor:
-            out: Tensor = network(x)
-            return out[:, : task.classes]
+            return self.forward.single(network(x))[:, : task.classes]
 
         def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             out = logits(x)
             return F.cross_entropy(out, y), out
 
         def on(data: Any) -> tuple[float, float]:
-            return score(network, logits, data, 4 * self.batch_size, self.device)
+            return score(network, logits, data, 4 * self.batch_size, self.device, self.forward)
 
         self._learn(network, task, loss, lambda task: on(task.validation))
         return on(task.test)[0]
@@ -167,8 +172,9 @@ class Multitask(Plain):
         def on(number: int, data: Any) -> tuple[float, float]:
             """(accuracy, mean loss) on one task's data by its own outputs."""
             return score(
-                self.model, lambda x: self.model(x)[:, outputs[number]], data, 4 * self.batch_size, self.device
-            )
+                self.model, lambda x: self.model(x)[:, outputs[number]], data, 4 * self.batch_size, self.device,
+                self.forward,
+            )  # fmt: skip
 
         def validate(_: Task) -> tuple[float, float]:
             means = torch.tensor([on(j, data) for j, data in enumerate(held_out)], dtype=torch.float64).mean(0)
@@ -184,7 +190,7 @@ def own_outputs_loss(model: nn.Module, classes: Sequence[int]) -> Loss:
     owners = torch.repeat_interleave(torch.tensor(classes))  # (all classes,)
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        owner, logits = owners.to(y.device), model(x)
+        owner, logits = owners.to(y.device, non_blocking=True), model(x)
         logits = logits.masked_fill(owner[y][:, None] != owner, -torch.inf)
         return F.cross_entropy(logits, y), logits
 
@@ -203,7 +209,8 @@ BASELINES = {**PLAIN, **DENSE}
 
 def baseline(
     name: str, model: nn.Module, options: PhaseOptions, *,
-    batch_size: int = 64, seed: int = 0, observer: Observer | None = None, **more: Any,
+    batch_size: int = 64, seed: int = 0, observer: Observer | None = None, precision: Precision = "fp32",
+    channels_last: bool | Literal["auto"] = "auto", **more: Any,
 ) -> Learner | Individual | Multitask:  # fmt: skip
     """A baseline that is ready to run a stream.
 
@@ -214,6 +221,7 @@ def baseline(
         batch_size: Items of a batch.
         seed: Seed of the run.
         observer: Is told of each step and epoch.
+        precision, channels_last: See `Learner`.
         more: Options of the method itself, as in ``strength=100.0`` of EWC.
 
     Returns:
@@ -223,9 +231,10 @@ def baseline(
 
         accuracy = baseline("ewc", model, PhaseOptions(10, 1e-3), strength=50.0).run(tasks)
     """
+    common: dict[str, Any] = {
+        "batch_size": batch_size, "seed": seed, "observer": observer, "precision": precision,
+        "channels_last": channels_last,
+    }  # fmt: skip
     if name in PLAIN:
-        return PLAIN[name](model, options, batch_size=batch_size, seed=seed, observer=observer, **more)
-    return Learner(
-        model, DENSE[name](**more), mask=PhaseOptions(0), weight=options, batch_size=batch_size, seed=seed,
-        keep_scores=None, observer=observer,
-    )  # fmt: skip
+        return PLAIN[name](model, options, **common, **more)
+    return Learner(model, DENSE[name](**more), mask=PhaseOptions(0), weight=options, keep_scores=None, **common)

@@ -52,5 +52,6 @@ def knn_classify(features: Tensor, labels: Tensor, queries: Tensor, k: int, clas
     low, high = (int(v) for v in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(f"knn_classify: labels must be in [0, {classes}), got {low} to {high}")
-    predicted: Tensor = torch.ops.exssnet.knn_classify(features.detach(), labels, queries.detach(), k, high + 1)
+    with torch.autocast(features.device.type, enabled=False):
+        predicted: Tensor = torch.ops.exssnet.knn_classify(features.detach(), labels, queries.detach(), k, high + 1)
     return predicted

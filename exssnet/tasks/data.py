@@ -39,6 +39,11 @@ def _integers(labels: Any) -> Tensor:
     return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.long()
 
 
+def _at(values: Any, index: Tensor) -> Any:
+    """The values at these indices, which follow a tensor to its device without a wait."""
+    return values[index.to(values.device, non_blocking=True) if isinstance(values, Tensor) else index]
+
+
 @dataclass(frozen=True, eq=False)
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
     """Labelled images, or any other features. Indexing with a list of B indices reads a whole batch at once.
@@ -75,13 +80,13 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
         if index.dim() == 0:
             images, labels = self[index[None]]
             return images[0], labels[0]
-        x = self.images[index]
+        x = _at(self.images, index)
         if x.dtype == torch.uint8:
             x = x.float() / 255
         for change in (self.transform, self.augment):
             x = x if change is None else change(x)
         x = x if self.mean is None else x - self.mean
-        return x if self.std is None else x / self.std, self.labels[index]
+        return x if self.std is None else x / self.std, _at(self.labels, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +147,7 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
 
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[Any, Tensor]:
         index = torch.as_tensor(index, dtype=torch.int64)
-        source, labels = self.index[index], self.labels[index]
+        source, labels = _at(self.index, index), _at(self.labels, index)
         try:
             return self._read(source), labels
         except Exception as error:
@@ -199,6 +204,20 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
         """The generator of the random augmentation, or None if the augmentation has no `generator`."""
         generator = getattr(getattr(self.dataset, "augment", None), "generator", None)
         return generator if isinstance(generator, torch.Generator) else None
+
+    def to(self, device: torch.device | str) -> "Relabelled":
+        """Copy the items to a device: images in their own dtype, labels, mean and standard deviation.
+
+        The data must be a `Labelled` whose images are a tensor. Its `transform` and its `augment` get batches on the
+        device. Random numbers and the order of the data are the same as on the CPU.
+        """
+        own = self.dataset
+        assert isinstance(own, Labelled)
+        assert isinstance(own.images, Tensor)
+        mean, std = (None if t is None else t.to(device) for t in (own.mean, own.std))
+        labels = self.labels.to(device)
+        moved = replace(own, images=own.images[self.index].to(device), labels=labels, mean=mean, std=std)
+        return replace(self, dataset=moved, index=torch.arange(len(self), device=device), labels=labels)
 
     def with_source(self, **changes: Any) -> "Relabelled":
         """Return the same items, with these fields of the underlying `Labelled` replaced."""
@@ -280,7 +299,7 @@ class _Batches(BatchSampler):
 
 def loader(
     dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None,
-    skip: int = 0, share: tuple[int, int] = (0, 1), least: int = 1,
+    skip: int = 0, share: tuple[int, int] = (0, 1), least: int = 1, pin_memory: bool = False,
 ) -> DataLoader[Any]:  # fmt: skip
     """Iterate over a dataset in batches (x, labels). Data in memory is indexed once per batch.
 
@@ -293,6 +312,7 @@ def loader(
         share: (rank, size): of each batch only the items rank, rank + size, rank + 2 size, ... are read; the first
             item of the batch if there are none.
         least: A last batch of fewer than `least` items is merged with the batch before it (see `batch_sizes`).
+        pin_memory: Whether batches on the CPU are in pinned memory, from which a GPU copies without a wait.
 
     Returns:
         A `DataLoader` over the batches.
@@ -307,6 +327,7 @@ def loader(
     assert isinstance(dataset, Sized)
     indices = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
     batches = _Batches(indices, batch_size, skip, share, least)
-    if not isinstance(dataset, Labelled | Relabelled):
-        return DataLoader(dataset, batch_sampler=batches, generator=generator)
-    return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)
+    how: dict[str, Any] = {"batch_sampler": batches}
+    if isinstance(dataset, Labelled | Relabelled):
+        how = {"batch_size": None, "sampler": batches}
+    return DataLoader(dataset, **how, generator=generator, pin_memory=pin_memory)

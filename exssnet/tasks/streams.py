@@ -73,7 +73,9 @@ class CropFlip:
         flip = torch.randint(2, (batch, 1), generator=self.generator).bool()
         row, column = top + torch.arange(height), left + torch.arange(width)  # (B, H), (B, W)
         column = column.flip(1).where(flip, column)
-        image, channel = torch.arange(batch)[:, None, None, None], torch.arange(channels)[:, None, None]
+        row, column = (t.to(x.device, non_blocking=True) for t in (row, column))
+        image = torch.arange(batch, device=x.device)[:, None, None, None]
+        channel = torch.arange(channels, device=x.device)[:, None, None]
         return F.pad(x, [self.padding] * 4)[image, channel, row[:, None, :, None], column[:, None, None, :]]
 
 

@@ -46,7 +46,7 @@ class Replay(Sequential):
         if self.kept:
             task = int(torch.randint(len(self.kept), (), generator=self.draw))
             items, labels, classes = self.kept[task]
-            drawn = torch.randint(len(labels), (len(y),), generator=self.draw)
+            drawn = torch.randint(len(labels), (len(y),), generator=self.draw).to(labels.device, non_blocking=True)
             state = _whole_state(learner.phases, task)
             again = functional_call(learner.model, state, (items[drawn],))
             loss = (loss + F.cross_entropy(again[:, :classes], labels[drawn])) / 2
