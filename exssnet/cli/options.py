@@ -5,6 +5,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from ..continual.forward import PRECISIONS
 from ..continual.kkt import RULES
 from ..continual.learner import OPTIMIZERS
 from ..continual.methods import METHODS
@@ -65,6 +66,12 @@ class TrainOptions:
     allocation: str = _option("uniform", "how the density is spread over layers", choices=("uniform", "er"))
     products: str = _option(
         "auto", "kernels for the kept weights, for all weights, or the faster ones", choices=PRODUCTS
+    )
+    precision: str = _option(
+        "fp32", "what networks compute in; bf16 and fp16: autocast, with parameters in float32", choices=(*PRECISIONS,)
+    )
+    channels_last: bool | None = _option(
+        None, "store images with the channels innermost (default: on a GPU with bf16 or fp16)"
     )
     all_outputs: bool = _option(False, "loss and prediction use all outputs of the shared head")
     keep_scores: str = _option(

@@ -43,10 +43,11 @@ def run_to_resume(text: str, chosen: dict[str, Any]) -> tuple[TrainOptions, Path
     options, learned = checked(path, notes["options"]), len(notes["classes"])
     if options.get("tasks") not in (None, learned):
         raise ValueError(f"{path} is damaged: it tells of {options['tasks']} tasks, and of the classes of {learned}")
+    was = TrainOptions(**options)
     for name, value in chosen.items():
-        if name not in FREE and value != options.get(name):
+        if name not in FREE and value != getattr(was, name):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value} is not what the run in {path} has ({options.get(name)}): "
+                f"--{name.replace('_', '-')} {value} is not what the run in {path} has ({getattr(was, name)}): "
                 "leave it out, a resumed run keeps its options"
             )
     options |= {"out": str(path.parent)} | {name: value for name, value in chosen.items() if name in FREE}

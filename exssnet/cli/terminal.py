@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from ..continual.learner import Observer
 from ..continual.records import EpochRecord
 from ..experiments.results import RunResult
 from ..tasks import Task
+
+REFRESH = 0.2
+"""Seconds between two looks at the loss, each of which waits for the GPU."""
 
 # Progress
 
@@ -52,13 +56,15 @@ class _Bars:
         self.progress, self.tasks = progress, tasks
         self.bars: dict[tuple[int, str], Any] = {}
         self.accuracy = ""
+        self.shown = -math.inf  # when the numbers were read
 
     def on_step(self, task: int, phase: str, step: int, steps: int, loss: Tensor) -> None:
         if (task, phase) not in self.bars:
             self.accuracy = ""
             text = f"{self.tasks[task].name} ({task + 1}/{len(self.tasks)}), {phase} phase"
             self.bars[task, phase] = self.progress.add_task(text, total=steps, numbers="")
-        if step % 10 == 0 or step == steps:
+        if step == steps or time.monotonic() >= self.shown + REFRESH:
+            self.shown = time.monotonic()
             self.progress.update(
                 self.bars[task, phase], completed=step, numbers=f"loss {loss.item():.3f}{self.accuracy}"
             )

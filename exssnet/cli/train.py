@@ -133,6 +133,8 @@ def _build(options: TrainOptions, source: Path | None) -> Job:
         batch_size=options.batch_size, all_outputs=options.all_outputs, seed=options.seed,
         keep_scores=None if options.keep_scores == "none" else getattr(torch, options.keep_scores),
         observer=saver,
+        precision=options.precision,  # type: ignore[arg-type]
+        channels_last="auto" if options.channels_last is None else options.channels_last,
     )  # fmt: skip
     if source is not None:
         resume.load(learner, source, tasks)

@@ -55,12 +55,15 @@ class ForwardOptions:
         """A result of autocast in float32."""
         return result.float() if self.precision != "fp32" and result.dtype == PRECISIONS[self.precision] else result
 
+    def innermost(self, device: torch.device) -> bool:
+        """Whether images are stored with their channels innermost on a device."""
+        auto = device.type == "cuda" and self.precision != "fp32"
+        return auto if self.channels_last == "auto" else self.channels_last
+
     def placed(self, x: Tensor, device: torch.device) -> Tensor:
         """Items (B, ...) on a device, in the layout for it. There is no wait for pinned memory."""
         x = x.to(device, non_blocking=device.type == "cuda")
-        auto = device.type == "cuda" and self.precision != "fp32"
-        channels_last = x.dim() == 4 and (auto if self.channels_last == "auto" else self.channels_last)
-        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        return x.to(memory_format=torch.channels_last) if x.dim() == 4 and self.innermost(device) else x
 
 
 def resident(data: Dataset[Any], device: torch.device) -> Dataset[Any]:

@@ -303,12 +303,14 @@ class Learner:
         if bare:  # no layer has a mask yet
             self.phases.start_task({name: torch.zeros(shape) for name, shape in self.phases.bank.shapes.items()})
         try:
-            fits = partial(self.method.check, self)
             with self.autocast():
-                checking.check_tasks(tasks, self.model, self.batch_size, self.device, fits)
+                checking.check_tasks(tasks, self.model, self.batch_size, self.device, self._check_batch)
         finally:
             if bare:
                 self.phases.abandon_task()
+
+    def _check_batch(self, task: Task, x: Tensor) -> None:
+        self.method.check(self, task, self.forward.placed(x, self.device))
 
     def _generator(self, task: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + task) * 8 + purpose)

@@ -6,7 +6,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..tasks import Task
 from .kkt import Transfer
@@ -124,8 +123,7 @@ class Training:
     scaler: torch.amp.GradScaler | None  # of gradients in float16
     generator: torch.Generator  # of the order of the data
     order: Tensor  # the generator's state when the epoch began
-    # Of the epoch so far: loss, right answers and, with a scaler, items; read once an epoch, so that nothing waits.
-    sums: Tensor
+    sums: Tensor  # of the epoch so far: loss, right answers; read once an epoch, so that nothing waits for a device
     epoch: int = 0
     batch: int = 0  # batches of the epoch that are learned
     whole: bool = True  # no step, and no end of an epoch, is half done
@@ -133,12 +131,6 @@ class Training:
     waited: int = 0  # epochs since the best
     clock: Stopwatch = field(default_factory=Stopwatch)
     epoch_clock: Stopwatch = field(default_factory=Stopwatch)
-
-    def add(self, sums: Tensor, batch: int) -> None:
-        """Add a batch's sums, (2,). With a scaler, a loss that overflowed does not count; its step was skipped."""
-        if self.scaler is not None:
-            sums = torch.where(sums[0].isfinite(), F.pad(sums, (0, 1), value=batch), 0)
-        self.sums += sums
 
     def next_epoch(self) -> None:
         self.epoch, self.batch = self.epoch + 1, 0

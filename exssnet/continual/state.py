@@ -262,7 +262,8 @@ def scale_of(scaler: torch.amp.GradScaler | None) -> tuple[float, int] | None:
 
 def put_scale(scaler: torch.amp.GradScaler | None, stored: tuple[float, int] | None) -> None:
     if (scaler is None) != (stored is None):
-        raise ValueError(f"the state's gradient scaler is {stored}, the learner {'has' if scaler else 'needs'} none")
+        needs = "has none" if scaler is None else "needs one"
+        raise ValueError(f"the state's gradient scaler is {stored}, the learner {needs}")
     if scaler is not None and stored is not None:
         scale, steps = stored
         if not (0 <= scale < math.inf and 0 <= steps < scaler.get_growth_interval()):

@@ -65,7 +65,7 @@ class Loop:
         with self.forward.autocast(self.device):
             least = checking.least_items(task, self.model, self.batch_size, self.device)
         sizes, scaler = batch_sizes(len(task.train), self.batch_size, least), self.forward.scaler(self.device)
-        sums = torch.zeros(2 if scaler is None else 3, device=self.device)
+        sums = torch.zeros(2, device=self.device)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(sizes))
         return Training(optimizer, schedule, least, sizes, scaler, generator, generator.get_state(), sums, batch=skip)
 
@@ -92,7 +92,7 @@ class Loop:
                     gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
                     distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
                 self.update(training)
-                training.add(sums * processes, batch)
+                training.sums += sums * processes
                 training.batch, training.whole = training.batch + 1, True
                 if self.observer is not None:
                     step = training.epoch * len(training.sizes) + training.batch
@@ -141,8 +141,7 @@ class Loop:
     def _end_epoch(self, open_: OpenTask, training: Training, phase: str, epochs: int) -> None:
         """Validate, record and report an epoch, and keep it if it is the best so far."""
         task, number = open_.task, training.epoch + 1
-        loss, right, items = (*training.sums.tolist(), len(task.train))[:3]
-        mean_loss, accuracy = loss / (items or math.nan), right / (items or math.nan)
+        mean_loss, accuracy = (total / len(task.train) for total in training.sums.tolist())
         if training.scaler is not None and (scale := training.scaler.get_scale()) < 1:
             raise FloatingPointError(
                 f"gradients overflowed float16 until their scale was {scale}, in epoch {number} of the {phase} phase"
@@ -190,9 +189,13 @@ def optimizer_of(
     options: PhaseOptions, groups: list[dict[str, Any]], device: torch.device, scaled: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer that a phase's options name, over groups of parameters; `scaled`: with a gradient scaler."""
-    if options.optimizer == "sgd":  # fused, it skips a step without a question to the device
-        fused = scaled or None
-        return torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused)
+    if options.optimizer == "sgd":
+        fused = scaled or None  # it skips a step without a question to the device
+        sgd = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused)
+        if scaled and options.momentum:  # a first step that is skipped would leave torch's own uninitialised
+            for parameter in (p for group in groups for p in group["params"]):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     # One kernel for all parameters: it cuts a step of a small network to a third.
     return kind(groups, weight_decay=options.weight_decay, fused=device.type in ("cpu", "cuda"))

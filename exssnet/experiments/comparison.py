@@ -97,7 +97,8 @@ def _text(report: dict[str, Any], groups: Groups, diverged: Sequence[Run]) -> li
     parts = [
         f"# {values['title']}{scaled}",
         f"{values['model']}, {epochs} + {epochs} epochs (methods with one phase: {2 * epochs}), batch "
-        f"{values['batch_size']}, {values['seeds']} seeds; mean ± standard deviation, accuracies in %. "
+        f"{values['batch_size']}, {values['precision']}, {values['seeds']} seeds; mean ± standard deviation, "
+        "accuracies in %. "
         + (
             f"{100 * values['validation']:g} % of the training data picks the best epoch. "
             if values["validation"]

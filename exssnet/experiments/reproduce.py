@@ -106,7 +106,10 @@ def learner_of(job: Job, tasks: list[Task]) -> Learner | Individual | Multitask:
     torch.manual_seed(run.seed)
     model = MODELS[recipe.model](shape, outputs).to("cuda" if torch.cuda.is_available() else "cpu")
     epochs = recipe.scaled_epochs
-    common: dict[str, Any] = {"batch_size": recipe.batch_size, "seed": run.seed}
+    common: dict[str, Any] = {
+        "batch_size": recipe.batch_size, "seed": run.seed, "precision": recipe.precision,
+        "channels_last": "auto" if recipe.channels_last is None else recipe.channels_last,
+    }  # fmt: skip
     if run.method in BASELINES:
         more: dict[str, dict[str, Any]] = {
             "ewc": {"strength": rates.strength}, "replay": {"memory": recipe.memory}, "packnet": {"tasks": len(tasks)},
@@ -144,7 +147,8 @@ def perform(job: Job) -> Outcome:
     seconds, memory = time.perf_counter() - began, peak() - before
     without = None
     if job.recipe.task_inference and job.run.density is not None and isinstance(learner, Learner):
-        without = _without_task(learner, tasks)
+        with learner.autocast():
+            without = _without_task(learner, tasks)
     return MeasuredResult.of(
         accuracy, learner.reports, seconds=seconds, memory=memory, kept_bytes=learner.nbytes, without_task_id=without
     )
@@ -291,6 +295,7 @@ def reproduce(
     described = json.loads(json.dumps(asdict(recipe)))
     file = out / "recipe.json"
     before = _read(file, lambda values: typed(dict, values, "its content")) if file.exists() else described
+    before = {"precision": "fp32", "channels_last": None, **before}  # files of earlier versions lack them
     if before.keys() != described.keys() or (before != described and any(out.glob("*/*.json"))):
         raise ValueError(f"{out} holds results of another recipe or another --scale: give another --out")
     began = time.time()

@@ -1,8 +1,11 @@
 """The state of a learner: taken at any step, another learner goes on from it bit for bit, or refuses it whole."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from exssnet import METHODS, Learner, PhaseOptions, convert
 from exssnet.continual import state as learner_state
+from exssnet.continual.forward import ForwardOptions
 from exssnet.tasks import Labelled, Task, loader, split_by_class
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
@@ -42,12 +46,14 @@ def noisy_stream(tasks: int = 2) -> list[Task]:
     return [replace(t, train=t.train.with_source(augment=Noise())) for t in stream(tasks)]
 
 
-def made(method: str = "exssnet", optimizer: str = "adam", patience: int | None = None, seed: int = 0) -> Learner:
+def made(
+    method: str = "exssnet", optimizer: str = "adam", patience: int | None = None, seed: int = 0, **more: Any
+) -> Learner:  # fmt: skip
     """A learner whose model is made from `seed`; a state brings what differs."""
     torch.manual_seed(seed)
     mask = PhaseOptions(2, 0.03, optimizer, weight_decay=0.01, patience=patience)  # type: ignore[arg-type]
     weight = replace(mask, epochs=3 if patience is None else 5)
-    return Learner(convert(Dropping(), 0.3), method, mask=mask, weight=weight, kkt="best", batch_size=25)
+    return Learner(convert(Dropping(), 0.3), method, mask=mask, weight=weight, kkt="best", batch_size=25, **more)
 
 
 def copied(state: State) -> State:
@@ -63,9 +69,9 @@ def recorded(learned: Learner, tasks: list[Task]) -> tuple[list[State], dict[str
     return states, outcome(learned)
 
 
-def continued(state: State, **options: Any) -> dict[str, object]:
+def continued(state: State, tasks_: int = 2, **options: Any) -> dict[str, object]:
     learned = made(**options, seed=1)
-    tasks = noisy_stream()
+    tasks = noisy_stream(tasks_)
     learned.restore(*state, tasks)
     learned.run(tasks)
     return outcome(learned)
@@ -78,6 +84,52 @@ def test_a_run_goes_on_bit_for_bit_from_a_step_of_every_kind(method: str, optimi
     for step in (3, 5, 8, 17, 20, len(states)):
         found = continued(states[step - 1], method=method, optimizer=optimizer)
         assert changes(expected, found) in ([], [".selection_hint"])
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "adam"), ("fp16", "adam"), ("fp16", "sgd")])
+def test_a_run_in_half_precision_goes_on_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str
+) -> None:
+    """The scale of float16's gradients falls and rises while the run is at work."""
+    grows = torch.amp.GradScaler("cpu", 2.0**26, growth_interval=2)
+    monkeypatch.setattr(ForwardOptions, "scaler", lambda self, _: deepcopy(grows) if self.precision == "fp16" else None)
+    options = {"precision": precision, "optimizer": optimizer}
+    states, expected = recorded(made(**options), noisy_stream(1))
+    if precision == "fp16":
+        scales = [state[1]["open"]["scaler"][0] for state in states]
+        assert {a < b for a, b in pairwise(scales) if a != b} == {True, False}
+    for step in (2, 5, 8, len(states)):
+        assert changes(expected, continued(states[step - 1], 1, **options)) in ([], [".selection_hint"])
+
+
+def test_a_learner_in_another_precision_or_with_another_scale_is_refused() -> None:
+    tasks = noisy_stream(1)
+    states, _ = recorded(made(precision="fp16"), tasks)
+    with pytest.raises(ValueError, match=r"^the state is of a learner with precision fp16, the learner has bf16$"):
+        made(precision="bf16").restore(*copied(states[1]), tasks)
+    learned = made(precision="fp16", seed=1)
+    before = picture(learned.phases)
+    for scaler, sentence in (
+        (None, "the state's gradient scaler is None, the learner needs one"),
+        ([-1.0, 3], "the state's gradient scaler has the scale -1.0 since 3 steps"),
+        ([math.inf, 3], "the state's gradient scaler has the scale inf since 3 steps"),
+        ([2.0, 2000], "the state's gradient scaler has the scale 2.0 since 2000 steps"),
+    ):
+        tensors, meta = copied(states[1])
+        meta["open"]["scaler"] = scaler
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            learned.restore(tensors, meta, tasks)
+        assert changes(before, picture(learned.phases)) == []
+
+
+def test_a_state_from_before_precisions_is_one_of_float32() -> None:
+    tasks = noisy_stream(1)
+    states, expected = recorded(made(), tasks)
+    tensors, meta = copied(states[3])
+    del meta["settings"]["precision"], meta["settings"]["channels_last"], meta["open"]["scaler"]
+    assert changes(expected, continued((tensors, meta), 1)) in ([], [".selection_hint"])
+    with pytest.raises(ValueError, match="of a learner with precision fp32, the learner has bf16"):
+        made(precision="bf16").restore(*copied((tensors, meta)), tasks)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ...continual.forward import PRECISIONS
 from ...continual.kkt import RULES
 from ...continual.methods import METHODS
 from ...io.values import fitting, from_yaml, read_yaml, shown
@@ -128,6 +129,8 @@ class Recipe:
         seeds: number of seeds.
         epochs: of each of the two phases. Methods with one phase train twice as long.
         batch_size: items in a training batch.
+        precision: what networks compute in, as in `Learner`.
+        channels_last: whether images are stored with the channels innermost; None: on a GPU with "bf16" or "fp16".
         validation: share of the training data that picks the best epoch; 0: the last epoch counts.
         memory: items of each class that replay keeps.
         kkt: the rule of the methods with "+kkt".
@@ -151,6 +154,8 @@ class Recipe:
     seeds: int = 3
     epochs: int = 5
     batch_size: int = 64
+    precision: str = "fp32"
+    channels_last: bool | None = None
     validation: float = 0.1
     memory: int = 20
     kkt: str = "best"
@@ -163,6 +168,7 @@ class Recipe:
         bases, tuning, rates = {*METHODS, *BASELINES}, self.tuning, self.rates.values()
         for name, given, known in (
             ("stream", [self.stream], streams()), ("model", [self.model], MODELS), ("kkt", [self.kkt], RULES),
+            ("precision", [self.precision], PRECISIONS),
             ("method", self.methods, sorted({*bases, *(m + KKT for m in METHODS)})),
             ("the method of rates", self.rates, sorted(bases)), ("init_scale", self.init_scales, SCALES),
         ):  # fmt: skip
