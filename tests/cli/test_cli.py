@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from learning import acting
+from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,10 +25,11 @@ from exssnet.cli import terminal, train
 from exssnet.cli.commands import main
 from exssnet.cli.train import TrainOptions
 from exssnet.continual import hooks, metrics
+from exssnet.continual.forward import ForwardOptions
 from exssnet.continual.learner import EpochRecord
 from exssnet.nn import evaluation
 from exssnet.nn.models import MODELS
-from exssnet.tasks import Task, load, split_by_class
+from exssnet.tasks import Labelled, Relabelled, Task, load, split_by_class
 
 pytest.importorskip("sklearn", reason="the runs here learn scikit-learn's digits")
 image = pytest.importorskip("matplotlib.image", reason="the plots are read back")
@@ -227,12 +229,14 @@ def test_options_reach_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--method", "wsn", "--kkt", "none", "--mask-lr", "0.5", "--weight-lr", "0.25", "--optimizer", "sgd",
         "--weight-decay", "0.125", "--patience", "7", "--all-outputs", "--keep-scores", "float16", "--seed", "11",
         "--density", "0.2", "--init-scale", "density", "--allocation", "er", "--threads", "2", "--validation", "0",
+        "--precision", "bf16", "--channels-last",
     ]  # fmt: skip
     assert main([*RUN, *given, "--out", str(tmp_path)]) == 0
     assert cut == [{"tasks": 2, "validation": 0.0, "seed": 11, "augment": False}]
     learner = made[0]
     assert (learner.method.name, learner.kkt, learner.batch_size, learner.all_outputs) == ("wsn", None, 128, True)
     assert learner.seed == learner.phases.seed == 11
+    assert learner.forward == ForwardOptions("bf16", True)
     assert (learner.phases.keep_scores, torch.get_num_threads()) == (torch.float16, 2)
     for phase, epochs, lr in ((learner.mask, 2, 0.5), (learner.weight, 1, 0.25)):
         assert (phase.epochs, phase.lr, phase.optimizer, phase.weight_decay, phase.patience) == (
@@ -475,6 +479,20 @@ def test_on_a_terminal_progress_is_bars(tmp_path: Path, monkeypatch: pytest.Monk
     assert b"\x1b[" in said
     assert "epoch 1/" not in plain
     assert "Metrics, %" in plain
+
+
+def test_progress_looks_at_the_loss_a_few_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[float] = []
+    monkeypatch.setattr(Tensor, "item", lambda self: read.append(clock[0]) or 0.5)
+    clock = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    data = Relabelled.of(Labelled(torch.zeros(1), torch.zeros(1).long()))
+    bars = terminal._Bars(Progress(), [Task("a", 1, (0,), data, data, data)])
+    for step in range(1, 1001):
+        clock[0] += 0.001
+        bars.on_step(0, "mask", step, 1000, torch.zeros(()))
+    assert len(read) == 6
+    assert read[-1] == clock[0]
 
 
 def test_augmentation_of_whole_streams_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -243,7 +243,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("option", "value", "had"),
-    [("--density", "0.2", "0.1"), ("--seed", "3", "0"), ("--method", "wsn", "exssnet"), ("--epochs", "9", "4")],
+    [
+        ("--density", "0.2", "0.1"),
+        ("--seed", "3", "0"),
+        ("--method", "wsn", "exssnet"),
+        ("--epochs", "9", "4"),
+        ("--precision", "bf16", "fp32"),
+    ],
 )
 def test_another_option_is_refused_by_name(
     stopped: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, had: str

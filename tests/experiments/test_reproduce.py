@@ -13,6 +13,7 @@ import pytest
 from processes import children
 
 from exssnet.cli.commands import main
+from exssnet.continual.forward import ForwardOptions
 from exssnet.experiments import recipes
 from exssnet.experiments.comparison import Finished, _pace, groups_of, paired, paired_difference
 from exssnet.experiments.recipes import Rates, Run, read, recipe
@@ -94,6 +95,8 @@ def test_given_rates_are_not_tuned() -> None:
         ({"seeds": 0}, "seeds, epochs, .* at least 1, got 0, 1, 64, 20, 1"),
         ({"seeds": "3"}, "test: seeds must be int, got '3'"),
         ({"kkt": "worst"}, "kkt must be one of best, always, all, rescaled, got 'worst'"),
+        ({"precision": "half"}, "precision must be one of fp32, bf16, fp16, got 'half'"),
+        ({"channels_last": "yes"}, "test: channels_last must be bool | None, got 'yes'"),
         ({"scale": 2}, r"scale must be in \(0, 1\], got 2.0"),
         ({"tuning": {"rate": 1}}, "test: tuning: unknown key rate"),
         ({"rates": {"ewc": {"mask": 1}}}, "test: rates.ewc: weight must be given"),
@@ -176,6 +179,18 @@ def test_methods_with_kkt_take_the_rule_of_the_recipe(root: Path, method: str, r
     assert learner_of(job, tasks_of(job)).kkt == rule
 
 
+@pytest.mark.parametrize("method", ["exssnet+kkt", "ewc", "multitask"])
+def test_every_method_computes_in_the_precision_of_the_recipe(root: Path, method: str) -> None:
+    for given, options in (
+        ({}, ForwardOptions()),
+        ({"precision": "bf16", "channels_last": True}, ForwardOptions("bf16", True)),
+    ):
+        made = recipe({**SMALL, **given}, "test")
+        density = 0.1 if method.startswith("exssnet") else None
+        job = Job(made, str(root), Run(method, density, "official", 0), Rates(0.01, 0.01, 1.0))
+        assert learner_of(job, tasks_of(job)).forward == options
+
+
 def test_divergence_is_a_result(root: Path) -> None:
     made = recipe(SMALL, "test")
     outcome = perform(Job(made, str(root), Run("ewc", None, "", 0), Rates(1e30, 1e30, 1.0)))
@@ -214,6 +229,7 @@ def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
     assert all(len(r["accuracy"]) == 2 for r in report["runs"])
     text = (out / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# a test\n")
+    assert "batch 64, fp32, 2 seeds" in text
     of_ewc = [r["accuracy"][-1] for r in report["runs"] if r["method"] == "ewc"]
     means = " | ".join(f"{50 * (a + b):.1f}" for a, b in zip(*of_ewc, strict=True))
     assert "| method | density | weights | task 0 | task 1 |\n" in text
@@ -227,6 +243,9 @@ def test_an_experiment_ends_in_a_report_and_goes_on_where_it_stopped(
     kept = out / "runs" / "ewc-seed0.json"
     before = json.loads(lost.read_text()), kept.stat().st_mtime_ns
     lost.unlink()
+    earlier = json.loads((out / "recipe.json").read_text())
+    del earlier["precision"], earlier["channels_last"]  # as earlier versions wrote it
+    (out / "recipe.json").write_text(json.dumps(earlier))
     (out / "methods.png").unlink()
     (out / "methods.png").mkdir()  # a plot that cannot be written is told, and the report does without
     assert main(arguments) == 0

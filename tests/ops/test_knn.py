@@ -31,6 +31,13 @@ def integers(n: int, m: int, d: int, classes: int, dtype: torch.dtype = torch.fl
     return torch.randint(-2, 3, (n, d)).to(dtype), torch.randint(classes, (n,)), torch.randint(-2, 3, (m, d)).to(dtype)
 
 
+def test_autocast_does_not_round_distances() -> None:
+    features = 1000 + torch.arange(40.0)[:, None]  # bfloat16 holds every eighth of these integers
+    labels = torch.arange(40) % 5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.knn_classify(features, labels, features, 1, 5), labels)
+
+
 @pytest.mark.parametrize(
     ("n", "m", "d", "k", "classes"),
     [
