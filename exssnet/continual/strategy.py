@@ -66,7 +66,10 @@ class Context(Protocol):
         """Index of the open stage in the strategy's plan."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """The model's logits (B, classes) for the open task's classes, or for all outputs with `all_outputs`."""
+        """The model's logits (B, classes) for the open task's classes, or for all outputs with `all_outputs`.
+
+        With a precision other than "fp32" they are computed under autocast and returned in float32.
+        """
 
     def generator(self) -> torch.Generator:
         """A new CPU generator, seeded by the run's seed and the open task's number alone."""
@@ -185,7 +188,7 @@ class Strategy:
         return []
 
     def loss(self, learner: Context, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a training batch.
+        """The loss of a training batch. With a precision other than "fp32" it is called under autocast.
 
         Args:
             learner: The learner; the model is in training mode.
@@ -202,7 +205,8 @@ class Strategy:
     def gradient(self, learner: Context) -> None:
         """Called after each backward pass: change `.grad` of what is trained, `learner.phases.parameters()`, in place.
 
-        With several processes the gradients are averaged already.
+        With several processes the gradients are averaged already. With "fp16" they are no longer scaled; if any of them
+        is not finite, the optimizer skips the step.
         """
 
     def after_phase(self, learner: Context) -> None:
