@@ -37,7 +37,7 @@ class ForwardOptions:
     channels_last: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if self.precision not in (*PRECISIONS,):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {shown(self.precision)}")
         if not isinstance(self.channels_last, bool) and self.channels_last != "auto":
             raise ValueError(f'channels_last must be True, False or "auto", got {shown(self.channels_last)}')

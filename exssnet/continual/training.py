@@ -92,6 +92,7 @@ class Loop:
                     gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
                     distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
                 self.update(training)
+                training.schedule.step()
                 training.sums += sums * processes
                 training.batch, training.whole = training.batch + 1, True
                 if self.observer is not None:
@@ -136,7 +137,6 @@ class Loop:
             self.gradient()
             scaler.step(optimizer)
             scaler.update()
-        training.schedule.step()
 
     def _end_epoch(self, open_: OpenTask, training: Training, phase: str, epochs: int) -> None:
         """Validate, record and report an epoch, and keep it if it is the best so far."""

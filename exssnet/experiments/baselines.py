@@ -130,7 +130,8 @@ class Individual(Plain):
         network = copy.deepcopy(self.model)
 
         def logits(x: Tensor) -> Tensor:
-            return self.forward.single(network(x))[:, : task.classes]
+            out: Tensor = network(x)
+            return out[:, : task.classes]
 
         def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             out = logits(x)

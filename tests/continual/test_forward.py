@@ -71,10 +71,11 @@ def test_nothing_is_forgotten_in(precision: str, method: str) -> None:
 
 
 class Noting(Strategy):
-    """Notes the dtypes that a method gets."""
+    """Notes the dtypes that a method gets, and the largest gradient."""
 
     def __init__(self) -> None:
         self.dtypes: set[str] = set()
+        self.largest = 0.0
 
     def loss(self, learner: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss, logits = super().loss(learner, x, y)
@@ -85,6 +86,7 @@ class Noting(Strategy):
     def gradient(self, learner: Any) -> None:
         for p in learner.phases.parameters():
             self.dtypes |= {f"parameter {p.dtype}", f"gradient {p.grad.dtype}"}
+            self.largest = max(self.largest, p.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.proof)])
@@ -104,6 +106,7 @@ def test_loss_logits_parameters_gradients_and_the_optimizers_state_are_float32(p
     wanted = {"loss", "logits", "parameter", "gradient"}
     assert learned.method.dtypes == {f"{name} torch.float32" for name in wanted} | {f"inside torch.{half}"}  # type: ignore[attr-defined]
     assert optimizers == {torch.float32}
+    assert 0 < learned.method.largest < 10  # the loss was scaled by 65536, gradients no longer are
     assert {t.dtype for t in learned.phases.weights_before().values()} == {torch.float32}
     assert {t.dtype for t in learned.phases.scores[0].values()} == {torch.float32}
 
@@ -279,6 +282,19 @@ def passes(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
     return (batch for _ in range(2) for batch in parts)
 
 
+class Places(TorchDispatchMode):
+    """Notes where the indices are by which tensors are indexed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_indices: set[str] = set()
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if call is torch.ops.aten.index.Tensor:
+            self.of_indices |= {i.device.type for i in args[1] if i is not None}
+        return call(*args, **(kwargs or {}))
+
+
 def test_data_on_a_device_are_the_same_batches() -> None:
     for (x, y), (a, b) in zip(passes(pictures()), passes(pictures().to("cpu")), strict=True):
         assert torch.equal(x, a)
@@ -286,11 +302,13 @@ def test_data_on_a_device_are_the_same_batches() -> None:
 
 
 def test_batches_of_data_on_a_device_are_made_there_and_ask_for_no_value() -> None:
-    data = pictures().to("meta")
+    data, there = pictures().to("meta"), Places()
     assert isinstance(data.dataset, Labelled)
     assert data.dataset.images.dtype == torch.uint8
     assert data.dataset.images.shape == (27, 3, 6, 5)
-    found = list(batches(passes(data), torch.device("meta"), ForwardOptions("bf16", True)))
+    with there:
+        found = list(batches(passes(data), torch.device("meta"), ForwardOptions("bf16", True)))
+    assert there.of_indices == {"meta"}
     assert [x.shape[0] for x, _ in found] == [8, 8, 8, 3] * 2
     assert {t.device.type for batch in found for t in batch} == {"meta"}
     assert {x.dtype for x, _ in found} == {torch.float32}
