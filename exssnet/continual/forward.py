@@ -67,9 +67,14 @@ class ForwardOptions:
 
 
 def resident(data: Dataset[Any], device: torch.device) -> Dataset[Any]:
-    """The data in a GPU's memory if they are a tensor, unchanged or changed by `CropFlip` alone, and small enough.
+    """Copy data to a GPU's memory if they are a tensor, without changes except those of `CropFlip`, and small enough.
 
-    Other data, and all data on other devices, are returned as they are.
+    Args:
+        data: Training data of a task.
+        device: Where the network is.
+
+    Returns:
+        The data on the GPU. Other data, and all data for other devices, as they are.
     """
     source = data.dataset if isinstance(data, Relabelled) else None
     if device.type != "cuda" or not isinstance(source, Labelled) or not isinstance(source.images, Tensor):
@@ -84,17 +89,25 @@ def resident(data: Dataset[Any], device: torch.device) -> Dataset[Any]:
 def batches(
     data: Iterable[tuple[Tensor, Tensor]], device: torch.device, options: ForwardOptions
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (x, labels) on a device. A batch is copied to a GPU while the GPU works on the batch before.
+    """Bring batches to a device. A batch in pinned memory is copied to a GPU while it works on the batch before.
 
     Each batch is read only when it is asked for, so that an error or a checkpoint between two steps finds the data, and
     the random state of their augmentation, where they were.
+
+    Args:
+        data: Batches (x, labels).
+        device: Where the network is.
+        options: The layout of x.
+
+    Yields:
+        The batches on the device.
     """
     aside = torch.cuda.Stream(device) if device.type == "cuda" else None
     for x, y in data:
-        if aside is not None and not x.is_cuda:
+        if aside is not None and x.device.type == y.device.type == "cpu":
             now = torch.cuda.current_stream(device)
             with torch.cuda.stream(aside):
-                x, y = (t.to(device, non_blocking=True) for t in (x, y))
+                x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
             now.wait_stream(aside)
             for t in (x, y):
                 t.record_stream(now)

@@ -80,7 +80,7 @@ class Loop:
         training.generator.set_state(training.order)
         data = loader(
             resident(task.train, self.device), self.batch_size, shuffle=True, generator=training.generator,
-            skip=training.batch, share=distributed.part(), least=training.least, pin_memory=self.device.type == "cuda",
+            skip=training.batch, share=distributed.part(), least=training.least,
         )  # fmt: skip
         while training.epoch < options.epochs and (options.patience is None or training.waited < options.patience):
             self.model.train()
@@ -209,7 +209,7 @@ def score(
     items = len(data)  # type: ignore[arg-type]
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, loss
     with evaluation(model):
-        parts = loader(data, batch_size, share=distributed.part(), pin_memory=device.type == "cuda")
+        parts = loader(data, batch_size, share=distributed.part())
         for (x, y), batch in zip(batches(parts, device, forward), batch_sizes(items, batch_size), strict=True):
             own = distributed.share(batch)
             with forward.autocast(device):

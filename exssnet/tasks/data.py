@@ -206,14 +206,23 @@ class Relabelled(Dataset[tuple[Any, Tensor]]):
         return generator if isinstance(generator, torch.Generator) else None
 
     def to(self, device: torch.device | str) -> "Relabelled":
-        """Copy the items to a device: images in their own dtype, labels, mean and standard deviation.
+        """Copy the items to a device, images in their own dtype.
 
-        The data must be a `Labelled` whose images are a tensor. Its `transform` and its `augment` get batches on the
-        device. Random numbers and the order of the data are the same as on the CPU.
+        `transform` and `augment` of the data then get batches on the device. The order of the data and the random
+        numbers of a `CropFlip` are the same as on the CPU.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The same items, whose batches are made on the device.
+
+        Raises:
+            ValueError: The data is no `Labelled` whose images are a tensor.
         """
         own = self.dataset
-        assert isinstance(own, Labelled)
-        assert isinstance(own.images, Tensor)
+        if not isinstance(own, Labelled) or not isinstance(own.images, Tensor):
+            raise ValueError(f"to: a Labelled with its images in a tensor is needed, got {type(own).__name__}")
         mean, std = (None if t is None else t.to(device) for t in (own.mean, own.std))
         labels = self.labels.to(device)
         moved = replace(own, images=own.images[self.index].to(device), labels=labels, mean=mean, std=std)
@@ -299,7 +308,7 @@ class _Batches(BatchSampler):
 
 def loader(
     dataset: Dataset[Any], batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None,
-    skip: int = 0, share: tuple[int, int] = (0, 1), least: int = 1, pin_memory: bool = False,
+    skip: int = 0, share: tuple[int, int] = (0, 1), least: int = 1,
 ) -> DataLoader[Any]:  # fmt: skip
     """Iterate over a dataset in batches (x, labels). Data in memory is indexed once per batch.
 
@@ -312,7 +321,6 @@ def loader(
         share: (rank, size): of each batch only the items rank, rank + size, rank + 2 size, ... are read; the first
             item of the batch if there are none.
         least: A last batch of fewer than `least` items is merged with the batch before it (see `batch_sizes`).
-        pin_memory: Whether batches on the CPU are in pinned memory, from which a GPU copies without a wait.
 
     Returns:
         A `DataLoader` over the batches.
@@ -327,7 +335,6 @@ def loader(
     assert isinstance(dataset, Sized)
     indices = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
     batches = _Batches(indices, batch_size, skip, share, least)
-    how: dict[str, Any] = {"batch_sampler": batches}
-    if isinstance(dataset, Labelled | Relabelled):
-        how = {"batch_size": None, "sampler": batches}
-    return DataLoader(dataset, **how, generator=generator, pin_memory=pin_memory)
+    if not isinstance(dataset, Labelled | Relabelled):
+        return DataLoader(dataset, batch_sampler=batches, generator=generator)
+    return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)

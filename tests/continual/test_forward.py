@@ -19,6 +19,7 @@ from exssnet import Learner, PhaseOptions, convert
 from exssnet.continual.forward import ForwardOptions, batches, resident
 from exssnet.continual.methods import Sequential
 from exssnet.continual.strategy import Strategy
+from exssnet.continual.task_inference import TaskInference, evaluate_without_task
 from exssnet.experiments.baselines import Multitask, baseline
 from exssnet.tasks import CropFlip, Labelled, Relabelled, load, loader, split_by_class
 
@@ -123,6 +124,18 @@ def test_dense_baselines_compute_in(name: str, precision: str) -> None:
     nn.Module.register_forward_hook(model, lambda _, args, out: seen.add(out.dtype))
     assert made.run(stream(2))[1].min() > 0.7
     assert seen == {torch.bfloat16 if precision == "bf16" else torch.float16}
+
+
+def test_tasks_are_inferred_in_the_precision_of_the_learner() -> None:
+    learned, tasks = learner("supsup", PhaseOptions(4, 0.03), PhaseOptions(0), precision="bf16"), stream(2)
+    learned.run(tasks)
+    seen: set[torch.dtype] = set()
+    with learned.autocast():
+        inference = TaskInference(learned.phases, samples=16)
+        inference._plain.register_forward_hook(lambda _, args, out: seen.add(out.dtype))
+        found = evaluate_without_task(inference, [task.test for task in tasks], [2, 2], batch_size=20)
+    assert seen == {torch.bfloat16}
+    assert found.task_accuracy > 0.6
 
 
 # Scaled gradients
@@ -351,7 +364,11 @@ def test_other_data_stay_on_the_cpu(data: Relabelled, monkeypatch: pytest.Monkey
 def test_on_a_cpu_data_stay_as_they_are() -> None:
     data = pictures()
     assert resident(data, torch.device("cpu")) is data
-    assert not next(iter(loader(data, 4)))[0].is_pinned()
+
+
+def test_data_outside_memory_are_not_copied_to_a_device() -> None:
+    with pytest.raises(ValueError, match=r"^to: a Labelled with its images in a tensor is needed, got _Joined$"):
+        Relabelled.join([pictures(), pictures()], [0, 4]).to("meta")
 
 
 class FakeStream:
@@ -373,13 +390,17 @@ class FakeStream:
 class OnCpu:
     """A batch that notes its copies."""
 
-    is_cuda = False
+    device = torch.device("cpu")
 
     def __init__(self, log: list[str], name: str) -> None:
         self.log, self.name = log, name
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "OnCpu":
         self.log.append(f"{self.name} to {device.type}{' without a wait' if non_blocking else ''}")
+        return self
+
+    def pin_memory(self) -> "OnCpu":
+        self.log.append(f"{self.name} is pinned")
         return self
 
     def record_stream(self, stream: FakeStream) -> None:
@@ -405,7 +426,8 @@ def test_a_batch_is_copied_beside_the_step_before_and_read_when_it_is_asked_for(
     for i, _ in enumerate(batches(read(), CUDA, ForwardOptions())):  # type: ignore[arg-type]
         log.append(f"step {i}")
     assert log[: log.index("step 0") + 1] == [
-        "read 0", "copying begins", "x0 to cuda without a wait", "y0 to cuda without a wait", "copying ends",
+        "read 0", "copying begins", "x0 is pinned", "x0 to cuda without a wait", "y0 is pinned",
+        "y0 to cuda without a wait", "copying ends",
         "training waits for copying", "x0 is used by training", "y0 is used by training",
         "x0 to cuda without a wait", "y0 to cuda without a wait", "step 0",
     ]  # fmt: skip
@@ -420,12 +442,12 @@ def test_a_batch_is_copied_beside_the_step_before_and_read_when_it_is_asked_for(
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("augment", [None, CropFlip(0, 1), lambda x: x], ids=["resident", "crop-flip", "pinned"])
 def test_no_step_waits_for_the_gpu(precision: str, optimizer: str, augment: Any) -> None:
-    """From the third step of the second epoch on, when kernels are chosen and compiled."""
+    """In the second epoch, the steps 15 to 28 of a phase, when kernels are chosen and compiled."""
     phase = PhaseOptions(2, 0.03, optimizer)  # type: ignore[arg-type]
     learned = Learner(convert(SmallNet(), 0.3).cuda(), mask=phase, weight=phase, batch_size=6, precision=precision)  # type: ignore[arg-type]
 
     def mode(task: int, name: str, step: int) -> None:
-        torch.cuda.set_sync_debug_mode("error" if 12 <= step < 20 else "default")
+        torch.cuda.set_sync_debug_mode("error" if 16 <= step < 26 else "default")
 
     watched(learned).at_step = mode
     (task,) = stream(1, validation=0)
