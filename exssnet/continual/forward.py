@@ -25,7 +25,8 @@ class ForwardOptions:
 
     Args:
         precision: "fp32" computes in the dtype of the parameters, "bf16" and "fp16" under `torch.autocast`. With
-            "fp16" a `torch.amp.GradScaler` scales the loss; a step whose gradients overflow is skipped.
+            "fp16" a `torch.amp.GradScaler` scales the loss; a step whose gradients overflow is skipped. On a CPU,
+            "fp16" is right but slow.
         channels_last: Whether images (N, C, H, W) are stored with their channels innermost, as tensor cores want them.
             "auto": on a GPU with "bf16" or "fp16".
 
