@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from ..kernels import nan_flag
 from ..nn import evaluation
 from ..tasks import Task, batch_sizes, loader
 from . import checking, distributed
+from .graph import Graph, replayed
 from .records import EpochRecord, OpenTask, PhaseOptions, Training
 
 
@@ -39,6 +41,7 @@ class Loop:
         snapshot: A copy of everything that the phase trains.
         restore: Puts a snapshot back.
         validate: (accuracy, mean loss) on the validation data of a task.
+        graph: Whether steps are replayed from a CUDA graph, see `replayed`.
     """
 
     model: nn.Module
@@ -51,6 +54,7 @@ class Loop:
     snapshot: Callable[[], dict[str, Any]]
     restore: Callable[[dict[str, Any]], None]
     validate: Callable[[Task], tuple[float, float]]
+    graph: Graph = False
 
     def begin(
         self, task: Task, options: PhaseOptions, optimizer: torch.optim.Optimizer, generator: torch.Generator,
@@ -69,7 +73,8 @@ class Loop:
         """
         task, training = open_.task, open_.training
         assert training is not None
-        optimizer, schedule, steps = training.optimizer, training.schedule, options.epochs * len(training.sizes)
+        schedule, steps = training.schedule, options.epochs * len(training.sizes)
+        train = replayed(partial(self._step, training), self.model, training.optimizer, self.graph)
         training.generator.set_state(training.order)
         data = loader(
             task.train, self.batch_size, shuffle=True, generator=training.generator, skip=training.batch,
@@ -79,20 +84,8 @@ class Loop:
             self.model.train()
             for x, y in data:
                 training.whole = False
-                y = y.to(self.device)
                 batch, processes = training.sizes[training.batch], distributed.size()
-                own = distributed.share(batch)
-                loss, logits = self.loss(x.to(self.device), y)
-                if processes > 1:
-                    loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                sums = torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
-                if processes > 1:
-                    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-                    distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
-                self.gradient()
-                optimizer.step()
+                sums = train(x.to(self.device), y.to(self.device))
                 schedule.step()
                 training.sums += sums * processes
                 training.batch, training.whole = training.batch + 1, True
@@ -104,6 +97,23 @@ class Loop:
             self.restore(training.kept)
         open_.report.seconds[phase] = open_.report.seconds.get(phase, 0.0) + training.clock.seconds
         open_.training = None
+
+    def _step(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+        """One step on a batch on the device: (2,), the loss and the right answers. No value is read on the host."""
+        batch, processes, optimizer = training.sizes[training.batch], distributed.size(), training.optimizer
+        own = distributed.share(batch)
+        loss, logits = self.loss(x, y)
+        if processes > 1:
+            loss = loss * (own * processes / batch)  # so that the mean over processes is that of the batch
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums = torch.stack([loss.detach() * batch / processes, (logits.argmax(1) == y)[:own].sum()])
+        if processes > 1:
+            gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+            distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
+        self.gradient()
+        optimizer.step()
+        return sums
 
     def _end_epoch(self, open_: OpenTask, training: Training, phase: str, epochs: int) -> None:
         """Validate, record and report an epoch, and keep it if it is the best so far."""

@@ -47,6 +47,7 @@ class Selector:
         self.layers = list(layers)
         self.passed_over = dict(passed_over)
         self.hint = torch.full((len(self.layers), 2), -1, dtype=torch.int64, device="cpu")  # -1: nothing known
+        torch._dynamo.mark_static_address(self.hint)
         self.handed: Handed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,6 +66,8 @@ class Selector:
         if self.hint.device != device:
             with torch.inference_mode(False):
                 self.hint = self.hint.to(device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.hint)
         return self.hint
 
     def hand_over(self, layers: Sequence[Any], selections: Sequence[Tensor]) -> None:
