@@ -69,7 +69,8 @@ def convert(
     A layer whose weight requires no gradient stays as it is, frozen. Other parameters without a mask (biases, affine
     norms, embeddings) are per-task under `Phases` if they require a gradient, and frozen otherwise.
     `exssnet.summary` lists them with the reasons. A warning follows if masks cover less than 80 % of the parameters
-    that train.
+    that train. The model's class becomes a subclass of its own class, with the same name, whose `forward` selects the
+    masks of all layers at once. `unconvert` undoes that.
 
     Args:
         model: The model.
@@ -113,7 +114,7 @@ def convert(
                 module.__dict__[switch] = 0
     every = [m for m in model.modules() if isinstance(m, SupermaskLayer)]
     model._selector = Selector(every, passed_over)  # type: ignore[assignment]
-    model.__class__ = selecting(type(model))
+    model.__class__ = selecting(type(model))  # type: ignore[arg-type]
     if "forward" in vars(model):
         model.__dict__[OWN_FORWARD] = model.__dict__.pop("forward")
     if callable(getattr(model, "save_pretrained", None)):

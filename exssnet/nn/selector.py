@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ def _exporting() -> bool:
 
 
 @functools.cache
-def selecting(kind: type[nn.Module]) -> type[nn.Module]:
+def selecting(kind: Any) -> Any:
     """The class of a converted model whose own class is `kind`: its `forward` selects for all layers, see `Selector`.
 
     It has the name of `kind`. No hook selects, because `torch.cuda.make_graphed_callables` refuses modules with hooks.
@@ -207,7 +207,7 @@ def selecting(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind)(kind.__name__, (Selecting, kind), {**names, "forward": forward})
 
 
-def own_class(kind: type[nn.Module]) -> type[nn.Module]:
+def own_class(kind: Any) -> Any:
     """The class that `selecting` made a class of. Any other class is returned unchanged."""
     return kind.__bases__[1] if Selecting in kind.__bases__ else kind
 
@@ -220,14 +220,14 @@ class Selecting:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Name the model's own class in copies and pickles. This one cannot be imported."""
-        rebuild, args, *state = super().__reduce_ex__(protocol)
+        rebuild, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         return _rebuilt, (rebuild, *(own_class(a) if a is type(self) else a for a in args)), *state
 
 
 def _rebuilt(rebuild: Callable[..., Any], *args: Any) -> Any:
     """A converted model from a copy or a pickle, before its state is set."""
     model = rebuild(*args)
-    model.__class__ = selecting(type(model))
+    model.__class__ = selecting(model.__class__)
     return model
 
 

@@ -3,6 +3,7 @@
 On the CPU a recorder stands for the CUDA graph.
 """
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from recorded_graph import RecordedGraph, Recorder, tensors_in
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exssnet import Phases, convert, graphed
+from exssnet import Phases, convert, graphed, topk_masks
+from exssnet.kernels import nan_flag
 from exssnet.nn import graphs, supermask_layers
 
 in_phases = pytest.mark.parametrize("phase", ["mask", "weight"])
@@ -349,3 +351,119 @@ def test_the_compiler_knows_that_the_hint_stays_where_it_is() -> None:
     torch.compile(model, backend=backend)(images())
     torch._dynamo.reset()
     assert ((3, 2), "unguarded") in marks
+
+
+def test_a_flag_for_nan_is_not_made_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nan_flag, "_flags", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="make one step before the capture, as exssnet.graphed does"):
+            nan_flag.flag(torch.device("cpu"))
+    nan_flag.flag(torch.device("cpu"))
+
+
+# With a GPU
+
+
+class Wide(nn.Module):
+    """Layers of more than 64 k weights, which select with a hint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128)
+        self.deep, self.head = nn.Conv2d(128, 128, 3, stride=2), nn.Linear(128 * 9, 512)
+        self.out = nn.Linear(512, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep(self.norm(self.conv(x)).relu()).relu()
+        out: Tensor = self.out(self.head(x.flatten(1)).relu())
+        return out
+
+
+def wide_training(phase: str, steps: int, replayed: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The losses of some steps on a GPU, and the masks or the values after them."""
+    torch.manual_seed(0)
+    model = convert(Wide().cuda(), 0.1, products="dense")
+    phases = Phases(model)
+    phases.start_task()
+    if phase == "weight":
+        phases.start_weight_phase()
+    optimizer = phases.optimizer(torch.optim.Adam, lr=2.0**-9, fused=True, capturable=True)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // 4), 0.5)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    warmup, losses = 3 if replayed else steps, []  # without replays the rates are the same tensors
+    train = graphed(step, model=model, optimizer=optimizer, warmup=warmup)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(steps):
+        x, y = torch.randn(16, 3, 8, 8, generator=generator), torch.randint(10, (16,), generator=generator)
+        losses.append(train(x, y))
+        schedule.step()
+        if number == 4:
+            torch.cuda.empty_cache()
+    layers = phases.layers.values()
+    return losses, [layer.mask() if phase == "mask" else layer.free_values.detach() for layer in layers]  # type: ignore[union-attr]
+
+
+@pytest.mark.gpu
+@in_phases
+def test_five_hundred_replays_are_the_steps_of_eager_mode(phase: str) -> None:
+    """Masks and values bit for bit, as the kernels of a run are deterministic."""
+    wide_training(phase, 4, replayed=False)  # chooses kernels
+    (losses, ends), (expected, wanted) = (wide_training(phase, 504, replayed) for replayed in (True, False))
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert all(torch.equal(a, b) for a, b in zip(ends, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@in_phases
+def test_graphed_callables_have_the_gradients_of_the_model(phase: str) -> None:
+    model, x = Training(phase, device="cuda").model[0].eval(), images(8).cuda()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model(x)
+    twin = copy.deepcopy(model)
+    graph = torch.cuda.make_graphed_callables(model, (x.clone(),))
+    for seed in range(3):
+        x = images(8, seed).cuda()
+        found, wanted = (call(x) for call in (graph, twin))
+        torch.testing.assert_close(found, wanted)
+        own = [p for p in twin.parameters() if p.requires_grad]
+        gradients = (torch.autograd.grad(y.square().sum(), p) for y, p in ((found, parameters), (wanted, own)))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            for p, q in zip(parameters, own, strict=True):
+                p.add_(0.1)
+                q.add_(0.1)
+
+
+@pytest.mark.gpu
+@in_phases
+def test_compiled_with_graphs_has_the_losses_of_eager_mode(phase: str) -> None:
+    losses = []
+    for mode in (None, "reduce-overhead"):
+        torch._dynamo.reset()
+        training = Training(phase, device="cuda")
+        training.model = training.model[0]
+        if mode is not None:
+            training.model = torch.compile(training.model, mode=mode, fullgraph=True)
+        y = (torch.arange(8) % 4).cuda()
+        steps = [training.step(images(8, seed).cuda(), y)["loss"].detach().clone() for seed in range(6)]
+        losses.append(torch.stack(steps))
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_first_selection_that_is_captured_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exssnet.kernels.nan_flag._flags", {})
+    scores = [torch.randn(1 << 17, device="cuda")]
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="make one step before the capture"), torch.cuda.graph(graph):
+        topk_masks(scores, [1000])
