@@ -1,5 +1,6 @@
 """Training steps that a GPU replays from a CUDA graph, without Python."""
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,9 +98,9 @@ class Graphed:
     ) -> None:  # fmt: skip
         self._step, self._model, self._device, self._graph, self._left = step, model, device, graph, warmup
         self._optimizers = optimizers
-        self._like = [torch.empty_like(e) for e in examples] if examples else None
-        self._inputs: list[Tensor] = []  # what the graph reads
+        self._inputs = [torch.empty_like(e) for e in examples] if examples else None  # what the graph reads
         self._rates = [torch.zeros((), device=device) for o in optimizers for _ in o.param_groups]  # it reads these too
+        self._numbers: dict[int, float] = {}  # what the rates hold
         self._results: Any = None  # what the graph writes
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] | None = None  # and these; None before the capture
         self._seen: _Seen | None = None
@@ -107,15 +108,17 @@ class Graphed:
     def __call__(self, *tensors: Tensor) -> Any:
         for number, t in enumerate(tensors):
             _check_tensor(f"argument {number}", t)
-        if self._like is None:
-            self._like = [torch.empty_like(t, device=self._device) for t in tensors]
-        if len(tensors) != len(self._like):
-            raise ValueError(f"graphed: the step takes {len(self._like)} tensors, as the examples, got {len(tensors)}")
+        if self._inputs is None:
+            self._inputs = [torch.empty_like(t, device=self._device) for t in tensors]
+        if len(tensors) != len(self._inputs):
+            raise ValueError(f"graphed: the step takes {len(self._inputs)} tensors, got {len(tensors)}")
         if self._seen is not None:
-            self._seen.check(_Seen(self._model, self._optimizers))
-        fits = all(t.shape == e.shape and t.dtype == e.dtype for t, e in zip(tensors, self._like, strict=True))
+            self._seen.check()
+        fits = all(t.shape == e.shape and t.dtype == e.dtype for t, e in zip(tensors, self._inputs, strict=True))
         if self._graph is not None and fits and not self._left:
-            return self._replay(self._graph, tensors)
+            for own, t in zip(self._inputs, tensors, strict=True):
+                own.copy_(t, non_blocking=True)
+            return self._replay(self._graph, self._inputs)
         if self._graph is None or not fits:
             results = self._eager(tensors)
         else:
@@ -131,24 +134,21 @@ class Graphed:
             results = self._step(*(t.to(self._device, non_blocking=self._device.type != "cpu") for t in tensors))
         return tree_map_only(Tensor, Tensor.detach, results)
 
-    def _replay(self, graph: "CudaGraph", tensors: Sequence[Tensor]) -> Any:
-        self._inputs = self._inputs or [torch.empty_like(e) for e in self._like or ()]
-        for own, t in zip(self._inputs, tensors, strict=True):
-            own.copy_(t, non_blocking=True)
+    def _replay(self, graph: "CudaGraph", inputs: Sequence[Tensor]) -> Any:
         self._set_rates()
         if self._gradients is None:
-            self._gradients = self._capture(graph)
+            self._gradients = self._capture(graph, inputs)
         graph.replay()
         for parameter, gradient in self._gradients:  # which a step of another batch may have replaced
             parameter.grad = gradient
         return tree_map_only(Tensor, Tensor.clone, self._results)
 
-    def _capture(self, graph: "CudaGraph") -> list[tuple[nn.Parameter, Tensor | None]]:
+    def _capture(self, graph: "CudaGraph", inputs: Sequence[Tensor]) -> list[tuple[nn.Parameter, Tensor | None]]:
         """Capture the step, which computes nothing. Returns the parameters with their gradients."""
         host = random.getstate(), torch.get_rng_state()
         with self._rates_on_the_device():
             try:
-                results = graph.capture(lambda: self._step(*self._inputs))
+                results = graph.capture(lambda: self._step(*inputs))
             except RuntimeError as error:
                 cause: BaseException = error
                 while cause.__context__ is not None:
@@ -167,8 +167,13 @@ class Graphed:
         return [group for o in self._optimizers for group in o.param_groups]
 
     def _set_rates(self) -> None:
-        for group, rate in zip(self._groups(), self._rates, strict=True):
-            rate.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else rate.fill_(group["lr"])
+        for i, (group, rate) in enumerate(zip(self._groups(), self._rates, strict=True)):
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                rate.copy_(lr)
+            elif lr != self._numbers.get(i):
+                rate.fill_(lr)
+                self._numbers[i] = lr
 
     @contextmanager
     def _rates_on_the_device(self) -> Iterator[None]:
@@ -190,39 +195,49 @@ class _Seen:
     """What a captured step depends on: the tensors and modules of a model, and the options of its optimizers."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        modules = list(model.modules())
-        self.tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
-        self.addresses = [None if t is None else t.data_ptr() for t in self.tensors]
-        self.training = [m.training for m in modules]
-        groups = [(o.defaults, group) for o in optimizers for group in o.param_groups]
-        self.options = [{name: group[name] for name in names if name != "lr"} for names, group in groups]
+        self._modules, self._optimizers = list(model.modules()), optimizers
+        self._held, self._addresses, self._training = self._of_model()
+        self._options = self._of_optimizers()
 
-    def check(self, now: "_Seen") -> None:
+    def _of_model(self) -> tuple[list[Any], list[int], list[bool]]:
+        """Parameters, buffers and submodules; the addresses of the tensors; whether each module is in training."""
+        attributes = [m.__dict__ for m in self._modules]  # each step asks, so no detour through `getattr` of modules
+        slots = (t for a in attributes for t in (*a["_parameters"].values(), *a["_buffers"].values()))
+        tensors = [t for t in slots if t is not None]
+        parts = [part for a in attributes for part in a["_modules"].values()]
+        return tensors + parts, [t.data_ptr() for t in tensors], [a["training"] for a in attributes]
+
+    def _of_optimizers(self) -> list[dict[str, Any]]:
+        groups = [(o.defaults, group) for o in self._optimizers for group in o.param_groups]
+        return [{name: group[name] for name in names if name != "lr"} for names, group in groups]
+
+    def check(self) -> None:
         """GraphError, in one sentence, for what has changed."""
+        held, addresses, training = self._of_model()
         again = "call graphed again"
-        same = [a is b and p == q for a, b, p, q in zip(
-            self.tensors, now.tensors, self.addresses, now.addresses, strict=False,
-        )]  # fmt: skip
-        if len(self.tensors) != len(now.tensors) or not all(same):
+        if len(held) != len(self._held) or addresses != self._addresses or not all(map(operator.is_, held, self._held)):
+            before = set(map(id, self._held))
+            new = sum(id(each) not in before for each in held) or "addresses"
             raise GraphError(
-                f"graphed: {len(now.tensors) - sum(same)} of the model's {len(now.tensors)} parameters and buffers are "
-                f"not those of the first call: {again} after each change of phase, with a new optimizer"
+                f"graphed: {new} of the model's parameters, buffers and modules are not those of the first call: "
+                f"{again} after each change of phase, with a new optimizer"
             )
-        if self.training != now.training:
-            modes = ["training" if seen.training[0] else "evaluation" for seen in (self, now)]
+        if training != self._training:
+            modes = ["training" if first else "evaluation" for first in (self._training[0], training[0])]
             raise GraphError(
                 f"graphed: modules changed between training and evaluation since the first call (the model: "
                 f"{modes[0]}, now {modes[1]}): {again}, once for each"
             )
-        for before, after in zip(self.options, now.options, strict=False):
+        options = self._of_optimizers()
+        if len(options) != len(self._options):
+            raise GraphError(f"graphed: an optimizer has other parameter groups than at the first call: {again}")
+        for before, after in zip(self._options, options, strict=True):
             for name, value in before.items():
                 if not isinstance(value, Tensor) and after[name] != value:
                     raise GraphError(
                         f"graphed: {name} of an optimizer changed from {value} to {after[name]} since the first call, "
                         f"where only the learning rate may change: {again}"
                     )
-        if len(self.options) != len(now.options):
-            raise GraphError(f"graphed: an optimizer has other parameter groups than at the first call: {again}")
 
 
 class CudaGraph:
@@ -236,9 +251,11 @@ class CudaGraph:
         """Within a block, work goes to the graph's stream, after the work before it and before the work after it."""
         now = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(now)
-        with torch.cuda.stream(self._stream):
-            yield
-        now.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            now.wait_stream(self._stream)
 
     def capture(self, step: Callable[[], Any]) -> Any:
         """Capture a step. Its results are those of the last replay."""

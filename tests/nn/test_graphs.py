@@ -163,9 +163,10 @@ def test_the_rates_that_a_user_sees_stay_numbers(recorded: type[RecordedGraph]) 
 
 
 CHANGES: dict[str, tuple[Callable[[Training], Any], str]] = {
-    "phase": (lambda t: t.phases.start_weight_phase(), r"[1-9]\d* of the model's \d+ parameters and buffers"),
-    "moved": (lambda t: setattr(t.model[0].norm.weight, "data", torch.zeros(8)), "^graphed: 1 of"),
+    "phase": (lambda t: t.phases.start_weight_phase(), r"^graphed: [1-9]\d* of the model's parameters, buffers and modules"),
+    "moved": (lambda t: setattr(t.model[0].norm.weight, "data", torch.zeros(8)), "^graphed: addresses of"),
     "buffer": (lambda t: setattr(t.model[0].norm, "running_mean", torch.zeros(8)), "^graphed: 1 of"),
+    "module": (lambda t: setattr(t.model[0], "pool", nn.AvgPool2d(2)), "^graphed: 1 of"),
     "evaluation": (lambda t: t.model.eval(), r"the model: training, now evaluation\): call graphed again"),
     "one module": (lambda t: t.model[1].eval(), "modules changed between training and evaluation"),
     "weight decay": (lambda t: t.optimizer.param_groups[0].update(weight_decay=0.5), "weight_decay of an optimizer"),
@@ -358,7 +359,7 @@ def test_a_flag_for_nan_is_not_made_during_a_capture(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(RuntimeError, match="make one step before the capture, as exssnet.graphed does"):
+        with pytest.raises(RuntimeError, match="make one step before the capture, as exssnet"):
             nan_flag.flag(torch.device("cpu"))
     nan_flag.flag(torch.device("cpu"))
 
