@@ -216,8 +216,8 @@ class _Seen:
         held, addresses, training = self._of_model()
         again = "call graphed again"
         if len(held) != len(self._held) or addresses != self._addresses or not all(map(operator.is_, held, self._held)):
-            before = set(map(id, self._held))
-            new = sum(id(each) not in before for each in held) or "addresses"
+            known = set(map(id, self._held))
+            new = sum(id(each) not in known for each in held) or "addresses"
             raise GraphError(
                 f"graphed: {new} of the model's parameters, buffers and modules are not those of the first call: "
                 f"{again} after each change of phase, with a new optimizer"
