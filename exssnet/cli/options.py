@@ -66,6 +66,7 @@ class TrainOptions:
     products: str = _option(
         "auto", "kernels for the kept weights, for all weights, or the faster ones", choices=PRODUCTS
     )
+    graph: str = _option("auto", "replay training steps from a CUDA graph, on a GPU", choices=("auto", "on", "off"))
     all_outputs: bool = _option(False, "loss and prediction use all outputs of the shared head")
     keep_scores: str = _option(
         "float32", "type in which the scores of finished tasks are kept for KKT", choices=("float32", "float16", "none")

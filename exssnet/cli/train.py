@@ -132,7 +132,7 @@ def _build(options: TrainOptions, source: Path | None) -> Job:
         weight=PhaseOptions(options.weight_epochs, options.weight_lr, **phase),
         batch_size=options.batch_size, all_outputs=options.all_outputs, seed=options.seed,
         keep_scores=None if options.keep_scores == "none" else getattr(torch, options.keep_scores),
-        observer=saver,
+        observer=saver, graph={"on": True, "off": False}.get(options.graph, "auto"),
     )  # fmt: skip
     if source is not None:
         resume.load(learner, source, tasks)
