@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 import exssnet
-from exssnet.nn.models import BasicBlock, ResNet
+from exssnet.nn.models import LeNet300100
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = exssnet.convert(ResNet(10, BasicBlock, (1, 1), 16), density=0.1).to(device)
+model = exssnet.convert(LeNet300100(784, 10), density=0.1).to(device)
 phases = exssnet.Phases(model)
 
 # %% [markdown]
@@ -34,7 +34,7 @@ def train(steps: int) -> torch.Tensor:
     step = exssnet.graphed(step, model=model, optimizer=optimizer)  # the fourth call captures
     for number in range(steps):
         size = 16 if number < steps - 1 else 7  # the last batch of an epoch: this step is eager
-        loss = step(torch.randn(size, 3, 32, 32), torch.randint(10, (size,)))
+        loss = step(torch.randn(size, 1, 28, 28), torch.randint(10, (size,)))
         schedule.step()
     return loss
 

@@ -32,13 +32,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
 
 
 def learned(optimizer: str = "adam", method: Any = "exssnet", model: nn.Module | None = None, **options: Any) -> Any:
-    """The state and the accuracies of a learner after two tasks; 45 items in batches of 16 end with a smaller one."""
+    """The state and the accuracies of a learner after two tasks; 36 items in batches of 16 end with a smaller one."""
     phase = PhaseOptions(3, lr=0.01, optimizer=optimizer)  # type: ignore[arg-type]
     learner = Learner(
         model or small_net(products="dense"), method, mask=phase, weight=phase, batch_size=16, keep_scores=None,
         **options,
     )  # fmt: skip
-    accuracy = learner.run(stream(2, per_class=30)).tril()
+    accuracy = learner.run(stream(2, per_class=24)).tril()
     history = [(e.loss, e.accuracy, e.validation) for r in learner.reports for e in r.history]
     return learner.state()[0], accuracy, history
 
