@@ -96,11 +96,14 @@ def test_a_network_that_cannot_be_captured_is_trained_without_a_graph(recorded: 
 
     model = small_net(products="dense")
     model.forward = partial(asking, model)  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="cannot be captured in a CUDA graph: a captured step asks for a value"):
-        found = learned(model=model)
+    with pytest.warns(
+        UserWarning, match="cannot be captured in a CUDA graph: a captured step asks for a value"
+    ) as told:
+        _, accuracy, history = learned(model=model)
     assert recorded.captures == 0
-    expected = learned(graph=False)
-    assert torch.equal(found[1], expected[1])
+    assert len(told) == 4  # one for each phase
+    assert len(history) == 4 * 3
+    assert bool((accuracy.diagonal() > 0.8).all())
     model = small_net(products="dense")
     model.forward = partial(asking, model)  # type: ignore[method-assign]
     with pytest.raises(graphs.GraphError, match="a captured step asks for a value"):
