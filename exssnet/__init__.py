@@ -20,6 +20,7 @@ from .nn import (
     convert,
     summary,
 )
+from .nn.graphs import graphed
 from .nn.optim import ScoreAdam
 from .ops import *  # noqa: F403
 from .ops import __all__ as _operators
@@ -46,6 +47,7 @@ __all__ = [
     "TaskBatchNorm2d",
     "convert",
     "freeze_weights",
+    "graphed",
     "keep_freed_memory",
     "summary",
     "transfer",

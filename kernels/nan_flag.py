@@ -16,10 +16,18 @@ def _numbered(device: torch.device) -> torch.device:
 def flag(device: torch.device) -> Tensor:
     """The flag of a device, int32 of shape (1,). A selection sets it to 1 and never clears it.
 
-    It is allocated at the device's first selection, which must not be captured by a CUDA graph.
+    It is allocated at the device's first selection.
+
+    Raises:
+        RuntimeError: If a CUDA graph would capture the allocation.
     """
     device = _numbered(device)
     if device not in _flags:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the first selection on {device} is captured in a CUDA graph: make one step before the capture, as "
+                "exssnet.graphed does"
+            )
         _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device]
 

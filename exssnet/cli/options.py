@@ -73,6 +73,7 @@ class TrainOptions:
     channels_last: bool | None = _option(
         None, "store images with the channels innermost (default: on a GPU with bf16 or fp16)"
     )
+    graph: str = _option("auto", "replay training steps from a CUDA graph, on a GPU", choices=("auto", "on", "off"))
     all_outputs: bool = _option(False, "loss and prediction use all outputs of the shared head")
     keep_scores: str = _option(
         "float32", "type in which the scores of finished tasks are kept for KKT", choices=("float32", "float16", "none")

@@ -135,6 +135,7 @@ def _build(options: TrainOptions, source: Path | None) -> Job:
         observer=saver,
         precision=options.precision,  # type: ignore[arg-type]
         channels_last="auto" if options.channels_last is None else options.channels_last,
+        graph={"on": True, "off": False}.get(options.graph, "auto"),
     )  # fmt: skip
     if source is not None:
         resume.load(learner, source, tasks)

@@ -19,6 +19,7 @@ from ..nn.optim import ScoreAdam
 from ..tasks import Task, loader, stratified_split
 from . import checking, heads, hooks, method_state, state, stored
 from .forward import ForwardOptions, Precision
+from .graph import Graph, obstacle
 from .kkt import RULES, Rule, sample_share, transfer
 from .methods import preset
 from .phases import Phases
@@ -56,6 +57,8 @@ class Learner:
         head: Name of the layer whose input KKT compares; None: see `exssnet.continual.kkt.penultimate_features`.
         precision: "fp32", or "bf16" or "fp16" for autocast; see `exssnet.continual.forward.ForwardOptions`.
         channels_last: Store images with the channels innermost; "auto": on a GPU with "bf16" or "fp16".
+        graph: "auto" replays training steps from a CUDA graph where they can be captured: on a GPU, in one process,
+            not in fp16, with a method that has no `loss` or `gradient` of its own. True refuses what cannot be.
 
     Raises:
         ValueError: An option is unknown or out of range, or options contradict each other.
@@ -71,7 +74,7 @@ class Learner:
         mask: PhaseOptions | None = None, weight: PhaseOptions | None = None, kkt: Rule | None = None,
         batch_size: int = 64, all_outputs: bool = False, seed: int = 0,
         keep_scores: torch.dtype | None = torch.float32, observer: Observer | None = None, head: str | None = None,
-        precision: Precision = "fp32", channels_last: bool | Literal["auto"] = "auto",
+        precision: Precision = "fp32", channels_last: bool | Literal["auto"] = "auto", graph: Graph = "auto",
     ) -> None:  # fmt: skip
         self.forward = ForwardOptions(precision, channels_last)
         if not isinstance(method, str | Strategy):
@@ -83,6 +86,8 @@ class Learner:
             raise ValueError("kkt needs the scores of earlier tasks: keep_scores must be a dtype, not None")
         if batch_size < 1:
             raise ValueError(f"a batch needs at least 1 item, got batch_size={batch_size}")
+        if not isinstance(graph, bool) and graph != "auto":
+            raise ValueError(f'graph must be True, False or "auto", got {shown(graph)}')
         if head is not None:
             heads.check_name(model, head)
         self._method_options = method_state.options(self.method)
@@ -96,6 +101,7 @@ class Learner:
         self.seed = seed
         self.observer = observer
         self.head = head
+        self.graph = graph
         self.reports: list[TaskReport] = []
         self._rows: list[list[float]] = []
         self._stream: list[str] = []  # a fingerprint of each task that has begun
@@ -297,6 +303,8 @@ class Learner:
 
     def _check(self, tasks: Sequence[Task]) -> None:
         """ValueError where data or model do not fit, before anything changes."""
+        if self.graph is True and (why := obstacle(self.method, self.forward, self.device)) is not None:
+            raise ValueError(f"graph=True: {why}")
         for task in tasks:
             checking.check_data(task)
         bare = self.phases.phase == "idle" and self.phases.active is None
@@ -371,7 +379,7 @@ class Learner:
         return Loop(
             self.model, self.device, self.batch_size, self.observer, lambda x, y: hooks.loss(self.method, self, x, y),
             lambda: self.method.gradient(self), self.phases.statistics, self._snapshot, self._put_back, self.validate,
-            self.forward,
+            self.forward, self.graph if obstacle(self.method, self.forward, self.device) is None else False,
         )  # fmt: skip
 
     def _snapshot(self) -> dict[str, Any]:

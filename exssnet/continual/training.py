@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from ..nn import evaluation
 from ..tasks import Task, batch_sizes, loader
 from . import checking, distributed
 from .forward import ForwardOptions, batches, resident
+from .graph import Graph, replayed
 from .phases import Phases
 from .records import EpochRecord, OpenTask, PhaseOptions, Training
 
@@ -43,6 +45,7 @@ class Loop:
         restore: Puts a snapshot back.
         validate: (accuracy, mean loss) on the validation data of a task.
         forward: How forward passes compute.
+        graph: Whether steps are replayed from a CUDA graph, see `replayed`.
     """
 
     model: nn.Module
@@ -56,6 +59,7 @@ class Loop:
     restore: Callable[[dict[str, Any]], None]
     validate: Callable[[Task], tuple[float, float]]
     forward: ForwardOptions
+    graph: Graph = False
 
     def begin(
         self, task: Task, options: PhaseOptions, optimizer: torch.optim.Optimizer, generator: torch.Generator,
@@ -76,7 +80,8 @@ class Loop:
         """
         task, training = open_.task, open_.training
         assert training is not None
-        optimizer, steps = training.optimizer, options.epochs * len(training.sizes)
+        steps = options.epochs * len(training.sizes)
+        train = replayed(partial(self._whole_step, training), self.model, training.optimizer, self.graph)
         training.generator.set_state(training.order)
         data = loader(
             resident(task.train, self.device), self.batch_size, shuffle=True, generator=training.generator,
@@ -87,11 +92,7 @@ class Loop:
             for x, y in batches(data, self.device, self.forward):
                 training.whole = False
                 batch, processes = training.sizes[training.batch], distributed.size()
-                sums = self.step(x, y, batch, training)
-                if processes > 1:
-                    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-                    distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
-                self.update(training)
+                sums = train(x, y)
                 training.schedule.step()
                 training.sums += sums * processes
                 training.batch, training.whole = training.batch + 1, True
@@ -103,6 +104,15 @@ class Loop:
             self.restore(training.kept)
         open_.report.seconds[phase] = open_.report.seconds.get(phase, 0.0) + training.clock.seconds
         open_.training = None
+
+    def _whole_step(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+        """`step`, the exchange between processes, and `update`. Returns what `step` does, over all processes' items."""
+        sums = self.step(x, y, training.sizes[training.batch], training)
+        if distributed.size() > 1:
+            gradients = (p.grad for group in training.optimizer.param_groups for p in group["params"])
+            distributed.average([*(g for g in gradients if g is not None), *self.statistics(), sums])
+        self.update(training)
+        return sums
 
     def step(self, x: Tensor, y: Tensor, batch: int, training: Training) -> Tensor:
         """Compute the gradients of a batch. No value is read on the host.

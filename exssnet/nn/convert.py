@@ -14,7 +14,7 @@ from .choice import PRODUCTS, Products
 from .init import allocate_density, signed_constant_
 from .layers import TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
-from .selector import Selector, forget_selection, select_for_all
+from .selector import OWN_FORWARD, Selector, own_class, selecting
 from .summary import summary
 
 MASKED: Mapping[type[nn.Module], type[SupermaskLayer]] = {
@@ -69,7 +69,8 @@ def convert(
     A layer whose weight requires no gradient stays as it is, frozen. Other parameters without a mask (biases, affine
     norms, embeddings) are per-task under `Phases` if they require a gradient, and frozen otherwise.
     `exssnet.summary` lists them with the reasons. A warning follows if masks cover less than 80 % of the parameters
-    that train.
+    that train. The model's class becomes a subclass of its own class, with the same name, whose `forward` selects the
+    masks of all layers at once. `unconvert` undoes that.
 
     Args:
         model: The model.
@@ -113,8 +114,9 @@ def convert(
                 module.__dict__[switch] = 0
     every = [m for m in model.modules() if isinstance(m, SupermaskLayer)]
     model._selector = Selector(every, passed_over)  # type: ignore[assignment]
-    model.register_forward_pre_hook(select_for_all)
-    model.register_forward_hook(forget_selection, always_call=True)
+    model.__class__ = selecting(type(model))  # type: ignore[arg-type]
+    if "forward" in vars(model):
+        model.__dict__[OWN_FORWARD] = model.__dict__.pop("forward")
     if callable(getattr(model, "save_pretrained", None)):
         model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[assignment]
     _warn_of_few(model, passed_over)
@@ -258,15 +260,11 @@ def unconvert(model: nn.Module) -> None:
     for _, layer in supermask_layers(model):
         layer.to_plain()
     for module in model.modules():
-        module.__class__ = backward.get(type(module), type(module))
-        for hooks, ours in (
-            (module._forward_pre_hooks, select_for_all),
-            (module._forward_hooks, forget_selection),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        own = own_class(type(module))
+        module.__class__ = backward.get(own, own)
         module.__dict__.pop("_selector", None)
+        if OWN_FORWARD in vars(module):
+            module.__dict__["forward"] = module.__dict__.pop(OWN_FORWARD)
         for switch in FAST_PATHS.values():
             if f"_{switch}" in module.__dict__:
                 module.__dict__[switch] = module.__dict__.pop(f"_{switch}")

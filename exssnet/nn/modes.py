@@ -16,13 +16,12 @@ from ..ops import (
     sparse_pattern,
     supermask_weights,
     topk_mask,
-    topk_masks,
     unpack_mask,
 )
 from ..ops.bitmap import as_bitmap
 from ..ops.library import product_dtype
 from .choice import traced
-from .selector import capturing, in_backward, recomputable
+from .selector import capturing, in_backward, recomputable, select
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
 PATTERN = SparsePattern._fields[:-1]
@@ -105,10 +104,9 @@ class Scores(Mode):
         fused, geometry = layer._fused(x, padding), layer._geometry(padding)
         y: Tensor
         if fused:
-            selection = self._selected()
-            k = layer.k if selection is None else None
+            selection = self._selected(layer)
             y = layer.supermask_product(
-                x, layer.dense_weight, layer.scores, k, layer.bias, *geometry, selection=selection, sparse=sparse
+                x, layer.dense_weight, layer.scores, None, layer.bias, *geometry, selection=selection, sparse=sparse
             )
         else:
             y = layer.dense_product(x, self._masked_weight(layer, x), layer.bias, *geometry)
@@ -136,16 +134,20 @@ class Scores(Mode):
         return self._weight(layer, dtype)
 
     def _weight(self, layer: Layer, dtype: torch.dtype | None = None) -> Tensor:
-        scores: Any = layer.scores
-        if (selection := self._selected()) is None:
-            selection = topk_masks([scores], [layer.k], packed=True).masks[0]
-        return supermask_weights([layer.dense_weight], [scores], [selection], dtype)[0]
+        return supermask_weights([layer.dense_weight], [layer.scores], [self._selected(layer)], dtype)[0]
 
-    def _selected(self) -> Tensor | None:
-        """The model's selection for this forward pass, or for the one that is recomputed. None if there is none."""
-        if self.selection is None and self.recent is not None and in_backward():
-            return self.recent
-        return self.selection
+    def _selected(self, layer: Layer) -> Tensor:
+        """The model's selection for this forward pass, or for the one that is recomputed. Otherwise the layer's own.
+
+        All three have the same form, because a checkpoint compares the tensors of both computations.
+        """
+        if self.selection is not None:
+            return self.selection
+        if self.recent is not None:
+            if in_backward():
+                return self.recent
+            self.recent = None  # what is recomputed next may be this call
+        return select([layer.scores], [layer.k])[0][0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "recent": None}

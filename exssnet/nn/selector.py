@@ -1,8 +1,9 @@
 """Selects the masks of all layers of a model at once: before each forward pass, or in the optimizer's step."""
 
+import functools
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from ..ops import supermask_weights, topk_masks, topk_select
 from ..ops.library import product_dtype, transforming
 from . import stale
+
+OWN_FORWARD = "_own_forward"
+"""Attribute of a converted model: the `forward` that was set on the model itself before `convert`, not on its class."""
 
 _running = threading.local()
 
@@ -43,6 +47,7 @@ class Selector:
         self.layers = list(layers)
         self.passed_over = dict(passed_over)
         self.hint = torch.full((len(self.layers), 2), -1, dtype=torch.int64, device="cpu")  # -1: nothing known
+        torch._dynamo.mark_static_address(self.hint)
         self.handed: Handed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,6 +66,8 @@ class Selector:
         if self.hint.device != device:
             with torch.inference_mode(False):
                 self.hint = self.hint.to(device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.hint)
         return self.hint
 
     def hand_over(self, layers: Sequence[Any], selections: Sequence[Tensor]) -> None:
@@ -80,7 +87,7 @@ class Selector:
         handed = self._handed(model, layers)
         for layer, selection in zip(layers, self._select(layers) if handed is None else handed, strict=True):
             layer.mode.selection = selection
-        written = [layer for layer in layers if layer.written]
+        written = [layer for layer in layers if layer.written and not recomputable()]
         if written:  # one pass for all these layers
             weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
             selections = [layer.mode.selection for layer in written]
@@ -98,12 +105,8 @@ class Selector:
 
     def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
         """Select for each of the layers from its present scores."""
-        scores, k, hint = [layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers)
-        if scores[0].device.type == "cpu":
-            rows, new = topk_select(scores, k, hint)
-            selections: Sequence[Tensor] = rows.unbind()
-        else:  # packed masks, or the products of a GPU would read the scores again, forward and backward
-            selections, _, new = topk_masks(scores, k, hint, packed=True)
+        hint = self.hint_for(layers)
+        selections, new = select([layer.scores for layer in layers], [layer.k for layer in layers], hint)
         if hint is not None:
             hint.copy_(new)
         return selections
@@ -121,6 +124,24 @@ class Selector:
         elif model.training and torch.is_grad_enabled():
             return self.handed.selections
         return None
+
+
+def select(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> tuple[Sequence[Tensor], Tensor]:
+    """Select the top k of scores, in the form that the products of their device take.
+
+    Args:
+        scores: The scores of each layer.
+        k: How many weights each layer keeps.
+        hint: See `topk_masks`.
+
+    Returns:
+        A selection for each layer, and the next hint.
+    """
+    if scores[0].device.type == "cpu":
+        rows, new = topk_select(scores, k, hint)
+        return rows.unbind(), new
+    masks, _, new = topk_masks(scores, k, hint, packed=True)  # or the products of a GPU would read the scores again
+    return masks, new
 
 
 def capturing() -> bool:
@@ -151,22 +172,63 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def select_for_all(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the model: select for all layers in the mask phase."""
-    selector: Selector = model._selector  # type: ignore[assignment]
-    if not torch.compiler.is_compiling():
-        _running.forwards = forwards() + 1
-        stale.check_replicas(p for layer in selector.layers for p in (layer.scores, layer.free_values) if p is not None)
-    selector.give(model)
+@functools.cache
+def selecting(kind: Any) -> Any:
+    """The class of a converted model whose own class is `kind`: its `forward` selects for all layers, see `Selector`.
+
+    It has the name of `kind`. No hook selects, because `torch.cuda.make_graphed_callables` refuses modules with hooks.
+
+    Args:
+        kind: The model's own class, which may be such a class already.
+
+    Returns:
+        The class, a subclass of `kind`.
+    """
+    if issubclass(kind, Selecting):
+        return kind
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        selector, compiling = self._selector, torch.compiler.is_compiling()
+        if not compiling:
+            trained = (p for layer in selector.layers for p in (layer.scores, layer.free_values) if p is not None)
+            stale.check_replicas(trained)
+            _running.forwards = forwards() + 1
+        try:
+            selector.give(self)
+            own = self.__dict__.get(OWN_FORWARD)
+            return kind.forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+        finally:
+            if not compiling:
+                _running.forwards = forwards() - 1
+            selector.take_back(recent=torch.is_grad_enabled() and not (compiling or capturing()))
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind)(kind.__name__, (Selecting, kind), {**names, "forward": forward})
 
 
-def forget_selection(model: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of the model: keep its selections for its backward pass alone."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        _running.forwards = max(0, forwards() - 1)
-    selector: Selector = model._selector  # type: ignore[assignment]
-    selector.take_back(recent=not compiling and torch.is_grad_enabled())
+def own_class(kind: Any) -> Any:
+    """The class that `selecting` made a class of. Any other class is returned unchanged."""
+    return kind.__bases__[1] if Selecting in kind.__bases__ else kind
+
+
+class Selecting:
+    """The first base of all classes that `selecting` makes."""
+
+    def __init_subclass__(cls) -> None:
+        """Skip the method of the model's own class, which may register its subclasses."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the model's own class in copies and pickles. This one cannot be imported."""
+        rebuild, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return _rebuilt, (rebuild, *(own_class(a) if a is type(self) else a for a in args)), *state
+
+
+def _rebuilt(rebuild: Callable[..., Any], *args: Any) -> Any:
+    """A converted model from a copy or a pickle, before its state is set."""
+    model = rebuild(*args)
+    model.__class__ = selecting(model.__class__)
+    return model
 
 
 def _state(layers: Sequence[Any]) -> list[tuple[int, ...]]:

@@ -229,12 +229,13 @@ def test_options_reach_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--method", "wsn", "--kkt", "none", "--mask-lr", "0.5", "--weight-lr", "0.25", "--optimizer", "sgd",
         "--weight-decay", "0.125", "--patience", "7", "--all-outputs", "--keep-scores", "float16", "--seed", "11",
         "--density", "0.2", "--init-scale", "density", "--allocation", "er", "--threads", "2", "--validation", "0",
-        "--precision", "bf16", "--channels-last",
+        "--precision", "bf16", "--channels-last", "--graph", "off",
     ]  # fmt: skip
     assert main([*RUN, *given, "--out", str(tmp_path)]) == 0
     assert cut == [{"tasks": 2, "validation": 0.0, "seed": 11, "augment": False}]
     learner = made[0]
     assert (learner.method.name, learner.kkt, learner.batch_size, learner.all_outputs) == ("wsn", None, 128, True)
+    assert learner.graph is False
     assert learner.seed == learner.phases.seed == 11
     assert learner.forward == ForwardOptions("bf16", True)
     assert (learner.phases.keep_scores, torch.get_num_threads()) == (torch.float16, 2)
