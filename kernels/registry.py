@@ -93,7 +93,7 @@ OPERATORS = {
     ),
     "batch_norm_act": Operator(
         "batch norm, a residual added, ReLU: one pass over memory, in the layout of the sparse products",
-        "csrc/torch/cpu/batchnorm.cpp",
+        "csrc/torch/cpu/batchnorm.cpp", triton="kernels/triton_norm.py",
     ),
     "knn_classify": Operator(
         "votes of the k nearest neighbours, in blocks of queries",

@@ -92,7 +92,7 @@ def grad_of(norm: Norm, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def ours(norm: Norm, t: Results) -> Tensor:
-    return ops.batch_norm_act(*raw(norm, t))[0]
+    return ops.batch_norm_act(*arguments(norm, t))[0]
 
 
 def plain(norm: Norm, t: Results) -> Tensor:
@@ -106,8 +106,14 @@ def kernel(norm: Norm, dtype: torch.dtype = torch.float32) -> Results:
     return run(lambda t: ours(norm, t), leaves(norm, dtype), grad_of(norm, dtype))
 
 
-def raw(norm: Norm, t: Results) -> tuple[Any, ...]:
+def arguments(norm: Norm, t: Results) -> tuple[Any, ...]:
+    """Those of the public function."""
     return t["x"], t.get("residual"), t.get("weight"), t.get("bias"), *statistics(norm, t["x"].dtype), EPS, norm.relu
+
+
+def raw(norm: Norm, t: Results, running: tuple[Any, ...] = (None,) * 4) -> tuple[Any, ...]:
+    """Those of the operator; `running`: mean, variance, number of batches, momentum."""
+    return *arguments(norm, t)[:6], *running, EPS, norm.relu
 
 
 def raw_backward(norm: Norm, output_mask: list[bool], dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -141,11 +147,11 @@ def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: flo
 @norms(*SHAPES)
 def test_is_the_reference(norm: Norm) -> None:
     values = leaves(norm, torch.float64)
-    got = ops.batch_norm_act(*raw(norm, values))
+    got = ops.batch_norm_act(*arguments(norm, values))
     for ours, theirs in zip(got, reference.batch_norm_act(*raw(norm, values)), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-    arguments = raw_backward(norm, [True] * 4, torch.float64)
-    for ours, theirs in zip(BACKWARD(*arguments), reference.batch_norm_act_backward(*arguments), strict=True):
+    backward = raw_backward(norm, [True] * 4, torch.float64)
+    for ours, theirs in zip(BACKWARD(*backward), reference.batch_norm_act_backward(*backward), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -188,7 +194,7 @@ def test_inputs_stay_as_they_are(norm: Norm) -> None:
     values, (mean, var) = leaves(norm), statistics(norm)
     held = [t for t in (*values.values(), mean, var) if t is not None]
     before = [t.clone() for t in held]
-    _, m, v = ops.batch_norm_act(*raw(norm, values))
+    _, m, v = ops.batch_norm_act(*arguments(norm, values))
     m.zero_()
     v.zero_()
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
@@ -310,7 +316,12 @@ def test_opcheck_of_backward(norm: Norm, asked: tuple[bool, ...]) -> None:
 
 SENTENCES: Calls = {
     "batch_norm_act: x must have shape (N, C, ...), got (20,)": lambda: ops.batch_norm_act(VALUES),
-    "batch_norm_act: x must be float32 or float64, got torch.bfloat16": lambda: ops.batch_norm_act(X.bfloat16()),
+    "batch_norm_act: x must be float32, bfloat16, float16 or float64, got torch.int32": lambda: ops.batch_norm_act(
+        X.int()
+    ),
+    "batch_norm_act: x is torch.bfloat16 but weight is torch.float16": lambda: ops.batch_norm_act(
+        IMAGES.bfloat16(), weight=W[:, 0].half()
+    ),
     "batch_norm_act: residual must have shape (2, 4, 6, 6), got (2, 4, 9)": lambda: ops.batch_norm_act(IMAGES, LINES),
     "batch_norm_act: weight must have shape (4,), got (20,)": lambda: ops.batch_norm_act(IMAGES, weight=VALUES),
     "batch_norm_act: var must have shape (4,), got (0,)": lambda: ops.batch_norm_act(IMAGES, mean=W[:, 0], var=NONE),
@@ -325,10 +336,13 @@ SENTENCES: Calls = {
 test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
+NONE_GIVEN = (None,) * 8
 FOREIGN_MEMORY: Calls = {
-    "a short residual": lambda: RAW.batch_norm_act(X, X[:2], None, None, None, None, 0.1, True),
-    "a short weight of a norm": lambda: RAW.batch_norm_act(X, None, X[0, 1:], None, None, None, 0.1, True),
-    "a short variance": lambda: RAW.batch_norm_act(X, None, None, None, X[0], X[0, 1:], 0.1, True),
+    "a short residual": lambda: RAW.batch_norm_act(X, X[:2], *NONE_GIVEN, 0.1, True),
+    "a short weight of a norm": lambda: RAW.batch_norm_act(X, None, X[0, 1:], *NONE_GIVEN[1:], 0.1, True),
+    "a short variance": lambda: RAW.batch_norm_act(X, None, None, None, X[0], X[0, 1:], *NONE_GIVEN[4:], 0.1, True),
+    "a short running mean": lambda: RAW.batch_norm_act(X, *NONE_GIVEN[:5], X[0, 1:], X[0], None, 0.1, 0.1, True),
+    "no number of batches": lambda: RAW.batch_norm_act(X, *NONE_GIVEN[:5], X[0], X[0], X.new_empty(0).long(), 0.1, 0.1, True),
     "a short gradient of a norm": lambda: RAW.batch_norm_act_backward(
         X[:2], X, None, None, None, X[0], X[0], 0.1, True, True, [True] * 4
     ),
