@@ -398,14 +398,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _to(rows: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(rows.dtype) for t in tensors]
+def _to(rows: Tensor, t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(rows.dtype)
 
 
 def _normalised(
     rows: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
-    return torch.native_batch_norm(rows, *_to(rows, weight, bias), mean, var, False, 0, eps)[0]
+    return torch.native_batch_norm(rows, _to(rows, weight), _to(rows, bias), mean, var, False, 0, eps)[0]
 
 
 def update_running(
@@ -417,12 +417,10 @@ def update_running(
         batches.add_(1)
     if running_mean is None or running_var is None or count == 0:
         return
+    assert batches is not None or momentum is not None
     for running, new in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
-        step = momentum
-        if step is None:
-            assert batches is not None
-            step = batches.double().reciprocal().to(running.dtype)
-        running.lerp_(new.to(running.dtype), step)
+        step = momentum if batches is None or momentum is not None else batches.double().reciprocal().to(running.dtype)
+        running.lerp_(new.to(running.dtype), step)  # type: ignore[arg-type]
 
 
 def batch_norm_act(
@@ -430,7 +428,7 @@ def batch_norm_act(
     var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None,
     momentum: float | None, eps: float, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes in float32 or float64. It changes the running statistics and the number of batches, if they are given."""
+    """Computes in float32 or float64. Running statistics and the number of batches are changed, if they are given."""
     rows = _channels(x).to(wide(x.dtype))
     if mean is not None and var is not None:
         m, v = (t.to(rows.dtype, copy=True) for t in (mean, var))
@@ -461,7 +459,7 @@ def batch_norm_act_backward(
     if output_mask[0] and x.numel() == 0:
         grad_x = empty_in_layout_of(x)
     elif output_mask[0]:
-        arguments = *_to(rows, weight), mean, var, mean, precision, training, eps, [True, False, False]
+        arguments = _to(rows, weight), mean, var, mean, precision, training, eps, [True, False, False]
         grad_x = _from_channels(torch.ops.aten.native_batch_norm_backward(grads, rows, *arguments)[0], x)
     of_weight = (grads * (rows - mean[:, None]) * precision[:, None]).sum((0, 2)) if output_mask[2] else None
     return (

@@ -6,6 +6,7 @@ channels that are innermost. The first launch writes sums of each part, the seco
 computes the results. Sums are float32. Nothing depends on the order of the programs.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ PROGRAMS, PARTS = 512, 64  # about as many programs in all, and at most as many 
 
 @triton.jit
 def _channels_of_program(channels, COLS: tl.constexpr, LAST: tl.constexpr):
-    """(channel numbers [1, COLS], or [1, 1] for planes; which of them exist)"""
-    block = tl.program_id(0)
-    channel = block * COLS + tl.arange(0, COLS)[None, :] if LAST else block + tl.arange(0, 1)[None, :]
+    """(channel numbers [1, COLS], or one number for planes; which of them exist)"""
+    channel = tl.program_id(0)
+    if LAST:
+        channel = channel * COLS + tl.arange(0, COLS)[None, :]
     return channel, channel < channels
 
 
@@ -45,9 +47,8 @@ def _tile(tile, across, rows, columns, row_stride, plane, ROWS: tl.constexpr, CO
 
 @triton.jit
 def _sum(values, LAST: tl.constexpr):
-    """The sum for each channel of a tile: [1, COLS], or [1, 1] for planes."""
-    by_column = tl.sum(values, 0, keep_dims=True)
-    return by_column if LAST else tl.sum(by_column, 1, keep_dims=True)
+    """The sum for each channel of a tile: [1, COLS], or one number for planes."""
+    return tl.sum(values, 0, keep_dims=True) if LAST else tl.sum(values)
 
 
 @triton.jit
@@ -58,8 +59,8 @@ def _moments_kernel(
     """Count, mean and sum of squared deviations of each part: parts (3, number of parts, C)."""
     channel, inside = _channels_of_program(channels, COLS, LAST)
     part, number = tl.program_id(1), tl.num_programs(1)
-    count, mean = tl.zeros(channel.shape, tl.float32), tl.zeros(channel.shape, tl.float32)
-    squares = tl.zeros(channel.shape, tl.float32)
+    count, mean = tl.zeros((), tl.float32), tl.zeros(channel.shape, tl.float32)
+    squares = mean
     for tile in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
         offsets, exists, more = _tile(tile, across, rows, columns, row_stride, plane, ROWS, COLS, LAST)
         value = tl.load(x + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -74,30 +75,28 @@ def _moments_kernel(
     tl.store(at + number * channels, mean, mask=inside)
     tl.store(at + 2 * number * channels, squares, mask=inside)
     if batches is not None:
-        if tl.program_id(0) + part == 0:
-            tl.store(batches, tl.load(batches) + 1)
+        first = tl.program_id(0) + part == 0
+        tl.store(batches, tl.load(batches, mask=first, other=0) + 1, mask=first)
 
 
 @triton.jit
 def _part(parts, which, number, channel, inside, channels, NUMBER: tl.constexpr):
     """One of the sums of all parts, (NUMBER, channels of the program)."""
     index = tl.arange(0, NUMBER)[:, None]
-    return tl.load(
-        parts + (which * number + index) * channels + channel, mask=(index < number) & inside, other=0.0
-    )
+    return tl.load(parts + (which * number + index) * channels + channel, mask=(index < number) & inside, other=0.0)
 
 
 @triton.jit
-def _merged(parts, number, channel, inside, channels, NUMBER: tl.constexpr):
+def _merged(parts, number, channel, inside, channels, NUMBER: tl.constexpr, LAST: tl.constexpr):
     """(mean, biased variance) of the program's channels."""
     counts = _part(parts, 0, number, channel, inside, channels, NUMBER)
     means = _part(parts, 1, number, channel, inside, channels, NUMBER)
     squares = _part(parts, 2, number, channel, inside, channels, NUMBER)
-    total = tl.where(inside, tl.sum(counts, 0, keep_dims=True), 1.0)
+    total = tl.where(inside, _sum(counts, LAST), 1.0)
     first = tl.load(parts + number * channels + channel, mask=inside, other=0.0)
-    mean = first + tl.sum(counts * (means - first), 0, keep_dims=True) / total
+    mean = first + _sum(counts * (means - first), LAST) / total
     step = means - mean
-    return mean, tl.sum(squares + counts * step * step, 0, keep_dims=True) / total
+    return mean, _sum(squares + counts * step * step, LAST) / total
 
 
 @triton.jit
@@ -137,7 +136,7 @@ def _normalise_kernel(
         mean = tl.load(given_mean + channel, mask=inside, other=0.0).to(tl.float32)
         var = tl.load(given_var + channel, mask=inside, other=1.0).to(tl.float32)
     else:
-        mean, var = _merged(parts, number, channel, inside, channels, NUMBER)
+        mean, var = _merged(parts, number, channel, inside, channels, NUMBER, LAST)
     if part == 0:
         tl.store(used_mean + channel, mean, mask=inside)
         tl.store(used_var + channel, var, mask=inside)
@@ -211,8 +210,8 @@ def _gradients_kernel(
     scale, shift = _scale_and_shift(weight, bias, var, eps, channel, inside)
     offset, slope = tl.zeros(channel.shape, tl.float32), tl.zeros(channel.shape, tl.float32)
     if parts is not None:
-        of_grad = tl.sum(_part(parts, 0, number, channel, inside, channels, NUMBER), 0, keep_dims=True)
-        of_product = tl.sum(_part(parts, 1, number, channel, inside, channels, NUMBER), 0, keep_dims=True)
+        of_grad = _sum(_part(parts, 0, number, channel, inside, channels, NUMBER), LAST)
+        of_product = _sum(_part(parts, 1, number, channel, inside, channels, NUMBER), LAST)
         offset, slope = of_grad / size, of_product / (var + eps) / size
         if part == 0:
             if grad_weight is not None:
@@ -260,8 +259,8 @@ def _stored_like(t: Tensor, x: Tensor) -> Tensor:
     return t if t.stride() == x.stride() else torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
-def _per_channel(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+def _per_channel(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    return (None if t is None else t.contiguous() for t in tensors)
 
 
 def batch_norm_act(
@@ -297,9 +296,7 @@ def batch_norm_act_backward(
     eps: float, relu: bool, training: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or x.numel() == 0:
-        return reference.batch_norm_act_backward(
-            grad, x, y, weight, bias, mean, var, eps, relu, training, output_mask
-        )
+        return reference.batch_norm_act_backward(grad, x, y, weight, bias, mean, var, eps, relu, training, output_mask)
     x = _stored_like(x, empty_in_layout_of(x))
     grad, y = _stored_like(grad, x), None if y is None or not relu else _stored_like(y, x)
     of_channel = (mean if t is None else t for t in (weight, bias))
@@ -308,7 +305,8 @@ def batch_norm_act_backward(
         for t, asked in zip((x, x, *of_channel), output_mask, strict=True)
     ]
     grid, plan = _plan(x)
-    weight, bias, mean, var = _per_channel(weight, bias, mean, var)
+    weight, bias = _per_channel(weight, bias)
+    mean, var = mean.contiguous(), var.contiguous()
     grad_x, kept, grad_weight, grad_bias = (t if m else None for t, m in zip(results, output_mask, strict=True))
     parts = None
     if kept is not None or grad_weight is not None or grad_bias is not None or (training and grad_x is not None):

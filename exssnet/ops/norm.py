@@ -17,7 +17,8 @@ _Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_in_layout_of(x), *(x.new_empty(x.shape[1], dtype=wide(x.dtype)) for _ in range(2))
+    mean, var = (x.new_empty(x.shape[1], dtype=wide(x.dtype)) for _ in range(2))
+    return empty_in_layout_of(x), mean, var
 
 
 def _fake_backward(
@@ -122,10 +123,11 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     r"""Batch norm, then a residual added, then ReLU, in one operation.
 
-    :math:`y = \max(0, (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot w + b + r)`. It is computed in float32, or in float64
-    if x is. y, and the gradients of x and of the residual, have x's memory layout if x is contiguous, channels_last, or
-    stored with the batch innermost, in the order (C, ..., N). For other strides they have the batch innermost. A CPU
-    computes with the batch innermost, and copies other layouts and dtypes. Source: Ioffe and Szegedy 2015, algorithm 1.
+    :math:`y = \max(0, (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot w + b + r)`, computed in float64 if x is float64,
+    else in float32. y, and the gradients of x and of the residual, have x's memory layout if x is contiguous,
+    channels_last, or stored with the batch innermost, in the order (C, ..., N). For other strides they have the batch
+    innermost. On a CPU, only float32 and float64 with the batch innermost are not copied first. Source: Ioffe and
+    Szegedy 2015, algorithm 1.
 
     Args:
         x: (N, C, ...), float32, bfloat16, float16 or float64, of any strides.
