@@ -188,7 +188,7 @@ def test_running_statistics_take_the_step_of_plain_pytorch(
     versions = [t._version for t in (*running, batches)]
     OPERATOR(x, None, None, None, None, None, *running, batches, momentum, EPS, False)
     assert batches.item() == 4
-    assert [t._version for t in (*running, batches)] == [v + 1 for v in versions]
+    assert all(t._version > v for t, v in zip((*running, batches), versions, strict=True))
 
     def stepped(dtype: torch.dtype) -> Results:
         var, mean = torch.var_mean(x.to(dtype), (0, 2), correction=1)
