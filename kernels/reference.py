@@ -135,10 +135,19 @@ def batch_last(x: Tensor) -> Tensor:
     return empty_batch_last(x, *x.shape).copy_(x)
 
 
+def is_innermost(x: Tensor, dim: int) -> bool:
+    """Whether ``x.movedim(dim, -1)`` is contiguous. It dispatches no operator."""
+    step = 1
+    for d in (dim, *(d for d in range(x.dim() - 1, -1, -1) if d != dim)):
+        if x.shape[d] != 1 and x.stride(d) != step:
+            return x.numel() == 0
+        step *= x.shape[d]
+    return True
+
+
 def empty_in_layout_of(x: Tensor) -> Tensor:
     """A new tensor like x (N, C, ...). Where x is neither contiguous nor has C innermost, the batch is innermost."""
-    kept = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
-    return torch.empty_like(x) if kept else empty_batch_last(x, *x.shape)
+    return torch.empty_like(x) if x.is_contiguous() or is_innermost(x, 1) else empty_batch_last(x, *x.shape)
 
 
 def _stored(t: Tensor, batch_innermost: bool) -> Tensor:
@@ -395,7 +404,7 @@ def _from_channels(rows: Tensor, x: Tensor) -> Tensor:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and statistics: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _to(rows: Tensor, t: Tensor | None) -> Tensor | None:

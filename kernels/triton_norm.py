@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .reference import empty_in_layout_of, wide
+from .reference import empty_in_layout_of, is_innermost, wide
 from .triton_mask import ceil_div
 
 TILE = 4096  # elements that a program holds at a time
@@ -237,7 +237,7 @@ def _plan(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     size = x.numel() // channels
     rows = x.shape[0] if x.is_contiguous() else 1
     plane = size // rows  # values of a channel without a gap
-    last = x.movedim(1, -1).is_contiguous() and (plane == 1 or not x.is_contiguous())
+    last = is_innermost(x, 1) and (plane == 1 or not x.is_contiguous())
     if last:
         rows, columns, width, stride = size, channels, COLUMNS, channels
     else:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.reference import is_innermost
 from ..ops.norm import normalised, takes_any_layout
 
 
 def batch_innermost(x: Tensor) -> bool:
     """Whether x (N, C, ...) is stored as (C, ..., N), as the sparse kernels return it, and is not contiguous too."""
-    return not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
+    return not x.is_contiguous() and is_innermost(x, 0)
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -21,7 +22,7 @@ def _has_kernel(x: Tensor) -> bool:
     if x.device.type not in ("cuda", "meta") or x.dim() < 2 or x.numel() <= x.shape[1]:
         return False
     known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and takes_any_layout("cuda")
-    return known and (x.is_contiguous() or x.movedim(1, -1).is_contiguous() or batch_innermost(x))
+    return known and (x.is_contiguous() or is_innermost(x, 1) or is_innermost(x, 0))
 
 
 class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
