@@ -165,9 +165,7 @@ class Fixed(Mode):
         ValueError: If the masks do not fit the layer, or if the free mask is not inside the mask.
     """
 
-    _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = (
-        None  # the pattern, and by name what was computed from it
-    )
+    _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = None  # the pattern, and what was computed from it
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
