@@ -135,6 +135,21 @@ def batch_last(x: Tensor) -> Tensor:
     return empty_batch_last(x, *x.shape).copy_(x)
 
 
+def is_innermost(x: Tensor, dim: int) -> bool:
+    """Whether ``x.movedim(dim, -1)`` is contiguous. It dispatches no operator."""
+    step = 1
+    for d in (dim, *(d for d in range(x.dim() - 1, -1, -1) if d != dim)):
+        if x.shape[d] != 1 and x.stride(d) != step:
+            return x.numel() == 0
+        step *= x.shape[d]
+    return True
+
+
+def empty_in_layout_of(x: Tensor) -> Tensor:
+    """A new tensor like x (N, C, ...). Where x is neither contiguous nor has C innermost, the batch is innermost."""
+    return torch.empty_like(x) if x.is_contiguous() or is_innermost(x, 1) else empty_batch_last(x, *x.shape)
+
+
 def _stored(t: Tensor, batch_innermost: bool) -> Tensor:
     return batch_last(t) if batch_innermost else t.contiguous()
 
@@ -383,29 +398,56 @@ def _channels(t: Tensor) -> Tensor:
 
 
 def _from_channels(rows: Tensor, x: Tensor) -> Tensor:
-    """The inverse of `_channels`, as a tensor that is not a view."""
-    t = rows.contiguous().reshape(x.movedim(0, -1).shape).movedim(-1, 0)
-    return x.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+    """The inverse of `_channels`, in the layout and dtype of x."""
+    return empty_in_layout_of(x).copy_(rows.reshape(x.movedim(0, -1).shape).movedim(-1, 0))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _to(rows: Tensor, t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(rows.dtype)
 
 
 def _normalised(
     rows: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
-    return torch.native_batch_norm(rows, weight, bias, mean, var, False, 0, eps)[0]
+    return torch.native_batch_norm(rows, _to(rows, weight), _to(rows, bias), mean, var, False, 0, eps)[0]
+
+
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float | None,
+    mean: Tensor, var: Tensor, count: int,
+) -> None:  # fmt: skip
+    """The step of `nn.BatchNorm2d`: unbiased variance, of `count` values; a mean over batches if momentum is None."""
+    if batches is not None:
+        batches.add_(1)
+    if running_mean is None or running_var is None or count == 0:
+        return
+    assert batches is not None or momentum is not None
+    for running, new in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
+        step = momentum if batches is None or momentum is not None else batches.double().reciprocal().to(running.dtype)
+        running.lerp_(new.to(running.dtype), step)  # type: ignore[arg-type]
 
 
 def batch_norm_act(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, eps: float, relu: bool,
+    var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None,
+    momentum: float | None, eps: float, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = _channels(x)
-    if x.numel() == 0:
-        m, v = (x.new_full((x.shape[1],), torch.nan) if t is None else t.clone() for t in (mean, var))
-        return batch_last(x), m, v
-    if mean is None or var is None:
-        v, m = torch.var_mean(rows, (0, 2), correction=0)
+    """Computes in float32 or float64. Running statistics and the number of batches are changed, if they are given."""
+    rows = _channels(x).to(wide(x.dtype))
+    if mean is not None and var is not None:
+        m, v = (t.to(rows.dtype, copy=True) for t in (mean, var))
+    elif x.numel() == 0:
+        m, v = (rows.new_full((x.shape[1],), torch.nan) for _ in range(2))
     else:
-        m, v = mean.clone(), var.clone()
+        v, m = torch.var_mean(rows, (0, 2), correction=0)
+    update_running(running_mean, running_var, batches, momentum, m, v, rows.shape[2])
+    if x.numel() == 0:
+        return empty_in_layout_of(x), m, v
     y = _normalised(rows, weight, bias, m, v, eps)
     if residual is not None:
         y.add_(_channels(residual))
@@ -417,24 +459,23 @@ def batch_norm_act_backward(
     eps: float, relu: bool, training: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y: the output; with a residual it tells where ReLU was positive. Without y, x tells."""
-    rows, grads = _channels(x), _channels(grad)
+    rows, grads = (_channels(t).to(mean.dtype) for t in (x, grad))
     if relu and x.numel() > 0:
-        output = _normalised(rows, weight, bias, mean, var, eps) if y is None else _channels(y)
-        grads = torch.ops.aten.threshold_backward(grads, output, 0)
-    elif output_mask[1]:
-        grads = grads.clone()  # a result shares no memory with an argument
+        output = _normalised(rows, weight, bias, mean, var, eps).to(x.dtype) if y is None else _channels(y)
+        grads = torch.ops.aten.threshold_backward(grads, output.to(mean.dtype), 0)
     precision = (var + eps).rsqrt()
     grad_x = x.new_empty(0)
     if output_mask[0] and x.numel() == 0:
-        grad_x = batch_last(x)
+        grad_x = empty_in_layout_of(x)
     elif output_mask[0]:
-        arguments = weight, mean, var, mean, precision, training, eps, [True, False, False]
+        arguments = _to(rows, weight), mean, var, mean, precision, training, eps, [True, False, False]
         grad_x = _from_channels(torch.ops.aten.native_batch_norm_backward(grads, rows, *arguments)[0], x)
+    of_weight = (grads * (rows - mean[:, None]) * precision[:, None]).sum((0, 2)) if output_mask[2] else None
     return (
         grad_x,
         _from_channels(grads, x) if output_mask[1] else x.new_empty(0),
-        (grads * (rows - mean[:, None]) * precision[:, None]).sum((0, 2)) if output_mask[2] else x.new_empty(0),
-        grads.sum((0, 2)) if output_mask[3] else x.new_empty(0),
+        x.new_empty(0) if of_weight is None else of_weight.to((mean if weight is None else weight).dtype),
+        grads.sum((0, 2)).to((mean if bias is None else bias).dtype) if output_mask[3] else x.new_empty(0),
     )
 
 

@@ -92,8 +92,8 @@ OPERATORS = {
         "csrc/torch/cpu/sparse.cpp", "csrc/torch/cuda/sparse.cpp",
     ),
     "batch_norm_act": Operator(
-        "batch norm, a residual added, ReLU: one pass over memory, in the layout of the sparse products",
-        "csrc/torch/cpu/batchnorm.cpp",
+        "batch norm, a residual added, ReLU: one operation, with the step of the running statistics",
+        "csrc/torch/cpu/batchnorm.cpp", triton="kernels/triton_norm.py",
     ),
     "knn_classify": Operator(
         "votes of the k nearest neighbours, in blocks of queries",

@@ -148,6 +148,21 @@ void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool gi
       });
 }
 
+template <class T, class R>
+void update_running(int64_t channels, int64_t size, const T* mean, const T* var, double step, R* running_mean,
+                    R* running_var) {
+  const T unbiased = static_cast<T>(double(size) / std::max<int64_t>(size - 1, 1));
+  const R weight = static_cast<R>(step);
+  const auto move = [&](R& running, R to) {
+    const bool small = std::abs(weight) < R(0.5);
+    running = std::fma(small ? weight : weight - 1, to - running, small ? running : to);
+  };
+  for (int64_t c = 0; c < channels; ++c) {
+    move(running_mean[c], static_cast<R>(mean[c]));
+    move(running_var[c], static_cast<R>(T(var[c] * unbiased)));
+  }
+}
+
 template <class T>
 void batch_norm_gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, const T* mean, const T* var,
                           bool training, T* grad_x, T* grad_residual, T* grad_weight, T* grad_bias) {
@@ -161,5 +176,9 @@ void batch_norm_gradients(const BatchNorm<T>& norm, const T* grad, const T* x, c
                                      T*, T*, T*);
 EXSSNET_INSTANTIATE(float)
 EXSSNET_INSTANTIATE(double)
+template void update_running(int64_t, int64_t, const float*, const float*, double, float*, float*);
+template void update_running(int64_t, int64_t, const double*, const double*, double, double*, double*);
+template void update_running(int64_t, int64_t, const double*, const double*, double, float*, float*);
+template void update_running(int64_t, int64_t, const float*, const float*, double, double*, double*);
 
 }  // namespace exssnet::cpu

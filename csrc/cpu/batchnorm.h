@@ -18,6 +18,12 @@ struct BatchNorm {
 template <class T>
 void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool given, T* mean, T* var, T* y);
 
+// A step of the running statistics (channels) towards those of a batch, with its unbiased variance. Its bits are those
+// of torch.lerp with vectors.
+template <class T, class R>
+void update_running(int64_t channels, int64_t size, const T* mean, const T* var, double step, R* running_mean,
+                    R* running_var);
+
 // Gradients of x, residual, weight and bias. Outputs that are not needed are null. y is the output if there is a
 // residual and ReLU, else null. training: mean and var were computed from x.
 template <class T>

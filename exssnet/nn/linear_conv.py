@@ -18,8 +18,10 @@ from ..ops import (
     supermask_conv2d,
     supermask_linear,
 )
+from ..ops.library import FLOATS, product_dtype, transforming
+from .choice import traced
 from .layers import SupermaskLayer
-from .modes import Fixed
+from .modes import Fixed, Values
 from .norms import TaskBatchNorm
 
 
@@ -109,41 +111,70 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
     dense_product = staticmethod(F.conv2d)
 
     def normalised(self, x: Tensor, norm: TaskBatchNorm, residual: Tensor | None, relu: bool) -> Tensor | None:
-        """``norm(self(x), residual, relu)`` in one operation, for evaluation.
+        """``norm(self(x), residual, relu)`` with a folded norm, for evaluation.
 
-        The norm's statistics become a scale and a bias of the output, see `sparse_conv2d_folded`.
+        The norm's statistics become a scale and a bias of the output, see `sparse_conv2d_folded`. Of dense products,
+        they become a part of the weight and the bias. `Fixed.once` caches what is folded.
 
         Args:
-            x: The input, (N, C, H, W), float32 or float64.
+            x: The input, (N, C, H, W).
             norm: The batch norm after this layer.
-            residual: Added to the norm's output, of the output's shape (N, O, H', W') and x's dtype. None adds nothing.
+            residual: Added to the norm's output, of the output's shape (N, O, H', W') and the dtype of the products.
+                None adds nothing.
             relu: Whether a ReLU follows.
 
         Returns:
-            The result, (N, O, H', W'). None in training, with gradients, and if sparse products cannot be used or are
-            slower.
+            The result, (N, O, H', W'). None in training and with gradients, for dense products of values that train or
+            that are traced, and where the dtypes of x, the values and the residual do not match.
         """
-        mode = self.mode
+        mode, values = self.mode, self.frozen_values
         if not isinstance(mode, Fixed) or norm.training or norm.running_var is None or norm.running_mean is None:
             return None
-        if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        assert values is not None
+        if torch.is_grad_enabled() or transforming() or x.dim() != 4 or x.dtype not in FLOATS:
             return None
-        if residual is not None and (residual.dtype != x.dtype or residual.dim() != 4):
+        dtype = product_dtype(x)
+        if dtype != product_dtype(values) or (
+            residual is not None and (residual.dtype != dtype or residual.dim() != 4)
+        ):
             return None
         x, padding = self._padded(x)
-        if not self._sparse(x, padding):
+        of_norm = norm.running_mean, norm.running_var, norm.weight, norm.bias, self.bias, values
+        sources = [
+            norm.num_batches_tracked,
+            *(t for t in of_norm if t is not None),
+        ]  # `nn.BatchNorm2d` counts each step
+        if self._sparse(x, padding):
+            if values.dtype != dtype:
+                return None
+            scale, bias = mode.once(self, (norm, norm.eps), lambda: self._folded(norm, dtype), sources)
+            return sparse_conv2d_folded(
+                x.to(dtype), *mode.values(self), self.kernel_size, scale, bias, residual, relu, self.stride, padding,
+                self.dilation,
+            )  # type: ignore[arg-type]  # fmt: skip
+        if isinstance(mode, Values) or traced():
             return None
-        scale, bias = mode.once((self, norm), lambda: self._folded(norm))
-        return sparse_conv2d_folded(
-            x, *mode.values(self), self.kernel_size, scale, bias, residual, relu, self.stride, padding, self.dilation
-        )  # type: ignore[arg-type]
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        order = torch.channels_last if last else torch.contiguous_format
 
-    def _folded(self, norm: TaskBatchNorm) -> tuple[Tensor, Tensor]:
+        def fold() -> tuple[Tensor, Tensor]:
+            scale, bias = self._folded(norm)
+            return (mode.weight(self) * scale[:, None, None, None]).to(dtype, memory_format=order), bias.to(dtype)
+
+        weight, bias = mode.once(self, (norm, norm.eps, dtype, order), fold, sources)
+        y = F.conv2d(x, weight, bias, *self._geometry(padding))
+        if residual is not None:
+            y = y.add_(residual) if residual.shape == y.shape else y + residual
+        return y.relu_() if relu else y
+
+    def _folded(self, norm: TaskBatchNorm, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The scale and the bias that replace the layer's bias and a norm in evaluation."""
         assert norm.running_var is not None
         assert norm.running_mean is not None
-        scale = (norm.running_var + norm.eps).rsqrt()
+        wide = torch.promote_types(norm.running_var.dtype, torch.float32)
+        scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight
-        mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        return scale, -scale * mean if norm.bias is None else norm.bias - scale * mean
+        mean = norm.running_mean if self.bias is None else norm.running_mean.to(wide) - self.bias
+        bias = -scale * mean if norm.bias is None else norm.bias - scale * mean
+        return scale.to(dtype), bias.to(dtype)

@@ -1,7 +1,7 @@
 """The modes of a supermask layer. A mode owns the mask's tensors and computes the product and the masked weight."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from .choice import traced
 from .selector import capturing, in_backward, recomputable, select
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
+Folded = tuple[Tensor, ...]
+Folding = Callable[[], Folded]
 PATTERN = SparsePattern._fields[:-1]
 """Names of the buffers of a layer's pattern."""
 PARAMETERS = ("scores", "free_values")
@@ -165,7 +167,7 @@ class Fixed(Mode):
         ValueError: If the masks do not fit the layer, or if the free mask is not inside the mask.
     """
 
-    _derived: tuple[SparsePattern, dict[str, Any]] | None = None  # the pattern, and by name what was computed from it
+    _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = None  # the pattern, and what was computed from it
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
@@ -204,9 +206,27 @@ class Fixed(Mode):
         free = layer._parameters["free_values"]
         return frozen.new_empty(0) if free is None else free, frozen, self._pattern(layer)[0]
 
-    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """Return ``compute()``. It depends on values and norms, which may change here, so nothing is cached."""
-        return compute()
+    def once(self, layer: Layer, key: Hashable, compute: Folding, sources: Sequence[Tensor | None] = ()) -> Folded:
+        """The tensors ``compute()``, cached under the key until one of the tensors `sources` changes.
+
+        Identities, addresses and versions show a change, as autograd sees it, so a write through `.data` is not seen.
+        An unknown source, None, forbids caching. A change rewrites the cached tensors, which a CUDA graph may read.
+        """
+        known = self._pattern(layer)[1]
+        tensors = [t for t in sources if t is not None and not t.is_inference()]
+        if traced() or len(tensors) < len(sources):
+            return compute()
+        state = [(id(t), t.data_ptr(), t._version) for t in tensors]
+        before, cached, _ = known.get(key, (None, (), ()))
+        if before == state or capturing():
+            return cached if before == state else compute()
+        with torch.inference_mode(False), torch.no_grad():
+            folded = compute()
+            for old, new in zip(cached, folded, strict=False):
+                old.copy_(new)
+            folded = cached or folded
+            known[key] = state, folded, [t.detach() for t in tensors]  # which keeps the addresses taken
+        return folded
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         """Whether dense products mask the weight while they read it."""
@@ -218,7 +238,7 @@ class Fixed(Mode):
         shape, count = layer.dense_weight.shape, free.numel()
         return free, frozen, self._once_a_pattern(layer, "bitmap", lambda p: as_bitmap(p, shape, count))
 
-    def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[str, Any]]:
+    def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[Hashable, Any]]:
         """The pattern, and by name what was computed from it. Moving the layer replaces both."""
         buffers, recorded = layer._buffers, traced()
         known = None if recorded else self._derived
@@ -251,6 +271,10 @@ class Values(Fixed):
         assert self.tensors is not None
         self.tensors["free_values"] = nn.Parameter(layer.dense_weight[free_mask])
 
+    def once(self, layer: Layer, key: Hashable, compute: Folding, sources: Sequence[Tensor | None] = ()) -> Folded:
+        """Return ``compute()``. Optimizers and averages may write through `.data` here, so nothing is cached."""
+        return compute()
+
 
 class Constant(Fixed):
     """A fixed mask for inference. Values and norms never change again, so results that depend on them are cached.
@@ -272,15 +296,15 @@ class Constant(Fixed):
         self._kept = kept
 
     def weight(self, layer: Layer) -> Tensor:
-        weight: Tensor = self.once(layer, lambda: super(Constant, self).weight(layer))
-        return weight
+        return self.once(layer, "weight", lambda: (super(Constant, self).weight(layer),))[0]
 
     mask = Mode.mask  # raises: only the values and their positions are stored
 
-    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        if key not in self._kept:
-            self._kept[key] = compute()
-        return self._kept[key]
+    def once(self, layer: Layer, key: Hashable, compute: Folding, sources: Sequence[Tensor | None] = ()) -> Folded:
+        if (layer, key) not in self._kept:
+            self._kept[layer, key] = compute()
+        folded: Folded = self._kept[layer, key]
+        return folded
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         return False  # the masked weight is cached

@@ -6,18 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import batch_norm_act
+from ..kernels.reference import is_innermost
+from ..ops.norm import normalised, takes_any_layout
 
 
 def batch_innermost(x: Tensor) -> bool:
     """Whether x (N, C, ...) is stored as (C, ..., N), as the sparse kernels return it, and is not contiguous too."""
-    return not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
+    return not x.is_contiguous() and is_innermost(x, 0)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether the kernels of `batch_norm_act` take x (N, C, ...) as it is, with more than one value per channel."""
+    if batch_innermost(x) and x.dtype in (torch.float32, torch.float64):
+        return True
+    if x.device.type not in ("cuda", "meta") or x.dim() < 2 or x.numel() <= x.shape[1]:
+        return False
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and takes_any_layout("cuda")
+    return known and (x.is_contiguous() or is_innermost(x, 1) or is_innermost(x, 0))
 
 
 class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Base of both batch norms: ``norm(x, residual, relu=True)`` is ``relu(norm(x) + residual)``.
 
-    For a batch stored innermost, in float32 or float64, this is one operation, see `batch_norm_act`.
+    This is one operation with a step of the running statistics, see `batch_norm_act`, where a kernel takes x: on a CPU
+    for a batch stored innermost in float32 or float64, on a GPU for every layout in float32, bfloat16 or float16.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = False,
@@ -26,7 +38,7 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)
-        if alike and x.dtype in (torch.float32, torch.float64) and batch_innermost(x):
+        if alike and _has_kernel(x):
             return self._fused(x, residual, relu)
         y = super().forward(x)
         if residual is not None:
@@ -35,24 +47,15 @@ class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _fused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         self._check_input_dim(x)
-        track = self.training and self.track_running_stats and self.running_mean is not None
-        given = (None, None) if self.training else (self.running_mean, self.running_var)
-        y, mean, var = batch_norm_act(x, residual, self.weight, self.bias, *given, self.eps, relu)
-        if track:
-            self._update(mean, var, x.numel() // x.shape[1])
-        return y
-
-    def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Update the running statistics as `nn.BatchNorm2d` does: unbiased variance; a mean if momentum is None."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if self.momentum is not None:
-            step = self.momentum
-        else:
-            step = 1 / float(self.num_batches_tracked) if self.num_batches_tracked is not None else 0.0
-        for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-            assert running is not None
-            running.lerp_(new.to(running.dtype), step)
+        mean, var, batches, momentum = self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
+        if not self.training:
+            return normalised(x, residual, self.weight, self.bias, mean, var, (None,) * 4, self.eps, relu)[0]
+        if mean is None or not self.track_running_stats:
+            mean = var = batches = None
+        if momentum is None and batches is None:
+            momentum = 0.0
+        running = mean, var, batches, momentum
+        return normalised(x, residual, self.weight, self.bias, None, None, running, self.eps, relu)[0]
 
 
 class TaskBatchNorm1d(TaskBatchNorm, nn.BatchNorm1d):

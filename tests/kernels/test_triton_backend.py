@@ -11,7 +11,7 @@ from cases import DTYPES
 from torch import Tensor
 
 from exssnet import ops
-from exssnet.kernels import triton_backend, triton_bits, triton_topk
+from exssnet.kernels import triton_backend, triton_bits, triton_norm, triton_topk
 
 pytestmark = pytest.mark.proof
 
@@ -20,6 +20,15 @@ TESTS = Path(__file__).parents[1] / "ops"
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def norm_step(dtype: torch.dtype, order: torch.memory_format) -> None:
+    """Batch norm, residual and ReLU, forward and backward."""
+    x = meta(64, 64, 56, 56, dtype=dtype).to(memory_format=order)
+    of_channel, batches = meta(64, dtype=torch.float32), meta(dtype=torch.int64)
+    given, running = (of_channel, of_channel, None, None), (of_channel, of_channel, batches, 0.1)
+    triton_norm.batch_norm_act(x, x, *given, *running, 1e-5, True)
+    triton_norm.batch_norm_act_backward(x, x, x, *[of_channel] * 4, 1e-5, True, True, [True] * 4)
 
 
 CALLS: dict[str, Callable[[], object]] = {
@@ -49,6 +58,21 @@ def test_selection_and_bits_compile_and_nothing_spills(call: str, architecture: 
     assert [k for k in kernels if k.spilled or k.shared > triton_compile.SHARED[architecture]] == []
 
 
+@pytest.mark.skipif(triton_guard.interpreting, reason="this process interprets Triton")
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "order"),
+    [(architecture, torch.bfloat16, torch.channels_last) for architecture in triton_compile.TARGETS]
+    + [("sm_90", torch.float32, torch.contiguous_format)],
+    ids=str,
+)
+def test_a_norm_with_residual_and_relu_launches_two_kernels_each_way_without_spills(
+    architecture: str, dtype: torch.dtype, order: torch.memory_format
+) -> None:
+    kernels = triton_compile.compiled(architecture, lambda: norm_step(dtype, order))
+    assert [k.kernel for k in kernels] == ["_moments_kernel", "_normalise_kernel", "_sums_kernel", "_gradients_kernel"]
+    assert [k for k in kernels if k.spilled or k.shared > triton_compile.SHARED[architecture]] == []
+
+
 def test_operators_launch_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not triton_guard.interpreting:
         name = test_operators_launch_triton_kernels.__name__
@@ -67,6 +91,7 @@ OWN_TESTS = {
     "test_bits.py": "not 1048576",
     "test_topk.py": "of_equal_magnitudes or tie_index or strides or opcheck or compiles or different_dtypes "
     "or (exactly_k and many-ties)",
+    "test_norm.py": "opcheck_of_a_step",
     "test_supermask.py": "(groups or 7x33x65) and (opcheck or compiles)",
     "test_masked.py": "(groups or 7x33x65) and (opcheck or compiles)",
 }

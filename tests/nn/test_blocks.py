@@ -9,12 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
+from accuracy import assert_accurate
 from products import Calls
 from torch import Tensor, nn
+from torch.nn import functional as F
 from zoo import CASES
 
-from exssnet import Phases, convert
+from exssnet import Phases, SupermaskConv2d, TaskBatchNorm2d, convert
 from exssnet.nn import unconvert
+from exssnet.nn.blocks import normalised
 from exssnet.nn.choice import Products
 from exssnet.nn.models import ResNet18
 from exssnet.nn.norms import TaskBatchNorm
@@ -190,6 +193,116 @@ def test_inference_of_a_fixed_mask_folds_the_norms(name: str) -> None:
     hook_all(model)
     assert calls_of_folded(model, x) == 0
     assert calls_of_folded(model.train(), x) == 0
+
+
+def folding_pair(products: Products, dtype: torch.dtype = torch.float32) -> tuple[SupermaskConv2d, TaskBatchNorm2d]:
+    """A convolution with a fixed mask, and the norm after it, in evaluation."""
+    conv, norm = SupermaskConv2d(6, 5, 3, padding=1, bias=True), TaskBatchNorm2d(5, affine=True).eval()
+    conv.products = products
+    mask = torch.rand(conv.dense_weight.shape) < 0.4
+    conv.use_values(mask, torch.zeros_like(mask))
+    for t in (*norm.parameters(), norm.running_mean, norm.running_var):
+        nn.init.uniform_(t, 0.5, 2)
+    return conv.to(dtype), norm.to(dtype)
+
+
+def assign(p: nn.Parameter | None) -> None:
+    p.data = p.detach() + 1  # type: ignore[union-attr, operator]
+
+
+def train(conv: SupermaskConv2d, norm: TaskBatchNorm2d) -> None:
+    norm.train()(torch.randn(3, 5, 4, 4))
+    norm.eval()
+
+
+CHANGES: dict[str, Callable[[SupermaskConv2d, TaskBatchNorm2d], object]] = {
+    "running mean": lambda conv, norm: norm.running_mean.add_(1),
+    "running variance": lambda conv, norm: norm.running_var.mul_(3),
+    "weight": lambda conv, norm: norm.weight.mul_(2),
+    "bias": lambda conv, norm: norm.bias.add_(1),
+    "no affine": lambda conv, norm: norm.register_parameter("weight", None),
+    "bias of the convolution": lambda conv, norm: conv.bias.add_(1),
+    "values": lambda conv, norm: conv.frozen_values.mul_(2),
+    "eps": lambda conv, norm: setattr(norm, "eps", 1.0),
+    "assigned data": lambda conv, norm: assign(norm.weight),
+    "training": train,
+    "state dict": lambda conv, norm: norm.load_state_dict(TaskBatchNorm2d(5, affine=True).state_dict()),
+    "mask": lambda conv, norm: conv.use_values(*[torch.ones_like(conv.mask()), torch.zeros_like(conv.mask())]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_folded_norm_follows_every_change(products: Products, change: str) -> None:
+    conv, norm = folding_pair(products)
+    x, residual = torch.randn(2, 6, 7, 7), torch.randn(2, 5, 7, 7)
+    before = normalised(conv, norm, x, residual)
+    CHANGES[change](conv, norm)
+    after = normalised(conv, norm, x, residual)
+    assert not torch.allclose(before, after)
+    for _ in range(2):
+        torch.testing.assert_close(normalised(conv, norm, x, residual), norm(conv(x), residual, True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_norm_is_folded_once(products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, norm = folding_pair(products)
+    x, folds, fold = torch.randn(2, 6, 7, 7), [], SupermaskConv2d._folded
+    monkeypatch.setattr(SupermaskConv2d, "_folded", lambda *args: folds.append(1) or fold(*args))
+    monkeypatch.setattr(TaskBatchNorm, "forward", lambda *_: pytest.fail("a norm of its own"))
+    for _ in range(3):
+        normalised(conv, norm, x)
+    copied = copy.deepcopy(conv)
+    assert len(folds) == 1
+    normalised(copied, norm, x)
+    assert len(folds) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("cast", ["", "model", "autocast"])
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_folded_norm_errs_at_most_twice_as_much_as_plain_pytorch(
+    products: Products, cast: str, order: torch.memory_format
+) -> None:
+    dtype = torch.bfloat16 if cast == "model" else torch.float32
+    conv, norm = folding_pair(products, dtype)
+    x, residual = (torch.randn(2, c, 7, 7, dtype=dtype).contiguous(memory_format=order) for c in (6, 5))
+    residual = residual.bfloat16() if cast else residual
+    norm64 = copy.deepcopy(norm).double()
+    truth = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    truth = (norm64(truth) + residual.double()).relu()
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        plain = (norm(F.conv2d(x, conv.weight, conv.bias, padding=1)) + residual).relu()
+        got = normalised(conv, norm, x, residual)
+    assert_accurate({"y": got}, {"y": plain}, {"y": truth})
+    if products == "dense":
+        assert got.is_contiguous(memory_format=order)
+
+
+@torch.no_grad()
+def test_values_that_train_are_not_folded_into_a_weight() -> None:
+    """Averages of weights are swapped in through `.data`, which no version shows."""
+    conv, norm = folding_pair("dense")
+    mask = torch.ones_like(conv.mask())
+    conv.use_values(mask, mask)
+    x = torch.randn(2, 6, 7, 7)
+    before = normalised(conv, norm, x)
+    conv.free_values.data.mul_(2)
+    assert not torch.allclose(normalised(conv, norm, x), before)
+    torch.testing.assert_close(normalised(conv, norm, x), norm(conv(x), None, True))
+
+
+def test_a_change_rewrites_what_is_cached_in_place_for_a_captured_graph() -> None:
+    conv, _ = folding_pair("dense")
+    source = torch.ones(3)
+    cached = [conv.mode.once(conv, "test", lambda: (source + 1,), [source])[0] for _ in range(2)]
+    assert cached[0] is cached[1]
+    source.add_(1)
+    assert conv.mode.once(conv, "test", lambda: (source + 1,), [source])[0] is cached[0]
+    assert torch.equal(cached[0], torch.full((3,), 3.0))
 
 
 def test_subclasses_and_sequences_without_a_norm_stay_as_they_are() -> None:

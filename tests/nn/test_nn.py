@@ -1,6 +1,8 @@
 """Layers, `convert` and `freeze_weights`: exact masks, kept identities, one selection for a whole model."""
 
 import copy
+import itertools
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,12 +11,25 @@ import torchvision
 from networks import SmallNet, images, small_net
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import exssnet.nn as exnn
 from exssnet import Phases, SupermaskConv1d, SupermaskConv2d, SupermaskLinear, TaskBatchNorm2d, convert, freeze_weights
 from exssnet.nn import TaskBatchNorm1d, allocate_density, selector, signed_constant_
 from exssnet.nn.modes import NoMask
 from exssnet.ops import topk_mask
+
+
+class Counted(TorchDispatchMode):
+    """Notes every operator that is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def _batch_innermost(x: Tensor) -> Tensor:
@@ -260,6 +275,52 @@ def test_batch_norm_is_the_plain_one_with_what_follows_it(
         pairs += list(zip(norm.buffers(), plain.buffers(), strict=True))
         assert all(torch.allclose(a, b) for a, b in pairs)
         assert got.movedim(0, -1).is_contiguous()
+
+
+def _ordered(x: Tensor, order: str) -> Tensor:
+    if order == "innermost":
+        return _batch_innermost(x)
+    return x.contiguous(memory_format=torch.channels_last if order == "channels_last" else torch.contiguous_format)
+
+
+ON_A_GPU = itertools.product(
+    ("meta", "cuda"), (torch.float32, torch.bfloat16), ("contiguous", "channels_last", "innermost")
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "order"),
+    [("cpu", torch.float32, "innermost")]
+    + [pytest.param(*case, marks=[pytest.mark.gpu] if case[0] == "cuda" else []) for case in ON_A_GPU],
+    ids=str,
+)
+@pytest.mark.parametrize("momentum", [0.1, None], ids=str)
+def test_norm_residual_relu_and_running_statistics_are_one_operator_each_way(
+    where: str, dtype: torch.dtype, order: str, momentum: float | None
+) -> None:
+    """As on a GPU: tensors of device "meta" stand for it. The norm stays in float32, as under autocast."""
+    norm = TaskBatchNorm2d(4, momentum=momentum, affine=True, device=where)
+    x, residual = (_ordered(torch.randn(6, 4, 5, 3, device=where, dtype=dtype), order) for _ in range(2))
+    with Counted() as forward:
+        y = norm(x.requires_grad_(), residual.requires_grad_(), relu=True)
+    grad = torch.ones_like(y)
+    with Counted() as backward:
+        torch.autograd.grad(y, [x, residual, *norm.parameters()], grad)
+    called = [[name for name in counted.made if "detach" not in name] for counted in (forward, backward)]
+    assert called == [["exssnet::batch_norm_act"], ["exssnet::batch_norm_act_backward"]]
+    assert (y.stride(), y.dtype) == (x.stride(), dtype)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=str)
+def test_compiled_batch_norm_takes_the_same_steps(momentum: float | None) -> None:
+    torch._dynamo.reset()
+    norms = [TaskBatchNorm2d(4, momentum=momentum) for _ in range(2)]
+    compiled = torch.compile(norms[1], fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = _batch_innermost(torch.randn(6, 4, 5, 3))
+        assert torch.equal(compiled(x, None, True), norms[0](x, None, True))
+    for ours, theirs in zip(*(norm.buffers() for norm in norms), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,7 @@
-"""batch_norm_act: batch norm, a residual and ReLU as one operation, held to the three of plain PyTorch."""
+"""batch_norm_act: batch norm, a residual and ReLU as one operation, held to the three of plain PyTorch.
+
+Its Triton kernels are tested in tests/kernels/test_triton_norm.py, and run some of these tests too.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -8,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from accuracy import Results, assert_accurate, assert_exact, run
-from cases import LAYOUTS
+from cases import LAYOUTS, dtypes
 from products import opcheck_warning
 from refusals import IMAGES, LINES, NONE, RAW, VALUES, Calls, W, X, guarded, refused
 from torch import Tensor
@@ -81,10 +84,12 @@ def leaves(norm: Norm, dtype: torch.dtype = torch.float32) -> Results:
     return {name: t.to(dtype) for name, t in found.items()}
 
 
-def statistics(norm: Norm, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def statistics(norm: Norm, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Of at least float32."""
     if norm.training:
         return None, None
-    return torch.linspace(-4, 3, norm.shape[1], dtype=dtype), torch.linspace(2, 11, norm.shape[1], dtype=dtype)
+    options: Any = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    return torch.linspace(-4, 3, norm.shape[1], **options), torch.linspace(2, 11, norm.shape[1], **options)
 
 
 def grad_of(norm: Norm, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,11 +97,11 @@ def grad_of(norm: Norm, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def ours(norm: Norm, t: Results) -> Tensor:
-    return ops.batch_norm_act(*raw(norm, t))[0]
+    return ops.batch_norm_act(*arguments(norm, t))[0]
 
 
 def plain(norm: Norm, t: Results) -> Tensor:
-    mean, var = statistics(norm, t["x"].dtype)
+    mean, var = statistics(norm, t["x"])
     y = F.batch_norm(t["x"], mean, var, t.get("weight"), t.get("bias"), norm.training, 0.1, EPS)
     y = y + t["residual"] if norm.residual else y
     return y.relu() if norm.relu else y
@@ -106,8 +111,14 @@ def kernel(norm: Norm, dtype: torch.dtype = torch.float32) -> Results:
     return run(lambda t: ours(norm, t), leaves(norm, dtype), grad_of(norm, dtype))
 
 
-def raw(norm: Norm, t: Results) -> tuple[Any, ...]:
-    return t["x"], t.get("residual"), t.get("weight"), t.get("bias"), *statistics(norm, t["x"].dtype), EPS, norm.relu
+def arguments(norm: Norm, t: Results) -> tuple[Any, ...]:
+    """Those of the public function."""
+    return t["x"], t.get("residual"), t.get("weight"), t.get("bias"), *statistics(norm, t["x"]), EPS, norm.relu
+
+
+def raw(norm: Norm, t: Results, running: tuple[Any, ...] = (None,) * 4) -> tuple[Any, ...]:
+    """Those of the operator; `running`: mean, variance, number of batches, momentum."""
+    return *arguments(norm, t)[:6], *running, EPS, norm.relu
 
 
 def raw_backward(norm: Norm, output_mask: list[bool], dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -127,6 +138,74 @@ def test_errs_at_most_twice_as_much_as_plain_pytorch(norm: Norm) -> None:
     assert_accurate(kernel(norm), run(lambda t: plain(norm, t), values, grad), truth)
 
 
+IN_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels-innermost": LAYOUTS["channels-innermost"],
+    "batch-innermost": innermost,
+}
+
+
+@pytest.mark.parametrize("layout", IN_MEMORY)
+@dtypes("float32", "bfloat16", "float16")
+@norms((7, 3, 5, 3))
+def test_dtype_and_layout_are_kept_within_twice_the_error_of_plain_pytorch(
+    norm: Norm, dtype: torch.dtype, layout: str, device: str
+) -> None:
+    """Weight and bias stay in float32, as under autocast."""
+
+    def stored(t: Tensor) -> Tensor:
+        return IN_MEMORY[layout](t.to(device, dtype)) if t.dim() > 1 else t.to(device)
+
+    values, grad = {n: stored(t) for n, t in leaves(norm).items()}, stored(grad_of(norm))
+    got = run(lambda t: ours(norm, t), values, grad)
+    truth = run(lambda t: plain(norm, t), {n: t.double() for n, t in values.items()}, grad.double())
+    assert_accurate(got, run(lambda t: plain(norm, t), values, grad), truth)
+    assert {t.stride() for t in got.values() if t.dim() > 1} == {values["x"].stride()}
+
+
+@dtypes("bfloat16", "float16")
+@norms((7, 3, 5, 3))
+def test_half_precision_is_the_reference(norm: Norm, dtype: torch.dtype, device: str) -> None:
+    values = {n: t.to(device) for n, t in leaves(norm, dtype).items()}
+    ours = OPERATOR(*raw(norm, values))
+    theirs = reference.batch_norm_act(*raw(norm, values))
+    backward = [t.to(device) if isinstance(t, Tensor) else t for t in raw_backward(norm, [True] * 4, dtype)]
+    pairs = [*zip(ours, theirs, strict=True)]
+    pairs += zip(BACKWARD(*backward), reference.batch_norm_act_backward(*backward), strict=True)
+    for got, want in pairs:  # an ulp of the dtype, where the sums round to different sides
+        torch.testing.assert_close(got, want, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-3, check_stride=True)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_running_statistics_take_the_step_of_plain_pytorch(
+    x_dtype: torch.dtype, momentum: float | None, device: str
+) -> None:
+    """Unbiased variances; a mean over all batches without a momentum."""
+    x = innermost(3 * torch.randn(6, 37, 5, dtype=torch.float64)).to(device, x_dtype)
+    start = [torch.randn(37, device=device), torch.rand(37, device=device)]
+    running, batches = [t.clone() for t in start], torch.tensor(3, device=device)
+    versions = [t._version for t in (*running, batches)]
+    OPERATOR(x, None, None, None, None, None, *running, batches, momentum, EPS, False)
+    assert batches.item() == 4
+    assert all(t._version > v for t, v in zip((*running, batches), versions, strict=True))
+
+    def stepped(dtype: torch.dtype) -> Results:
+        var, mean = torch.var_mean(x.to(dtype), (0, 2), correction=1)
+        step = 1 / 4 if momentum is None else momentum
+        moved = (t.to(dtype).lerp(to, step) for t, to in zip(start, (mean, var), strict=True))
+        return dict(zip(("mean", "var"), moved, strict=True))
+
+    got = dict(zip(("mean", "var"), running, strict=True))
+    assert_accurate(got, stepped(torch.float32), stepped(torch.float64))
+
+
+def test_an_empty_batch_is_counted_and_changes_no_running_statistics() -> None:
+    running = torch.ones(3), torch.ones(3), torch.tensor(0)
+    OPERATOR(torch.empty(0, 3, 2), None, None, None, None, None, *running, 0.1, EPS, False)
+    assert [t.sum().item() for t in running] == [3, 3, 1]
+
+
 @pytest.mark.parametrize("norm", [Norm((64, 3, 40, 33)), Norm((8, 3, 2), affine=True, relu=True)], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e3, 3e4])
 def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: float) -> None:
@@ -141,11 +220,11 @@ def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: flo
 @norms(*SHAPES)
 def test_is_the_reference(norm: Norm) -> None:
     values = leaves(norm, torch.float64)
-    got = ops.batch_norm_act(*raw(norm, values))
+    got = ops.batch_norm_act(*arguments(norm, values))
     for ours, theirs in zip(got, reference.batch_norm_act(*raw(norm, values)), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-    arguments = raw_backward(norm, [True] * 4, torch.float64)
-    for ours, theirs in zip(BACKWARD(*arguments), reference.batch_norm_act_backward(*arguments), strict=True):
+    backward = raw_backward(norm, [True] * 4, torch.float64)
+    for ours, theirs in zip(BACKWARD(*backward), reference.batch_norm_act_backward(*backward), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -185,10 +264,11 @@ def test_output_and_gradients_are_stored_batch_innermost(norm: Norm) -> None:
 
 @norms((7, 3, 5, 3))
 def test_inputs_stay_as_they_are(norm: Norm) -> None:
-    values, (mean, var) = leaves(norm), statistics(norm)
+    values = leaves(norm)
+    mean, var = statistics(norm, values["x"])
     held = [t for t in (*values.values(), mean, var) if t is not None]
     before = [t.clone() for t in held]
-    _, m, v = ops.batch_norm_act(*raw(norm, values))
+    _, m, v = ops.batch_norm_act(*arguments(norm, values))
     m.zero_()
     v.zero_()
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
@@ -302,6 +382,15 @@ def test_opcheck_of_forward(norm: Norm) -> None:
 
 
 @opcheck_warning
+@pytest.mark.parametrize("momentum", [0.1, None], ids=str)
+def test_opcheck_of_a_step_of_running_statistics(momentum: float | None) -> None:
+    norm = Norm((3, 2, 2, 2), residual=True, affine=True, relu=True)
+    values = {n: t.requires_grad_() for n, t in leaves(norm).items()}
+    running = torch.zeros(2), torch.ones(2), torch.tensor(1), momentum
+    torch.library.opcheck(OPERATOR, raw(norm, values, running))
+
+
+@opcheck_warning
 @pytest.mark.parametrize("asked", [(True,) * 4, (True, False, False, False), (False, True, True, False)], ids=str)
 @norms((3, 2, 2, 2))
 def test_opcheck_of_backward(norm: Norm, asked: tuple[bool, ...]) -> None:
@@ -310,7 +399,12 @@ def test_opcheck_of_backward(norm: Norm, asked: tuple[bool, ...]) -> None:
 
 SENTENCES: Calls = {
     "batch_norm_act: x must have shape (N, C, ...), got (20,)": lambda: ops.batch_norm_act(VALUES),
-    "batch_norm_act: x must be float32 or float64, got torch.bfloat16": lambda: ops.batch_norm_act(X.bfloat16()),
+    "batch_norm_act: x must be float32, bfloat16, float16 or float64, got torch.int32": lambda: ops.batch_norm_act(
+        X.int()
+    ),
+    "batch_norm_act: x is torch.bfloat16 but weight is torch.float16": lambda: ops.batch_norm_act(
+        IMAGES.bfloat16(), weight=W[:, 0].half()
+    ),
     "batch_norm_act: residual must have shape (2, 4, 6, 6), got (2, 4, 9)": lambda: ops.batch_norm_act(IMAGES, LINES),
     "batch_norm_act: weight must have shape (4,), got (20,)": lambda: ops.batch_norm_act(IMAGES, weight=VALUES),
     "batch_norm_act: var must have shape (4,), got (0,)": lambda: ops.batch_norm_act(IMAGES, mean=W[:, 0], var=NONE),
@@ -325,10 +419,15 @@ SENTENCES: Calls = {
 test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
+NONE_GIVEN = (None,) * 8
 FOREIGN_MEMORY: Calls = {
-    "a short residual": lambda: RAW.batch_norm_act(X, X[:2], None, None, None, None, 0.1, True),
-    "a short weight of a norm": lambda: RAW.batch_norm_act(X, None, X[0, 1:], None, None, None, 0.1, True),
-    "a short variance": lambda: RAW.batch_norm_act(X, None, None, None, X[0], X[0, 1:], 0.1, True),
+    "a short residual": lambda: RAW.batch_norm_act(X, X[:2], *NONE_GIVEN, 0.1, True),
+    "a short weight of a norm": lambda: RAW.batch_norm_act(X, None, X[0, 1:], *NONE_GIVEN[1:], 0.1, True),
+    "a short variance": lambda: RAW.batch_norm_act(X, None, None, None, X[0], X[0, 1:], *NONE_GIVEN[4:], 0.1, True),
+    "a short running mean": lambda: RAW.batch_norm_act(X, *NONE_GIVEN[:5], X[0, 1:], X[0], None, 0.1, 0.1, True),
+    "no number of batches": lambda: RAW.batch_norm_act(
+        X, *NONE_GIVEN[:5], X[0], X[0], X.new_empty(0).long(), 0.1, 0.1, True
+    ),
     "a short gradient of a norm": lambda: RAW.batch_norm_act_backward(
         X[:2], X, None, None, None, X[0], X[0], 0.1, True, True, [True] * 4
     ),

@@ -300,6 +300,13 @@ void norms(int64_t channels, int64_t size) {
         if (!(std::abs(y[i] - expected) <= 1e-4 * (1 + std::abs(expected)))) fail("batch_norm");
       }
     }
+    const Buffer<T> running_mean(channels, [](int64_t) { return 1; }), running_var(channels, [](int64_t) { return 1; });
+    update_running(channels, size, mean.data(), var.data(), 0.25, running_mean.data(), running_var.data());
+    for (int64_t c = 0; c < channels; ++c) {
+      const double unbiased = double(var[c]) * size / std::max<int64_t>(size - 1, 1);
+      if (!(std::abs(running_mean[c] - 0.75 - 0.25 * mean[c]) <= 1e-4 * (1 + std::abs(double(mean[c]))))) fail("update_running");
+      if (!(std::abs(running_var[c] - 0.75 - 0.25 * unbiased) <= 1e-4 * (1 + unbiased))) fail("update_running");
+    }
     const Buffer<T> grad_x(n), grad_residual(n), grad_weight(channels), grad_bias(channels);
     batch_norm_gradients(norm, grad.data(), x.data(), add ? y.data() : nullptr, mean.data(), var.data(), !given,
                          grad_x.data(), add ? grad_residual.data() : nullptr, grad_weight.data(), grad_bias.data());
