@@ -201,7 +201,7 @@ __device__ void finish(Work& w, int64_t threshold, int64_t tie, double crowd, in
       low = threshold - min(distance, threshold), high = threshold + min(distance, infinity - threshold);
     }
   }
-  layer.new_hint[0] = low, layer.new_hint[1] = high;
+  if (layer.hint) layer.hint[0] = low, layer.hint[1] = high;
 }
 
 // Sets the mask of a candidate. In a packed mask its bit is still 0. Bits after the last complete word are collected in

@@ -24,7 +24,6 @@ namespace exssnet::cuda {
 
 
 // All pointers point to memory of the device. Scores and masks that are aligned to 16 bytes are processed faster.
-// new_hint may equal hint.
 
 // Size of the scratch memory, which must be aligned to 16 bytes and need not be initialized: about n / 2 bytes per
 // layer (float64: n bytes). Afterwards its first 4 bytes are the number of layers of the last dtype whose scores were
