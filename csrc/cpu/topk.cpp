@@ -286,7 +286,7 @@ class LayerOf final : public Layer {
     // and it shrinks slowly. If it would hold too many candidates, a new sample in every call is cheaper.
     const double moved = std::abs(static_cast<double>(threshold) - (last_low + last_high) / 2);
     const double half = std::max({4 * moved, (last_high - last_low) * 3 / 8,
-                                  static_cast<double>(in.n) / 2048 / crowd, 1.0});
+                                  static_cast<double>(in.n) / 16384 / crowd, 1.0});
     if (2 * half * crowd > static_cast<double>(in.n) / 128) return true;
     const auto reach = static_cast<int64_t>(std::min(half, 0x1p62));
     in.hint[0] = threshold - std::min(reach, threshold);

@@ -159,11 +159,11 @@ def test_next_hint_is_the_cpus_where_the_bracket_held(topk: ModuleType, pattern:
     assert held > 0
 
 
-@pytest.mark.parametrize(("dtype", "launches"), [*zip(FLOATS, [10, 10, 12, 18], strict=True)], ids=str)
-def test_launches_are_as_many_as_the_header_says(topk: ModuleType, dtype: torch.dtype, launches: int) -> None:
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_launches_are_as_many_as_the_header_says(topk: ModuleType, dtype: torch.dtype) -> None:
     scores, k = drawn("normal", dtype)
     assert len(scores) < LAYERS_OF_A_TABLE
-    assert {select(topk, scores, k, hint).launches for hint in (None, HINTS["garbage"](scores, k))} == {launches}
+    assert {select(topk, scores, k, hint).launches for hint in (None, HINTS["garbage"](scores, k))} == {3}
 
 
 @pytest.mark.parametrize("count", [LAYERS_OF_A_TABLE, LAYERS_OF_A_TABLE + 1, 3 * LAYERS_OF_A_TABLE - 1])
@@ -172,7 +172,7 @@ def test_more_layers_than_fit_in_one_table(topk: ModuleType, count: int) -> None
     k = [s.numel() // 3 for s in scores]
     result = select(topk, scores, k)
     assert_reference(scores, k, result)
-    assert result.launches == 11 + -(-count // LAYERS_OF_A_TABLE)
+    assert result.launches == -(-count // LAYERS_OF_A_TABLE) + 2
 
 
 def test_layers_of_one_call_may_have_different_dtypes(topk: ModuleType) -> None:
