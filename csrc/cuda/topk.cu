@@ -8,11 +8,11 @@
 // How it works. A layer has a bracket [lo, hi] of magnitude bits that almost surely contains the k-th largest
 // magnitude. It comes from the hint of the last call, or from a sample of the scores. One pass over the scores
 // (topk_pass.h) counts the entries above the bracket, writes the mask as if no other entries were kept, and collects
-// the candidates inside with their histogram. The last block to finish a layer then selects the k-th largest among these
-// few candidates and keeps those up to it (topk_settle.h). If the bracket does not contain the k-th largest, it sets
-// another one, and the pass is repeated in the next launch. If that misses too, the last block alone narrows the bracket
-// by histograms of the bits until it holds. All layers share the same launches. The order of the candidates is arbitrary
-// and does not affect the selection.
+// the candidates inside with their histogram. The last block to finish a layer then selects the k-th largest among
+// these few candidates and keeps those up to it (topk_settle.h). If the bracket does not contain the k-th largest, it
+// sets another one, and the pass is repeated in the next launch. If that misses too, the last block alone narrows the
+// bracket by histograms of the bits until it holds. All layers share the same launches. The order of the candidates is
+// arbitrary and does not affect the selection.
 
 namespace exssnet::cuda {
 

@@ -3,10 +3,10 @@
 // The sequence of launches is fixed, and all decisions are taken on the device, so that a CUDA graph can capture it.
 // The bracket comes from the hint, or from a sample of n^(2/3) scores. If it contains the k-th magnitude and not too
 // many others, which is almost always the case, the scores are read once. Then n entries of b bytes cost n (b + 1)
-// bytes; with a packed mask n (b + 1/8) bytes; without a mask n b bytes. If the bracket of a hint missed, a sample gives
-// another one, and the scores are read once more. If that misses too, one block reads the layer alone: once for each
-// narrowing, at most ceil(bits of a magnitude / 11) times, and once more. If very many entries equal the threshold, they
-// are only counted, and the scores around them are read again for the mask.
+// bytes; with a packed mask n (b + 1/8) bytes; without a mask n b bytes. If the bracket of a hint missed, a sample
+// gives another one, and the scores are read once more. If that misses too, one block reads the layer alone: once for
+// each narrowing, at most ceil(bits of a magnitude / 11) times, and once more. If very many entries equal the
+// threshold, they are only counted, and the scores around them are read again for the mask.
 //
 // Launches: begin for every 40 layers, scan, rescue. These are 3 for up to 40 layers. In the usual case rescue has
 // nothing to do. Each dtype among the layers has its own sequence.

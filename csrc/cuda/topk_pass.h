@@ -240,9 +240,9 @@ __device__ void tell(Work& w, Found<S>& found) {
   }
 }
 
-// Of some tiles of a layer: counts the entries above and inside the bracket, writes the mask as if no entries inside were
-// kept, and collects the candidates inside, with their histogram. A bracket of one value may contain very many entries,
-// which are only counted, per strip. A strip is processed by one warp.
+// Of some tiles of a layer: counts the entries above and inside the bracket, writes the mask as if no entries inside
+// were kept, and collects the candidates inside, with their histogram. A bracket of one value may contain very many
+// entries, which are only counted, per strip. A strip is processed by one warp.
 template <class S, class Source>
 __device__ void scan_tiles(const Workspace& space, int number, int64_t tile, int64_t end, const Source& read,
                            Found<S>& found) {

@@ -1,5 +1,5 @@
-// What precedes and follows the pass over the scores of a layer: its bracket, and the k-th largest of its candidates. All
-// functions here are called by all threads of a block, which works on one layer.
+// What precedes and follows the pass over the scores of a layer: its bracket, and the k-th largest of its candidates.
+// Unless they say otherwise, the functions are called by all threads of a block, which works on one layer.
 #pragma once
 
 #include "cuda/topk_pass.h"
@@ -176,12 +176,12 @@ __device__ void keep(const TopkLayer& layer, int64_t i, Shared<S>& shared) {
   }
 }
 
-// Selects the entry of the given rank among the candidates, all of which are in the workspace, and keeps those up to it.
+// Selects the entry of the given rank among the candidates, all of which are in the workspace. Keeps those up to it.
 template <class S>
 __device__ void select_candidate(Work& w, int64_t rank, int64_t infinity, Shared<S>& shared) {
   const TopkLayer& layer = w.layer;
   const int64_t n = layer.n, lo = w.lo, inside = w.inside, all = rank;
-  const double reach_above = static_cast<double>(w.hi), reach_below = static_cast<double>(lo);
+  const double highest = static_cast<double>(w.hi), lowest = static_cast<double>(lo);
   const auto* candidates = static_cast<const Candidate<S>*>(w.candidates);
   const auto offset = [=](int64_t i) { return magnitude_of(candidates[i]) - lo; };
   const auto from_end = [=](int64_t i) { return n - 1 - index_of(candidates[i]); };  // ties go to the smaller index
@@ -218,8 +218,8 @@ __device__ void select_candidate(Work& w, int64_t rank, int64_t infinity, Shared
   if (layer.mask && layer.packed)
     for (int64_t i = n / 32 * 32; i < n; i += 8) layer.mask[i / 8] |= static_cast<uint8_t>(shared.tail >> i % 32);
   const double t = static_cast<double>(shared.threshold);
-  const double crowd_above = static_cast<double>(all) / (reach_above - t + 1);
-  const double crowd_below = static_cast<double>(inside - all + 1) / (t - reach_below + 1);
+  const double crowd_above = static_cast<double>(all) / (highest - t + 1);
+  const double crowd_below = static_cast<double>(inside - all + 1) / (t - lowest + 1);
   finish(w, shared.threshold, shared.tie, max(crowd_above, crowd_below), infinity);
 }
 
