@@ -39,20 +39,27 @@ def topk_masks(quick: bool) -> Cases:
             yield _topk_masks(scores, k, density, hint)
 
 
+def _true_masks(scores: list[Tensor], k: list[int]) -> list[Tensor]:
+    return list(map(reference.mask_of, scores, reference.topk_masks(scores, k, None, [])))
+
+
 def _topk_masks(scores: list[Tensor], k: list[int], density: float, hint: Tensor | None) -> Case:
     sizes = [s.numel() for s in scores]
 
     def each(select: plain.Selection) -> Variant:
         return lambda: [select(s.abs(), density) for s in scores]
 
+    def select() -> ops.TopK:
+        return ops.topk_masks(scores, k, None if hint is None else hint.clone())  # it would narrow from call to call
+
     def check() -> None:
-        masks = ops.topk_masks(scores, k, hint).masks
-        for mask, truth in zip(masks, reference.topk_masks(scores, k, None, True)[0], strict=True):
+        masks = select().masks
+        for mask, truth in zip(masks, _true_masks(scores, k), strict=True):
             check_equal("the mask", mask, truth)
 
     return Case(
         shape=_shape(sizes) + ("" if hint is None else ", hint"),
-        ours=lambda: ops.topk_masks(scores, k, hint),
+        ours=select,
         baselines={
             "sort": each(plain.sort_mask), "topk": each(plain.topk_mask), "kthvalue": each(plain.kthvalue_mask),
         },
@@ -88,7 +95,7 @@ def _adam_topk(sizes: list[int], density: float = 0.1) -> Case:
     def check() -> None:
         ours, plainly, truth = start(), start(), start(torch.float64)
         masks = ops.adam_topk(*ours, k).masks
-        for mask, expected in zip(masks, reference.topk_masks(ours[0], k, None, True)[0], strict=True):
+        for mask, expected in zip(masks, _true_masks(ours[0], k), strict=True):
             check_equal("the mask", mask, expected)
         for state in (plainly, truth):
             reference.adam_topk(*state, [], k, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, False)
@@ -96,14 +103,11 @@ def _adam_topk(sizes: list[int], density: float = 0.1) -> Case:
             check_accurate("the step", *results)
 
     state = start()
-    hint = [ops.topk_select(state[0], k)[1]]
-
-    def step() -> None:
-        hint[0] = ops.adam_topk(*state, k, hint[0], packed=True).hint
+    hint = ops.topk_select(state[0], k)[1]
 
     return Case(
         shape=_shape(sizes),
-        ours=step,
+        ours=lambda: ops.adam_topk(*state, k, hint, packed=True),
         baselines={
             "Adam, topk_select": torchs(lambda all_scores: ops.topk_select(all_scores, k)),
             "Adam, sort": torchs(lambda all_scores: [plain.sort_mask(s.abs(), density) for s in all_scores]),

@@ -12,29 +12,25 @@ from .nan_flag import flag
 _library: torch.library.Library | None = None
 
 
-def topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    selected: tuple[list[Tensor], Tensor, Tensor] = torch.ops.exssnet_cuda.topk_masks(
-        scores, k, hint, with_masks, packed, flag(scores[0].device)
-    )
-    return selected
+def topk_masks(scores: list[Tensor], k: list[int], hint: Tensor | None, masks: list[Tensor]) -> Tensor:
+    selection: Tensor = torch.ops.exssnet_cuda.topk_masks(scores, k, hint, masks, flag(scores[0].device))
+    return selection
 
 
 def adam_topk(
     scores: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], steps: list[Tensor],
     masks: list[Tensor], k: list[int], hint: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, maximize: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Falls back to the reference for other dtypes than float32, and for scores or averages that are not contiguous."""
     options = masks, k, hint, lr, beta1, beta2, eps, weight_decay, maximize
     tensors = scores, exp_avg, exp_avg_sq, steps
     if any(t.dtype != torch.float32 or not t.is_contiguous() for of_kind in tensors for t in of_kind):
         return reference.adam_topk(scores, grads, exp_avg, exp_avg_sq, steps, *options)
-    selected: tuple[Tensor, Tensor] = torch.ops.exssnet_cuda.adam_topk(
+    selection: Tensor = torch.ops.exssnet_cuda.adam_topk(
         scores, [g.contiguous() for g in grads], exp_avg, exp_avg_sq, steps, *options, flag(scores[0].device)
     )
-    return selected
+    return selection
 
 
 def register() -> None:

@@ -43,23 +43,26 @@ def mask_of(scores: Tensor, selection: Tensor) -> Tensor:
     return kept.reshape(scores.shape)
 
 
-def topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def topk_masks(scores: list[Tensor], k: list[int], hint: Tensor | None, masks: list[Tensor]) -> Tensor:
+    """Writes the masks, bool or packed; returns the selections. The hint becomes the selections."""
     for layer, s in enumerate(scores):
         if bool(s.isnan().any()):
             first = int(s.reshape(-1).isnan().nonzero()[0])
             raise RuntimeError(f"topk_masks: scores[{layer}] holds NaN, first at flat index {first}")
     selection = torch.stack([select(magnitude_bits(s), n) for s, n in zip(scores, k, strict=True)])
-    masks = [mask_of(s, row) for s, row in zip(scores, selection, strict=True)] if with_masks else []
-    return [pack_mask(m) for m in masks] if packed else masks, selection, selection.clone()
+    for mask, s, row in zip(masks, scores, selection, strict=False):  # or there are no masks
+        selected = mask_of(s, row)
+        mask.copy_(pack_mask(selected) if mask.dtype == torch.uint8 else selected)
+    if hint is not None:
+        hint.copy_(selection)
+    return selection
 
 
 def adam_topk(
     scores: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], steps: list[Tensor],
     masks: list[Tensor], k: list[int], hint: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, maximize: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """The operations of `torch.optim.Adam(foreach=False)`, one by one, then `topk_masks` into masks."""
     for s, g, m, v, t in zip(scores, grads, exp_avg, exp_avg_sq, steps, strict=True):
         t += 1
@@ -70,11 +73,7 @@ def adam_topk(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
         s.addcdiv_(m, denominator, value=-(lr / (1 - beta1**step)))
-    packed = len(masks) > 0 and masks[0].dtype == torch.uint8
-    new_masks, selection, hint = topk_masks(scores, k, hint, len(masks) > 0, packed)
-    for mask, new in zip(masks, new_masks, strict=True):
-        mask.copy_(new)
-    return selection, hint
+    return topk_masks(scores, k, hint, masks)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -183,9 +183,9 @@ def _write_mask(scores, selection, mask, n, BITS: tl.constexpr, BLOCK: tl.conste
 
 
 def _select_layers(
-    scores: list[Tensor], form: Format, k: list[int], rows: list[int], selection: Tensor, packed: bool
-) -> list[Tensor]:
-    """Write the rows of the selection for flat scores of one format; returns their packed masks, if asked."""
+    scores: list[Tensor], form: Format, k: list[int], rows: list[int], selection: Tensor, packed: list[Tensor]
+) -> None:
+    """Write the rows of the selection for flat scores of one format, and their packed masks, unless there are none."""
     device, layers = selection.device, len(scores)
     sizes = [s.numel() for s in scores]
     *first_chunks, chunks = accumulate((ceil_div(n, CHUNK) for n in sizes), initial=0)
@@ -210,31 +210,27 @@ def _select_layers(
         flat, first_chunk, first, count, row, threshold, rank, ties, selection,
         BITS=form.bits, BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
-    if not packed:
-        return []
-    masks = [torch.empty(ceil_div(n, 8), dtype=torch.uint8, device=device) for n in sizes]
-    _write_bits[(chunks,)](flat, first_chunk, first, count, row, selection, tuple(masks), layers, **pieces, num_warps=8)
-    return masks
+    if packed:
+        _write_bits[(chunks,)](
+            flat, first_chunk, first, count, row, selection, tuple(packed), layers, **pieces, num_warps=8
+        )
 
 
-def topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def topk_masks(scores: list[Tensor], k: list[int], hint: Tensor | None, masks: list[Tensor]) -> Tensor:
     """NaN scores do not raise here: they count as larger than infinity, and set the flag."""
     selection = torch.empty(len(scores), 2, dtype=torch.int64, device=scores[0].device)
     flat = [s.contiguous().view(-1).view(FORMATS[s.dtype].integer) for s in scores]
-    bits: dict[int, Tensor] = {}
-    packed = packed and with_masks
+    packed = bool(masks) and masks[0].dtype == torch.uint8
     for dtype in dict.fromkeys(s.dtype for s in scores):
         rows = [row for row, s in enumerate(scores) if s.dtype == dtype]
-        of_dtype = [flat[i] for i in rows], FORMATS[dtype], [k[i] for i in rows], rows
-        bits |= dict(zip(rows, _select_layers(*of_dtype, selection, packed), strict=False))
-    masks = [bits[row] for row in range(len(bits))]
-    if with_masks and not packed:
-        for s, integers, pair in zip(scores, flat, selection, strict=True):
-            masks.append(torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format))
+        bits = [masks[i] for i in rows] if packed else []
+        _select_layers([flat[i] for i in rows], FORMATS[dtype], [k[i] for i in rows], rows, selection, bits)
+    if masks and not packed:
+        for s, integers, pair, mask in zip(scores, flat, selection, masks, strict=True):
             n = s.numel()
             _write_mask[(ceil_div(n, BLOCK),)](
-                integers, pair, masks[-1].view(-1).view(torch.uint8), n, BITS=FORMATS[s.dtype].bits, BLOCK=BLOCK
+                integers, pair, mask.view(-1).view(torch.uint8), n, BITS=FORMATS[s.dtype].bits, BLOCK=BLOCK
             )
-    return masks, selection, selection.clone()
+    if hint is not None:
+        hint.copy_(selection)
+    return selection

@@ -277,18 +277,20 @@ class LayerOf final : public Layer {
   bool finish(int64_t threshold, int64_t tie_index, double crowd) {
     in.selection[0] = threshold;
     in.selection[1] = tie_index;
-    in.new_hint[0] = in.new_hint[1] = in.k > 0 ? threshold : 0;  // no bracket yet, only the threshold
-    if (in.k == 0 || in.n <= kSmall || !has_hint()) return true;
+    if (!in.hint) return true;
+    const bool had_hint = has_hint();
+    const double last_low = static_cast<double>(in.hint[0]), last_high = static_cast<double>(in.hint[1]);
+    in.hint[0] = in.hint[1] = in.k > 0 ? threshold : 0;  // no bracket yet, only the threshold
+    if (in.k == 0 || in.n <= kSmall || !had_hint) return true;
     // Scores change little between steps. The next bracket extends four times as far as the threshold moved this time,
     // and it shrinks slowly. If it would hold too many candidates, a new sample in every call is cheaper.
-    const double center = (static_cast<double>(in.hint[0]) + static_cast<double>(in.hint[1])) / 2;
-    const double moved = std::abs(static_cast<double>(threshold) - center);
-    const double last = (static_cast<double>(in.hint[1]) - static_cast<double>(in.hint[0])) / 2;
-    const double half = std::max({4 * moved, last * 3 / 4, static_cast<double>(in.n) / 2048 / crowd, 1.0});
+    const double moved = std::abs(static_cast<double>(threshold) - (last_low + last_high) / 2);
+    const double half = std::max({4 * moved, (last_high - last_low) * 3 / 8,
+                                  static_cast<double>(in.n) / 16384 / crowd, 1.0});
     if (2 * half * crowd > static_cast<double>(in.n) / 128) return true;
     const auto reach = static_cast<int64_t>(std::min(half, 0x1p62));
-    in.new_hint[0] = threshold - std::min(reach, threshold);
-    in.new_hint[1] = threshold + std::min(reach, infinity_ - threshold);
+    in.hint[0] = threshold - std::min(reach, threshold);
+    in.hint[1] = threshold + std::min(reach, infinity_ - threshold);
     return true;
   }
 

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/topk_pass.h"
+#include "cuda/topk_settle.h"
 
 namespace exssnet::cuda {
 
 namespace {
 
-constexpr int kAdamTable = 64;  // number of layers that fit into the parameters of a kernel
+constexpr int kAdamTable = 29;  // number of layers that fit into the parameters of a kernel
 
 // A layer, as passed from the host.
 struct AdamEntry {
@@ -18,6 +18,7 @@ struct AdamEntry {
   float *exp_avg, *exp_avg_sq, *step;
 };
 struct AdamTable {
+  Entry topk[kAdamTable];
   AdamEntry entries[kAdamTable];
 };
 
@@ -28,15 +29,19 @@ struct AdamWork {
   float correction;  // sqrt(1 - beta2^step)
   bool aligned;      // whether the memory is aligned to vectors
 };
-static_assert(sizeof(AdamTable) + sizeof(Adam) + 32 <= 4096);
+static_assert(sizeof(AdamTable) + sizeof(Adam) + sizeof(Workspace) + 16 <= 4096);
 
-// Increments the step and writes the values that depend on it. One thread per layer.
-__global__ void __launch_bounds__(kAdamTable)
-    advance(const __grid_constant__ AdamTable table, const Adam adam, AdamWork* works) {
-  const AdamEntry& layer = table.entries[threadIdx.x];
+// Begins the selection, increments the step and writes the values that depend on it. One block per layer of the table.
+__global__ void __launch_bounds__(kThreads)
+    begin_step(const __grid_constant__ AdamTable table, const Adam adam, AdamWork* works, Workspace space, int first) {
+  __shared__ Shared<int32_t> shared;
+  const int number = first + static_cast<int>(blockIdx.x);
+  begin_layer(table.topk[blockIdx.x], space, number, shared);
+  if (threadIdx.x != 0) return;
+  const AdamEntry& layer = table.entries[blockIdx.x];
   const float step = *layer.step + 1;
   *layer.step = step;
-  AdamWork& w = works[threadIdx.x];
+  AdamWork& w = works[number];
   w.layer = layer;
   w.step_size = static_cast<float>(adam.lr / (1 - pow(adam.beta1, static_cast<double>(step))));
   w.correction = static_cast<float>(sqrt(1 - pow(adam.beta2, static_cast<double>(step))));
@@ -108,18 +113,19 @@ cudaError_t adam_topk(const std::vector<AdamLayer>& layers, const Adam& adam, in
   if (layers.empty()) return cudaSuccess;
   const std::vector<TopkLayer> topk = selected(layers);
   auto* const works = reinterpret_cast<AdamWork*>(static_cast<char*>(workspace) + after_topk(topk));
-  for (size_t first = 0; first < layers.size(); first += kAdamTable) {
+  const Plan plan = topk_plan(topk, nan_flag, workspace);
+  const Workspace& space = plan.space;
+  for (int first = 0; first < space.layers; first += kAdamTable) {
     AdamTable table{};
-    const size_t count = std::min<size_t>(kAdamTable, layers.size() - first);
-    for (size_t i = 0; i < count; ++i) {
+    const int count = std::min(kAdamTable, space.layers - first);
+    for (int i = 0; i < count; ++i) {
       const AdamLayer& layer = layers[first + i];
       auto* const scores = static_cast<float*>(const_cast<void*>(layer.topk.scores));
+      table.topk[i] = plan.entries[first + i];
       table.entries[i] = {scores, layer.grad, layer.exp_avg, layer.exp_avg_sq, layer.step};
     }
-    EXSSNET_TRY(EXSSNET_LAUNCH(advance, 1, static_cast<unsigned>(count), 0, stream, table, adam, works + first));
+    EXSSNET_TRY(EXSSNET_LAUNCH(begin_step, count, kThreads, 0, stream, table, adam, works, space, first));
   }
-  Workspace space;
-  EXSSNET_TRY(topk_begin(topk, nan_flag, workspace, stream, space));
   const Updated updated{works,
                         static_cast<float>(1 - adam.beta1),
                         static_cast<float>(adam.beta2),
@@ -128,7 +134,7 @@ cudaError_t adam_topk(const std::vector<AdamLayer>& layers, const Adam& adam, in
                         static_cast<float>(adam.weight_decay),
                         adam.maximize};
   EXSSNET_TRY(EXSSNET_LAUNCH(update_and_scan, pass_blocks(space, processors), kThreads, 0, stream, space, updated));
-  return topk_finish(space, Float::float32, processors, stream);
+  return topk_rescue(space, Float::float32, processors, stream);
 }
 
 }  // namespace exssnet::cuda

@@ -2,8 +2,8 @@
 //
 // The new scores are compared with the bracket while they are in registers, so that the selection does not read them
 // again. For n entries a step moves 28 n bytes (it reads scores, gradient and both averages, and writes all of them but
-// the gradient) and the mask n bytes. A separate step and selection move 33 n bytes. Launches: those of topk_masks, and
-// one for every 64 layers. If a bracket misses, scores are read again as in topk_masks. Without a usable hint, the
+// the gradient) and the mask n bytes. A separate step and selection move 33 n bytes. Launches: those of topk_masks, the
+// first for every 29 layers. If a bracket misses, scores are read again as in topk_masks. Without a usable hint, the
 // bracket comes from a sample of the scores before the step.
 #pragma once
 

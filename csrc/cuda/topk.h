@@ -3,14 +3,13 @@
 // The sequence of launches is fixed, and all decisions are taken on the device, so that a CUDA graph can capture it.
 // The bracket comes from the hint, or from a sample of n^(2/3) scores. If it contains the k-th magnitude and not too
 // many others, which is almost always the case, the scores are read once. Then n entries of b bytes cost n (b + 1)
-// bytes; with a packed mask n (b + 1/8) bytes; without a mask n b bytes. Otherwise the scores are read once more for
-// each narrowing, at most ceil(bits of a magnitude / 11) times, and once more for the mask. If very many entries equal
-// the threshold, they are only counted in the first pass. Then another pass reads the bytes of the mask or, for a
-// packed mask, the scores around these entries.
+// bytes; with a packed mask n (b + 1/8) bytes; without a mask n b bytes. If the bracket of a hint missed, a sample
+// gives another one, and the scores are read once more. If that misses too, one block reads the layer alone: once for
+// each narrowing, at most ceil(bits of a magnitude / 11) times, and once more. If very many entries equal the
+// threshold, they are only counted, and the scores around them are read again for the mask.
 //
-// Launches: begin for every 40 layers, scan, settle, (histogram, narrow) for each possible narrowing (2, 3 or 6 for 16,
-// 32 or 64 bits), scan, settle, paint. These are 12 launches for up to 40 layers of float32. In the usual case only
-// begin, scan and settle have work to do. Each dtype among the layers has its own sequence.
+// Launches: begin for every 40 layers, scan, rescue. These are 3 for up to 40 layers. In the usual case rescue has
+// nothing to do. Each dtype among the layers has its own sequence.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +23,6 @@ namespace exssnet::cuda {
 
 
 // All pointers point to memory of the device. Scores and masks that are aligned to 16 bytes are processed faster.
-// new_hint may equal hint.
 
 // Size of the scratch memory, which must be aligned to 16 bytes and need not be initialized: about n / 2 bytes per
 // layer (float64: n bytes). Afterwards its first 4 bytes are the number of layers of the last dtype whose scores were

@@ -1,4 +1,5 @@
-// The pass over the scores, used by topk.cu, and by adam.cu while the new scores are still in registers.
+// The pass over the scores, used by topk.cu, and by adam.cu while the new scores are still in registers. topk_settle.h
+// has what follows it.
 #pragma once
 
 #include <algorithm>
@@ -49,22 +50,25 @@ __device__ inline int64_t index_of(const Candidate64& candidate) { return candid
 
 using Count = unsigned long long;
 
-// The next step of a layer.
+// The next step of a layer: a pass, histograms for a narrower bracket, the mask of equal entries.
 enum class Phase { scan, narrow, paint, nothing };
 
 // A layer, as stored in the workspace.
 struct Work {
   TopkLayer layer;
   int64_t first_tile;  // the tiles of all layers are numbered consecutively
+  int64_t tiles;       // of this layer
+  Count done;          // tiles that blocks have reported in this pass
   bool aligned;        // whether the memory is aligned to vectors
   Phase phase;
   int64_t lo, hi;      // the bracket, inclusive
+  int64_t sample;      // size of the sample that gives the next bracket if this one misses; 0: no sample any more
   Count above;         // entries above the bracket
   Count inside;        // entries in the bracket
   void* candidates;    // entries in the bracket, in any order, as many as fit
   int64_t capacity;
   unsigned* ties;      // per strip: number of entries inside a bracket of one value
-  Count* bins;         // kBins
+  Count* bins;         // kBins: histogram of the candidates over the bracket
 };
 
 struct Workspace {
@@ -75,7 +79,7 @@ struct Workspace {
   unsigned* ties;      // ties of all layers
   Count* bins;
   unsigned* missed;    // number of layers whose first bracket failed
-  unsigned* tied;      // number of layers that wait for paint()
+  unsigned* tied;      // number of layers that wait for paint() after the first pass
   int32_t* nan_flag;
 };
 
@@ -153,8 +157,34 @@ struct Found {
   Count first;     // position of the first of them among the layer's candidates
   unsigned count;  // number of candidates, including those that did not fit
   unsigned end;    // number of the first candidate that did not fit
-  unsigned above, equal;
+  Count above, equal;
 };
+
+constexpr int kMostWarps = 16;  // of a block that uses the memory below
+constexpr unsigned kFew = 512;
+
+// Shared memory of a block.
+template <class S>
+struct Shared {
+  int64_t sums[kMostWarps];
+  int64_t position, rank;
+  int64_t threshold, tie;
+  unsigned tail;  // bits of a packed mask after its last complete word
+  unsigned count;
+  bool last;      // whether this block is the last one of a layer
+  union {
+    Found<S> found;
+    unsigned bins[kBins];
+    Candidate<S> few[kFew];
+  };
+};
+
+// The shift that distributes values 0 ... range over the bins.
+__device__ inline int bin_shift(int64_t range) { return max(0, 64 - __clzll(range) - 11); }
+
+__device__ inline void count_candidate(const Work& w, int64_t magnitude) {
+  atomicAdd(&w.bins[(magnitude - w.lo) >> bin_shift(w.hi - w.lo)], Count{1});
+}
 
 // Adds the entries of a strip that are inside the bracket to the candidates: entry j of the lane's vector v if bit
 // v * kWidth + j of `inside` is set. There are few of them, so they are read again, which saves registers.
@@ -168,11 +198,13 @@ __device__ void collect(Work& w, Found<S>& found, int64_t strip, unsigned inside
   }
   const unsigned all = __shfl_sync(kAll, before, 31);
   Candidate<S>* to = found.candidates;
+  bool held = true;
   Count next = 0;
   if (lane() == 0) next = atomicAdd(&found.count, all);
   next = __shfl_sync(kAll, next, 0);
   if (next + all > Found<S>::kRoom) {
     to = static_cast<Candidate<S>*>(w.candidates);
+    held = false;
     if (lane() == 0) {
       atomicMin(&found.end, static_cast<unsigned>(next));
       next = atomicAdd(&w.inside, static_cast<Count>(all));
@@ -184,7 +216,9 @@ __device__ void collect(Work& w, Found<S>& found, int64_t strip, unsigned inside
   for (; inside != 0; inside &= inside - 1) {
     const int bit = __ffs(static_cast<int>(inside)) - 1;
     const int64_t i = place<S>(strip, bit / kWidth<S>) + bit % kWidth<S>;
-    put(*to++, magnitude<S>(w.layer, i), i);
+    const int64_t m = magnitude<S>(w.layer, i);
+    put(*to++, m, i);
+    if (!held) count_candidate(w, m);
   }
 }
 
@@ -194,90 +228,116 @@ __device__ void tell(Work& w, Found<S>& found) {
   __syncthreads();
   const unsigned held = min(found.count, found.end);
   if (threadIdx.x == 0) {
-    if (found.above > 0) atomicAdd(&w.above, static_cast<Count>(found.above));
-    if (held + found.equal > 0) found.first = atomicAdd(&w.inside, static_cast<Count>(held + found.equal));
+    if (found.above > 0) atomicAdd(&w.above, found.above);
+    if (held + found.equal > 0) found.first = atomicAdd(&w.inside, held + found.equal);
   }
   __syncthreads();
   if (held == 0 || found.first + held > static_cast<Count>(w.capacity)) return;
   auto* const candidates = static_cast<Candidate<S>*>(w.candidates) + found.first;
-  for (unsigned i = threadIdx.x; i < held; i += kThreads) candidates[i] = found.candidates[i];
+  for (unsigned i = threadIdx.x; i < held; i += kThreads) {
+    candidates[i] = found.candidates[i];
+    count_candidate(w, magnitude_of(found.candidates[i]));
+  }
 }
 
-// For each layer: counts the entries above and inside the bracket, writes the mask as if no entries inside were kept,
-// and collects the candidates inside. A bracket of one value may contain very many entries. They are only counted, per
-// strip; their bytes of the mask are set to 2, their bits to 0. A strip is processed by one warp.
+// Of some tiles of a layer: counts the entries above and inside the bracket, writes the mask as if no entries inside
+// were kept, and collects the candidates inside, with their histogram. A bracket of one value may contain very many
+// entries, which are only counted, per strip. A strip is processed by one warp.
 template <class S, class Source>
-__device__ void scan_layers(const Workspace& space, const Source& read) {
+__device__ void scan_tiles(const Workspace& space, int number, int64_t tile, int64_t end, const Source& read,
+                           Found<S>& found) {
   using B = Wide<S>;
   using U = std::make_unsigned_t<B>;
   using Bytes = std::conditional_t<kWidth<S> == 8, uint64_t, std::conditional_t<kWidth<S> == 4, uint32_t, uint16_t>>;
-  __shared__ Found<S> found;
-  for_each_layer(space, [&](int number, int64_t tile, int64_t end) {
-    Work& w = space.works[number];
-    if (w.phase != Phase::scan) return;
-    __syncthreads();  // no thread reads the results of the previous layer any more
-    if (threadIdx.x == 0) found.count = found.above = found.equal = 0, found.end = Found<S>::kRoom;
-    __syncthreads();
-    const int64_t n = w.layer.n;
-    const B lo = static_cast<B>(w.lo), hi = static_cast<B>(w.hi), infinity = static_cast<B>(space.infinity);
-    const U range = static_cast<U>(hi) - static_cast<U>(lo);
-    uint8_t* const mask = w.layer.mask;
-    const bool packed = mask && w.layer.packed;
-    unsigned above = 0, equal = 0;
-    bool nan = false;
-    for (; tile < end; ++tile) {
-      const int64_t strip = tile * kWarps + warp();
-      if (strip * kStrip<S> >= n) break;
-      const bool whole = w.aligned && (strip + 1) * kStrip<S> <= n;
-      S magnitudes[kVectors<S>][kWidth<S>];
+  Work& w = space.works[number];
+  __syncthreads();  // no thread reads the results of the previous layer any more
+  if (threadIdx.x == 0) found.count = found.above = found.equal = 0, found.end = Found<S>::kRoom;
+  __syncthreads();
+  const int64_t n = w.layer.n;
+  const B lo = static_cast<B>(w.lo), hi = static_cast<B>(w.hi), infinity = static_cast<B>(space.infinity);
+  const U range = static_cast<U>(hi) - static_cast<U>(lo);
+  uint8_t* const mask = w.layer.mask;
+  const bool packed = mask && w.layer.packed;
+  unsigned above = 0, equal = 0;
+  bool nan = false;
+  for (; tile < end; ++tile) {
+    const int64_t strip = tile * kWarps + warp();
+    if (strip * kStrip<S> >= n) break;
+    const bool whole = w.aligned && (strip + 1) * kStrip<S> <= n;
+    S magnitudes[kVectors<S>][kWidth<S>];
 #pragma unroll
-      for (int v = 0; v < kVectors<S>; ++v) read(w, number, place<S>(strip, v), whole, magnitudes[v]);
-      unsigned inside = 0;
+    for (int v = 0; v < kVectors<S>; ++v) read(w, number, place<S>(strip, v), whole, magnitudes[v]);
+    unsigned inside = 0;
 #pragma unroll
-      for (int v = 0; v < kVectors<S>; ++v) {
-        Bytes bytes = 0;
-        unsigned bits = 0;
+    for (int v = 0; v < kVectors<S>; ++v) {
+      Bytes bytes = 0;
+      unsigned bits = 0;
 #pragma unroll
-        for (int j = 0; j < kWidth<S>; ++j) {
-          const B b = magnitudes[v][j];
-          const bool is_above = b > hi, is_inside = static_cast<U>(b) - static_cast<U>(lo) <= range;
-          above += is_above;
-          nan |= b > infinity;
-          inside |= static_cast<unsigned>(is_inside) << (v * kWidth<S> + j);
-          bytes |= static_cast<Bytes>(static_cast<Bytes>(is_inside && range == 0 ? 2 : is_above) << (8 * j));
-          bits |= static_cast<unsigned>(is_above) << j;
-        }
-        const int64_t i = place<S>(strip, v);
-        if (packed) store_bits<S>(mask, i, n, bits);
-        else if (mask && whole) *reinterpret_cast<Bytes*>(mask + i) = bytes;
-        else if (mask)
+      for (int j = 0; j < kWidth<S>; ++j) {
+        const B b = magnitudes[v][j];
+        const bool is_above = b > hi, is_inside = static_cast<U>(b) - static_cast<U>(lo) <= range;
+        above += is_above;
+        nan |= b > infinity;
+        inside |= static_cast<unsigned>(is_inside) << (v * kWidth<S> + j);
+        bytes |= static_cast<Bytes>(static_cast<Bytes>(is_above) << (8 * j));
+        bits |= static_cast<unsigned>(is_above) << j;
+      }
+      const int64_t i = place<S>(strip, v);
+      if (packed) store_bits<S>(mask, i, n, bits);
+      else if (mask && whole) *reinterpret_cast<Bytes*>(mask + i) = bytes;
+      else if (mask)
 #pragma unroll 1
-          for (int j = 0; j < kWidth<S> && i + j < n; ++j) mask[i + j] = static_cast<uint8_t>(bytes >> (8 * j));
-      }
-      if (range == 0) {
-        const unsigned count = warp_sum(static_cast<unsigned>(__popc(inside)));
-        equal += count;
-        if (lane() == 0) w.ties[strip] = count;
-      } else if (__any_sync(kAll, inside != 0)) {
-        collect<S>(w, found, strip, inside);
-      }
+        for (int j = 0; j < kWidth<S> && i + j < n; ++j) mask[i + j] = static_cast<uint8_t>(bytes >> (8 * j));
     }
-    above = warp_sum(above);
-    if (lane() == 0 && above > 0) atomicAdd(&found.above, above);
-    if (lane() == 0 && equal > 0) atomicAdd(&found.equal, equal);
-    if (nan) atomicExch(space.nan_flag, 1);
-    tell(w, found);
-  });
+    if (range == 0) {
+      const unsigned count = warp_sum(static_cast<unsigned>(__popc(inside)));
+      equal += count;
+      if (lane() == 0) w.ties[strip] = count;
+    } else if (__any_sync(kAll, inside != 0)) {
+      collect<S>(w, found, strip, inside);
+    }
+  }
+  above = warp_sum(above);
+  if (lane() == 0 && above > 0) atomicAdd(&found.above, Count{above});
+  if (lane() == 0 && equal > 0) atomicAdd(&found.equal, Count{equal});
+  if (nan) atomicExch(space.nan_flag, 1);
+  tell(w, found);
+}
+
+// Whether this block is the last one to report its tiles of a layer. Then it sees what the other blocks wrote.
+__device__ inline bool is_last(Work& w, int64_t tiles, bool& last) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(&w.done, static_cast<Count>(tiles)) + static_cast<Count>(tiles) == static_cast<Count>(w.tiles);
+    if (last) w.done = 0;  // for another pass
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
 }
 
 // Returns the error of a launch to the caller.
 #define EXSSNET_TRY(launch) \
   if (const cudaError_t error = (launch); error != cudaSuccess) return error
 
-// The launches before the pass and after it, for layers of one dtype. topk_begin sets `space`.
-cudaError_t topk_begin(const std::vector<TopkLayer>& layers, int32_t* nan_flag, void* workspace, cudaStream_t stream,
-                       Workspace& space);
-cudaError_t topk_finish(const Workspace& space, Float dtype, int processors, cudaStream_t stream);
+// A layer, as passed from the host.
+struct Entry {
+  TopkLayer layer;
+  int64_t first_tile, sample;  // sample: size of the sample
+  void* candidates;
+};
+
+// Positions in the workspace for layers of one dtype.
+struct Plan {
+  std::vector<Entry> entries;
+  Workspace space{};
+  size_t bytes = 0;
+};
+Plan topk_plan(const std::vector<TopkLayer>& layers, int32_t* nan_flag, void* workspace);
+
+// The last launch: for layers that the pass did not finish.
+cudaError_t topk_rescue(const Workspace& space, Float dtype, int processors, cudaStream_t stream);
 
 // The grid of a pass. There is at least one block, even if there are no tiles.
 inline unsigned pass_blocks(const Workspace& space, int processors) {

@@ -149,7 +149,7 @@ class Scores(Mode):
             if in_backward():
                 return self.recent
             self.recent = None  # what is recomputed next may be this call
-        return select([layer.scores], [layer.k])[0][0]
+        return select([layer.scores], [layer.k])[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "recent": None}

@@ -65,12 +65,8 @@ class ScoreAdam(torch.optim.Adam):
         scores, grads, exp_avg, exp_avg_sq, _, steps = ([t[i] for i in indices] if t else [] for t in lists)  # type: ignore[index]
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
         on_cpu = scores[0].device.type == "cpu"
-        hint = selector.hint_for(layers)
-        masks, rows, new_hint = adam_topk(
-            scores, grads, exp_avg, exp_avg_sq, steps, [layer.k for layer in layers], hint, packed=True, **options
-        )
-        if hint is not None:
-            hint.copy_(new_hint)
+        k, hint = [layer.k for layer in layers], selector.hint_for(layers)
+        masks, rows, _ = adam_topk(scores, grads, exp_avg, exp_avg_sq, steps, k, hint, packed=True, **options)
         selector.hand_over(layers, rows.unbind() if on_cpu else masks)
         for values in lists:
             values[:] = [t for i, t in enumerate(values) if i not in indices]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import supermask_weights, topk_masks, topk_select
 from ..ops.library import product_dtype, transforming
+from ..ops.selection import new_hint
 from . import stale
 
 OWN_FORWARD = "_own_forward"
@@ -38,15 +39,15 @@ class Selector:
         passed_over: Name of each other layer -> the reason why it has no mask.
 
     Attributes:
-        hint: Makes the next selection faster, see `topk_masks`: int64 of (layers, 2). On one device it is always the
-            same tensor.
+        hint: Makes the next selection faster, see `topk_masks`, which changes it in place: int64 of (layers, 2). It is
+            the same tensor in every step on one device, so that a CUDA graph may hold its address.
         handed: Selections from the optimizer for the next forward pass, or None.
     """
 
     def __init__(self, layers: Sequence[Any], passed_over: Mapping[str, str]) -> None:
         self.layers = list(layers)
         self.passed_over = dict(passed_over)
-        self.hint = torch.full((len(self.layers), 2), -1, dtype=torch.int64, device="cpu")  # -1: nothing known
+        self.hint = new_hint(len(self.layers), "cpu")
         torch._dynamo.mark_static_address(self.hint)
         self.handed: Handed | None = None
 
@@ -59,11 +60,16 @@ class Selector:
         return [layer for layer in self.layers if layer.mode.scored]
 
     def hint_for(self, layers: Sequence[Any]) -> Tensor | None:
-        """The hint, on the device of the scores. None if a layer has no scores, and under `torch.func`."""
+        """The hint, on the device of the scores, which it moves to at its first selection there.
+
+        None if a layer has no scores, under `torch.func`, and where a CUDA graph would capture the move.
+        """
         if len(layers) != len(self.layers) or transforming():
             return None
         device = layers[0].scores.device
         if self.hint.device != device:
+            if not torch.compiler.is_compiling() and capturing():
+                return None
             with torch.inference_mode(False):
                 self.hint = self.hint.to(device)
             if not torch.compiler.is_compiling():
@@ -105,11 +111,7 @@ class Selector:
 
     def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
         """Select for each of the layers from its present scores."""
-        hint = self.hint_for(layers)
-        selections, new = select([layer.scores for layer in layers], [layer.k for layer in layers], hint)
-        if hint is not None:
-            hint.copy_(new)
-        return selections
+        return select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
 
     def _handed(self, model: nn.Module, layers: Sequence[Any]) -> Sequence[Tensor] | None:
         """The selections from the optimizer, unless the scores have changed since.
@@ -126,22 +128,20 @@ class Selector:
         return None
 
 
-def select(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> tuple[Sequence[Tensor], Tensor]:
+def select(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> Sequence[Tensor]:
     """Select the top k of scores, in the form that the products of their device take.
 
     Args:
         scores: The scores of each layer.
         k: How many weights each layer keeps.
-        hint: See `topk_masks`.
+        hint: See `topk_masks`. It is changed in place.
 
     Returns:
-        A selection for each layer, and the next hint.
+        A selection for each layer.
     """
     if scores[0].device.type == "cpu":
-        rows, new = topk_select(scores, k, hint)
-        return rows.unbind(), new
-    masks, _, new = topk_masks(scores, k, hint, packed=True)  # or the products of a GPU would read the scores again
-    return masks, new
+        return topk_select(scores, k, hint)[0].unbind()
+    return topk_masks(scores, k, hint, packed=True).masks  # packed, or a GPU's products would read the scores again
 
 
 def capturing() -> bool:

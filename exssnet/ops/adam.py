@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from .library import define, refuse_derivative
-from .selection import TopK, check_topk, new_masks
+from .selection import TopK, check_topk, new_hint, new_masks
 
 __all__ = ["adam_topk"]
 
 define(
     "adam_topk(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-    "Tensor(d!)[] steps, Tensor(e!)[] masks, int[] k, Tensor? hint, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool maximize) -> (Tensor, Tensor)",
-    lambda scores, *_: tuple(scores[0].new_empty(len(scores), 2, dtype=torch.int64) for _ in range(2)),
+    "Tensor(d!)[] steps, Tensor(e!)[] masks, int[] k, Tensor(f!)? hint, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, bool maximize) -> Tensor",
+    lambda scores, *_: scores[0].new_empty(len(scores), 2, dtype=torch.int64),
 )
 refuse_derivative("adam_topk", "it is a step of an optimizer")
 
@@ -71,7 +71,9 @@ def adam_topk(
                 )
     changed = [[t.detach() for t in tensors] for tensors in (scores, exp_avg, exp_avg_sq, steps)]
     masks = new_masks(scores, packed)
-    selection, hint = torch.ops.exssnet.adam_topk(
+    if hint is None:
+        hint = new_hint(len(scores), scores[0].device)
+    selection = torch.ops.exssnet.adam_topk(
         changed[0], [g.detach() for g in grads], *changed[1:], masks, list(k), hint, lr, *betas, eps, weight_decay,
         maximize,
     )  # fmt: skip

@@ -23,24 +23,25 @@ __all__ = [
 ]
 
 
+ALIGNMENT = 128  # of packed masks, in bytes: a line of a GPU's cache
+
+
 def new_masks(scores: Sequence[Tensor], packed: bool) -> list[Tensor]:
-    """Memory for the masks of the given scores."""
-    if packed:
-        return [s.new_empty(-(-s.numel() // 8), dtype=torch.uint8) for s in scores]
-    return [torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format) for s in scores]
+    """Memory for the masks of the given scores. Packed masks are slices of one allocation."""
+    if not packed:
+        return [torch.empty_like(s, dtype=torch.bool, memory_format=torch.contiguous_format) for s in scores]
+    sizes = [size for s in scores for n in [-(-s.numel() // 8)] for size in (n, -n % ALIGNMENT)]
+    return list(scores[0].new_empty(sum(sizes), dtype=torch.uint8).split_with_sizes(sizes)[::2])
 
 
-def _fake_topk_masks(
-    scores: list[Tensor], k: list[int], hint: Tensor | None, with_masks: bool, packed: bool = False
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    selection = scores[0].new_empty(len(scores), 2, dtype=torch.int64)
-    return new_masks(scores, packed) if with_masks else [], selection, torch.empty_like(selection)
+def new_hint(layers: int, device: torch.device | str) -> Tensor:
+    """A hint of `topk_masks` for the first call: -1, nothing is known."""
+    return torch.full((layers, 2), -1, dtype=torch.int64, device=device)
 
 
 define(
-    "topk_masks(Tensor[] scores, int[] k, Tensor? hint, bool with_masks, bool packed=False) "
-    "-> (Tensor[], Tensor, Tensor)",
-    _fake_topk_masks,
+    "topk_masks(Tensor[] scores, int[] k, Tensor(a!)? hint, Tensor(b!)[] masks) -> Tensor",
+    lambda scores, k, hint, masks: scores[0].new_empty(len(scores), 2, dtype=torch.int64),
 )
 define("pack_mask(Tensor mask) -> Tensor", lambda mask: mask.new_empty(-(-mask.numel() // 8), dtype=torch.uint8))
 define(
@@ -80,10 +81,12 @@ class TopK(NamedTuple):
     """The result of `topk_masks`.
 
     Attributes:
-        masks: For each layer a bool tensor of its scores' shape, or its packed form as from `pack_mask`.
+        masks: For each layer a bool tensor of its scores' shape, or its packed form as from `pack_mask`. Packed masks
+            of one call are slices of one allocation, which lives as long as any of them: clone one that is kept alone.
         selection: int64, (layers, 2): (threshold bits, tie index). Entry i of a layer is kept if the bits of its
             magnitude exceed the threshold, or equal it and i <= tie index. A kernel can compute the mask from this.
-        hint: Pass it to the next call with slightly changed scores. It changes speed, never results.
+        hint: Pass it to the next call with slightly changed scores. It changes speed, never results. It is the tensor
+            that the call was given, with new values, or a new one.
     """
 
     masks: list[Tensor]
@@ -108,6 +111,18 @@ def check_topk(operator: str, scores: Sequence[Tensor], k: Sequence[int], hint: 
         raise ValueError(
             f"{operator}: hint must be int64 of shape ({len(scores)}, 2), got {hint.dtype} of {tuple(hint.shape)}"
         )
+    if hint is not None and hint.device != scores[0].device:
+        raise ValueError(f"{operator}: scores are on {scores[0].device}, but hint is on {hint.device}")
+    if hint is not None and 0 in hint.stride():
+        raise ValueError(f"{operator}: hint is changed in place, and must not be expanded, got strides {hint.stride()}")
+
+
+def _select(
+    scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None, masks: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    if hint is None:
+        hint = new_hint(len(scores), scores[0].device)
+    return torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, masks), hint
 
 
 def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None, packed: bool = False) -> TopK:
@@ -119,7 +134,7 @@ def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None =
     Args:
         scores: The scores of each layer, of any shape and strides; float32, bfloat16, float16 or float64.
         k: For each layer the number of weights to keep, in [0, n].
-        hint: The hint of the last call; see `TopK`.
+        hint: The hint of the last call, int64 of (layers, 2); changed in place. See `TopK`.
         packed: Return masks of 1 bit a weight, which the supermask layers take as `selection`.
 
     Returns:
@@ -130,7 +145,8 @@ def topk_masks(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None =
         RuntimeError: A score is NaN, on a CPU. On a GPU `nan_scores_seen` tells.
     """
     check_topk("topk_masks", scores, k, hint)
-    return TopK(*torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, True, packed))
+    masks = new_masks(scores, packed)
+    return TopK(masks, *_select(scores, k, hint, masks))
 
 
 def topk_select(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -149,8 +165,7 @@ def topk_select(scores: Sequence[Tensor], k: Sequence[int], hint: Tensor | None 
         RuntimeError: As in `topk_masks`.
     """
     check_topk("topk_select", scores, k, hint)
-    _, selection, hint = torch.ops.exssnet.topk_masks([s.detach() for s in scores], list(k), hint, False)
-    return selection, hint
+    return _select(scores, k, hint, [])
 
 
 def topk_mask(scores: Tensor, k: int) -> Tensor:
@@ -172,8 +187,9 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
         tensor([False,  True,  True, False])
     """
     check_topk("topk_mask", [scores], [k], None)
-    mask: Tensor = torch.ops.exssnet.topk_masks([scores.detach()], [k], None, True)[0][0]
-    return mask
+    masks = new_masks([scores], packed=False)
+    torch.ops.exssnet.topk_masks([scores.detach()], [k], None, masks)
+    return masks[0]
 
 
 def nan_scores_seen(device: torch.device | str) -> bool:

@@ -7,6 +7,7 @@ from cases import SIZES, scores_of
 from torch import Tensor
 
 from exssnet import ops
+from exssnet.ops.selection import new_masks
 
 MODERATE = tuple(n for n in SIZES if n < 10_000)
 
@@ -17,6 +18,15 @@ def drawn(
     """Scores and k of every (size, k) of the cases, as the layers of one model."""
     pairs = [(s, k) for n in sizes for s in [scores_of(pattern, n, dtype, device)] for k in SIZES[n]]
     return [s for s, _ in pairs], [k for _, k in pairs]
+
+
+def selected(
+    select: Callable[[list[Tensor], list[int], Tensor | None, list[Tensor]], Tensor], scores: list[Tensor],
+    k: list[int], packed: bool = False, hint: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """The masks and the selection of a kernel of `topk_masks`, or of its reference."""
+    masks = new_masks(scores, packed)
+    return masks, select(scores, k, hint, masks)
 
 
 HINTED = (65, 1000, 33 * 65, 100_003)

@@ -11,7 +11,7 @@ from cuda import harness
 from cuda.harness import order as order
 from cuda.topk import FLOATS, Result, select
 from selections import HINTED as ALL_HINTED
-from selections import HINTS, drawn
+from selections import HINTS, drawn, selected
 from torch import Tensor
 
 from exssnet import ops
@@ -34,7 +34,7 @@ def topk() -> ModuleType:
 
 
 def assert_reference(scores: list[Tensor], k: list[int], result: Result) -> None:
-    masks, selection, _ = reference.topk_masks(scores, k, None, True)
+    masks, selection = selected(reference.topk_masks, scores, k)
     assert torch.equal(result.selection, selection)
     for mask, expected in zip(result.masks, masks, strict=False):
         assert torch.equal(mask.view(torch.uint8), expected.view(torch.uint8))
@@ -56,7 +56,7 @@ def test_bitwise_the_reference_of_many_scores(topk: ModuleType, dtype: torch.dty
     assert_reference(scores, k, select(topk, scores, k))
 
 
-@patterns
+@pytest.mark.parametrize("pattern", PATTERNS if PLAIN else ["normal", "many-ties", "two-values"])
 @dtypes(*DTYPES if PLAIN else ["float32"])
 def test_selection_without_masks_is_the_references(topk: ModuleType, pattern: str, dtype: torch.dtype) -> None:
     scores, k = drawn(pattern, dtype, sizes=HINTED)
@@ -71,7 +71,7 @@ def test_packed_masks_are_the_references(topk: ModuleType, pattern: str, dtype: 
     scores = [scores_of(pattern, n, dtype) for n in (1, 7, 64, 65, 1000, 20_011)]
     k = [s.numel() // 3 for s in scores]
     result = select(topk, scores, k, packed=True)
-    masks, selection, _ = reference.topk_masks(scores, k, None, True, packed=True)
+    masks, selection = selected(reference.topk_masks, scores, k, packed=True)
     assert torch.equal(result.selection, selection)
     for mask, expected in zip(result.masks, masks, strict=True):
         assert torch.equal(mask, expected)
@@ -102,28 +102,17 @@ def training(dtype: torch.dtype, steps: int) -> Iterator[list[Tensor]]:
 
 @dtypes()
 def test_with_the_last_steps_hint_scores_are_read_once_where_it_holds(topk: ModuleType, dtype: torch.dtype) -> None:
-    k, hint, right = [7, 500, LARGE // 3], None, 0
+    k, hint, right = [7, 500, LARGE // 3], torch.full((3, 2), -1), 0
     for scores in training(dtype, 8):
         result = select(topk, scores, k, hint)
         assert_reference(scores, k, result)
-        if hint is not None:
-            brackets, thresholds = hint[1:], result.selection[1:, 0]  # the first layer is too small for one
-            holds = (brackets[:, 0] <= thresholds) & (thresholds <= brackets[:, 1])
-            narrow = brackets[:, 0] < brackets[:, 1]
-            assert result.missed == int((narrow & ~holds).sum())
-            right += int((narrow & holds).sum())
+        brackets, thresholds = hint[1:], result.selection[1:, 0]  # the first layer is too small for one
+        holds = (brackets[:, 0] <= thresholds) & (thresholds <= brackets[:, 1])
+        narrow = brackets[:, 0] < brackets[:, 1]
+        assert result.missed == int((narrow & ~holds).sum())
+        right += int((narrow & holds).sum())
         hint = result.hint
     assert right > 0, "no bracket was handed on"
-
-
-@dtypes()
-def test_next_hint_may_take_the_place_of_the_hint(topk: ModuleType, dtype: torch.dtype) -> None:
-    scores, k = drawn("normal", dtype, sizes=HINTED)
-    hint = HINTS["interval-around"](scores, k)
-    apart = select(topk, scores, k, hint)
-    in_place = select(topk, scores, k, hint.clone(), hint_in_place=True)
-    assert_reference(scores, k, in_place)
-    assert torch.equal(in_place.hint, apart.hint)
 
 
 @dtypes()
@@ -140,7 +129,7 @@ def test_bracket_may_end_at_crowded_magnitudes(topk: ModuleType, dtype: torch.dt
     """Each part of the scores that such a bracket leaves has more entries than there is room for as candidates."""
     scores, k = scores_of("integers", 100_003, dtype), [10_000, 40_000, 70_000, 95_000]
     magnitudes = reference.magnitude_bits(torch.arange(4, dtype=dtype))
-    for low, high in itertools.combinations(magnitudes.tolist(), 2):
+    for low, high in [*itertools.combinations(magnitudes.tolist(), 2)][:: 1 if PLAIN else 3]:
         result = select(topk, [scores] * len(k), k, torch.tensor([[low, high]] * len(k)))
         assert_reference([scores] * len(k), k, result)
 
@@ -159,7 +148,7 @@ def test_layers_are_counted_whose_bracket_missed(topk: ModuleType) -> None:
 @dtypes()
 def test_next_hint_is_the_cpus_where_the_bracket_held(topk: ModuleType, pattern: str, dtype: torch.dtype) -> None:
     scores, k = drawn(pattern, dtype, sizes=[LARGE])
-    threshold = reference.topk_masks(scores, k, None, False)[1][:, 0]
+    threshold = reference.topk_masks(scores, k, None, [])[:, 0]
     held = 0
     for below, above in (-1, 1), (-30, 10), (-1000, 200), (0, 100_000):
         hint = torch.stack([(threshold + below).clamp(min=0), threshold + above], 1)
@@ -170,11 +159,11 @@ def test_next_hint_is_the_cpus_where_the_bracket_held(topk: ModuleType, pattern:
     assert held > 0
 
 
-@pytest.mark.parametrize(("dtype", "launches"), [*zip(FLOATS, [10, 10, 12, 18], strict=True)], ids=str)
-def test_launches_are_as_many_as_the_header_says(topk: ModuleType, dtype: torch.dtype, launches: int) -> None:
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_launches_are_as_many_as_the_header_says(topk: ModuleType, dtype: torch.dtype) -> None:
     scores, k = drawn("normal", dtype)
     assert len(scores) < LAYERS_OF_A_TABLE
-    assert {select(topk, scores, k, hint).launches for hint in (None, HINTS["garbage"](scores, k))} == {launches}
+    assert {select(topk, scores, k, hint).launches for hint in (None, HINTS["garbage"](scores, k))} == {3}
 
 
 @pytest.mark.parametrize("count", [LAYERS_OF_A_TABLE, LAYERS_OF_A_TABLE + 1, 3 * LAYERS_OF_A_TABLE - 1])
@@ -183,7 +172,7 @@ def test_more_layers_than_fit_in_one_table(topk: ModuleType, count: int) -> None
     k = [s.numel() // 3 for s in scores]
     result = select(topk, scores, k)
     assert_reference(scores, k, result)
-    assert result.launches == 11 + -(-count // LAYERS_OF_A_TABLE)
+    assert result.launches == -(-count // LAYERS_OF_A_TABLE) + 2
 
 
 def test_layers_of_one_call_may_have_different_dtypes(topk: ModuleType) -> None:

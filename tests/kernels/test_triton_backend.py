@@ -8,6 +8,7 @@ import torch
 import triton_compile
 import triton_guard
 from cases import DTYPES
+from selections import selected
 from torch import Tensor
 
 from exssnet import ops
@@ -33,16 +34,16 @@ def norm_step(dtype: torch.dtype, order: torch.memory_format) -> None:
 
 CALLS: dict[str, Callable[[], object]] = {
     **{
-        f"topk_masks of {name}": lambda dtype=dtype: triton_topk.topk_masks(
-            [meta(512, 512, dtype=dtype)] * 2, [20_000] * 2, None, True
+        f"topk_masks of {name}": lambda dtype=dtype: selected(
+            triton_topk.topk_masks, [meta(512, 512, dtype=dtype)] * 2, [20_000] * 2
         )
         for name, dtype in DTYPES.items()
         if name != "float16"  # as bfloat16, but for the constant of infinity
     },
-    "packed topk_masks": lambda: triton_topk.topk_masks(
-        [meta(512, 512, dtype=torch.float32)] * 2, [20_000] * 2, None, True, True
+    "packed topk_masks": lambda: selected(
+        triton_topk.topk_masks, [meta(512, 512, dtype=torch.float32)] * 2, [20_000] * 2, packed=True
     ),
-    "topk_masks of one layer": lambda: triton_topk.topk_masks([meta(33, 65, dtype=torch.float32)], [20], None, True),
+    "topk_masks of one layer": lambda: selected(triton_topk.topk_masks, [meta(33, 65, dtype=torch.float32)], [20]),
     "pack_mask": lambda: triton_bits.pack_mask(meta(512, 512, dtype=torch.bool)),
     "unpack_mask": lambda: triton_bits.unpack_mask(meta(32_768, dtype=torch.uint8), [512, 512]),
     "free_mask": lambda: triton_bits.free_mask(*[meta(512, 512, dtype=torch.bool)] * 2),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton_guard
 from cases import DTYPES, LAYOUTS, PATTERNS, SIZES, dtypes, scores_of
+from selections import selected
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,8 +31,8 @@ def drawn(pattern: str, dtype: torch.dtype, *sizes: int) -> tuple[list[Tensor], 
 
 
 def assert_reference(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> None:
-    masks, selection, _ = triton_topk.topk_masks(scores, k, hint, True)
-    expected_masks, expected, _ = reference.topk_masks(scores, k, None, True)
+    masks, selection = selected(triton_topk.topk_masks, scores, k, hint=hint)
+    expected_masks, expected = selected(reference.topk_masks, scores, k)
     assert torch.equal(selection, expected)
     for mask, expected_mask in zip(masks, expected_masks, strict=True):
         assert torch.equal(mask, expected_mask)
@@ -85,11 +86,10 @@ def test_hint_never_changes_results() -> None:
 
 def test_without_masks_only_the_selection_is_made() -> None:
     scores, k = drawn("normal", torch.float32, 65, 1000)
-    masks, selection, hint = triton_topk.topk_masks(scores, k, None, False)
-    assert masks == []
-    assert torch.equal(selection, reference.topk_masks(scores, k, None, False)[1])
+    hint = torch.zeros(len(k), 2, dtype=torch.int64)
+    selection = triton_topk.topk_masks(scores, k, hint, [])
+    assert torch.equal(selection, reference.topk_masks(scores, k, None, []))
     assert torch.equal(hint, selection)
-    assert hint.data_ptr() != selection.data_ptr()
 
 
 @patterns
@@ -97,8 +97,8 @@ def test_without_masks_only_the_selection_is_made() -> None:
 def test_packed_masks_are_the_bits_of_the_references(pattern: str) -> None:
     pairs = [drawn(pattern, dtype, 0, 7, 64, 65, 1000) for dtype in (torch.float32, torch.bfloat16)]
     scores, k = ([x for both in zip(*of_each, strict=True) for x in both] for of_each in zip(*pairs, strict=True))
-    masks, _, _ = triton_topk.topk_masks(scores, k, None, True, packed=True)
-    for packed, expected in zip(masks, reference.topk_masks(scores, k, None, True, packed=True)[0], strict=True):
+    masks, _ = selected(triton_topk.topk_masks, scores, k, packed=True)
+    for packed, expected in zip(masks, selected(reference.topk_masks, scores, k, packed=True)[0], strict=True):
         assert torch.equal(packed, expected)
 
 
@@ -112,16 +112,16 @@ def test_nan_is_told_of_once(of: list[int], k: int, dtype: torch.dtype) -> None:
     scores = scores_of("normal", 1000, dtype)
     scores[of] = -torch.nan
     assert not nan_flag.seen(CPU)
-    masks, _, _ = triton_topk.topk_masks([scores_of("normal", 9, dtype), scores], [3, k], None, True)
+    masks, _ = selected(triton_topk.topk_masks, [scores_of("normal", 9, dtype), scores], [3, k])
     assert int(masks[1].sum()) == k
-    triton_topk.topk_masks([scores_of("infinities", 9, dtype)], [3], None, True)
+    triton_topk.topk_masks([scores_of("infinities", 9, dtype)], [3], None, [])
     assert nan_flag.seen(CPU)
     assert not nan_flag.seen(CPU)
 
 
 def test_infinities_are_no_nan() -> None:
     for dtype in DTYPES.values():
-        triton_topk.topk_masks([scores_of("infinities", 1000, dtype)], [20], None, True)
+        triton_topk.topk_masks([scores_of("infinities", 1000, dtype)], [20], None, [])
     assert not nan_flag.seen(CPU)
 
 
@@ -139,7 +139,7 @@ class Operations(TorchDispatchMode):
 
 def test_host_neither_waits_nor_copies_to_the_device() -> None:
     with Operations() as seen:
-        triton_topk.topk_masks([scores_of("normal", 65, torch.float32)] * 3, [3, 4, 0], None, True)
+        selected(triton_topk.topk_masks, [scores_of("normal", 65, torch.float32)] * 3, [3, 4, 0])
     assert "_foreach_add_" in seen.names
     assert not {"_local_scalar_dense", "lift_fresh", "nonzero", "_to_copy"} & set(seen.names)
 
@@ -150,7 +150,7 @@ def test_launches_depend_on_the_digits_and_not_on_the_layers(
     layers: int, dtype: str, digits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches = triton_guard.launched(monkeypatch)
-    triton_topk.topk_masks([scores_of("normal", 9, DTYPES[dtype])] * layers, [3] * layers, None, False)
+    triton_topk.topk_masks([scores_of("normal", 9, DTYPES[dtype])] * layers, [3] * layers, None, [])
     assert launches == ["_count_digit", "_choose_digit"] * digits + ["_count_ties", "_select"]
 
 

@@ -91,6 +91,26 @@ def test_selection_handed_over_is_that_of_the_scores() -> None:
         assert torch.equal(taken[name], ops.topk_select([layer.scores], [layer.k])[0][0])
 
 
+def test_hint_of_a_model_is_one_tensor_that_every_selection_changes() -> None:
+    model = small_net()
+    hint = model._selector.hint
+    for optimizer in (torch.optim.SGD(groups(model), 1e-2), ScoreAdam(groups(model), model, 1e-2)):
+        for _ in range(2):
+            hint.fill_(-1)
+            steps(model, optimizer, 1)
+            assert model._selector.hint is hint
+            assert (hint != -1).all()
+
+
+def test_hint_does_not_move_while_a_graph_is_captured() -> None:
+    model = small_net().to("meta")
+    with mock.patch.object(selector, "capturing", return_value=True):
+        model(images().to("meta"))
+    assert model._selector.hint.device.type == "cpu"
+    model(images().to("meta"))
+    assert model._selector.hint.device.type == "meta"
+
+
 def test_no_other_scores_can_have_the_identity_of_those_that_a_selection_was_handed_over_for() -> None:
     model = small_net()
     steps(model, ScoreAdam(groups(model), model, 0.1), 1)

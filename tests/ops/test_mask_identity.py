@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import DTYPES, PATTERNS, scores_of
+from selections import selected
 from torch import Tensor
 
 from exssnet import ops
@@ -49,7 +50,7 @@ def models() -> Iterator[tuple[list[Tensor], list[int]]]:
 
 
 def assert_identical(masks: list[Tensor], selection: Tensor, scores: list[Tensor], k: list[int]) -> None:
-    expected_masks, expected, _ = reference.topk_masks(scores, k, None, True)
+    expected_masks, expected = selected(reference.topk_masks, scores, k)
     assert torch.equal(selection, expected)
     assert len(masks) == len(expected_masks)
     for mask, expected_mask in zip(masks, expected_masks, strict=True):
@@ -60,7 +61,7 @@ def test_there_are_a_thousand_tensors_of_every_pattern_and_dtype() -> None:
     drawn = [(s, count) for scores, k in models() for s, count in zip(scores, k, strict=True)]
     assert len(drawn) == 1000
     assert {s.dtype for s, _ in drawn} == set(DTYPES.values())
-    assert [int(mask.sum()) for mask in reference.topk_masks(*zip(*drawn, strict=True), None, True)[0]] == [
+    assert [int(mask.sum()) for mask in selected(reference.topk_masks, *zip(*drawn, strict=True))[0]] == [
         count for _, count in drawn
     ]
 
@@ -94,5 +95,5 @@ def test_interpreted_triton_masks_are_the_references() -> None:
     from exssnet.kernels import triton_topk
 
     for scores, k in models():
-        masks, selection, _ = triton_topk.topk_masks(scores, k, None, True)
+        masks, selection = selected(triton_topk.topk_masks, scores, k)
         assert_identical(masks, selection, scores, k)

@@ -8,11 +8,12 @@ from cases import DTYPES, LAYOUTS, PATTERNS, SIZES, dtypes, scores_of
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import FAR, RAW, ROW, Calls, W, guarded, refused
-from selections import HINTED, HINTS, drawn
+from selections import HINTED, HINTS, drawn, selected
 from torch import Tensor
 
 from exssnet import ops
 from exssnet.kernels import reference
+from exssnet.ops.selection import new_hint, new_masks
 
 patterns = pytest.mark.parametrize("pattern", PATTERNS)
 
@@ -26,7 +27,7 @@ def by_sorting(scores: Tensor, k: int) -> Tensor:
 
 
 def assert_reference(scores: list[Tensor], k: list[int], result: ops.TopK) -> None:
-    masks, selection, _ = reference.topk_masks(scores, k, None, True)
+    masks, selection = selected(reference.topk_masks, scores, k)
     assert torch.equal(result.selection, selection)
     for mask, expected in zip(result.masks, masks, strict=True):
         assert torch.equal(mask, expected)
@@ -233,12 +234,13 @@ def test_density_to_k_truncates_what_is_dropped(n: int, density: float, k: int) 
     assert ops.density_to_k(n, density) == k
 
 
-@pytest.mark.parametrize("masks", [(True, False), (True, True), (False, False)], ids=["masks", "packed", "no-masks"])
+@pytest.mark.parametrize("form", ["masks", "packed", "no-masks"])
 @pytest.mark.parametrize("with_hint", [True, False], ids=["hint", "no-hint"])
-def test_opcheck(masks: tuple[bool, bool], with_hint: bool) -> None:
+def test_opcheck(form: str, with_hint: bool) -> None:
     scores = [torch.randn(4, 5, 3).movedim(0, 2), torch.randn(7, dtype=torch.float64), torch.randn(0)]
     hint = torch.zeros(3, 2, dtype=torch.int64) if with_hint else None
-    torch.library.opcheck(torch.ops.exssnet.topk_masks.default, (scores, [10, 7, 0], hint, *masks))
+    masks = [] if form == "no-masks" else new_masks(scores, form == "packed")
+    torch.library.opcheck(torch.ops.exssnet.topk_masks.default, (scores, [10, 7, 0], hint, masks))
 
 
 def test_compiles_in_one_graph_with_the_same_masks() -> None:
@@ -246,6 +248,34 @@ def test_compiles_in_one_graph_with_the_same_masks() -> None:
     scores, k = [torch.randn(33, 65), torch.randn(9)], [107, 4]
     compiled = torch.compile(ops.topk_masks, fullgraph=True, backend="aot_eager")
     assert_reference(scores, k, compiled(scores, k))
+
+
+def test_hint_changes_in_place_in_a_compiled_graph_too() -> None:
+    torch._dynamo.reset()
+    scores, k = [torch.randn(5000), torch.randn(9)], [107, 4]
+    compiled = torch.compile(ops.topk_masks, fullgraph=True, backend="aot_eager")
+    hints = [new_hint(2, "cpu") for _ in range(2)]
+    for _ in range(2):
+        of_graph, eager = compiled(scores, k, hints[0], True), ops.topk_masks(scores, k, hints[1], True)
+        assert torch.equal(*hints)
+        assert all(map(torch.equal, of_graph.masks, eager.masks))
+    assert not torch.equal(hints[0], new_hint(2, "cpu"))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_hint_changes_in_place(layout: str, device: str) -> None:
+    scores, k = [torch.randn(5000, device=device), torch.randn(7, device=device)], [107, 4]
+    hint = new_hint(2, device) if layout == "contiguous" else new_hint(2, device).t()
+    result = ops.topk_masks(scores, k, hint)
+    assert result.hint is hint
+    assert torch.equal(hint, ops.topk_masks(scores, k).hint)
+    assert ops.topk_select(scores, k, hint)[1] is hint
+
+
+def test_packed_masks_are_slices_of_one_allocation(device: str) -> None:
+    masks = ops.topk_masks([torch.randn(n, device=device) for n in (9, 0, 2000, 1)], [3, 0, 200, 1], packed=True).masks
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
+    assert all(mask.storage_offset() % 16 == 0 for mask in masks)  # as kernels assume of memory of its own
 
 
 SENTENCES: Calls = {
@@ -260,6 +290,10 @@ SENTENCES: Calls = {
     "topk_masks: hint must be int64 of shape (2, 2), got torch.int64 of (1, 2)": lambda: ops.topk_masks(
         [W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64)
     ),
+    "topk_masks: scores are on cpu, but hint is on meta": lambda: ops.topk_masks([W], [1], new_hint(1, "meta")),
+    "topk_masks: hint is changed in place, and must not be expanded, got strides (0, 1)": lambda: ops.topk_masks(
+        [W, W], [1, 1], new_hint(1, "cpu").expand(2, 2)
+    ),
     "topk_select: hint must be int64 of shape (1, 2), got torch.float32 of (1, 2)": lambda: ops.topk_select(
         [W], [1], torch.zeros(1, 2)
     ),
@@ -268,7 +302,7 @@ test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
 FOREIGN_MEMORY: Calls = {
-    "more to keep than there is": lambda: RAW.topk_masks([W], [21], None, True),
-    "a short hint": lambda: RAW.topk_masks([W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64), True),
+    "more to keep than there is": lambda: RAW.topk_masks([W], [21], None, []),
+    "a short hint": lambda: RAW.topk_masks([W, W], [1, 1], torch.zeros(1, 2, dtype=torch.int64), []),
 }
 test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)

@@ -1,4 +1,6 @@
 // topk_masks, for the kernels of csrc/cpu/topk.
+#include <memory>
+
 #include "cpu/bits.h"
 #include "cpu/topk.h"
 #include "torch/topk_layers.h"
@@ -6,21 +8,25 @@
 namespace exssnet {
 namespace {
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> topk_masks(const std::vector<Tensor>& scores, const Ints& k,
-                                                           const OptTensor& hint, bool with_masks, bool packed) {
-  TopkLayers made(scores, k, hint, with_masks, false);
+Tensor topk_masks(const std::vector<Tensor>& scores, const Ints& k, const OptTensor& hint,
+                  const std::vector<Tensor>& masks) {
+  TopkLayers made("topk_masks", scores, k, hint, masks);
   check(made.selection.is_cpu(), "topk_masks", "scores on the CPU");
+  std::vector<std::unique_ptr<bool[]>> unpacked;
+  for (TopkLayer& layer : made.layers)
+    if (layer.packed) {
+      unpacked.emplace_back(new bool[layer.n]);
+      layer.mask = reinterpret_cast<uint8_t*>(unpacked.back().get());
+    }
   const cpu::Place nan = cpu::topk_masks(made.layers);
   if (nan.layer >= 0)
     throw std::runtime_error("topk_masks: scores[" + std::to_string(nan.layer) + "] holds NaN, first at flat index " +
                              std::to_string(nan.index));
-  if (packed)
-    for (Tensor& mask : made.masks) {
-      Tensor bits = torch::stable::new_empty(mask, {(mask.numel() + 7) / 8}, ScalarType::Byte);
-      cpu::pack_mask(mask.const_data_ptr<bool>(), mask.numel(), bits.mutable_data_ptr<uint8_t>());
-      mask = bits;
-    }
-  return {std::move(made.masks), made.selection, made.new_hint};
+  made.return_hint();
+  for (size_t i = 0, next = 0; i < masks.size(); ++i)
+    if (made.layers[i].packed)
+      cpu::pack_mask(unpacked[next++].get(), made.layers[i].n, masks[i].mutable_data_ptr<uint8_t>());
+  return made.selection;
 }
 
 }  // namespace

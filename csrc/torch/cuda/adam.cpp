@@ -16,31 +16,20 @@ float* floats(const Tensor& t, const Tensor& scores, int64_t n) {
   return t.mutable_data_ptr<float>();
 }
 
-void write_to(TopkLayer& layer, const Tensor& mask, const Tensor& scores) {
-  layer.packed = mask.scalar_type() == ScalarType::Byte;
-  layer.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  const int64_t bytes = layer.packed ? (scores.numel() + 7) / 8 : scores.numel();
-  check((layer.packed || mask.scalar_type() == ScalarType::Bool) && mask.is_contiguous() && mask.numel() == bytes &&
-            reinterpret_cast<uintptr_t>(layer.mask) % 4 == 0 && same_device(mask, scores),
-        kWho, "contiguous bool masks of the scores' size, or packed ones, aligned to 4 bytes");
-}
-
-std::tuple<Tensor, Tensor> adam_topk(const Tensors& scores, const Tensors& grads, const Tensors& exp_avg,
-                                     const Tensors& exp_avg_sq, const Tensors& steps, const Tensors& masks,
-                                     const Ints& k, const OptTensor& hint, double lr, double beta1, double beta2,
-                                     double eps, double weight_decay, bool maximize, const Tensor& nan_flag) {
-  TopkLayers made(scores, k, hint, false, false);
+Tensor adam_topk(const Tensors& scores, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq,
+                 const Tensors& steps, const Tensors& masks, const Ints& k, const OptTensor& hint, double lr,
+                 double beta1, double beta2, double eps, double weight_decay, bool maximize, const Tensor& nan_flag) {
+  TopkLayers made(kWho, scores, k, hint, masks);
   const OnDevice device(kWho, made.selection);
   check(grads.size() == scores.size() && exp_avg.size() == scores.size() && exp_avg_sq.size() == scores.size() &&
-            steps.size() == scores.size() && (masks.empty() || masks.size() == scores.size()),
-        kWho, "a gradient, two averages, a step and a mask, or no masks, for each score tensor");
+            steps.size() == scores.size(),
+        kWho, "a gradient, two averages and a step for each score tensor");
   check(nan_flag.scalar_type() == ScalarType::Int && nan_flag.numel() == 1 && same_device(nan_flag, made.selection),
         kWho, "an int32 flag on the device of the scores");
   std::vector<cuda::AdamLayer> layers;
   for (size_t i = 0; i < scores.size(); ++i) {
     const Tensor& s = scores[i];
     floats(s, s, s.numel());  // must be contiguous, because the layer points into the scores themselves
-    if (!masks.empty()) write_to(made.layers[i], masks[i], s);
     layers.push_back({made.layers[i], floats(grads[i], s, s.numel()), floats(exp_avg[i], s, s.numel()),
                       floats(exp_avg_sq[i], s, s.numel()), floats(steps[i], s, 1)});
   }
@@ -49,15 +38,16 @@ std::tuple<Tensor, Tensor> adam_topk(const Tensors& scores, const Tensors& grads
   device.launched(cuda::adam_topk(layers, {lr, beta1, beta2, eps, weight_decay, maximize},
                                   nan_flag.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr(),
                                   device.processors(), device.stream()));
-  return {made.selection, made.new_hint};
+  made.return_hint();
+  return made.selection;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(exssnet_cuda, m) {
   m.def("adam_topk(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-        "Tensor(d!)[] steps, Tensor(e!)[] masks, int[] k, Tensor? hint, float lr, float beta1, float beta2, float eps, "
-        "float weight_decay, bool maximize, Tensor(f!) nan_flag) -> (Tensor, Tensor)");
+        "Tensor(d!)[] steps, Tensor(e!)[] masks, int[] k, Tensor(f!)? hint, float lr, float beta1, float beta2, "
+        "float eps, float weight_decay, bool maximize, Tensor(g!) nan_flag) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(exssnet_cuda, CUDA, m) { m.impl("adam_topk", TORCH_BOX(&adam_topk)); }

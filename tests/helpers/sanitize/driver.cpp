@@ -212,15 +212,14 @@ void selection(int64_t n, Float dtype, B infinity, int64_t kinds) {
   for (const int64_t k : {int64_t(0), std::min<int64_t>(1, n), n / 10, n - n / 3, n})
     for (int how = 0; how < 3; ++how) {
       const Buffer<uint8_t> mask(n);
-      const Buffer<int64_t> found(2), next(2);
+      const Buffer<int64_t> found(2);
       const TopkLayer layer{scores.data(), dtype, n, k, how == 2 ? nullptr : mask.data(), how ? hint.data() : nullptr,
-                            found.data(), next.data()};
+                            found.data()};
       if (topk_masks({layer}).layer != -1) fail("topk_masks found a NaN");
       if (k > 0 && (found[0] != magnitude(order[k - 1]) || found[1] != order[k - 1])) fail("the selection");
       std::vector<int> expected(n);
       for (int64_t i = 0; i < k; ++i) expected[order[i]] = 1;
       if (how < 2) expect_equal(mask, expected, "topk_masks");
-      hint[0] = next[0], hint[1] = next[1];
     }
 }
 
@@ -251,8 +250,8 @@ void bits(int64_t n) {
   const auto weight = whole<float>(n), grad = whole<float>(n), scores = whole<float>(n);
   const Buffer<float> kept(n), in_place(n, [&](int64_t i) { return grad[i]; }), to_scores(n);
   const Mask as_bits{Mask::Form::bits, packed.data()}, as_bytes{Mask::Form::bytes, mask.data()};
-  const Buffer<int64_t> found(2), next(2);
-  topk_masks({{scores.data(), Float::float32, n, n / 2, nullptr, nullptr, found.data(), next.data()}});
+  const Buffer<int64_t> found(2);
+  topk_masks({{scores.data(), Float::float32, n, n / 2, nullptr, nullptr, found.data()}});
   keep(weight.data(), 4, n, as_bits, as_bytes, kept.data());
   score_gradient(in_place.data(), weight.data(), Float::float32, scores.data(), Float::float32, n, to_scores.data(), true,
                  {Mask::Form::selection, scores.data(), 4, found[0], found[1]});
