@@ -170,10 +170,18 @@ def supermask_linear_backward(
 
 
 def supermask_weights(
-    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None
-) -> list[Tensor]:
-    of_layers = zip(weights, scores, selections, strict=True)
-    return [w.where(mask_of(s, m), 0).to(dtype or w.dtype).contiguous() for w, s, m in of_layers]
+    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None,
+    channels_last: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    of_layers = zip(weights, scores, selections, map(order_of, channels_last), strict=True)
+    return [
+        w.where(mask_of(s, m), 0).to(dtype or w.dtype).contiguous(memory_format=order) for w, s, m, order in of_layers
+    ]
+
+
+def order_of(channels_last: bool) -> torch.memory_format:
+    """The memory format of a weight."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def supermask_weights_backward(
@@ -186,6 +194,21 @@ def supermask_weights_backward(
     ]
     of_scores, of_weights = ([pair[i] for pair in gradients] if output_mask[i] else [] for i in range(2))
     return of_scores, [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=False)]
+
+
+def write_values(values: list[Tensor], places: list[Tensor], weights: list[Tensor]) -> None:
+    for v, p, w in zip(values, places, weights, strict=True):
+        _storage(w).index_put_((p,), v.to(w.dtype))
+
+
+def write_values_backward(grads: list[Tensor], values: list[Tensor], places: list[Tensor]) -> list[Tensor]:
+    of_layers = zip(grads, values, places, strict=True)
+    return [_storage(g).index_select(0, p).to(v.dtype) for g, v, p in of_layers]
+
+
+def _storage(t: Tensor) -> Tensor:
+    """The entries of a dense tensor in the order of its memory, as a view."""
+    return t.as_strided((t.numel(),), (1,))
 
 
 def supermask_conv2d(

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..ops import (
     BitmapPattern,
@@ -20,8 +21,9 @@ from ..ops import (
     unpack_mask,
 )
 from ..ops.bitmap import as_bitmap
-from ..ops.library import product_dtype
-from .choice import traced
+from ..ops.library import transforming
+from ..ops.weights import WrittenWeight, order_of, written_weights
+from .choice import symbolic, traced
 from .selector import capturing, in_backward, recomputable
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
@@ -31,6 +33,13 @@ PARAMETERS = ("scores", "free_values")
 BUFFERS = ("frozen_values", "packed_mask", "packed_free_mask", *PATTERN)
 """Names of the buffers that a mode registers on its layer."""
 NO_MASK = "this layer has neither scores nor a mask: start a task or activate one"
+
+
+class Form(NamedTuple):
+    """How PyTorch's products of a layer want its masked weight: in this dtype, channels_last or contiguous."""
+
+    dtype: torch.dtype
+    channels_last: bool
 
 
 class Mode:
@@ -44,11 +53,15 @@ class Mode:
         tensors: The tensors by name. None while they are registered on the layer.
         scored: Whether the mask is selected from scores, by the model's `Selector` if there is one.
         called: Whether the layer was called since it got its scores.
+        written: The form in which the last product needed the masked weight in memory. None if it did not.
+        masked: This form and the masked weight for one forward pass of the model. The `Selector` sets it.
         made_for: Identity of the layer whose weights the mode holds. None if it fits any layer.
     """
 
     scored = False
     called = False
+    written: Form | None = None
+    masked: tuple[Form, Tensor] | None = None
 
     def __init__(self, layer: Layer | None = None, **tensors: Tensor) -> None:
         self.tensors: dict[str, Tensor] | None = tensors
@@ -70,6 +83,23 @@ class Mode:
         """Whether a product or a gradient has used the scores."""
         return False
 
+    def moved(self, layer: Layer) -> None:
+        """Free what belongs to tensors that the layer has no more."""
+
+    def _note_form(self, form: Form | None) -> None:
+        if not traced():
+            self.written = form
+
+    def _given(self, form: Form) -> Tensor | None:
+        """The masked weight from the `Selector`, if it has this form, and a gradient where one may be needed."""
+        known, weight = self.masked or (None, None)
+        if known != form or weight is None or (torch.is_grad_enabled() and not weight.requires_grad):
+            return None
+        return weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "masked": None}
+
 
 class NoMask(Mode):
     """The mode of a layer with neither scores nor a mask. Calling the layer raises RuntimeError."""
@@ -84,8 +114,6 @@ class Scores(Mode):
 
     Attributes:
         selection: The selection of these scores. The `Selector` sets it for one forward pass of the model.
-        masked: The masked weight in the dtype of the products. The `Selector` sets it for one forward pass too, if the
-            layer's `written` is true.
         recent: The selection of the last forward pass, for activations that its backward pass recomputes.
     """
 
@@ -96,7 +124,6 @@ class Scores(Mode):
         super().__init__(layer, scores=nn.Parameter(copied))
         self.called = False
         self.selection: Tensor | None = None
-        self.masked: Tensor | None = None
         self.recent: Tensor | None = None
 
     def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
@@ -105,13 +132,19 @@ class Scores(Mode):
         fused, geometry = layer._fused(x, padding), layer._geometry(padding)
         y: Tensor
         if fused:
+            self._note_form(None)
             selection = self._selected()
             k = layer.k if selection is None else None
             y = layer.supermask_product(
                 x, layer.dense_weight, layer.scores, k, layer.bias, *geometry, selection=selection, sparse=sparse
             )
         else:
-            y = layer.dense_product(x, self._masked_weight(layer, x), layer.bias, *geometry)
+            form = layer._form(x)
+            self._note_form(form)
+            weight = None if recomputable() else self._given(form)
+            if weight is None:
+                weight = self._weight(layer, *form)
+            y = layer.dense_product(x, weight, layer.bias, *geometry)
         return y
 
     def weight(self, layer: Layer) -> Tensor:
@@ -128,18 +161,11 @@ class Scores(Mode):
         if not torch.compiler.is_compiling():
             self.called = True
 
-    def _masked_weight(self, layer: Layer, x: Tensor) -> Tensor:
-        """The masked weight in the dtype of the products of x."""
-        dtype = product_dtype(x)
-        if self.masked is not None and self.masked.dtype == dtype and not recomputable():
-            return self.masked
-        return self._weight(layer, dtype)
-
-    def _weight(self, layer: Layer, dtype: torch.dtype | None = None) -> Tensor:
+    def _weight(self, layer: Layer, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         scores: Any = layer.scores
         if (selection := self._selected()) is None:
             selection = topk_masks([scores], [layer.k], packed=True).masks[0]
-        return supermask_weights([layer.dense_weight], [scores], [selection], dtype)[0]
+        return supermask_weights([layer.dense_weight], [scores], [selection], dtype, [channels_last])[0]
 
     def _selected(self) -> Tensor | None:
         """The model's selection for this forward pass, or for the one that is recomputed. None if there is none."""
@@ -148,7 +174,7 @@ class Scores(Mode):
         return self.selection
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recent": None}
+        return {**super().__getstate__(), "recent": None}
 
 
 class Fixed(Mode):
@@ -164,6 +190,7 @@ class Fixed(Mode):
     """
 
     _derived: tuple[SparsePattern, dict[str, Any]] | None = None  # the pattern, and by name what was computed from it
+    _kept: tuple[Hashable, WrittenWeight, Any] | None = None  # a weight in memory, and the tensors that it is of
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
@@ -179,17 +206,19 @@ class Fixed(Mode):
         sparse, geometry = layer._sparse(x, padding), layer._geometry(padding)
         y: Tensor
         if sparse:
+            self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
             y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
         elif self._fuses(layer, x, padding):
+            self._note_form(None)
             y = layer.bitmap_product(x, *self._bitmap_values(layer), layer.bias, *geometry)
         else:
-            y = layer.dense_product(x, self.weight(layer), layer.bias, *geometry)
+            y = layer.dense_product(x, self._dense_weight(layer, x), layer.bias, *geometry)
         return y
 
     def weight(self, layer: Layer) -> Tensor:
         where = None
-        if not traced() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
+        if not symbolic() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
             where = self._once_a_pattern(layer, "where", lambda p: kept_weights(p, layer.dense_weight.shape))
         return masked_weight(*self.values(layer), layer.dense_weight.shape, where)
 
@@ -198,13 +227,69 @@ class Fixed(Mode):
 
     def values(self, layer: Layer) -> tuple[Tensor, Tensor, SparsePattern]:
         """Free values, frozen values and the pattern: the arguments of the sparse products."""
-        frozen: Any = layer._buffers["frozen_values"]  # `getattr` of a module is too slow for every step
-        free = layer._parameters["free_values"]
+        frozen: Any = layer._buffers["frozen_values"]
+        free = _free_values(layer)
         return frozen.new_empty(0) if free is None else free, frozen, self._pattern(layer)[0]
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Return ``compute()``. It depends on values and norms, which may change here, so nothing is cached."""
         return compute()
+
+    def in_memory(self, layer: Layer, form: Form) -> WrittenWeight | None:
+        """The masked weight that stays in memory, in this form. Its free values may be out of date.
+
+        It is made anew if one of its tensors was replaced or moved, or if the frozen values changed. A graph that is
+        still to be differentiated keeps the former one.
+
+        Args:
+            layer: The layer in this mode.
+            form: The form of the weight.
+
+        Returns:
+            The weight. None where no tensor may stay: its tensors are fake, transformed or of inference mode, or the
+            free values are not the layer's own parameter. None also if it had to be made while operators are recorded
+            or a CUDA graph is captured.
+        """
+        if symbolic() or transforming() or forward_ad._current_level >= 0:
+            return None
+        free, frozen, pattern = _free_values(layer), layer._buffers["frozen_values"], self._pattern(layer)[0]
+        if frozen.is_inference() or (free is not None and (type(free) is not nn.Parameter or free.is_inference())):
+            return None
+        address = 0 if free is None else free.data_ptr()
+        state = form, id(free), address, id(frozen), frozen.data_ptr(), frozen._version, id(pattern)
+        if self._kept is None or self._kept[0] != state:
+            if traced() or capturing():
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = state, self._make(layer, form), (frozen, pattern)
+        return self._kept[1]
+
+    def _make(self, layer: Layer, form: Form) -> WrittenWeight:
+        (free, frozen, pattern), shape = self.values(layer), layer.dense_weight.shape
+        kept = kept_weights(pattern, shape)
+        weight = masked_weight(free, frozen, pattern, shape, kept)
+        weight = weight.to(form.dtype, memory_format=order_of(form.channels_last), copy=True)
+        place = torch.empty_like(kept).index_put_((pattern.slot,), kept)[: len(free)]  # in the order of the values
+        if form.channels_last:
+            row = place % (shape[1] * pattern.taps)
+            place += row % pattern.taps * shape[1] + row // pattern.taps - row
+        return WrittenWeight(weight, _free_values(layer), place.to(torch.int32))
+
+    def moved(self, layer: Layer) -> None:
+        if self._kept is not None and self._kept[2][0] is not layer._buffers["frozen_values"]:
+            self._kept = None
+
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        """The masked weight for PyTorch's product with x."""
+        form = layer._form(x)
+        self._note_form(form)
+        weight = self._given(form)
+        if weight is None:
+            if (kept := self.in_memory(layer, form)) is None:
+                weight = self.weight(layer)
+            else:
+                weight = kept.weight if kept.values is None else written_weights([kept])[0]
+        return weight
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         """Whether dense products mask the weight while they read it."""
@@ -218,12 +303,12 @@ class Fixed(Mode):
 
     def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[str, Any]]:
         """The pattern, and by name what was computed from it. Moving the layer replaces both."""
-        buffers, recorded = layer._buffers, traced()
-        known = None if recorded else self._derived
+        buffers = layer._buffers
+        known = None if symbolic() else self._derived
         if known is None or known[0].row_ptr is not buffers["row_ptr"]:
             taps = math.prod(layer.dense_weight.shape[2:])
             known = SparsePattern(*(buffers[name] for name in PATTERN), taps), {}  # type: ignore[arg-type, call-arg]
-            if not recorded:
+            if not traced():
                 self._derived = known
         return known
 
@@ -238,7 +323,13 @@ class Fixed(Mode):
         return known[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": None}
+        return {**super().__getstate__(), "_derived": None, "_kept": None}
+
+
+def _free_values(layer: Layer) -> Tensor | None:
+    parameters = layer._parameters  # `getattr` of a module is too slow for every step
+    free: Tensor | None = parameters["free_values"] if "free_values" in parameters else layer.free_values  # a replica's
+    return free
 
 
 class Values(Fixed):
@@ -282,3 +373,6 @@ class Constant(Fixed):
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         return False  # the masked weight is cached
+
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        return self.weight(layer)
