@@ -189,7 +189,7 @@ class Fixed(Mode):
         ValueError: If the masks do not fit the layer, or if the free mask is not inside the mask.
     """
 
-    _derived: tuple[SparsePattern, dict[str, Any]] | None = None  # the pattern, and by name what was computed from it
+    _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = None  # the pattern, and by name what was computed from it
     _kept: tuple[Hashable, WrittenWeight, Any] | None = None  # a weight in memory, and the tensors that it is of
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
@@ -228,8 +228,9 @@ class Fixed(Mode):
     def values(self, layer: Layer) -> tuple[Tensor, Tensor, SparsePattern]:
         """Free values, frozen values and the pattern: the arguments of the sparse products."""
         frozen: Any = layer._buffers["frozen_values"]
-        free = _free_values(layer)
-        return frozen.new_empty(0) if free is None else free, frozen, self._pattern(layer)[0]
+        if (free := _free_values(layer)) is None:
+            free = self._once_a_pattern(layer, ("no values", frozen.dtype), lambda _: frozen.new_empty(0))
+        return free, frozen, self._pattern(layer)[0]
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Return ``compute()``. It depends on values and norms, which may change here, so nothing is cached."""
@@ -301,7 +302,7 @@ class Fixed(Mode):
         shape, count = layer.dense_weight.shape, free.numel()
         return free, frozen, self._once_a_pattern(layer, "bitmap", lambda p: as_bitmap(p, shape, count))
 
-    def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[str, Any]]:
+    def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[Hashable, Any]]:
         """The pattern, and by name what was computed from it. Moving the layer replaces both."""
         buffers = layer._buffers
         known = None if symbolic() else self._derived
@@ -312,7 +313,7 @@ class Fixed(Mode):
                 self._derived = known
         return known
 
-    def _once_a_pattern(self, layer: Layer, name: str, compute: Callable[[SparsePattern], Any]) -> Any:
+    def _once_a_pattern(self, layer: Layer, name: Hashable, compute: Callable[[SparsePattern], Any]) -> Any:
         """The result of ``compute(pattern)``, cached for each pattern under a name."""
         pattern, known = self._pattern(layer)
         if name not in known:
