@@ -102,14 +102,14 @@ def _values_kernel(sources, places, targets, sizes, GATHER: tl.constexpr, BLOCK:
 
 def _served(weights: Sequence[Tensor], scores: Sequence[Tensor], selections: Sequence[Tensor]) -> bool:
     """Whether the kernels serve these: packed masks, no float64. The reference serves the rest."""
-    return all(s.dtype == torch.uint8 for s in selections) and all(
-        t.dtype != torch.float64 and t.numel() < 1 << 31 for t in (*weights, *scores)
-    )
+    packed = {s.dtype for s in selections} <= {torch.uint8}
+    small = all(t.numel() < 1 << 31 for t in weights)  # as many as scores
+    return packed and small and torch.float64 not in {t.dtype for t in (*weights, *scores)}
 
 
 def _groups(*tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
     """For each launch (its layers, their sizes): layers of equal dtypes that are not empty."""
-    dtypes = [tuple(t.dtype for t in of_layer) for of_layer in zip(*tensors, strict=True)]
+    dtypes = list(zip(*([t.dtype for t in of_layers] for of_layers in tensors), strict=True))
     sizes = [t.numel() for t in tensors[0]]
     for same in dict.fromkeys(dtypes):
         layers = [i for i, dtype in enumerate(dtypes) if dtype == same and sizes[i]]

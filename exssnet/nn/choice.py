@@ -230,7 +230,8 @@ def _score_ways(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometr
         backward(y, x, filters, scores, bits, *steps, False, [True, True, False])
 
     def written() -> None:
-        grad = _dense_step(x, ops.supermask_weights([weight], [scores], [bits], x.dtype, [channels_last(x)])[0], geometry)
+        (filters,) = ops.supermask_weights([weight], [scores], [bits], x.dtype, [channels_last(x)])
+        grad = _dense_step(x, filters, geometry)
         ops.supermask_weights_backward([grad], [weight], [scores], [bits], [True, False])
 
     return fused, written

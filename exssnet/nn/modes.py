@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..kernels.reference import order_of
 from ..ops import (
     BitmapPattern,
     SparsePattern,
@@ -22,7 +23,7 @@ from ..ops import (
 )
 from ..ops.bitmap import as_bitmap
 from ..ops.library import transforming
-from ..ops.weights import WrittenWeight, order_of, written_weights
+from ..ops.weights import WrittenWeight, written_weights
 from .choice import symbolic, traced
 from .selector import capturing, in_backward, recomputable
 
@@ -189,8 +190,8 @@ class Fixed(Mode):
         ValueError: If the masks do not fit the layer, or if the free mask is not inside the mask.
     """
 
-    _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = None  # the pattern, and by name what was computed from it
-    _kept: tuple[Hashable, WrittenWeight, Any] | None = None  # a weight in memory, and the tensors that it is of
+    _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = None  # the pattern, by name what was computed from it
+    _memory: tuple[Hashable, WrittenWeight, Tensor, SparsePattern] | None = None  # a weight, and what it is made of
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
@@ -258,12 +259,12 @@ class Fixed(Mode):
             return None
         address = 0 if free is None else free.data_ptr()
         state = form, id(free), address, id(frozen), frozen.data_ptr(), frozen._version, id(pattern)
-        if self._kept is None or self._kept[0] != state:
+        if self._memory is None or self._memory[0] != state:
             if traced() or capturing():
                 return None
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, self._make(layer, form), (frozen, pattern)
-        return self._kept[1]
+                self._memory = state, self._make(layer, form), frozen, pattern
+        return self._memory[1]
 
     def _make(self, layer: Layer, form: Form) -> WrittenWeight:
         (free, frozen, pattern), shape = self.values(layer), layer.dense_weight.shape
@@ -274,11 +275,11 @@ class Fixed(Mode):
         if form.channels_last:
             row = place % (shape[1] * pattern.taps)
             place += row % pattern.taps * shape[1] + row // pattern.taps - row
-        return WrittenWeight(weight, _free_values(layer), place.to(torch.int32))
+        return WrittenWeight(weight, free, place.to(torch.int32))
 
     def moved(self, layer: Layer) -> None:
-        if self._kept is not None and self._kept[2][0] is not layer._buffers["frozen_values"]:
-            self._kept = None
+        if self._memory is not None and self._memory[2] is not layer._buffers["frozen_values"]:
+            self._memory = None
 
     def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
         """The masked weight for PyTorch's product with x."""
@@ -289,7 +290,7 @@ class Fixed(Mode):
             if (kept := self.in_memory(layer, form)) is None:
                 weight = self.weight(layer)
             else:
-                weight = kept.weight if kept.values is None else written_weights([kept])[0]
+                weight = kept.weight if _free_values(layer) is None else written_weights([kept])[0]
         return weight
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
@@ -324,12 +325,14 @@ class Fixed(Mode):
         return known[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_derived": None, "_kept": None}
+        return {**super().__getstate__(), "_derived": None, "_memory": None}
 
 
 def _free_values(layer: Layer) -> Tensor | None:
-    parameters = layer._parameters  # `getattr` of a module is too slow for every step
-    free: Tensor | None = parameters["free_values"] if "free_values" in parameters else layer.free_values  # a replica's
+    """The parameter, or None. A replica of `nn.DataParallel` has an attribute that is no parameter."""
+    if "free_values" not in layer._parameters:
+        return layer.free_values  # type: ignore[no-any-return]
+    free: Tensor | None = layer._parameters["free_values"]  # `getattr` of a module is too slow for every step
     return free
 
 

@@ -11,7 +11,7 @@ from ..ops import batch_norm_act
 
 def batch_innermost(x: Tensor) -> bool:
     """Whether x (N, C, ...) is stored as (C, ..., N), as the sparse kernels return it, and is not contiguous too."""
-    return not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
+    return x.stride(0) == 1 and not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
 
 
 class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import supermask_weights, topk_masks, topk_select
+from ..ops import topk_masks, topk_select
 from ..ops.library import product_dtype, transforming
-from ..ops.weights import WrittenWeight, written_weights
+from ..ops.weights import WrittenWeight, unchecked_weights, written_weights
 from . import stale
 
 _running = threading.local()
@@ -86,10 +86,10 @@ class Selector:
         written = [layer for layer in layers if layer.mode.written is not None]
         if written:  # one pass for all these layers
             weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
-            selections = [layer.mode.selection for layer in written]
-            forms = [layer.mode.written._replace(dtype=product_dtype(layer.dense_weight)) for layer in written]
+            selections, dtype = [layer.mode.selection for layer in written], product_dtype(weights[0])
+            forms = [layer.mode.written._replace(dtype=dtype) for layer in written]
             last = [form.channels_last for form in forms]
-            masked = supermask_weights(weights, scores, selections, forms[0].dtype, last)
+            masked = unchecked_weights(weights, scores, selections, dtype, last)  # each was checked alone before
             for layer, form, weight in zip(written, forms, masked, strict=True):
                 layer.mode.masked = form, weight
 

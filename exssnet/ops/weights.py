@@ -85,7 +85,8 @@ def _plain(
 
 
 bind_gradient("supermask_weights", _Boundary, _differentiable)
-_call = chosen(torch.ops.exssnet.supermask_weights.default, _differentiable, _plain)
+unchecked_weights = chosen(torch.ops.exssnet.supermask_weights.default, _differentiable, _plain)
+"""`supermask_weights` of lists of tensors that fit each other, with all its arguments."""
 
 
 def supermask_weights(
@@ -128,7 +129,7 @@ def supermask_weights(
             )
         if is_last and w.dim() != 4:
             raise ValueError(f"supermask_weights: channels_last needs a weight (O, C, R, S), got {tuple(w.shape)}")
-    masked: list[Tensor] = _call(list(weights), list(scores), list(selections), dtype, last)
+    masked: list[Tensor] = unchecked_weights(list(weights), list(scores), list(selections), dtype, last)
     return masked
 
 
@@ -141,15 +142,15 @@ class WrittenWeight:
     Args:
         weight: The masked weight, which this object owns: (O, I), (O, C, S) or (O, C, R, S), contiguous or
             channels_last.
-        values: The free values, (F,), or None if no value trains.
+        values: The free values, (F,).
         places: int32, (F,): the place of each free value in the memory of the weight.
     """
 
-    def __init__(self, weight: Tensor, values: Tensor | None, places: Tensor) -> None:
+    def __init__(self, weight: Tensor, values: Tensor, places: Tensor) -> None:
         self.weight, self.values, self.places = weight, values, places
         self.order = order_of(not weight.is_contiguous())
         self._memory = weight.data  # has a version of its own, so that writes through it are no changes
-        self._version = None if values is None else values._version
+        self._version = values._version
 
     def _changed(self) -> bool:
         """Whether the values have changed since the last call, as far as their version tells."""
@@ -168,10 +169,10 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
         refuse_tangents("write_values", grads)
         of_values: list[Tensor | None] = [None] * len(grads)
-        asked = [i for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[1 + i]]
+        asked = {i: g for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[1 + i]}
         if asked:
             written = [ctx.written[i] for i in asked]
-            stored = [grads[i].contiguous(memory_format=w.order) for i, w in zip(asked, written, strict=True)]
+            stored = [g.contiguous(memory_format=w.order) for g, w in zip(asked.values(), written, strict=True)]
             arguments = stored, [w.values for w in written], [w.places for w in written]
             if torch.is_grad_enabled():  # for a second derivative
                 gathered = reference.write_values_backward(*arguments)
@@ -190,7 +191,7 @@ def written_weights(written: Sequence[WrittenWeight]) -> list[Tensor]:
     written each time: a change through `.data` does not show in a tensor's version, and a CUDA graph repeats the write.
 
     Args:
-        written: The weights of the layers. All have values, on one device.
+        written: The weights of the layers. They are on one device.
 
     Returns:
         Their weights, (O, I), (O, C, S) or (O, C, R, S), which share the memory of `written`.

@@ -394,7 +394,7 @@ def test_what_is_made_of_a_pattern_outlives_evaluations(monkeypatch: pytest.Monk
         modes = [layer.mode for _, layer in supermask_layers(model)]
         if fused:
             return [mode._derived[1]["bitmap"].words for mode in modes]
-        return [t for mode in modes for t in (mode._kept[1].weight, mode._kept[1].places)]
+        return [t for mode in modes for t in (mode._memory[1].weight, mode._memory[1].places)]
 
     before = computed()
     with phases.using(0):

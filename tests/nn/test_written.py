@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from exssnet import Phases, convert
+from exssnet import Phases, SupermaskConv2d, convert
+from exssnet.nn import SupermaskLayer
 from exssnet.nn.modes import Fixed
 
 RULES = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -87,7 +88,7 @@ def same_as_anew(step_of: Callable[[Phases], Callable[[], Tensor]], model: Calla
 def kept(phases: Phases) -> dict[str, Tensor]:
     """The weights in memory, by layer."""
     modes = {name: layer.mode for name, layer in phases.layers.items()}
-    return {name: mode._kept[1].weight for name, mode in modes.items() if mode._kept is not None}
+    return {name: mode._memory[1].weight for name, mode in modes.items() if mode._memory is not None}
 
 
 @pytest.mark.parametrize("layout", RULES)
@@ -125,6 +126,30 @@ def test_weights_and_outputs_have_the_layout_of_the_input(layout: str) -> None:
         assert weights["head"].is_contiguous()
 
 
+@pytest.mark.parametrize("layout", RULES)
+def test_weights_of_the_mask_phase_have_the_layout_of_the_input_too(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the masked weights of all layers may be written before a forward pass."""
+    monkeypatch.setattr(SupermaskLayer, "_fused", lambda *_: False)
+    model = convert(Colours(), 0.4, products="dense")
+    given: dict[str, Tensor] = {}
+
+    def product(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        given["w"] = weight
+        return F.conv2d(x, weight, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SupermaskConv2d, "dense_product", staticmethod(product))
+    expected = model(colours())
+    for _ in range(2):
+        y = model(colours(layout))
+        assert given["w"].is_contiguous(memory_format=RULES[layout])
+        torch.testing.assert_close(y, expected)
+    with Calls() as calls:
+        model(colours(layout)).sum().backward()
+    assert [len(a[0]) for name, a in calls.made if "weights" in name] == [3, 3]
+
+
 def test_a_model_that_is_made_channels_last_keeps_scores_and_weights_contiguous() -> None:
     model = convert(Colours(), 0.4).to(memory_format=torch.channels_last)
     assert all(t.is_contiguous() for t in (model.first.dense_weight, model.first.scores))
@@ -141,7 +166,8 @@ def test_several_forwards_and_an_evaluation_may_come_before_a_backward() -> None
                 phases.model(colours("channels_last")[:2])
             with phases.using(0) as other:
                 other(colours())
-            return first + phases.model(2 * colours()).sum() / 100 + phases.layers["second"](torch.ones(1, 8, 4, 4)).mean()
+            alone = phases.layers["second"](torch.ones(1, 8, 4, 4)).mean()
+            return first + phases.model(2 * colours()).sum() / 100 + alone  # type: ignore[no-any-return]
 
         return step
 
@@ -267,7 +293,7 @@ def test_copies_and_files_hold_no_weight_and_state_dicts_neither() -> None:
     phases = in_weight_phase()
     expected, names = phases.model(colours()), set(phases.model.state_dict())
     for twin in (copy.deepcopy(phases.model), pickle.loads(pickle.dumps(phases.model))):
-        assert twin.first.mode._kept is None
+        assert twin.first.mode._memory is None
         assert set(twin.state_dict()) == names
         assert torch.equal(twin(colours()), expected)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exssnet import ops
 from exssnet.kernels import reference, triton_weights
+from exssnet.ops.weights import WrittenWeight, written_weights
 
 SHAPES = ((33, 65), (7,), (0, 3), (5, 4, 3, 3), (2000,))
 LAST = [len(shape) == 4 for shape in SHAPES]  # stored channels_last
@@ -106,7 +107,7 @@ def test_weights_of_images_are_stored_channels_last_where_asked() -> None:
     found = ops.supermask_weights(weights, scores, of[2], None, LAST)
     assert [not t.is_contiguous() for t in found] == LAST
     assert_exact(dict(enumerate(found)), dict(enumerate(ops.supermask_weights(weights, scores, of[2]))))
-    with pytest.raises(ValueError, match=r"^supermask_weights: channels_last needs a weight \(O, C, R, S\), got \(33, 65"):
+    with pytest.raises(ValueError, match=r"channels_last needs a weight \(O, C, R, S\), got \(33, 65\)$"):
         ops.supermask_weights(weights, scores, of[2], None, [True] * 5)
 
 
@@ -144,7 +145,10 @@ def test_compiles_in_one_graph_with_the_same_gradients() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda w, s, m: (w, s[:2], m), "a selection and a layout per weight, got 5 weights, 2 scores, 5 selections and 5"),
+        (
+            lambda w, s, m: (w, s[:2], m),
+            "and a layout per weight, got 5 weights, 2 scores, 5 selections and 5 layouts$",
+        ),
         (lambda w, s, m: (w, s[::-1], m), r"must fit the weight, \(33, 65\) on cpu, got \(2000,\) on cpu and torch.ui"),
         (lambda w, s, m: (w, s, m[::-1]), r"must fit the weight, .* and torch.uint8 of \(250,\) on cpu$"),
     ],
@@ -186,6 +190,27 @@ def test_write_values_writes_the_free_entries_alone_and_gathers_their_gradients(
         assert torch.equal(w[m], v.to(dtype))
         assert torch.equal(w[~m], old[~m])
         assert torch.equal(g, w[m].to(v.dtype))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_written_weights_have_the_gradients_of_their_values_in_any_layout(last: bool) -> None:
+    weights, values, places, masks = free_values(torch.bfloat16, last=last)
+    parameters = [v.requires_grad_() for v in values]
+    written = [WrittenWeight(*each) for each in zip(weights, parameters, places, strict=True)]
+    found = written_weights(written)
+    assert [w.data_ptr() for w in weights] == [t.data_ptr() for t in found]
+    used = [i for i in range(len(SHAPES)) if i != 4]
+    grads = [torch.randn(SHAPES[i]).bfloat16() for i in used]  # contiguous
+    torch.autograd.backward([found[i] for i in used], grads)
+    for i, g in zip(used, grads, strict=True):
+        assert torch.equal(parameters[i].grad, g[masks[i]].float())
+    assert parameters[4].grad is None
+    assert [w._version for w in weights] == [0] * len(SHAPES)
+    with torch.no_grad():
+        parameters[0].add_(1)
+    written_weights(written)
+    assert [w._version for w in weights] == [1, *[0] * 4]
+    assert torch.equal(weights[0][masks[0]], parameters[0].bfloat16())
 
 
 @opcheck_warning
