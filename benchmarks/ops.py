@@ -409,6 +409,7 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "supermask_linear": layers(supermask, linear=True, densities=(0.1, 0.02)),
     "supermask_conv2d": layers(supermask, linear=False, densities=(0.1, 0.02)),
     "supermask_weights": masks.supermask_weights,
+    "write_values": masks.write_values,
     "masked_linear": layers(masked, linear=True, densities=(0.1,)),
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
     "bitmap_linear": layers(bitmap, linear=True, densities=(0.1,)),
