@@ -171,7 +171,7 @@ def supermask_weights_backward(
 
 
 def write_values(values: list[Tensor], places: list[Tensor], weights: list[Tensor]) -> None:
-    _move(values, places, weights, False)
+    _move([v.contiguous() for v in values], places, weights, False)
 
 
 def write_values_backward(grads: list[Tensor], values: list[Tensor], places: list[Tensor]) -> list[Tensor]:
