@@ -15,10 +15,11 @@ import torch
 from networks import SmallNet, images, small_net
 from products import Calls
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from exssnet import Phases, SupermaskConv2d, convert
+from exssnet import Phases, SupermaskConv2d, SupermaskLinear, convert
 from exssnet.nn import SupermaskLayer
 from exssnet.nn.modes import Fixed
 
@@ -251,6 +252,8 @@ def test_functional_calls_have_the_gradients_of_their_own_tensors() -> None:
         return torch.autograd.grad(loss, leaves)  # type: ignore[arg-type]
 
     got = gradients()
+    first = phases.layers["first"]
+    assert first.mode._memory[1].values is first.free_values  # no tensor of a call stays, nor its graph
     with anew():
         assert all(map(torch.equal, got, gradients()))
 
@@ -271,12 +274,32 @@ def test_transforms_and_second_derivatives_are_right() -> None:
         second = torch.autograd.grad(sum(g.square().sum() for g in gradients), values)  # type: ignore[arg-type]
         tangents = tuple(torch.ones_like(v) for v in values)
         _, along = torch.func.jvp(of, tuple(v.detach() for v in values), tangents)
-        return [*gradients, *second, along, *torch.func.grad(of, argnums=(0, 1))(*values)]
+        each = torch.func.vmap(lambda x: phases.model(x.unsqueeze(0)))(colours())
+        of_each = torch.autograd.grad(each.square().sum(), values)
+        with forward_ad.dual_level():  # forward over reverse
+            loss = phases.model(forward_ad.make_dual(colours(), colours())).square().sum()
+            dual = torch.autograd.grad(loss, values)
+            tangent = [forward_ad.unpack_dual(g).tangent for g in dual]
+        return [*gradients, *second, along, *torch.func.grad(of, argnums=(0, 1))(*values), *of_each, *tangent]
 
     got = found()
     with anew():
         for ours, truth in zip(got, found(), strict=True):
             torch.testing.assert_close(ours, truth)
+
+
+def test_a_mask_of_every_weight_takes_several_forwards_after_a_step() -> None:
+    """The dense weight is then as large as the free values, and still another tensor."""
+    layer = SupermaskLinear(6, 4, density=1.0)
+    every, x = torch.ones(4, 6, dtype=torch.bool), torch.randn(3, 6)
+    layer.products = "dense"
+    layer.use_values(every, every)
+    layer(x)
+    with torch.no_grad():
+        layer.free_values.mul_(2)
+    first, second = layer(x), layer(x)
+    (first + second).sum().backward()
+    assert torch.equal(layer.free_values.grad.view(4, 6), 2 * x.sum(0).expand(4, 6))
 
 
 def test_the_weight_read_from_a_layer_is_not_the_one_in_memory() -> None:

@@ -15,7 +15,7 @@ from exssnet import ops
 from exssnet.kernels import reference, triton_weights
 from exssnet.ops.weights import WrittenWeight, written_weights
 
-SHAPES = ((33, 65), (7,), (0, 3), (5, 4, 3, 3), (2000,))
+SHAPES = ((33, 65), (7,), (0, 3), (31, 5, 3, 3), (2000,))  # of one block of a kernel and of two
 LAST = [len(shape) == 4 for shape in SHAPES]  # stored channels_last
 Layers = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -225,7 +225,10 @@ class TestInterpreted:
 
     @dtypes("float32", "bfloat16", "float16")
     @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-    def test_free_values_are_written_and_gathered(self, dtype: torch.dtype, last: bool) -> None:
+    def test_free_values_are_written_and_gathered(
+        self, dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(triton_weights, "BLOCK", 256)  # several programs a layer
         weights, values, places, _ = free_values(dtype, last=last)
         expected = [w.clone() for w in weights]
         triton_weights.write_values(values, places, weights)
