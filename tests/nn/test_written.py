@@ -288,6 +288,28 @@ def test_transforms_and_second_derivatives_are_right() -> None:
             torch.testing.assert_close(ours, truth)
 
 
+def test_parts_with_settings_of_their_own_have_their_gradients_and_keep_their_weights() -> None:
+    """A part that enables gradients, and a head in float32 under autocast."""
+
+    class Mixed(Colours):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                y = self.second(self.first(x).relu()).relu().mean((2, 3))
+                with torch.autocast("cpu", enabled=False):
+                    return self.head(y.float())  # type: ignore[no-any-return]
+
+    phases = in_weight_phase(Mixed)
+    found = []
+    for _ in range(3):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y = phases.model(colours())
+        y.sum().backward()
+        found.append({name: id(w) for name, w in kept(phases).items()})
+    assert phases.layers["first"].free_values.grad is not None
+    assert {w.dtype for w in kept(phases).values()} == {torch.float32, torch.bfloat16}
+    assert found[1] == found[2]
+
+
 def test_a_mask_of_every_weight_takes_several_forwards_after_a_step() -> None:
     """The dense weight is then as large as the free values, and still another tensor."""
     layer = SupermaskLinear(6, 4, density=1.0)
