@@ -98,7 +98,7 @@ class Selector:
         of_devices: dict[torch.device, dict[Any, WrittenWeight]] = {}
         for layer in self.layers:
             form = layer.mode.written
-            if form is None or layer.free_values is None or form.dtype != product_dtype(layer.dense_weight):
+            if form is None or layer.free_values is None:
                 continue
             if (weight := layer.mode.in_memory(layer, form)) is not None:
                 of_devices.setdefault(weight.weight.device, {})[layer.mode] = weight
