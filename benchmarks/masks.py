@@ -118,11 +118,16 @@ def _adam_topk(sizes: list[int], density: float = 0.1) -> Case:
     )
 
 
-def supermask_weights(quick: bool) -> Cases:
-    """Convolutions of a ResNet-18 of width 20, packed masks. Bytes: reads weights and masks, writes weights."""
+def _convolutions(quick: bool) -> list[Tensor]:
+    """The weights of the convolutions of a ResNet-18 of width 20."""
     torch.manual_seed(0)
     widths = (4,) if quick else (20, 20, 20, 20, 40, 40, 40, 40, 80, 80, 80, 80, 160, 160, 160, 160)
-    weights = [torch.randn(width, width, 3, 3) for width in widths]
+    return [torch.randn(width, width, 3, 3) for width in widths]
+
+
+def supermask_weights(quick: bool) -> Cases:
+    """Convolutions of a ResNet-18 of width 20, packed masks. Bytes: reads weights and masks, writes weights."""
+    weights = _convolutions(quick)
     scores = [torch.randn_like(w) for w in weights]
     masks = ops.topk_masks(scores, [ops.density_to_k(s.numel(), 0.1) for s in scores], packed=True).masks
     factors = [reference.unpack_mask(m, list(w.shape)).to(w.dtype) for m, w in zip(masks, weights, strict=True)]
@@ -138,6 +143,35 @@ def supermask_weights(quick: bool) -> Cases:
         baselines={"cached masks": lambda: [w * f for w, f in zip(weights, factors, strict=True)]},
         check=check,
         work=Work(n * (8 + 1 / 8)),
+        density=0.1,
+    )
+
+
+def write_values(quick: bool) -> Cases:
+    """Convolutions of a ResNet-18 of width 20. Bytes: reads values and places, writes single entries of weights."""
+    weights = _convolutions(quick)
+    masks = [torch.rand_like(w) < 0.1 for w in weights]
+    indices = [m.reshape(-1).nonzero().squeeze(1) for m in masks]
+    places, values = [i.int() for i in indices], [torch.randn(i.shape) for i in indices]
+
+    def anew() -> list[Tensor]:
+        of_layers = zip(weights, indices, values, strict=True)
+        return [torch.zeros(w.numel()).index_put((i,), v).view(w.shape) for w, i, v in of_layers]
+
+    def check() -> None:
+        torch.ops.exssnet.write_values(values, places, weights)
+        gathered = torch.ops.exssnet.write_values_backward(weights, values, places)
+        for w, m, v, g in zip(weights, masks, values, gathered, strict=True):
+            check_equal("a weight", w[m], v)
+            check_equal("a gradient", g, v)
+
+    n = sum(v.numel() for v in values)
+    yield Case(
+        shape=f"{n:,} in {len(weights)} layers",
+        ours=lambda: torch.ops.exssnet.write_values(values, places, weights),
+        baselines={"dense weights made anew": anew},
+        check=check,
+        work=Work(n * 12),
         density=0.1,
     )
 

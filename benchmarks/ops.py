@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from exssnet import ops
-from exssnet.kernels import reference
+from exssnet.kernels import layouts, reference
 from exssnet.kernels.registry import OPERATORS
 
 from . import masks, peers, plain
@@ -223,7 +223,7 @@ def sparse(layer: Layer, density: float) -> Cases:
 
     plainly = cache(partial(at_kept, layer, mask))
     # Inside a network, the neighbouring layers produce activations and gradients with the batch innermost.
-    x, grad = reference.batch_last(layer.x), reference.batch_last(layer.grad)
+    x, grad = layouts.batch_last(layer.x), layouts.batch_last(layer.grad)
     ours = step(product, grad, x, layer.weight[mask])
     others = (
         peers.linear(x, layer.weight, mask, grad)
@@ -283,7 +283,7 @@ def folded(layer: Layer, density: float) -> Cases:
     kept = int(mask.sum())
     pattern, none = ops.sparse_pattern(mask), torch.empty(0)
     scale, bias = torch.rand(layer.weight.shape[0]) + 0.5, torch.randn(layer.weight.shape[0])
-    x, residual, values = reference.batch_last(layer.x), reference.batch_last(layer.grad), layer.weight[mask]
+    x, residual, values = layouts.batch_last(layer.x), layouts.batch_last(layer.grad), layer.weight[mask]
 
     def ours() -> tuple[Tensor, ...]:
         return (
@@ -353,7 +353,7 @@ def _batch_norm_act(
 
     def stored() -> Tensor:
         x = torch.randn(shape).to(dtype)
-        return reference.batch_last(x) if dtype == torch.float32 else x.contiguous(memory_format=torch.channels_last)
+        return layouts.batch_last(x) if dtype == torch.float32 else x.contiguous(memory_format=torch.channels_last)
 
     leaves, grad = [stored() for _ in range(2 if with_residual else 1)], stored()
 
@@ -409,6 +409,7 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "supermask_linear": layers(supermask, linear=True, densities=(0.1, 0.02)),
     "supermask_conv2d": layers(supermask, linear=False, densities=(0.1, 0.02)),
     "supermask_weights": masks.supermask_weights,
+    "write_values": masks.write_values,
     "masked_linear": layers(masked, linear=True, densities=(0.1,)),
     "masked_conv2d": layers(masked, linear=False, densities=(0.1,)),
     "bitmap_linear": layers(bitmap, linear=True, densities=(0.1,)),

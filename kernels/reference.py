@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .layouts import batch_last, empty_in_layout_of, order_of
+
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -121,34 +123,6 @@ def _conv2d_gradients(
     )
 
 
-def empty_batch_last(x: Tensor, *shape: int) -> Tensor:
-    """A new tensor of the given shape, stored with the batch, dimension 0, innermost: (N, C, H, W) as (C, H, W, N).
-
-    It is not a view. Autograd forbids in-place changes, such as those of ReLU, of a view that a Function returned.
-    """
-    return x.new_empty_strided(shape, torch.empty(*shape[1:], shape[0], device="meta").movedim(-1, 0).stride())
-
-
-def batch_last(x: Tensor) -> Tensor:
-    """A copy with the batch, dimension 0, stored innermost."""
-    return empty_batch_last(x, *x.shape).copy_(x)
-
-
-def is_innermost(x: Tensor, dim: int) -> bool:
-    """Whether ``x.movedim(dim, -1)`` is contiguous. It dispatches no operator."""
-    step = 1
-    for d in (dim, *(d for d in range(x.dim() - 1, -1, -1) if d != dim)):
-        if x.shape[d] != 1 and x.stride(d) != step:
-            return x.numel() == 0
-        step *= x.shape[d]
-    return True
-
-
-def empty_in_layout_of(x: Tensor) -> Tensor:
-    """A new tensor like x (N, C, ...). Where x is neither contiguous nor has C innermost, the batch is innermost."""
-    return torch.empty_like(x) if x.is_contiguous() or is_innermost(x, 1) else empty_batch_last(x, *x.shape)
-
-
 def _stored(t: Tensor, batch_innermost: bool) -> Tensor:
     return batch_last(t) if batch_innermost else t.contiguous()
 
@@ -184,10 +158,13 @@ def supermask_linear_backward(
 
 
 def supermask_weights(
-    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None
-) -> list[Tensor]:
-    of_layers = zip(weights, scores, selections, strict=True)
-    return [w.where(mask_of(s, m), 0).to(dtype or w.dtype).contiguous() for w, s, m in of_layers]
+    weights: list[Tensor], scores: list[Tensor], selections: list[Tensor], dtype: torch.dtype | None,
+    channels_last: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    of_layers = zip(weights, scores, selections, map(order_of, channels_last), strict=True)
+    return [
+        w.where(mask_of(s, m), 0).to(dtype or w.dtype).contiguous(memory_format=order) for w, s, m, order in of_layers
+    ]
 
 
 def supermask_weights_backward(
@@ -200,6 +177,21 @@ def supermask_weights_backward(
     ]
     of_scores, of_weights = ([pair[i] for pair in gradients] if output_mask[i] else [] for i in range(2))
     return of_scores, [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=False)]
+
+
+def write_values(values: list[Tensor], places: list[Tensor], weights: list[Tensor]) -> None:
+    for v, p, w in zip(values, places, weights, strict=True):
+        _storage(w).index_put_((p,), v.to(w.dtype))
+
+
+def write_values_backward(grads: list[Tensor], values: list[Tensor], places: list[Tensor]) -> list[Tensor]:
+    of_layers = zip(grads, values, places, strict=True)
+    return [_storage(g).index_select(0, p).to(v.dtype) for g, v, p in of_layers]
+
+
+def _storage(t: Tensor) -> Tensor:
+    """The entries of a dense tensor in the order of its memory, as a view."""
+    return t.as_strided((t.numel(),), (1,))
 
 
 def supermask_conv2d(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .autotune import MASKING, Key, Operand, fastest, order, pinned, rounded
+from .layouts import empty_batch_last
 from .triton_mask import Gradients, Mask, OutputParts, finish, given, selected
 from .triton_product import Geometry, Weight, product, weight_gradients
 
@@ -101,7 +102,7 @@ def _images(t: Tensor) -> Tensor:
 
 def _new_result(x: Tensor, shape: Sequence[int], batch_inner: bool) -> Tensor:
     """An uninitialised result, contiguous or with the batch as the innermost dimension."""
-    return reference.empty_batch_last(x, *shape) if batch_inner else x.new_empty(shape)
+    return empty_batch_last(x, *shape) if batch_inner else x.new_empty(shape)
 
 
 def forward(

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .reference import empty_in_layout_of, is_innermost, wide
+from .layouts import empty_in_layout_of, is_innermost
+from .reference import wide
 from .triton_mask import ceil_div
 
 TILE = 4096  # elements that a program holds at a time

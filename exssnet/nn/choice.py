@@ -9,7 +9,8 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from ..kernels import native
 from ..kernels.autotune import MASKING, Key, Operand, Way, Ways, fastest, order, pinned, rounded
-from ..ops import bitmap_pattern, kept_weights, masked_weight, pack_mask, sparse_pattern
+from ..kernels.layouts import order_of
+from ..ops import bitmap_pattern, pack_mask, sparse_pattern
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
@@ -229,7 +230,8 @@ def _score_ways(x: Tensor, weight: Tensor, scores: Tensor, bits: Tensor, geometr
         backward(y, x, filters, scores, bits, *steps, False, [True, True, False])
 
     def written() -> None:
-        grad = _dense_step(x, ops.supermask_weights([weight], [scores], [bits], x.dtype)[0], geometry)
+        (filters,) = ops.supermask_weights([weight], [scores], [bits], x.dtype, [channels_last(x)])
+        grad = _dense_step(x, filters, geometry)
         ops.supermask_weights_backward([grad], [weight], [scores], [bits], [True, False])
 
     return fused, written
@@ -243,8 +245,8 @@ def _value_ways(
     trains, free = free is not None, mask if free is None else free
     values, frozen = weight[free], weight[mask & ~free]
     words, shape, steps = bitmap_pattern(mask, free).words, list(weight.shape), list(geometry)
-    pattern = sparse_pattern(mask, free, geometry[3] if geometry else 1)
-    kept = kept_weights(pattern, shape)
+    filters = (weight * mask).to(x.dtype, memory_format=order_of(channels_last(x)))
+    places, ops = free.reshape(-1).nonzero().squeeze(1).int(), torch.ops.exssnet
 
     def fused() -> None:
         arguments = values.to(x.dtype), frozen.to(x.dtype), words
@@ -252,11 +254,11 @@ def _value_ways(
         backward(y, x, *arguments, shape, *steps, [True, trains])[1].to(weight.dtype)
 
     def written() -> None:
-        filters = masked_weight(values, frozen, pattern, shape, kept).to(x.dtype)
+        if trains:
+            ops.write_values([values], [places], [filters])
         grad = _dense_step(x, filters, geometry, trains)
-        if trains:  # the gradient of `masked_weight`
-            grad = grad.to(weight.dtype).reshape(-1)[kept]
-            torch.zeros_like(grad).index_add_(0, pattern.slot, grad)
+        if trains:
+            ops.write_values_backward([grad], [values], [places])
 
     return fused, written
 
@@ -281,9 +283,20 @@ def _dense_step(x: Tensor, weight: Tensor, geometry: Sequence[Any], weight_gradi
     )[1]
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether convolutions of images x (N, C, H, W) take channels_last for the layout of the network."""
+    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+
+
 def traced() -> bool:
     """Whether operators are being recorded. A measurement would be recorded too."""
     return recorded() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+
+
+def symbolic() -> bool:
+    """Whether operators are recorded or their tensors are fake. Then no tensor may be kept from one call to another."""
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
+    return recorded() or any(mode.is_infra_mode() for mode in modes())
 
 
 def recorded() -> bool:

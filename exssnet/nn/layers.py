@@ -13,15 +13,15 @@ from ..io.values import shown
 from ..kernels.autotune import remember
 from ..ops import density_to_k, unpack_mask
 from ..ops.library import product_dtype
-from .choice import Call, Products, fused_is_faster, recorded, sparse_is_faster, traced
-from .modes import BUFFERS, PARAMETERS, PATTERN, Fixed, Mode, NoMask, Scores, Values
+from .choice import Call, Products, channels_last, fused_is_faster, recorded, sparse_is_faster, traced
+from .modes import BUFFERS, PARAMETERS, PATTERN, Fixed, Form, Mode, NoMask, Scores, Values
 from .selector import forwards
 
 TENSORS = (
     "dense_weight", *PARAMETERS, "frozen_values", "packed_mask", "packed_free_mask", "kept", *PATTERN,
 )  # fmt: skip
 """Names of all parameters and buffers that replace the plain layer's weight."""
-ATTRIBUTES = ("k", "products", "written", "_mode", "choices", "_read")
+ATTRIBUTES = ("k", "products", "_mode", "choices", "_read")
 """Names of all further attributes that the plain layer does not have."""
 
 # One compiled graph serves the weight phases of all tasks. By default the compiler treats parameter sizes as constants.
@@ -56,7 +56,6 @@ class SupermaskLayer(nn.Module):
         packed_free_mask: Buffer of the free mask: uint8 of (ceil(n / 8),). None in the mask phase.
         k: Number of weights that a mask keeps.
         products: "sparse", "dense" or "auto", see `exssnet.nn.choice.sparse_is_faster`.
-        written: Whether the masked weight is computed before the products of the mask phase, which are then dense.
     """
 
     plain_type: type[nn.Module]
@@ -130,7 +129,6 @@ class SupermaskLayer(nn.Module):
             self.register_buffer(name, None)
         for name in ("frozen_values", *PATTERN):
             self.register_buffer(name, None, persistent=False)
-        self.written = False
         self._mode: Mode = NoMask()
         self._mode.tensors = None
         self.use_scores(self.random_scores())
@@ -278,10 +276,12 @@ class SupermaskLayer(nn.Module):
         def decide() -> bool:
             return fused_is_faster(x, self.dense_weight, dtype, self._geometry(padding), density)
 
-        fused = self._decided(decide, x, "fused", "", 0 if scored else self.k, x.stride(), dtype)
-        if scored and not traced():
-            self.written = not fused  # for the next forward of the model
-        return fused
+        return self._decided(decide, x, "fused", "", 0 if scored else self.k, x.stride(), dtype)
+
+    def _form(self, x: Tensor) -> Form:
+        """How PyTorch's product with x wants the masked weight."""
+        last = self.dense_weight.dim() == 4 and not recorded() and channels_last(x)
+        return Form(product_dtype(self.dense_weight), last)
 
     def _decided(self, decide: Callable[[], bool], x: Tensor, what: str, *more: Any) -> bool:
         """The layer's decision for such an x, from earlier or made now. A run and its checkpoint keep it."""
@@ -303,7 +303,11 @@ class SupermaskLayer(nn.Module):
         trains = self.dense_weight.requires_grad
         with torch.no_grad():
             super()._apply(*how)  # type: ignore[no-untyped-call]
+            for t in (self.dense_weight, self.scores):  # channels_last is for what the products read
+                if t is not None and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last):
+                    t.data = t.contiguous()
         self.dense_weight.requires_grad_(trains)
+        self._mode.moved(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

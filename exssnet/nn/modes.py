@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from ..kernels.layouts import order_of
 from ..ops import (
     BitmapPattern,
     SparsePattern,
@@ -19,8 +21,9 @@ from ..ops import (
     unpack_mask,
 )
 from ..ops.bitmap import as_bitmap
-from ..ops.library import product_dtype
-from .choice import traced
+from ..ops.library import transforming
+from ..ops.weights import WrittenWeight, written_weights
+from .choice import symbolic, traced
 from .selector import capturing, in_backward, recomputable, select
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
@@ -34,6 +37,13 @@ BUFFERS = ("frozen_values", "packed_mask", "packed_free_mask", *PATTERN)
 NO_MASK = "this layer has neither scores nor a mask: start a task or activate one"
 
 
+class Form(NamedTuple):
+    """How PyTorch's products of a layer want its masked weight: in this dtype, channels_last or contiguous."""
+
+    dtype: torch.dtype
+    channels_last: bool
+
+
 class Mode:
     """How a supermask layer computes its product. A mode belongs to one layer.
 
@@ -45,11 +55,15 @@ class Mode:
         tensors: The tensors by name. None while they are registered on the layer.
         scored: Whether the mask is selected from scores, by the model's `Selector` if there is one.
         called: Whether the layer was called since it got its scores.
+        written: The form in which the last product needed the masked weight in memory. None if it did not.
+        masked: This form and the masked weight for one forward pass of the model. The `Selector` sets it.
         made_for: Identity of the layer whose weights the mode holds. None if it fits any layer.
     """
 
     scored = False
     called = False
+    written: Form | None = None
+    masked: tuple[Form, Tensor] | None = None
 
     def __init__(self, layer: Layer | None = None, **tensors: Tensor) -> None:
         self.tensors: dict[str, Tensor] | None = tensors
@@ -71,6 +85,23 @@ class Mode:
         """Whether a product or a gradient has used the scores."""
         return False
 
+    def moved(self, layer: Layer) -> None:
+        """Free what belongs to tensors that the layer has no more."""
+
+    def _note_form(self, form: Form | None) -> None:
+        if not traced():
+            self.written = form
+
+    def _given(self, form: Form) -> Tensor | None:
+        """The masked weight from the `Selector`, if it has this form, and a gradient where one may be needed."""
+        known, weight = self.masked or (None, None)
+        if known != form or weight is None or (torch.is_grad_enabled() and not weight.requires_grad):
+            return None
+        return weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "masked": None}
+
 
 class NoMask(Mode):
     """The mode of a layer with neither scores nor a mask. Calling the layer raises RuntimeError."""
@@ -85,8 +116,6 @@ class Scores(Mode):
 
     Attributes:
         selection: The selection of these scores. The `Selector` sets it for one forward pass of the model.
-        masked: The masked weight in the dtype of the products. The `Selector` sets it for one forward pass too, if the
-            layer's `written` is true.
         recent: The selection of the last forward pass, for activations that its backward pass recomputes.
     """
 
@@ -97,7 +126,6 @@ class Scores(Mode):
         super().__init__(layer, scores=nn.Parameter(copied))
         self.called = False
         self.selection: Tensor | None = None
-        self.masked: Tensor | None = None
         self.recent: Tensor | None = None
 
     def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
@@ -106,12 +134,18 @@ class Scores(Mode):
         fused, geometry = layer._fused(x, padding), layer._geometry(padding)
         y: Tensor
         if fused:
+            self._note_form(None)
             selection = self._selected(layer)
             y = layer.supermask_product(
                 x, layer.dense_weight, layer.scores, None, layer.bias, *geometry, selection=selection, sparse=sparse
             )
         else:
-            y = layer.dense_product(x, self._masked_weight(layer, x), layer.bias, *geometry)
+            form = layer._form(x)
+            self._note_form(form)
+            weight = None if recomputable() else self._given(form)
+            if weight is None:
+                weight = self._weight(layer, *form)
+            y = layer.dense_product(x, weight, layer.bias, *geometry)
         return y
 
     def weight(self, layer: Layer) -> Tensor:
@@ -128,15 +162,9 @@ class Scores(Mode):
         if not torch.compiler.is_compiling():
             self.called = True
 
-    def _masked_weight(self, layer: Layer, x: Tensor) -> Tensor:
-        """The masked weight in the dtype of the products of x."""
-        dtype = product_dtype(x)
-        if self.masked is not None and self.masked.dtype == dtype and not recomputable():
-            return self.masked
-        return self._weight(layer, dtype)
-
-    def _weight(self, layer: Layer, dtype: torch.dtype | None = None) -> Tensor:
-        return supermask_weights([layer.dense_weight], [layer.scores], [self._selected(layer)], dtype)[0]
+    def _weight(self, layer: Layer, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        selections = [self._selected(layer)]
+        return supermask_weights([layer.dense_weight], [layer.scores], selections, dtype, [channels_last])[0]
 
     def _selected(self, layer: Layer) -> Tensor:
         """The model's selection for this forward pass, or for the one that is recomputed. Otherwise the layer's own.
@@ -152,7 +180,7 @@ class Scores(Mode):
         return select([layer.scores], [layer.k])[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recent": None}
+        return {**super().__getstate__(), "recent": None}
 
 
 class Fixed(Mode):
@@ -168,6 +196,7 @@ class Fixed(Mode):
     """
 
     _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = None  # the pattern, and what was computed from it
+    _memory: tuple[Hashable, WrittenWeight, Tensor, SparsePattern] | None = None  # a weight, and what it is made of
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
@@ -183,17 +212,19 @@ class Fixed(Mode):
         sparse, geometry = layer._sparse(x, padding), layer._geometry(padding)
         y: Tensor
         if sparse:
+            self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
             y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
         elif self._fuses(layer, x, padding):
+            self._note_form(None)
             y = layer.bitmap_product(x, *self._bitmap_values(layer), layer.bias, *geometry)
         else:
-            y = layer.dense_product(x, self.weight(layer), layer.bias, *geometry)
+            y = layer.dense_product(x, self._dense_weight(layer, x), layer.bias, *geometry)
         return y
 
     def weight(self, layer: Layer) -> Tensor:
         where = None
-        if not traced() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
+        if not symbolic() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
             where = self._once_a_pattern(layer, "where", lambda p: kept_weights(p, layer.dense_weight.shape))
         return masked_weight(*self.values(layer), layer.dense_weight.shape, where)
 
@@ -202,9 +233,10 @@ class Fixed(Mode):
 
     def values(self, layer: Layer) -> tuple[Tensor, Tensor, SparsePattern]:
         """Free values, frozen values and the pattern: the arguments of the sparse products."""
-        frozen: Any = layer._buffers["frozen_values"]  # `getattr` of a module is too slow for every step
-        free = layer._parameters["free_values"]
-        return frozen.new_empty(0) if free is None else free, frozen, self._pattern(layer)[0]
+        frozen: Any = layer._buffers["frozen_values"]
+        if (free := _free_values(layer)) is None:
+            free = self._once_a_pattern(layer, ("no values", frozen.dtype), lambda _: frozen.new_empty(0))
+        return free, frozen, self._pattern(layer)[0]
 
     def once(self, layer: Layer, key: Hashable, compute: Folding, sources: Sequence[Tensor | None] = ()) -> Folded:
         """The tensors ``compute()``, cached under the key until one of the tensors `sources` changes.
@@ -228,6 +260,62 @@ class Fixed(Mode):
             known[key] = state, folded, [t.detach() for t in tensors]  # which keeps the addresses taken
         return folded
 
+    def in_memory(self, layer: Layer, form: Form) -> WrittenWeight | None:
+        """The masked weight that stays in memory, in this form. Its free values may be out of date.
+
+        It is made anew if one of its tensors was replaced or moved, or if the frozen values changed. A graph that is
+        still to be differentiated keeps the former one.
+
+        Args:
+            layer: The layer in this mode.
+            form: The form of the weight.
+
+        Returns:
+            The weight. None where no tensor may stay: its tensors are fake, transformed or of inference mode, or the
+            free values are not the layer's own parameter. None also if it had to be made while operators are recorded
+            or a CUDA graph is captured.
+        """
+        if symbolic() or transforming() or forward_ad._current_level >= 0:
+            return None
+        free, frozen, pattern = _free_values(layer), layer._buffers["frozen_values"], self._pattern(layer)[0]
+        if frozen.is_inference() or (free is not None and (type(free) is not nn.Parameter or free.is_inference())):
+            return None
+        address = 0 if free is None else free.data_ptr()
+        state = form, id(free), address, id(frozen), frozen.data_ptr(), frozen._version, id(pattern)
+        if self._memory is None or self._memory[0] != state:
+            if traced() or capturing():
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                self._memory = state, self._make(layer, form), frozen, pattern
+        return self._memory[1]
+
+    def _make(self, layer: Layer, form: Form) -> WrittenWeight:
+        (free, frozen, pattern), shape = self.values(layer), layer.dense_weight.shape
+        kept = kept_weights(pattern, shape)
+        weight = masked_weight(free, frozen, pattern, shape, kept)
+        weight = weight.to(form.dtype, memory_format=order_of(form.channels_last), copy=True)
+        place = torch.empty_like(kept).index_put_((pattern.slot,), kept)[: len(free)]  # in the order of the values
+        if form.channels_last:
+            row = place % (shape[1] * pattern.taps)
+            place += row % pattern.taps * shape[1] + row // pattern.taps - row
+        return WrittenWeight(weight, free, place.to(torch.int32))
+
+    def moved(self, layer: Layer) -> None:
+        if self._memory is not None and self._memory[2] is not layer._buffers["frozen_values"]:
+            self._memory = None
+
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        """The masked weight for PyTorch's product with x."""
+        form = layer._form(x)
+        self._note_form(form)
+        weight = self._given(form)
+        if weight is None:
+            if (kept := self.in_memory(layer, form)) is None:
+                weight = self.weight(layer)
+            else:
+                weight = kept.weight if _free_values(layer) is None else written_weights([kept])[0]
+        return weight
+
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         """Whether dense products mask the weight while they read it."""
         return bool(layer._fused(x, padding))
@@ -240,16 +328,16 @@ class Fixed(Mode):
 
     def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[Hashable, Any]]:
         """The pattern, and by name what was computed from it. Moving the layer replaces both."""
-        buffers, recorded = layer._buffers, traced()
-        known = None if recorded else self._derived
+        buffers = layer._buffers
+        known = None if symbolic() else self._derived
         if known is None or known[0].row_ptr is not buffers["row_ptr"]:
             taps = math.prod(layer.dense_weight.shape[2:])
             known = SparsePattern(*(buffers[name] for name in PATTERN), taps), {}  # type: ignore[arg-type, call-arg]
-            if not recorded:
+            if not traced():
                 self._derived = known
         return known
 
-    def _once_a_pattern(self, layer: Layer, name: str, compute: Callable[[SparsePattern], Any]) -> Any:
+    def _once_a_pattern(self, layer: Layer, name: Hashable, compute: Callable[[SparsePattern], Any]) -> Any:
         """The result of ``compute(pattern)``, cached for each pattern under a name."""
         pattern, known = self._pattern(layer)
         if name not in known:
@@ -260,7 +348,15 @@ class Fixed(Mode):
         return known[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": None}
+        return {**super().__getstate__(), "_derived": None, "_memory": None}
+
+
+def _free_values(layer: Layer) -> Tensor | None:
+    """The parameter, or None. A replica of `nn.DataParallel` has an attribute that is no parameter."""
+    if "free_values" not in layer._parameters:
+        return layer.free_values  # type: ignore[no-any-return]
+    free: Tensor | None = layer._parameters["free_values"]  # `getattr` of a module is too slow for every step
+    return free
 
 
 class Values(Fixed):
@@ -308,3 +404,6 @@ class Constant(Fixed):
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         return False  # the masked weight is cached
+
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        return self.weight(layer)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference import is_innermost
+from ..kernels.layouts import is_innermost
 from ..ops.norm import normalised, takes_any_layout
 
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import supermask_weights, topk_masks, topk_select
+from ..ops import topk_masks, topk_select
 from ..ops.library import product_dtype, transforming
 from ..ops.selection import new_hint
+from ..ops.weights import WrittenWeight, unchecked_weights, written_weights
 from . import stale
 
 OWN_FORWARD = "_own_forward"
@@ -85,6 +86,8 @@ class Selector:
         layers = self.scored()
         if not layers:
             self.handed = None
+            if not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
+                self._write_values()
             return
         if _exporting():
             raise RuntimeError(
@@ -93,21 +96,38 @@ class Selector:
         handed = self._handed(model, layers)
         for layer, selection in zip(layers, self._select(layers) if handed is None else handed, strict=True):
             layer.mode.selection = selection
-        written = [layer for layer in layers if layer.written and not recomputable()]
+        written = [layer for layer in layers if layer.mode.written is not None and not recomputable()]
         if written:  # one pass for all these layers
             weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
-            selections = [layer.mode.selection for layer in written]
-            masked = supermask_weights(weights, scores, selections, product_dtype(weights[0]))
-            for layer, weight in zip(written, masked, strict=True):
-                layer.mode.masked = weight
+            selections, dtype = [layer.mode.selection for layer in written], product_dtype(weights[0])
+            forms = [layer.mode.written._replace(dtype=dtype) for layer in written]
+            last = [form.channels_last for form in forms]
+            masked = unchecked_weights(weights, scores, selections, dtype, last)  # each was checked alone before
+            for layer, form, weight in zip(written, forms, masked, strict=True):
+                layer.mode.masked = form, weight
+
+    def _write_values(self) -> None:
+        """Write the free values into the dense weights of all layers that keep one, in one pass for each device."""
+        of_devices: dict[torch.device, dict[Any, WrittenWeight]] = {}
+        for layer in self.layers:
+            form = layer.mode.written
+            if form is None or layer.free_values is None:
+                continue
+            if (weight := layer.mode.in_memory(layer, form)) is not None:
+                of_devices.setdefault(weight.weight.device, {})[layer.mode] = weight
+        for of_modes in of_devices.values():
+            for mode, weight in zip(of_modes, written_weights(list(of_modes.values())), strict=True):
+                mode.masked = mode.written, weight
 
     def take_back(self, recent: bool) -> None:
         """Remove the selections after a forward pass. recent: whether a backward pass may recompute activations."""
-        for layer in self.scored():
+        for layer in self.layers:
             mode = layer.mode
-            if mode.selection is not None:
+            if mode.masked is not None:
+                mode.masked = None
+            if mode.scored and mode.selection is not None:
                 mode.recent = mode.selection if recent else None
-                mode.selection = mode.masked = None
+                mode.selection = None
 
     def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
         """Select for each of the layers from its present scores."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import native
-from ..kernels.reference import empty_in_layout_of, update_running, wide
+from ..kernels.layouts import empty_in_layout_of
+from ..kernels.reference import update_running, wide
 from .library import bind_gradient, chosen, define, refuse_tangents, same_kind
 
 __all__ = ["batch_norm_act"]

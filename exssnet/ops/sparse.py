@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.reference import dense_weight, empty_batch_last
+from ..kernels.layouts import empty_batch_last
+from ..kernels.reference import dense_weight
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
 from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
 

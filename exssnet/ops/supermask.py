@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.reference import empty_batch_last, mask_of
+from ..kernels.layouts import empty_batch_last
+from ..kernels.reference import mask_of
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d, in_rows
 from .library import FLOATS, autocast, define, differentiable, same_kind
 from .selection import topk_select

@@ -119,15 +119,26 @@ def bitmap(dtype: torch.dtype, convolution: bool) -> dict[str, Call]:
     }
 
 
-def weights(dtype: torch.dtype, layers: int) -> dict[str, Call]:
+def weights(dtype: torch.dtype, layers: int, last: bool = False) -> dict[str, Call]:
+    """last: channels_last."""
     shapes = [(64, 64 + i, 3, 3) for i in range(layers)]
     all_weights, scores = ([meta(*shape, dtype=FLOAT32) for shape in shapes] for _ in range(2))
     bits = [meta(-(-w.numel() // 8), dtype=torch.uint8) for w in all_weights]
-    grads = [meta(*shape, dtype=dtype) for shape in shapes]
+    order = torch.channels_last if last else torch.contiguous_format
+    grads = [meta(*shape, dtype=dtype).to(memory_format=order) for shape in shapes]
     backward = triton_weights.supermask_weights_backward
     return {
-        "weights": lambda: triton_weights.supermask_weights(all_weights, scores, bits, dtype),
+        "weights": lambda: triton_weights.supermask_weights(all_weights, scores, bits, dtype, [last] * layers),
         "gradients": lambda: backward(grads, all_weights, scores, bits, [True, True]),
+    }
+
+
+def values(dtype: torch.dtype, layers: int) -> dict[str, Call]:
+    all_values = [meta(1000 + i, dtype=FLOAT32) for i in range(layers)]
+    dense, places = ([meta(*n, dtype=d) for _ in all_values] for n, d in (((64, 576), dtype), ((1000,), torch.int32)))
+    return {
+        "written": lambda: triton_weights.write_values(all_values, places, dense),
+        "gathered": lambda: triton_weights.write_values_backward(dense, all_values, places),
     }
 
 
@@ -168,6 +179,8 @@ VARIANTS: dict[str, Callable[[], dict[str, Call]]] = {
     "3x3 bitmap pattern": lambda: bitmap(BFLOAT16, convolution=True),
     "3x3 bitmap pattern float32": lambda: bitmap(FLOAT32, convolution=True),
     "weights of all layers": lambda: weights(BFLOAT16, 64),
+    "weights of all layers, channels_last": lambda: weights(BFLOAT16, 64, last=True),
+    "free values of all layers": lambda: values(BFLOAT16, 64),
     "linear gradients in parts": lambda: gradients_in_parts(BFLOAT16),
     "linear packed selection": lambda: supermask_linear(BFLOAT16, packed=True),
     "3x3 packed selection": lambda: supermask_conv2d(BFLOAT16, packed=True),

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from products import Problem, geometry, output_masks, problem
 from torch import Tensor
 
-from exssnet.kernels import autotune, reference, triton_conv, triton_layers, triton_linear, triton_product
+from exssnet.kernels import autotune, layouts, reference, triton_conv, triton_layers, triton_linear, triton_product
 from exssnet.ops import bitmap_pattern
 
 pytestmark = pytest.mark.proof
@@ -225,7 +225,7 @@ def test_parts_repeat_bit_for_bit_and_err_no_more(
 @layers(FEW[:1] + SMALL[-2:])
 def test_batch_innermost_in_and_out(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(layer, torch.bfloat16, integers=True)
-    for stored in (unchanged, lambda name, t: reference.batch_last(t) if name in ("x", "grad") else t):
+    for stored in (unchanged, lambda name, t: layouts.batch_last(t) if name in ("x", "grad") else t):
         check_exact(of_supermasks(arguments(p, sparse=True, change=stored)))
     split(monkeypatch)
     check_exact(of_supermasks(arguments(p, sparse=True)))

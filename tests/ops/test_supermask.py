@@ -12,7 +12,7 @@ from refusals import FAR, IMAGES, KERNELS, LINES, RAW, ROW, STEPS, TAPS, Calls, 
 from torch import Tensor
 
 from exssnet import ops
-from exssnet.kernels import reference
+from exssnet.kernels import layouts, reference
 
 FUNCTIONS = {
     "supermask_linear": ops.supermask_linear,
@@ -129,7 +129,7 @@ class TestSparseSupermask(ProductTests):
     @layers(FEW)
     def test_score_gradient_of_a_batch_stored_innermost(self, layer: Layer) -> None:
         p = problem(layer, integers=True)
-        SparseSupermask().check_exact(p, lambda name, t: reference.batch_last(t) if name in ("x", "grad") else t)
+        SparseSupermask().check_exact(p, lambda name, t: layouts.batch_last(t) if name in ("x", "grad") else t)
 
 
 linear = ops.supermask_linear

@@ -1,4 +1,4 @@
-"""supermask_weights: the masked weights of all layers at once, and their gradients, in plain PyTorch and in Triton."""
+"""supermask_weights and write_values: the dense weights of all layers at once, and their gradients, also in Triton."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,11 @@ from products import Calls, opcheck_warning
 from torch import Tensor
 
 from exssnet import ops
-from exssnet.kernels import reference, triton_weights
+from exssnet.kernels import layouts, reference, triton_weights
+from exssnet.ops.weights import WrittenWeight, written_weights
 
-SHAPES = ((33, 65), (7,), (0, 3), (5, 4, 3, 3), (2000,))
+SHAPES = ((33, 65), (7,), (0, 3), (31, 5, 3, 3), (2000,))  # of one block of a kernel and of two
+LAST = [len(shape) == 4 for shape in SHAPES]  # stored channels_last
 Layers = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -29,17 +31,22 @@ def layers(dtype: torch.dtype, scores_dtype: torch.dtype = torch.float32, device
     return weights, scores, masks, grads
 
 
-def results(function: Any, backward: Any, of: Layers, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def results(
+    function: Any, backward: Any, of: Layers, dtype: torch.dtype | None = None, last: bool = False
+) -> dict[str, Tensor]:
+    """last: whether images' weights are stored channels_last, and their gradients with them."""
     weights, scores, masks, grads = of
-    found = {f"weight {i}": t for i, t in enumerate(function(weights, scores, masks, dtype))}
-    grads = [g.to(dtype or g.dtype) for g in grads]
+    order = [last and len(w.shape) == 4 for w in weights]
+    found = {f"weight {i}": t for i, t in enumerate(function(weights, scores, masks, dtype, order))}
+    formats = map(layouts.order_of, order)
+    grads = [g.to(dtype or g.dtype, memory_format=f) for g, f in zip(grads, formats, strict=True)]
     for name, gradients in zip(("score", "weight"), backward(grads, weights, scores, masks, [True, True]), strict=True):
         found |= {f"gradient of {name} {i}": t for i, t in enumerate(gradients)}
     return found
 
 
-def by_triton(of: Layers, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return results(triton_weights.supermask_weights, triton_weights.supermask_weights_backward, of, dtype)
+def by_triton(of: Layers, dtype: torch.dtype | None = None, last: bool = False) -> dict[str, Tensor]:
+    return results(triton_weights.supermask_weights, triton_weights.supermask_weights_backward, of, dtype, last)
 
 
 def by_reference(of: Layers, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -94,6 +101,16 @@ def test_only_what_is_required_has_a_gradient(alone: str) -> None:
     assert [asked for _, (*_, asked) in calls.made] == [[alone == "scores", alone == "weights"]]
 
 
+def test_weights_of_images_are_stored_channels_last_where_asked() -> None:
+    of = layers(torch.float32)
+    weights, scores = leaves(of)
+    found = ops.supermask_weights(weights, scores, of[2], None, LAST)
+    assert [not t.is_contiguous() for t in found] == LAST
+    assert_exact(dict(enumerate(found)), dict(enumerate(ops.supermask_weights(weights, scores, of[2]))))
+    with pytest.raises(ValueError, match=r"channels_last needs a weight \(O, C, R, S\), got \(33, 65\)$"):
+        ops.supermask_weights(weights, scores, of[2], None, [True] * 5)
+
+
 def test_dtype_is_that_of_the_products() -> None:
     of = layers(torch.float32)
     weights, scores = leaves(of)
@@ -108,7 +125,7 @@ def test_dtype_is_that_of_the_products() -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype | None) -> None:
     of = layers(torch.float32)
-    torch.library.opcheck(torch.ops.exssnet.supermask_weights.default, (*leaves(of), of[2], dtype))
+    torch.library.opcheck(torch.ops.exssnet.supermask_weights.default, (*leaves(of), of[2], dtype, LAST))
     for output_mask in ([True, True], [True, False], [False, False]):
         arguments = of[3], *of[:3], output_mask
         torch.library.opcheck(torch.ops.exssnet.supermask_weights_backward.default, arguments)
@@ -128,7 +145,10 @@ def test_compiles_in_one_graph_with_the_same_gradients() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda w, s, m: (w, s[:2], m), "expected scores and a selection per weight, got 5 weights, 2 scores and 5"),
+        (
+            lambda w, s, m: (w, s[:2], m),
+            "and a layout per weight, got 5 weights, 2 scores, 5 selections and 5 layouts$",
+        ),
         (lambda w, s, m: (w, s[::-1], m), r"must fit the weight, \(33, 65\) on cpu, got \(2000,\) on cpu and torch.ui"),
         (lambda w, s, m: (w, s, m[::-1]), r"must fit the weight, .* and torch.uint8 of \(250,\) on cpu$"),
     ],
@@ -138,8 +158,96 @@ def test_lists_that_do_not_match_are_refused(change: Callable[..., Any], sentenc
         ops.supermask_weights(*change(*layers(torch.float32)[:3]))
 
 
+# The free values of a weight phase
+
+
+def free_values(dtype: torch.dtype, device: str = "cpu", last: bool = False) -> tuple[list[Tensor], ...]:
+    """(weights in memory, free values, places, free masks): of layers without free values and without weights too."""
+    weights, masks, values, places = [], [], [], []
+    for shape, is_last in zip(SHAPES, LAST, strict=True):
+        mask = torch.rand(shape) < (0.3 if shape != (7,) else 0)
+        order = layouts.order_of(last and is_last)
+        index = torch.arange(mask.numel(), dtype=torch.int32).reshape(shape)
+        if last and is_last:  # places in the order of memory
+            index = index.reshape(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
+        weights.append(torch.randn(shape, device=device).to(dtype, memory_format=order))
+        masks.append(mask.to(device))
+        places.append(index[mask].to(device))
+        values.append(torch.randn(int(mask.sum()), device=device))
+    return weights, values, places, masks
+
+
+@dtypes("float32", "bfloat16", "float16")
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_write_values_writes_the_free_entries_alone_and_gathers_their_gradients(
+    dtype: torch.dtype, last: bool, device: str
+) -> None:
+    weights, values, places, masks = free_values(dtype, device, last)
+    before = [w.clone() for w in weights]
+    torch.ops.exssnet.write_values(values, places, weights)
+    gradients = torch.ops.exssnet.write_values_backward(weights, values, places)
+    for w, old, v, m, g in zip(weights, before, values, masks, gradients, strict=True):
+        assert torch.equal(w[m], v.to(dtype))
+        assert torch.equal(w[~m], old[~m])
+        assert torch.equal(g, w[m].to(v.dtype))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_written_weights_have_the_gradients_of_their_values_in_any_layout(last: bool) -> None:
+    weights, values, places, masks = free_values(torch.bfloat16, last=last)
+    parameters = [v.requires_grad_() for v in values]
+    written = [WrittenWeight(*each) for each in zip(weights, parameters, places, strict=True)]
+    found = written_weights(written)
+    assert [w.data_ptr() for w in weights] == [t.data_ptr() for t in found]
+    used = [i for i in range(len(SHAPES)) if i != 4]
+    grads = [torch.randn(SHAPES[i]).bfloat16() for i in used]  # contiguous
+    torch.autograd.backward([found[i] for i in used], grads)
+    for i, g in zip(used, grads, strict=True):
+        assert torch.equal(parameters[i].grad, g[masks[i]].float())
+    assert parameters[4].grad is None
+    assert [w._version for w in weights] == [0] * len(SHAPES)
+    with torch.no_grad():
+        parameters[0].add_(1)
+    written_weights(written)
+    assert [w._version for w in weights] == [1, *[0] * 4]
+    assert torch.equal(weights[0][masks[0]], parameters[0].bfloat16())
+
+
+@opcheck_warning
+def test_opcheck_of_values() -> None:
+    weights, values, places, _ = free_values(torch.bfloat16, last=True)
+    torch.library.opcheck(torch.ops.exssnet.write_values.default, (values, places, weights))
+    torch.library.opcheck(torch.ops.exssnet.write_values_backward.default, (weights, values, places))
+
+
 class TestInterpreted:
     """The Triton kernels."""
+
+    @dtypes("float32", "bfloat16", "float16")
+    @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+    def test_free_values_are_written_and_gathered(
+        self, dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(triton_weights, "BLOCK", 256)  # several programs a layer
+        weights, values, places, _ = free_values(dtype, last=last)
+        expected = [w.clone() for w in weights]
+        triton_weights.write_values(values, places, weights)
+        reference.write_values(values, places, expected)
+        assert_exact(dict(enumerate(weights)), dict(enumerate(expected)))
+        gathered = triton_weights.write_values_backward(weights, values, places)
+        truth = reference.write_values_backward([w.double() for w in weights], values, places)  # no rounding
+        assert_exact(dict(enumerate(gathered)), dict(enumerate(truth)))
+
+    def test_free_values_of_all_layers_are_one_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        launches = triton_guard.launched(monkeypatch)
+        weights, values, places, _ = free_values(torch.float32)
+        triton_weights.write_values(values, places, weights)
+        triton_weights.write_values_backward(weights, values, places)
+        assert launches == ["_values_kernel"] * 2
+
+    def test_weights_of_images_are_stored_channels_last(self) -> None:
+        of = layers(torch.bfloat16, torch.float32)
+        assert_exact(by_triton(of, last=True), by_reference(of))
 
     @dtypes("float32", "bfloat16", "float16")
     @pytest.mark.parametrize("dtype_of_products", [None, torch.bfloat16], ids=str)
