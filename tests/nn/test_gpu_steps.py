@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exssnet import Phases, ScoreAdam, ops
-from exssnet.kernels import nan_flag
+from exssnet.kernels import nan_flag, reference
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 phases = pytest.mark.parametrize("phase", ["mask", "weight"])
@@ -66,6 +66,15 @@ def test_optimizer_and_selection_ask_for_no_value() -> None:
     masks, _, _ = ops.adam_topk(scores, grads, exp_avg, exp_avg_sq, [torch.zeros((), device="meta")], [9], packed=True)
     (weight,) = ops.supermask_weights(grads, scores, masks, torch.bfloat16)
     assert weight.device.type == "meta"
+
+
+def test_sparse_products_of_the_reference_ask_for_no_value() -> None:
+    """They serve a GPU if the library was built without nvcc."""
+    x, grad, values = (torch.empty(shape, device="meta") for shape in ((5, 3), (5, 4), (6,)))
+    pattern = [torch.empty(size, dtype=torch.int32, device="meta") for size in (5, 9, 9, 4, 9, 9)]
+    arguments = values, values[:3], *pattern
+    grads = reference.sparse_linear_backward(grad, x, *arguments, [True, True])
+    assert [t.shape for t in (reference.sparse_linear(x, *arguments, None), *grads)] == [(5, 4), (5, 3), (6,)]
 
 
 def test_such_a_question_is_noticed() -> None:
