@@ -77,7 +77,8 @@ def precision(device: str) -> str:
         return "no mkldnn"
     backend = "mkldnn" if device == "cpu" else "cuda"
     setting = torch._C._get_fp32_precision_getter  # `torch.backends` takes ten times as long
-    return f"{setting(backend, 'matmul')} {setting(backend, 'conv')}".replace("none", "ieee")
+    products, convolutions = setting(backend, "matmul"), setting(backend, "conv")
+    return f"{'ieee' if products == 'none' else products} {'ieee' if convolutions == 'none' else convolutions}"
 
 
 _limits: dict[Key, float] = {}

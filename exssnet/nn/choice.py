@@ -17,8 +17,8 @@ Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
 Call = tuple[str, torch.Size, torch.dtype, torch.device, int, str, str, int, tuple[int, ...], torch.dtype]
 """Key of a layer's decision: "sparse" or "fused"; the input's shape, dtype and device; number of threads; `precision`;
-`products`; k; the input's stride, or its `layout`; the dtype of the products. An entry that does not matter is "", 0
-or ()."""
+`products`; k; the input's stride, for "sparse" in channels_last alone; the dtype of the products. An entry that does
+not matter is "", 0 or ()."""
 SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
 """A layer on a CPU is sparse without a measurement if three conditions hold: its density is at most the first number,
 the dense product has at least the second number of multiply-adds, and the kernel spans at most the third number of
@@ -77,7 +77,8 @@ def sparse_is_faster(
     if on_cpu and (tiny or (sure and work >= SURE_WORK)):
         return True
     dtype = product_dtype(x)
-    layer = operator, x.shape, layout(x), dtype, weight.shape, dtype, geometry, x.device
+    layout = x.stride() if channels_last(x) else ()
+    layer = operator, x.shape, layout, dtype, weight.shape, dtype, geometry, x.device
     ways = None if traced() else lambda: sparse_ways(x.to(dtype), weight.shape, geometry)
     faster = _faster(("sparse", "dense"), ways, density, None, *layer)
     return faster == "sparse" or (faster is None and traced() and sure)
@@ -151,12 +152,6 @@ def _can_be_sparse(operator: str, device: str) -> bool:
     return False
 
 
-def layout(x: Tensor) -> tuple[int, ...]:
-    """The strides of images in channels_last, () of others: the layouts in which dense products take their time."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return x.stride() if last else ()
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _faster(
     candidates: tuple[str, str], ways: Callable[[], Ways] | None, at: float, density: float | None, operator: str,
@@ -188,7 +183,7 @@ def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Way
     """
     generator = torch.Generator(x.device).manual_seed(0)
     images, filters = (x.new_empty(size).normal_(generator=generator) for size in (x.shape, shape))
-    if layout(x):
+    if channels_last(x):
         images = images.contiguous(memory_format=torch.channels_last)
     stored = images.movedim(0, -1).contiguous().movedim(-1, 0)
     forward, backward = _raw("sparse", geometry)
@@ -302,6 +297,11 @@ def _dense_step(x: Tensor, weight: Tensor, geometry: Sequence[Any], weight_gradi
     return ops.convolution_backward(
         y, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, weight_gradient, False]
     )[1]
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether convolutions of images x (N, C, H, W) take channels_last for the layout of the network."""
+    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
 
 
 def traced() -> bool:

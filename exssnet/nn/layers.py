@@ -13,7 +13,7 @@ from ..io.values import shown
 from ..kernels.autotune import precision, remember
 from ..ops import density_to_k, unpack_mask
 from ..ops.library import product_dtype
-from .choice import Call, Products, fused_is_faster, layout, recorded, sparse_is_faster, traced
+from .choice import Call, Products, channels_last, fused_is_faster, recorded, sparse_is_faster, traced
 from .modes import BUFFERS, PARAMETERS, PATTERN, Fixed, Mode, NoMask, Scores, Values
 from .selector import forwards
 
@@ -266,7 +266,7 @@ class SupermaskLayer(nn.Module):
         def decide() -> bool:
             return sparse_is_faster(x, self.dense_weight, self.density, self._geometry(padding), self.products)
 
-        strides = () if recorded() else layout(x)
+        strides = x.stride() if x.dim() == 4 and not recorded() and channels_last(x) else ()
         return self._decided(decide, x, "sparse", self.products, self.k, strides, product_dtype(x))
 
     def _fused(self, x: Tensor, padding: Any = None) -> bool:
@@ -288,8 +288,8 @@ class SupermaskLayer(nn.Module):
         """The layer's decision for such an x, from earlier or made now. A run and its checkpoint keep it."""
         if recorded():
             return decide()
-        settings = torch.get_num_threads(), precision(x.device.type)
-        key: Call = what, x.shape, x.dtype, x.device, *settings, *more
+        device = x.device
+        key: Call = what, x.shape, x.dtype, device, torch.get_num_threads(), precision(device.type), *more
         if (decided := self.choices.get(key)) is None:
             decided = decide()
             if not traced():

@@ -11,10 +11,12 @@ import pytest
 import torch
 from networks import images, small_net
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from exssnet import Phases, ScoreAdam, ops
 from exssnet.kernels import nan_flag, reference
+from exssnet.ops.library import product_dtype
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 phases = pytest.mark.parametrize("phase", ["mask", "weight"])
@@ -75,6 +77,30 @@ def test_sparse_products_of_the_reference_ask_for_no_value() -> None:
     arguments = values, values[:3], *pattern
     grads = reference.sparse_linear_backward(grad, x, *arguments, [True, True])
     assert [t.shape for t in (reference.sparse_linear(x, *arguments, None), *grads)] == [(5, 4), (5, 3), (6,)]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_autocast_of_the_tensors_own_device_decides(kind: str) -> None:
+    pattern = ops.sparse_pattern(torch.ones(4, 3, dtype=torch.bool))
+    bitmap = ops.bitmap_pattern(torch.ones(4, 3, dtype=torch.bool))
+    bits = torch.zeros(2, dtype=torch.uint8)
+    found = set()
+    before = torch.get_autocast_dtype(kind)
+    torch.set_autocast_enabled(kind, True)  # `torch.autocast` asks for a GPU
+    torch.set_autocast_dtype(kind, torch.bfloat16)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x, weight, values, none = (torch.empty(shape, device="cuda") for shape in ((2, 3), (4, 3), (12,), (0,)))
+            on_the_gpu = ops.SparsePattern(*(t.to("cuda") for t in pattern[:-1]), 1)
+            found.add(ops.sparse_linear(x, values, none, on_the_gpu).dtype)
+            found.add(ops.bitmap_linear(x, values, none, bitmap._replace(words=bitmap.words.to("cuda"))).dtype)
+            found.add(ops.supermask_linear(x, weight, weight, selection=bits.to("cuda")).dtype)
+            found.add(ops.masked_linear(x, weight, bits.to("cuda")).dtype)
+            found.add(product_dtype(x))
+    finally:
+        torch.set_autocast_enabled(kind, False)
+        torch.set_autocast_dtype(kind, before)
+    assert found == {torch.bfloat16 if kind == "cuda" else torch.float32}
 
 
 def test_such_a_question_is_noticed() -> None:
