@@ -72,17 +72,19 @@ def test_optimizer_and_selection_ask_for_no_value() -> None:
 
 def test_sparse_products_of_the_reference_ask_for_no_value() -> None:
     """They serve a GPU if the library was built without nvcc."""
-    x, grad, values = (torch.empty(shape, device="meta") for shape in ((5, 3), (5, 4), (6,)))
+    shapes = (2, 3, 5, 5), (2, 4, 3, 3), (6,)
+    x, grad, values = (torch.empty(shape, device="meta") for shape in shapes)
     pattern = [torch.empty(size, dtype=torch.int32, device="meta") for size in (5, 9, 9, 4, 9, 9)]
-    arguments = values, values[:3], *pattern
-    grads = reference.sparse_linear_backward(grad, x, *arguments, [True, True])
-    assert [t.shape for t in (reference.sparse_linear(x, *arguments, None), *grads)] == [(5, 4), (5, 3), (6,)]
+    arguments, steps = (values, values[:3], *pattern), ([3, 3], [1, 1], [0, 0], [1, 1])
+    y = reference.sparse_conv2d(x, *arguments, None, *steps)
+    grads = reference.sparse_conv2d_backward(grad, x, *arguments, *steps, [True, True])
+    assert tuple(t.shape for t in (*grads[:1], y, *grads[1:])) == shapes
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_autocast_of_the_tensors_own_device_decides(kind: str) -> None:
-    pattern = ops.sparse_pattern(torch.ones(4, 3, dtype=torch.bool))
-    bitmap = ops.bitmap_pattern(torch.ones(4, 3, dtype=torch.bool))
+    mask = torch.ones(4, 3, 1, 1, dtype=torch.bool)
+    pattern, bitmap = ops.sparse_pattern(mask), ops.bitmap_pattern(mask)
     bits = torch.zeros(2, dtype=torch.uint8)
     found = set()
     before = torch.get_autocast_dtype(kind)
@@ -90,12 +92,13 @@ def test_autocast_of_the_tensors_own_device_decides(kind: str) -> None:
     torch.set_autocast_dtype(kind, torch.bfloat16)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            x, weight, values, none = (torch.empty(shape, device="cuda") for shape in ((2, 3), (4, 3), (12,), (0,)))
+            shapes = (2, 3, 5, 5), (4, 3, 1, 1), (12,), (0,)
+            x, weight, values, none = (torch.empty(shape, device="cuda") for shape in shapes)
             on_the_gpu = ops.SparsePattern(*(t.to("cuda") for t in pattern[:-1]), 1)
-            found.add(ops.sparse_linear(x, values, none, on_the_gpu).dtype)
-            found.add(ops.bitmap_linear(x, values, none, bitmap._replace(words=bitmap.words.to("cuda"))).dtype)
-            found.add(ops.supermask_linear(x, weight, weight, selection=bits.to("cuda")).dtype)
-            found.add(ops.masked_linear(x, weight, bits.to("cuda")).dtype)
+            found.add(ops.sparse_conv2d(x, values, none, on_the_gpu, 1).dtype)
+            found.add(ops.bitmap_conv2d(x, values, none, bitmap._replace(words=bitmap.words.to("cuda"))).dtype)
+            found.add(ops.supermask_conv2d(x, weight, weight, selection=bits.to("cuda")).dtype)
+            found.add(ops.masked_conv2d(x, weight, bits.to("cuda")).dtype)
             found.add(product_dtype(x))
     finally:
         torch.set_autocast_enabled(kind, False)
