@@ -7,9 +7,10 @@ If a library cannot be built, there is a warning, and the package falls back to 
 
 Environment variables (a switch is 1, true, yes or on; or 0, false, no or off):
 
-EXSSNET_NATIVE        1: a build without _native is an error. 0: neither library is built.
+EXSSNET_NATIVE        1: a library that does not compile is an error. 0: neither library is built.
 FORCE_CUDA            1: a build without _cuda is an error. 0: _cuda is not built.
-TORCH_CUDA_ARCH_LIST  GPU architectures, for example "8.0;9.0+PTX". Default: those of this machine, or all supported.
+TORCH_CUDA_ARCH_LIST  GPU architectures, for example "8.0;9.0+PTX". Default: those of this machine, or all supported, as
+                      far as nvcc knows them; and PTX of the oldest, which every newer chip translates for itself.
 CUDA_HOME             The folder of the CUDA toolkit.
 MAX_JOBS              Number of compilers that run at once.
 CXX                   The C++ compiler.
@@ -33,7 +34,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020a000000000000"  # 2.10: the libraries use no newer symbols
-CHIPS = "8.0;9.0;10.0;12.0+PTX"  # code for 8.0 also runs on 8.6 and 8.9
+CHIPS = [80, 90, 100, 120]  # code for 8.0 also runs on 8.6 and 8.9
+LAST_LINES = 5  # of what a compiler says
 
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -94,7 +96,8 @@ class Build(build_ext):
                 raise RuntimeError("torch >= 2.10 was not found, and its headers are needed: install torch first")
             (self.build_cuda if cuda else self.build_native)(ext, torch, int(asked))
         except Exception as error:
-            what, name = ("CUDA kernels", "FORCE_CUDA") if cuda else ("native library", "EXSSNET_NATIVE")
+            what = "CUDA kernels" if cuda else "native library"
+            name = "FORCE_CUDA" if cuda and switch("FORCE_CUDA") else "EXSSNET_NATIVE"
             if not ext.optional:
                 raise SystemExit(f"exssnet: {name}=1, but the {what} did not compile: {error}.") from error
             print(f"exssnet: installed without the {what}, which did not compile: {error}.", file=sys.stderr)
@@ -109,7 +112,7 @@ class Build(build_ext):
     def build_native(self, ext: Extension, torch: Path, jobs: int) -> None:
         headers = str(torch / "include")
         if os.name == "nt":
-            flags = ["/std:c++20", "/O2", "/external:I", headers]
+            flags = ["/std:c++20", "/O2", "/EHsc", "/external:I", headers]  # not tested on Windows
         else:
             flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-isystem", headers]
 
@@ -130,13 +133,10 @@ class Build(build_ext):
 
     def build_cuda(self, ext: Extension, torch: Path, jobs: int) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        flags = [
-            "-std=c++20", "-O3", "-Icsrc", "-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
-            "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-        ]  # fmt: skip
+        flags = nvcc_flags(torch)
 
         def compile_one(source: str, code: list[str]) -> str:
-            object_file = Path(self.build_temp) / f"{source}.o"
+            object_file = Path(self.build_temp) / f"{source}.{'obj' if os.name == 'nt' else 'o'}"
             object_file.parent.mkdir(parents=True, exist_ok=True)
             run_nvcc(*flags, *(code if source.endswith(".cu") else []), "-c", source, "-o", str(object_file))
             return str(object_file)
@@ -160,16 +160,43 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
 
 
+def nvcc_flags(torch: Path) -> list[str]:
+    """The options of nvcc for every source file. Those for Windows are not tested."""
+    host = "/O2,/EHsc,/MD" if os.name == "nt" else "-fPIC,-fvisibility=hidden"
+    return [
+        "-std=c++20", "-O3", "-Icsrc", "-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
+        "-DUSE_CUDA", "-Xcompiler", host,
+    ]  # fmt: skip
+
+
+def numbers_in(pattern: str, *command: str) -> list[int]:
+    """The compute capabilities, times ten, that a command prints, ascending."""
+    try:
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({10 * int(major) + int(minor) for major, minor in re.findall(pattern, output, re.MULTILINE)})
+
+
 def chips() -> list[str]:
-    """The -gencode options of nvcc for the GPU architectures to build for."""
+    """The -gencode options of nvcc for the GPU architectures to build for.
+
+    Code for X.0 runs on chips X.y too. PTX runs on all later chips.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not asked:
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        try:
-            here = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
-        except (OSError, subprocess.CalledProcessError):
-            here = []
-        asked = ";".join(sorted(set(here))) or CHIPS
+        nvcc = str(find_nvcc())
+        known = [n for n in numbers_in(r"^compute_(\d+)(\d)$", nvcc, "--list-gpu-arch") if n >= CHIPS[0]]
+        if not known:
+            raise ValueError(f"{nvcc} --list-gpu-arch names no compute capability from 8.0 on")
+        here = numbers_in(r"^(\d+)\.(\d)$", "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        if here and here[-1] < CHIPS[0]:
+            raise ValueError(f"the CUDA kernels need chips of compute capability 8.0 or newer, got {here[-1] / 10}")
+        own = (chip if chip in known else chip // 10 * 10 for chip in here or CHIPS)
+        images = sorted({*own}.intersection(known))
+        options = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in images]
+        portable = sorted({known[0], *images[-1:]})
+        return options + [f"-gencode=arch=compute_{n},code=compute_{n}" for n in portable]
     options = []
     for chip in re.split(r"[;\s]+", asked.strip()):
         known = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", chip)
@@ -187,7 +214,8 @@ def chips() -> list[str]:
 def run_nvcc(*arguments: str) -> None:
     done = subprocess.run([str(find_nvcc()), *arguments], capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"nvcc {' '.join(arguments)} says {done.stderr.strip() or done.stdout.strip()}")
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-LAST_LINES:]
+        raise RuntimeError("\n".join([f"nvcc {' '.join(arguments)} ended with", *said]))
 
 
 def libraries() -> list[Extension]:
@@ -215,7 +243,7 @@ def libraries() -> list[Extension]:
     return [
         Extension(
             f"exssnet.kernels.{name}", sources, depends=everything, language="c++",
-            optional=not (cuda if name == "_cuda" else native),
+            optional=not (native or (cuda and name == "_cuda")),
         )
         for name, sources in sources_of
     ]  # fmt: skip

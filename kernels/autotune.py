@@ -16,8 +16,10 @@ import torch
 from exssnet.io.writing import locked, write_text
 
 MASKING = ("auto", "fused", "written")
-KERNELS_VERSION = 3  # of the file's content: raise it when kernels become faster, or when keys or numbers change
+KERNELS_VERSION = 4  # of the file's content: raise it when kernels become faster, or when keys or numbers change
 ENTRIES = 4096  # limit of a cache in memory; the oldest entry is evicted first
+HEAD_START = 4_000_000
+"""Clock cycles that a GPU waits before it is timed: about 2 ms, in which the host submits all launches."""
 PATIENCE = 1.0
 """Seconds to wait for another process. It may wait for this one in turn, if its GPU expects data from this process."""
 
@@ -43,7 +45,7 @@ class Key:
     density: float | None
     hardware: str
     threads: int
-    precision: tuple[str, ...]  # how a GPU multiplies float32
+    precision: str  # see `precision`
     device: torch.device = field(compare=False, repr=False)  # where to measure
 
     @classmethod
@@ -62,9 +64,21 @@ class Key:
         hashable = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
         call = operator, hashable, None if density is None else round(density, 3)
         if device.type == "cpu":
-            return cls(*call, "cpu", torch.get_num_threads(), (), device)
-        precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        return cls(*call, torch.cuda.get_device_name(device), 0, precision, device)
+            return cls(*call, "cpu", torch.get_num_threads(), precision("cpu"), device)
+        return cls(*call, torch.cuda.get_device_name(device), 0, precision(device.type), device)
+
+
+def precision(device: str) -> str:
+    """How PyTorch multiplies float32 on a type of device now: in matrix products, then in convolutions.
+
+    Whichever of torch's settings was used, the older or the newer ones, the answer is the same.
+    """
+    if device == "cpu" and not torch._C._get_mkldnn_enabled():
+        return "no mkldnn"
+    backend = "mkldnn" if device == "cpu" else "cuda"
+    setting = torch._C._get_fp32_precision_getter  # `torch.backends` takes ten times as long
+    products, convolutions = setting(backend, "matmul"), setting(backend, "conv")
+    return f"{'ieee' if products == 'none' else products} {'ieee' if convolutions == 'none' else convolutions}"
 
 
 _limits: dict[Key, float] = {}
@@ -172,6 +186,7 @@ def _seconds(device: torch.device, way: Way) -> float:
             way()
             return time.perf_counter() - start
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)  # so the time is the device's, not that of a host that launches more slowly
         begin.record()
         way()
         end.record()

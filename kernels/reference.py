@@ -320,10 +320,9 @@ def dense_weight(
 
 
 def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, count: int) -> Tensor:
-    """Entries of a dense (O, columns) gradient at the free values, in the order of the free values."""
-    free = slot < count
-    at = gradient[_rows(row_ptr, col.numel())[free], col[free].long()]
-    return gradient.new_empty(count).index_put((slot[free].long(),), at)
+    """Entries of a dense (O, columns) gradient at the free values, in their order. Does not synchronise a GPU."""
+    at = gradient[_rows(row_ptr, col.numel()), col.long()]
+    return torch.empty_like(at).index_put((slot.long(),), at)[:count].clone()
 
 
 def sparse_linear(

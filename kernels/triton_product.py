@@ -6,6 +6,7 @@ tile has BLOCK_O outputs, BLOCK_K weights of each and BLOCK_P pixels, counted ov
 there are few tiles, each sum is split into parts, which are added afterwards in a fixed order.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import precision, remember
 from .triton_mask import (
     GradientParts,
     Gradients,
@@ -299,11 +301,41 @@ def gradient_kernel(
         )  # fmt: skip
 
 
+_configurations: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""The tuned configuration of each kind of launch, as keyword arguments of the kernel."""
+_one_at_a_time = threading.Lock()  # an autotuner holds the arguments of one launch
+
+
+def _launch(kernel: Any, tuned: tuple[int, ...], grid: Any, *arguments: Any, **constants: Any) -> None:
+    """Launch an autotuned kernel. A kind of launch that was tuned passes the autotuner by, whose key is slower.
+
+    While a CUDA graph is captured, nothing can be timed. A kind that was not tuned takes its first configuration then.
+
+    Args:
+        kernel: The kernel, with its autotuner.
+        tuned: The sizes that the autotuner's key depends on.
+        grid: Returns the number of programs of a configuration.
+        arguments: Of the kernel.
+        constants: Of the kernel.
+    """
+    kind = kernel, *tuned, *constants.values(), *[getattr(a, "dtype", None) for a in arguments]
+    if (configuration := _configurations.get(kind)) is None:
+        with _one_at_a_time:
+            if arguments[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                kernel.nargs = dict(zip(kernel.arg_names, arguments, strict=False))
+                configuration = kernel.prune_configs(constants)[0].all_kwargs()
+            else:
+                kernel[grid](*arguments, **constants)
+                remember(_configurations, kind, kernel.best_config.all_kwargs())
+                return
+    kernel.fn.run(*arguments, grid=grid(configuration), warmup=False, **constants, **configuration)
+
+
 def _precision() -> str:
     """How float32 tiles are multiplied, by the precision that PyTorch's matrix products are set to."""
     if torch.version.hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if precision("cuda").startswith("tf32") else "tf32x3"
 
 
 def _parts(rows: int, columns: int, length: int, groups: int) -> int:
@@ -349,10 +381,12 @@ def product(
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
         return ceil_div(outputs, tile["BLOCK_O"]) * ceil_div(pixels, tile["BLOCK_P"]) * groups, count
 
-    product_kernel[grid](
+    scale = pixels.bit_length()
+    _launch(
+        product_kernel, (channels, outputs, scale), grid,
         source, source.stride(), tuple(source.shape[2:]), weight, mask.data, mask.selection,
         bias if count == 1 else None, parts, result.stride(), tuple(result.shape[2:]), result.shape[0],
-        channels, outputs, result.numel(), pixels.bit_length(),
+        channels, outputs, result.numel(), scale,
         **geometry.constants(), TRANSPOSED=transposed, BATCH_INNER=_batch_inner(result),
         MIXED=geometry.taps > 1 and channels <= FEW_CHANNELS, PRECISION=_precision(),
     )  # fmt: skip
@@ -375,9 +409,11 @@ def weight_gradients(grad: Tensor, x: Tensor, geometry: Geometry, gradients: Gra
         blocks = of_taps * ceil_div(size, tile["BLOCK_K"])
         return ceil_div(outputs, tile["BLOCK_O"]) * blocks * groups, count
 
-    gradient_kernel[grid](
+    scale = pixels.bit_length()
+    _launch(
+        gradient_kernel, (channels, outputs, scale), grid,
         grad, grad.stride(), tuple(grad.shape[2:]), x, x.stride(), tuple(x.shape[2:]), parts,
-        *gradients.arguments(), grad.shape[0], channels, outputs, n, pixels.bit_length(),
+        *gradients.arguments(), grad.shape[0], channels, outputs, n, scale,
         **geometry.constants(), BATCH_INNER=_batch_inner(grad), MIXED=mixed, PRECISION=_precision(),
     )  # fmt: skip
     return None if parts is None else GradientParts(parts, gradients)

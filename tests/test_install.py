@@ -1,6 +1,7 @@
 """Installation: what is in a wheel, what happens without a compiler or the library, and which backend runs."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -177,6 +178,80 @@ def test_chips_without_the_kernels_are_refused(sources: Path, tmp_path: Path, as
     )
     assert (status, said) == (1, "")
     assert errors == f"exssnet: FORCE_CUDA=1, but {sentence}.\n"
+
+
+CHIPS_OF = """
+import json, os, setuptools
+setuptools.setup = lambda **_: None
+found = {"__file__": "setup.py", "__name__": "setup"}
+exec(open("setup.py").read(), found)
+told = []
+for known, here in json.loads(os.environ["CASES"]):
+    os.environ["KNOWN"], os.environ["HERE"] = known, here
+    try:
+        told.append(" ".join(option.rpartition("code=")[2] for option in found["chips"]()))
+    except ValueError as error:
+        told.append(str(error))
+print(json.dumps(told))
+torch = found["Path"]("torch")
+os.name = "nt"
+print(found["nvcc_flags"](torch))
+"""
+ONLY_CUDA = """
+import os, setuptools, sys
+setup = setuptools.setup
+setuptools.setup = lambda ext_modules, **options: setup(
+    ext_modules=[e for e in ext_modules if e.name.endswith("_cuda")], **options
+)
+sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", os.environ["TO"], "--build-lib", os.environ["TO"]]
+exec(open("setup.py").read(), {"__file__": "setup.py", "__name__": "__main__"})
+"""
+
+
+def fake_tools(folder: Path, compiler: str = "") -> dict[str, str]:
+    """The environment with an nvcc that lists KNOWN and else runs `compiler`, and an nvidia-smi that prints HERE."""
+    lists = 'if [ "$1" = --list-gpu-arch ]; then for n in $KNOWN; do echo compute_$n; done; exit; fi'
+    for name, script in (("nvcc", f"{lists}\n{compiler}"), ("nvidia-smi", "printf '%s\\n' $HERE")):
+        tool = folder / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return {"CUDA_HOME": str(folder), "PATH": path, "TORCH_CUDA_ARCH_LIST": "", "KNOWN": "80 90", "HERE": ""}
+
+
+def test_nvcc_is_asked_for_what_it_knows_and_every_chip_from_ampere_on_has_an_image(tmp_path: Path) -> None:
+    cuda_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
+    cases = {
+        (cuda_13, ""): "sm_80 sm_90 sm_100 sm_120 compute_80 compute_120",
+        ("50 75 80 86 89 90", ""): "sm_80 sm_90 compute_80 compute_90",  # CUDA 12.0
+        ("80 90 100 101 120", "10.3 12.1 9.0 10.3"): "sm_90 sm_100 sm_120 compute_80 compute_120",
+        (cuda_13, "11.0"): "sm_110 compute_80 compute_110",
+        ("80 90", "11.0"): "compute_80",
+        (cuda_13, "7.0 7.5"): "the CUDA kernels need chips of compute capability 8.0 or newer, got 7.5",
+        ("75", ""): f"{tmp_path}/bin/nvcc --list-gpu-arch names no compute capability from 8.0 on",
+    }
+    tools = fake_tools(tmp_path) | {"CASES": json.dumps([*cases]), "FORCE_CUDA": "0"}
+    status, said, errors = python(CHIPS_OF, ROOT, **tools)
+    assert status == 0, errors
+    chips, windows = said.splitlines()
+    assert json.loads(chips) == [*cases.values()]
+    assert "fPIC" not in windows
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_cuda_kernels_that_do_not_compile_are_told_with_the_last_lines_of_the_compiler(
+    tmp_path: Path, asked: str
+) -> None:
+    tools = fake_tools(tmp_path, 'for line in 1 2 3 4 5 6 7; do echo "line $line" >&2; done; exit 2')
+    status, _, errors = python(ONLY_CUDA, ROOT, **tools, EXSSNET_NATIVE=asked, TO=str(tmp_path))
+    assert status == (1 if asked else 0)
+    sentence, *lines = errors.splitlines()[-6:]
+    start = "EXSSNET_NATIVE=1, but the CUDA kernels" if asked else "installed without the CUDA kernels, which"
+    assert sentence.startswith(f"exssnet: {start} did not compile: nvcc -std=c++20 ")
+    assert sentence.endswith(" ended with")
+    assert lines == [*(f"line {n}" for n in range(3, 7)), "line 7."]
 
 
 @pytest.mark.parametrize(("native", "cuda"), [("0", "1"), ("false", "yes"), (" No", "TRUE"), ("off", "on")])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..io.values import alike, typed
+from ..kernels.autotune import precision
 from ..nn import SupermaskLayer
 from ..ops import pack_mask
 from ..tasks import Task
@@ -41,6 +42,7 @@ class Choice:
     dtype: str
     device: str
     threads: int
+    precision: str | None  # how float32 is multiplied; None in files of earlier versions: as at present
     products: str  # what the choice of sparse products depends on
     k: int
     stride: list[int]  # what that of fused products depends on
@@ -95,6 +97,8 @@ def parse(meta: Any, settings: Mapping[str, Any], phases: Phases, tasks: Sequenc
             meta["open"] = {"stage": None, "scaler": None, **meta["open"]}
         if isinstance(meta.get("settings"), dict):
             meta["settings"] = {**asdict(ForwardOptions()), **meta["settings"]}
+        if isinstance(meta.get("choices"), list):
+            meta["choices"] = [{"precision": None, **c} if isinstance(c, dict) else c for c in meta["choices"]]
     read: LearnerMeta = typed(LearnerMeta, meta, "the state")
     check_layers(read.k, phases)
     if different := sorted(k for k in {*settings, *read.settings} if settings.get(k) != read.settings.get(k)):
@@ -144,9 +148,9 @@ def choices(phases: Phases) -> list[Choice]:
     """The choices between products that were made so far."""
     stored = []
     for name, layer in phases.layers.items():
-        for (what, x, dtype, device, threads, products, k, stride, product_dtype), chosen in layer.choices.items():
-            dtypes = [str(d).removeprefix("torch.") for d in (dtype, product_dtype)]
-            place = dtypes[0], str(device), threads, products, k, list(stride), dtypes[1]
+        for (what, x, dtype, device, threads, precise, products, k, stride, of), chosen in layer.choices.items():
+            dtypes = [str(d).removeprefix("torch.") for d in (dtype, of)]
+            place = dtypes[0], str(device), threads, precise, products, k, list(stride), dtypes[1]
             stored.append(Choice(name, what, list(x), *place, chosen))
     return stored
 
@@ -155,7 +159,9 @@ def put_choices(phases: Phases, stored: Sequence[Choice]) -> None:
     for c in stored:
         layer: SupermaskLayer = phases.layers[c.layer]
         device, dtype, product_dtype = torch.device(c.device), NUMBERS[c.dtype], NUMBERS[c.product_dtype]
-        key = c.what, torch.Size(c.shape), dtype, device, c.threads, c.products, c.k, tuple(c.stride), product_dtype
+        settings = c.threads, precision(device.type) if c.precision is None else c.precision
+        of_layer = c.products, c.k, tuple(c.stride), product_dtype
+        key = c.what, torch.Size(c.shape), dtype, device, *settings, *of_layer
         layer.choices[key] = c.chosen
 
 

@@ -1,5 +1,6 @@
 """Chooses sparse, fused or dense kernels for a layer by timing each shape once, see `fastest`."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,12 +12,14 @@ from ..kernels import native
 from ..kernels.autotune import MASKING, Key, Operand, Way, Ways, fastest, order, pinned, rounded
 from ..kernels.layouts import order_of
 from ..ops import bitmap_pattern, pack_mask, sparse_pattern
+from ..ops.library import product_dtype
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
-Call = tuple[str, torch.Size, torch.dtype, torch.device, int, str, int, tuple[int, ...], torch.dtype]
-"""Key of a layer's decision: "sparse" or "fused"; the input's shape, dtype and device; number of threads; `products`;
-k; the input's stride; the dtype of the products. An entry that does not matter is "", 0 or ()."""
+Call = tuple[str, torch.Size, torch.dtype, torch.device, int, str, str, int, tuple[int, ...], torch.dtype]
+"""Key of a layer's decision: "sparse" or "fused"; the input's shape, dtype and device; number of threads; `precision`;
+`products`; k; the input's stride, for "sparse" in channels_last alone; the dtype of the products. An entry that does
+not matter is "", 0 or ()."""
 SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
 """A layer on a CPU is sparse without a measurement if three conditions hold: its density is at most the first number,
 the dense product has at least the second number of multiply-adds, and the kernel spans at most the third number of
@@ -33,10 +36,11 @@ def sparse_is_faster(
     """Whether a layer should multiply only the kept entries of its weight.
 
     The layer's crossover decides. It is the density at which sparse and dense products take equally long, and is
-    measured at the first call with a shape. Batch and image sizes are rounded to powers of two. On a CPU, tiny layers
-    (see `TINY_WORK`) and large layers of low density (see `SURE_WORK`) are sparse without a measurement. While
-    operators are traced, nothing is measured: an earlier measurement decides. If there is none, or if sizes are not
-    fixed, layers of low density are sparse.
+    measured at the first call with a shape, in the dtype of the products. Batch and image sizes are rounded to powers
+    of two. The dense products are measured in channels_last if x is. On a CPU, tiny layers (see `TINY_WORK`) and large
+    layers of low density (see `SURE_WORK`) are sparse without a measurement. While operators are traced, nothing is
+    measured: an earlier measurement decides. If there is none, or if sizes are not fixed, layers of low density are
+    sparse.
 
     Args:
         x: The layer's input, (..., I) or (N, C, ...).
@@ -49,14 +53,14 @@ def sparse_is_faster(
 
     Returns:
         Whether sparse products are faster. False if x's device has no sparse kernel, if x is empty, and if the sparse
-        kernels refuse the layer.
+        kernels refuse the layer. A GPU without a sparse kernel is dense also where "sparse" was asked, with a warning.
 
     Raises:
         ValueError: If `products` or EXSSNET_PRODUCTS is none of the three words.
     """
-    if (asked := pinned("products", PRODUCTS, products)) != "auto":
-        return asked == "sparse"
     operator, on_cpu = f"sparse_{'linear' if weight.dim() == 2 else 'conv2d'}", x.device.type == "cpu"
+    if (asked := pinned("products", PRODUCTS, products)) != "auto":
+        return asked == "sparse" and _can_be_sparse(operator, x.device.type)
     if not _is_served(operator, x.device.type):
         return False
     sure = on_cpu and density <= SURE_DENSITY and _span(weight, geometry) <= SURE_SPAN
@@ -73,8 +77,10 @@ def sparse_is_faster(
     tiny = weights <= TINY_WEIGHTS and work <= TINY_WORK and density <= TINY_DENSITY
     if on_cpu and (tiny or (sure and work >= SURE_WORK)):
         return True
-    layer = operator, x.shape, (), x.dtype, weight.shape, x.dtype, geometry, x.device
-    ways = None if traced() else lambda: sparse_ways(x, weight.shape, geometry)
+    dtype = product_dtype(x)
+    layout = x.stride() if channels_last(x) else ()
+    layer = operator, x.shape, layout, dtype, weight.shape, dtype, geometry, x.device
+    ways = None if traced() else lambda: sparse_ways(x.to(dtype), weight.shape, geometry)
     faster = _faster(("sparse", "dense"), ways, density, None, *layer)
     return faster == "sparse" or (faster is None and traced() and sure)
 
@@ -138,6 +144,16 @@ def _is_served(operator: str, device: str) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _can_be_sparse(operator: str, device: str) -> bool:
+    """Whether a device takes the sparse products that were asked for. A GPU without the kernels warns and does not."""
+    if device != "cuda" or native.is_served(operator, device):
+        return True
+    why = native.missing_cuda
+    warnings.warn(f"products='sparse': the layers use dense products, no sparse kernel for GPUs: {why}", stacklevel=2)
+    return False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _faster(
     candidates: tuple[str, str], ways: Callable[[], Ways] | None, at: float, density: float | None, operator: str,
     x: Sequence[int], stride: Sequence[int], dtype: torch.dtype, weight: Sequence[int], weight_dtype: torch.dtype,
@@ -168,6 +184,8 @@ def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Way
     """
     generator = torch.Generator(x.device).manual_seed(0)
     images, filters = (x.new_empty(size).normal_(generator=generator) for size in (x.shape, shape))
+    if channels_last(x):
+        images = images.contiguous(memory_format=torch.channels_last)
     stored = images.movedim(0, -1).contiguous().movedim(-1, 0)
     forward, backward = _raw("sparse", geometry)
     of_kernel = (list(shape[2:]), *geometry[:3]) if geometry else ()

@@ -200,12 +200,13 @@ class _Seen:
         self._options = self._of_optimizers()
 
     def _of_model(self) -> tuple[list[Any], list[int], list[bool]]:
-        """Parameters, buffers and submodules; the addresses of the tensors; whether each module is in training."""
+        """Parameters, buffers, submodules, written weights; the tensors' addresses; whether modules are in training."""
         attributes = [m.__dict__ for m in self._modules]  # each step asks, so no detour through `getattr` of modules
         slots = (t for a in attributes for t in (*a["_parameters"].values(), *a["_buffers"].values()))
         tensors = [t for t in slots if t is not None]
         parts = [part for a in attributes for part in a["_modules"].values()]
-        return tensors + parts, [t.data_ptr() for t in tensors], [a["training"] for a in attributes]
+        written = [mode.in_graphs() for a in attributes if (mode := a.get("_mode")) is not None]
+        return tensors + parts + written, [t.data_ptr() for t in tensors], [a["training"] for a in attributes]
 
     def _of_optimizers(self) -> list[dict[str, Any]]:
         groups = [(o.defaults, group) for o in self._optimizers for group in o.param_groups]

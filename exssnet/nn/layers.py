@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import config as compiler
 
 from ..io.values import shown
-from ..kernels.autotune import remember
+from ..kernels.autotune import precision, remember
 from ..ops import density_to_k, unpack_mask
 from ..ops.library import product_dtype
 from .choice import Call, Products, channels_last, fused_is_faster, recorded, sparse_is_faster, traced
@@ -264,7 +264,8 @@ class SupermaskLayer(nn.Module):
         def decide() -> bool:
             return sparse_is_faster(x, self.dense_weight, self.density, self._geometry(padding), self.products)
 
-        return self._decided(decide, x, "sparse", self.products, self.k, (), x.dtype)
+        strides = x.stride() if x.dim() == 4 and not recorded() and channels_last(x) else ()
+        return self._decided(decide, x, "sparse", self.products, self.k, strides, product_dtype(x))
 
     def _fused(self, x: Tensor, padding: Any = None) -> bool:
         """Whether to mask a dense weight during the product, see `fused_is_faster`. On a CPU, only scores do."""
@@ -287,7 +288,8 @@ class SupermaskLayer(nn.Module):
         """The layer's decision for such an x, from earlier or made now. A run and its checkpoint keep it."""
         if recorded():
             return decide()
-        key: Call = what, x.shape, x.dtype, x.device, torch.get_num_threads(), *more
+        device = x.device
+        key: Call = what, x.shape, x.dtype, device, torch.get_num_threads(), precision(device.type), *more
         if (decided := self.choices.get(key)) is None:
             decided = decide()
             if not traced():
@@ -368,5 +370,6 @@ class SupermaskLayer(nn.Module):
         return ""
 
     def extra_repr(self) -> str:
-        phase = "scores" if self.scores is not None else "values" if self.free_values is not None else "fixed mask"
+        of_mask = "no mask" if self.frozen_values is None else "fixed mask"
+        phase = "scores" if self.scores is not None else "values" if self.free_values is not None else of_mask
         return f"{super().extra_repr()}, k={self.k} of {self.dense_weight.numel()}, {phase}"

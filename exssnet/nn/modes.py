@@ -88,6 +88,10 @@ class Mode:
     def moved(self, layer: Layer) -> None:
         """Free what belongs to tensors that the layer has no more."""
 
+    def in_graphs(self) -> object:
+        """What a captured step reads beside the layer's parameters and buffers, or None."""
+        return None
+
     def _note_form(self, form: Form | None) -> None:
         if not traced():
             self.written = form
@@ -299,6 +303,9 @@ class Fixed(Mode):
             row = place % (shape[1] * pattern.taps)
             place += row % pattern.taps * shape[1] + row // pattern.taps - row
         return WrittenWeight(weight, free, place.to(torch.int32))
+
+    def in_graphs(self) -> object:
+        return None if self._memory is None else self._memory[1]
 
     def moved(self, layer: Layer) -> None:
         if self._memory is not None and self._memory[2] is not layer._buffers["frozen_values"]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.native import is_served
 from ..ops import adam_topk
 from .selector import Selector, capturing
 
@@ -15,7 +16,8 @@ class ScoreAdam(torch.optim.Adam):
     On a GPU, the step and the selection are one pass over the scores, so the forward pass does not read them again.
     Other parameters get the step of `torch.optim.Adam(fused=True)`. `ScoreAdam` falls back to this step for the scores
     if they are not all in one group, if a gradient is missing, with a gradient scaler, with a learning rate that is a
-    tensor, during CUDA graph capture, and under `torch.compile`. The state is that of Adam, and learning-rate
+    tensor, during CUDA graph capture, and under `torch.compile`; on a GPU also without the compiled CUDA kernels, and
+    if the scores are not contiguous float32 tensors on one device. The state is that of Adam, and learning-rate
     schedulers work as with Adam.
 
     Args:
@@ -63,6 +65,8 @@ class ScoreAdam(torch.optim.Adam):
         if not indices or None in indices:
             return
         scores, grads, exp_avg, exp_avg_sq, _, steps = ([t[i] for i in indices] if t else [] for t in lists)  # type: ignore[index]
+        if not _has_kernel([*scores, *exp_avg, *exp_avg_sq, *steps]):
+            return
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
         on_cpu = scores[0].device.type == "cpu"
         k, hint = [layer.k for layer in layers], selector.hint_for(layers)
@@ -70,3 +74,12 @@ class ScoreAdam(torch.optim.Adam):
         selector.hand_over(layers, rows.unbind() if on_cpu else masks)
         for values in lists:
             values[:] = [t for i, t in enumerate(values) if i not in indices]
+
+
+def _has_kernel(tensors: list[Tensor]) -> bool:
+    """Whether `adam_topk` suits these tensors: always on a CPU. The reference on a GPU would sort, and wait."""
+    device = tensors[0].device
+    return device.type == "cpu" or (
+        is_served("adam_topk", device.type)
+        and all(t.dtype == torch.float32 and t.is_contiguous() and t.device == device for t in tensors)
+    )

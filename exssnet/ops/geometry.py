@@ -1,5 +1,6 @@
 """Checks and shapes that linear layers and convolutions share; 1-D convolutions as 2-D ones."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,16 +18,35 @@ def conv_geometry(
     stride: int | Sequence[int],
     padding: int | Sequence[int],
     dilation: int | Sequence[int],
-) -> tuple[list[int], list[int], list[int]]:
-    """(stride, padding, dilation), checked, two numbers each, of a convolution over x (N, C, H, W)."""
-    if x.dim() != 4:
-        raise ValueError(f"{operator}: x must have 4 dimensions (N, C, H, W), got {x.dim()}")
-    if x.shape[1] != in_channels:
-        raise ValueError(f"{operator}: expected x with {in_channels} channels, got {x.shape[1]}")
-    steps = pair(operator, "stride", stride, 1)
-    pads = pair(operator, "padding", padding, 0)
-    gaps = pair(operator, "dilation", dilation, 1)
-    for size, pad, gap, taps in zip(x.shape[2:], pads, gaps, kernel_size, strict=True):
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """(stride, padding, dilation), checked once a shape, two numbers each, of a convolution over x (N, C, H, W)."""
+    arguments = operator, x.shape, in_channels, tuple(kernel_size), stride, padding, dilation
+    if torch.compiler.is_compiling():
+        return _checked.__wrapped__(*arguments)
+    try:
+        return _checked(*arguments)
+    except TypeError:  # lists, and sizes that a trace leaves open, are no keys
+        return _checked.__wrapped__(*arguments)
+
+
+@functools.lru_cache(4096)
+def _checked(
+    operator: str,
+    shape: Sequence[int],
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    if len(shape) != 4:
+        raise ValueError(f"{operator}: x must have 4 dimensions (N, C, H, W), got {len(shape)}")
+    if shape[1] != in_channels:
+        raise ValueError(f"{operator}: expected x with {in_channels} channels, got {shape[1]}")
+    steps = tuple(pair(operator, "stride", stride, 1))
+    pads = tuple(pair(operator, "padding", padding, 0))
+    gaps = tuple(pair(operator, "dilation", dilation, 1))
+    for size, pad, gap, taps in zip(shape[2:], pads, gaps, kernel_size, strict=True):
         reach = gap * (taps - 1) + 1
         if size + 2 * pad < reach:
             raise ValueError(
@@ -36,7 +56,7 @@ def conv_geometry(
 
 
 def conv_shape(
-    x: Tensor, kernel_size: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
     """(H', W') of the output of a convolution."""
     return [

@@ -230,7 +230,8 @@ def test_seconds_go_on_from_those_that_were_spent() -> None:
     assert 500 < again.reports[0].history[0].seconds < 600
 
 
-def test_choices_of_kernels_are_taken_over_and_not_made_again() -> None:
+@pytest.mark.parametrize("earlier", [False, True], ids=["this version", "an earlier version"])
+def test_choices_of_kernels_are_taken_over_and_not_made_again(earlier: bool) -> None:
     learned = made()
     states, _ = recorded(learned, noisy_stream())
     known = {n: dict(layer.choices) for n, layer in learned.phases.layers.items()}
@@ -238,6 +239,8 @@ def test_choices_of_kernels_are_taken_over_and_not_made_again() -> None:
     flipped = copied(states[-1])
     for choice in flipped[1]["choices"]:
         choice["chosen"] = not choice["chosen"]
+        if earlier:
+            del choice["precision"]
     again = made(seed=1)
     again.restore(*flipped, noisy_stream())
     for name, layer in again.phases.layers.items():

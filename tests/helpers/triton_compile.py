@@ -27,6 +27,8 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from exssnet.kernels import triton_product
+
 interpreting: bool = triton.knobs.runtime.interpret
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -117,10 +119,14 @@ def _compiling(architecture: str, found: list[Compiled], most: int | None) -> It
         for configuration in self.prune_configs(kwargs)[:most]:
             self.fn.run(*args, **kwargs, **configuration.all_kwargs())
 
+    def by_the_autotuner(kernel: Autotuner, tuned: object, grid: Any, *args: Any, **kwargs: Any) -> None:
+        kernel[grid](*args, **kwargs)
+
     hip = "7.0" if TARGETS[architecture].backend == "hip" else None
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(Autotuner, "run", every_configuration),
+        mock.patch.object(triton_product, "_launch", by_the_autotuner),
         mock.patch.object(driver, "_active", NoDevice(architecture)),
         mock.patch.object(torch.version, "hip", hip),
     ):

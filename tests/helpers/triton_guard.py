@@ -90,9 +90,12 @@ def configuration(index: int) -> Iterator[None]:
     """Autotuned kernels take the configuration of this index, modulo the number that their pruning leaves."""
     global _configuration
     before, _configuration = _configuration, index
+    tuned: Any = getattr(sys.modules.get("exssnet.kernels.triton_product"), "_configurations", {})
+    tuned.clear()
     try:
         yield
     finally:
+        tuned.clear()
         _configuration = before
 
 

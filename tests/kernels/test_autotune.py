@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,40 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
             return 2.0  # milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("head start"))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     assert autotune.times(torch.device("cuda"), lambda: calls.append("way")) == [0.002]
-    assert calls[:4] == ["record", "way", "record", "wait"]
+    assert calls[:5] == ["head start", "record", "way", "record", "wait"]
+
+
+@contextlib.contextmanager
+def multiplying(how: str, *operations: Any) -> Iterator[None]:
+    """The newer settings of torch for these operations."""
+    before = [operation.fp32_precision for operation in operations]
+    for operation in operations:
+        operation.fp32_precision = how
+    yield
+    for operation, was in zip(operations, before, strict=True):
+        operation.fp32_precision = was
+
+
+def test_precision_is_in_the_key_by_whichever_setting_it_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+
+    def keys() -> list[str]:
+        return [repr(autotune.Key.of("linear", torch.device(device))) for device in ("cpu", "cuda")]
+
+    assert keys() == keys()
+    all_keys = [keys()]
+    torch.set_float32_matmul_precision("medium")
+    older = keys()
+    torch.set_float32_matmul_precision("highest")
+    with multiplying("tf32", cuda.matmul), multiplying("bf16", mkldnn.matmul):
+        assert keys() == older  # torch refuses to tell the older setting now
+    all_keys.append(older)
+    with multiplying("ieee", cudnn.conv), multiplying("bf16", mkldnn.conv):
+        all_keys.append(keys())
+    assert [len({*keys}) for keys in zip(*all_keys, strict=True)] == [3, 3]
+    with mkldnn.flags(enabled=False, allow_tf32=None):  # type: ignore[arg-type]
+        assert keys()[0] not in [of_cpu for of_cpu, _ in all_keys]

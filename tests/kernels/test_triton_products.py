@@ -338,6 +338,7 @@ def test_masked_products_are_the_faster_of_the_kernel_and_of_a_written_weight(
     """Each operator, and each kind of mask, is measured once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(autotune, "_limits", {})
+    monkeypatch.setattr(triton_layers, "_chosen", {})
     monkeypatch.setattr(triton_layers, "_can_be_timed", lambda x: True)
     timed: list[object] = []
 

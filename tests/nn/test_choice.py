@@ -276,7 +276,7 @@ def test_phase_gpu_shape_layout_dtype_and_precision_are_measured_apart(monkeypat
     choice.fused_is_faster(G, W.bfloat16(), torch.bfloat16, GEOMETRY)
     for density in (0.1, 0.5):
         choice.fused_is_faster(G, W, torch.float32, GEOMETRY, density)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(autotune, "precision", lambda device: "tf32 tf32")
     choice.fused_is_faster(G, W, torch.float32, GEOMETRY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "another GPU")
     choice.fused_is_faster(G, W, torch.float32, GEOMETRY)

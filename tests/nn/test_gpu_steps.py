@@ -11,10 +11,12 @@ import pytest
 import torch
 from networks import images, small_net
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from exssnet import Phases, ScoreAdam, ops
-from exssnet.kernels import nan_flag
+from exssnet.kernels import nan_flag, reference
+from exssnet.ops.library import product_dtype
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 phases = pytest.mark.parametrize("phase", ["mask", "weight"])
@@ -66,6 +68,42 @@ def test_optimizer_and_selection_ask_for_no_value() -> None:
     masks, _, _ = ops.adam_topk(scores, grads, exp_avg, exp_avg_sq, [torch.zeros((), device="meta")], [9], packed=True)
     (weight,) = ops.supermask_weights(grads, scores, masks, torch.bfloat16)
     assert weight.device.type == "meta"
+
+
+def test_sparse_products_of_the_reference_ask_for_no_value() -> None:
+    """They serve a GPU if the library was built without nvcc."""
+    shapes = (2, 3, 5, 5), (2, 4, 3, 3), (6,)
+    x, grad, values = (torch.empty(shape, device="meta") for shape in shapes)
+    pattern = [torch.empty(size, dtype=torch.int32, device="meta") for size in (5, 9, 9, 4, 9, 9)]
+    arguments, steps = (values, values[:3], *pattern), ([3, 3], [1, 1], [0, 0], [1, 1])
+    y = reference.sparse_conv2d(x, *arguments, None, *steps)
+    grads = reference.sparse_conv2d_backward(grad, x, *arguments, *steps, [True, True])
+    assert tuple(t.shape for t in (*grads[:1], y, *grads[1:])) == shapes
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_autocast_of_the_tensors_own_device_decides(kind: str) -> None:
+    mask = torch.ones(4, 3, 1, 1, dtype=torch.bool)
+    pattern, bitmap = ops.sparse_pattern(mask), ops.bitmap_pattern(mask)
+    bits = torch.zeros(2, dtype=torch.uint8)
+    found = set()
+    before = torch.get_autocast_dtype(kind)
+    torch.set_autocast_enabled(kind, True)  # `torch.autocast` asks for a GPU
+    torch.set_autocast_dtype(kind, torch.bfloat16)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            shapes = (2, 3, 5, 5), (4, 3, 1, 1), (12,), (0,)
+            x, weight, values, none = (torch.empty(shape, device="cuda") for shape in shapes)
+            on_the_gpu = ops.SparsePattern(*(t.to("cuda") for t in pattern[:-1]), 1)
+            found.add(ops.sparse_conv2d(x, values, none, on_the_gpu, 1).dtype)
+            found.add(ops.bitmap_conv2d(x, values, none, bitmap._replace(words=bitmap.words.to("cuda"))).dtype)
+            found.add(ops.supermask_conv2d(x, weight, weight, selection=bits.to("cuda")).dtype)
+            found.add(ops.masked_conv2d(x, weight, bits.to("cuda")).dtype)
+            found.add(product_dtype(x))
+    finally:
+        torch.set_autocast_enabled(kind, False)
+        torch.set_autocast_dtype(kind, before)
+    assert found == {torch.bfloat16 if kind == "cuda" else torch.float32}
 
 
 def test_such_a_question_is_noticed() -> None:

@@ -116,3 +116,15 @@ def test_a_block_of_using_swaps_the_modes_and_leaves_them_alone() -> None:
         assert all(isinstance(layer.mode, Fixed) for layer in phases.layers.values())
         assert all(mode.tensors is not None for mode in modes.values())
     assert all(layer.mode is modes[name] for name, layer in phases.layers.items())
+
+
+def test_a_layer_shows_its_mode() -> None:
+    layer = SupermaskLinear(4, 3, density=0.5)
+    mask, nothing, shown = layer.mask(), torch.zeros(3, 4, dtype=torch.bool), [repr(layer)]
+    for free in (mask, nothing):
+        layer.use_values(mask, free)
+        shown.append(repr(layer))
+    layer.mode = NoMask()
+    shown.append(repr(layer))
+    endings = "scores", "values", "fixed mask", "no mask"
+    assert [text.partition("k=")[2] for text in shown] == [f"6 of 12, {ending})" for ending in endings]

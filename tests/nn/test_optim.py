@@ -9,10 +9,11 @@ import pytest
 import torch
 from networks import images, small_net, stream
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from exssnet import Learner, PhaseOptions, ScoreAdam, ops
-from exssnet.nn import selector, supermask_layers
+from exssnet.nn import optim, selector, supermask_layers
 
 LABELS = torch.arange(24) % 4
 
@@ -125,7 +126,9 @@ def test_no_other_scores_can_have_the_identity_of_those_that_a_selection_was_han
     assert scores() is None
 
 
-@pytest.mark.parametrize("case", ["two groups", "no gradient", "lr is a tensor", "a copy of the optimizer"])
+@pytest.mark.parametrize(
+    "case", ["two groups", "no gradient", "lr is a tensor", "a copy of the optimizer", "no kernel"]
+)
 def test_where_one_pass_cannot_be_it_is_plain_adam(case: str) -> None:
     model = small_net()
     parameters = [layer.scores for _, layer in supermask_layers(model)]
@@ -142,11 +145,24 @@ def test_where_one_pass_cannot_be_it_is_plain_adam(case: str) -> None:
         for p, (_, layer) in zip(parameters, supermask_layers(model), strict=True):
             p.grad = layer.scores.grad
     before = [p.detach().clone() for p in parameters]
-    with mock.patch("exssnet.nn.optim.adam_topk") as fused:
+    serves = mock.patch.object(optim, "_has_kernel", return_value=case != "no kernel")
+    with mock.patch("exssnet.nn.optim.adam_topk") as fused, serves:
         optimizer.step()
     assert fused.call_count == 0
     moved = [not torch.equal(p, b) for p, b in zip(parameters, before, strict=True)]
     assert moved == [p.grad is not None for p in parameters]
+
+
+def test_on_a_gpu_one_pass_needs_the_compiled_kernel_and_contiguous_float32_scores_on_one_device() -> None:
+    with FakeTensorMode(), mock.patch("exssnet.nn.optim.is_served", return_value=True) as served:
+        good, on_the_cpu = (torch.empty(4, 3, device=device) for device in ("cuda", "cpu"))
+        assert optim._has_kernel([good, good])
+        assert [optim._has_kernel([good, t]) for t in (good.double(), good.bfloat16(), good.t(), on_the_cpu)] == [
+            False
+        ] * 4
+        served.return_value = False
+        assert [optim._has_kernel([t]) for t in (good, on_the_cpu.double())] == [False, True]
+    assert served.call_args.args == ("adam_topk", "cuda")
 
 
 @pytest.mark.parametrize(("served", "optimizers"), [(True, ["ScoreAdam", "Adam"]), (False, ["Adam", "Adam"])])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exssnet import ops
+from exssnet.ops.geometry import _checked as checked
 
 FUNCTIONS = {
     "sparse_linear": ops.sparse_linear,
@@ -336,3 +337,18 @@ FOREIGN_MEMORY: Calls = {
     ),
 }
 test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)
+
+
+def test_the_shapes_of_a_convolution_are_checked_once_and_refused_each_time() -> None:
+    weight = torch.ones(2, 3, 3, 3)
+    pattern, values = ops.sparse_pattern(weight != 0), weight.reshape(-1)
+    checked.cache_clear()
+    for stride in ((2, 2), (2, 2), [2, 2], 2):  # a list is no key
+        y = ops.sparse_conv2d(torch.ones(1, 3, 5, 5), values, values[:0], pattern, 3, stride=stride)
+        assert y.shape == (1, 2, 2, 2)
+    assert (checked.cache_info().hits, checked.cache_info().currsize) == (1, 2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^sparse_conv2d: expected x with 3 channels, got 4$"):
+            ops.sparse_conv2d(torch.ones(1, 4, 5, 5), values, values[:0], pattern, 3, stride=(2, 2))
+        with pytest.raises(ValueError, match=r"^sparse_conv2d: stride must be .* of at least 1, got \[0, 1\]$"):
+            ops.sparse_conv2d(torch.ones(1, 3, 5, 5), values, values[:0], pattern, 3, stride=[0, 1])

@@ -1,0 +1,75 @@
+"""What a choice between products depends on: precision, layout and dtype of the products, and the kernels of a GPU."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from exssnet import convert
+from exssnet.kernels import autotune
+from exssnet.nn import choice, layers
+
+X, W = torch.zeros(8, 32, 9, 9), torch.zeros(6, 32, 3, 3)
+GEOMETRY = (1, 1), (1, 1), (1, 1), 1
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The keys of what is measured, from an empty cache on. Each measurement finds a crossover at a density of 0.3."""
+    keys: list[Any] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(autotune, "_limits", {})
+    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: keys.append(key) or 0.3)
+    return keys
+
+
+@pytest.mark.usefixtures("native")
+def test_a_layer_chooses_anew_under_another_precision_and_finds_its_choice_again(
+    monkeypatch: pytest.MonkeyPatch, measured: list[Any]
+) -> None:
+    layer, x = convert(nn.Sequential(nn.Linear(512, 256)), density=0.2)[0], torch.zeros(3, 512)
+    settings = ["ieee ieee", "bf16 ieee", "ieee ieee"]
+    for setting in settings:
+        for module in (autotune, layers):
+            monkeypatch.setattr(module, "precision", lambda device, setting=setting: setting)
+        layer(x)
+    assert [key.precision for key in measured] == settings[:2]
+
+
+@pytest.mark.usefixtures("native")
+def test_products_are_measured_in_the_dtype_and_layout_that_they_have(
+    monkeypatch: pytest.MonkeyPatch, measured: list[Any]
+) -> None:
+    last = X.to(memory_format=torch.channels_last)
+    inner = X.movedim(0, -1).contiguous().movedim(-1, 0)
+    for x in (X, inner, last):  # the batch innermost is the layout of sparse products
+        choice.sparse_is_faster(x, W, 0.2, GEOMETRY)
+    with torch.autocast("cpu", torch.bfloat16):
+        choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    inputs = [key.arguments[0] for key in measured]
+    expected = [((0, 1, 2, 3), torch.float32), ((0, 2, 3, 1), torch.float32), ((0, 1, 2, 3), torch.bfloat16)]
+    assert [(x.layout or (0, 1, 2, 3), x.dtype) for x in inputs] == expected
+    seen: list[tuple[bool, torch.dtype]] = []
+    monkeypatch.setattr(choice, "_dense_step", lambda x, *_: seen.append((x.is_contiguous(), x.dtype)))
+    for x in (X, inner, last, X.bfloat16()):
+        for way in choice.sparse_ways(x, W.shape, GEOMETRY)[1]:
+            way()
+    assert seen == [(True, torch.float32), (True, torch.float32), (False, torch.float32), (True, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("products", ["sparse", "auto"])
+def test_a_gpu_without_sparse_kernels_multiplies_densely_and_says_so_if_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch, products: Any
+) -> None:
+    monkeypatch.setattr(choice.native, "is_served", lambda operator, _: "sparse" not in operator)
+    monkeypatch.setattr(choice.native, "missing_cuda", "no nvcc")
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            assert not choice.sparse_is_faster(torch.empty(X.shape, device="cuda"), W, 0.01, GEOMETRY, products)
+    sentence = "products='sparse': the layers use dense products, no sparse kernel for GPUs: no nvcc"
+    assert [str(warning.message) for warning in told] == [sentence] * (products == "sparse")
