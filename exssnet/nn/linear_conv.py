@@ -19,7 +19,7 @@ from ..ops import (
     supermask_linear,
 )
 from ..ops.library import FLOATS, product_dtype, transforming
-from .choice import traced
+from .choice import symbolic
 from .layers import SupermaskLayer
 from .modes import Fixed, Values
 from .norms import TaskBatchNorm
@@ -152,7 +152,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
                 x.to(dtype), *mode.values(self), self.kernel_size, scale, bias, residual, relu, self.stride, padding,
                 self.dilation,
             )  # type: ignore[arg-type]  # fmt: skip
-        if isinstance(mode, Values) or traced():
+        if isinstance(mode, Values) or symbolic():
             return None
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         order = torch.channels_last if last else torch.contiguous_format

@@ -250,11 +250,11 @@ class Fixed(Mode):
         """
         known = self._pattern(layer)[1]
         tensors = [t for t in sources if t is not None and not t.is_inference()]
-        if traced() or len(tensors) < len(sources):
+        if symbolic() or len(tensors) < len(sources):
             return compute()
         state = [(id(t), t.data_ptr(), t._version) for t in tensors]
         before, cached, _ = known.get(key, (None, (), ()))
-        if before == state or capturing():
+        if before == state or traced() or capturing():
             return cached if before == state else compute()
         with torch.inference_mode(False), torch.no_grad():
             folded = compute()

@@ -209,7 +209,9 @@ def selecting(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        selector, compiling = self._selector, torch.compiler.is_compiling()
+        selector, compiling = self.__dict__.get("_selector"), torch.compiler.is_compiling()
+        if selector is None:  # a part of a converted `nn.Sequential`
+            return kind.forward(self, *args, **kwargs)
         if not compiling:
             trained = (p for layer in selector.layers for p in (layer.scores, layer.free_values) if p is not None)
             stale.check_replicas(trained)

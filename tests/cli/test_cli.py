@@ -235,9 +235,8 @@ def test_options_reach_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cut == [{"tasks": 2, "validation": 0.0, "seed": 11, "augment": False}]
     learner = made[0]
     assert (learner.method.name, learner.kkt, learner.batch_size, learner.all_outputs) == ("wsn", None, 128, True)
-    assert learner.graph is False
     assert learner.seed == learner.phases.seed == 11
-    assert learner.forward == ForwardOptions("bf16", True)
+    assert (learner.forward, learner.graph) == (ForwardOptions("bf16", True), False)
     assert (learner.phases.keep_scores, torch.get_num_threads()) == (torch.float16, 2)
     for phase, epochs, lr in ((learner.mask, 2, 0.5), (learner.weight, 1, 0.25)):
         assert (phase.epochs, phase.lr, phase.optimizer, phase.weight_decay, phase.patience) == (

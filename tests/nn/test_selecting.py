@@ -172,16 +172,14 @@ class Checkpointed(SmallNet):
         )
 
 
-def packed(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+def packed(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> list[Tensor]:
     """`select` as on a GPU."""
-    masks, _, new = topk_masks(scores, k, hint, packed=True)
-    return masks, new
+    return topk_masks(scores, k, hint, packed=True).masks
 
 
 def as_on_a_gpu(layer: SupermaskLayer, x: Tensor, padding: Any = None) -> bool:
     """`SupermaskLayer._fused` as on a GPU, with the environment's choice."""
-    layer.written = os.environ["EXSSNET_MASKING"] == "written"
-    return not layer.written
+    return os.environ["EXSSNET_MASKING"] == "fused"
 
 
 def gradients(what: str, reentrant: bool, device: str, recompute: bool) -> list[Tensor]:
