@@ -85,4 +85,13 @@ def test_errs_at_most_twice_as_much_as_the_reference(
     assert {n: (t.stride(), t.dtype) for n, t in got.items()} == {n: (t.stride(), t.dtype) for n, t in plain.items()}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_two_launches_each_way_and_one_forward_in_evaluation(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a residual, ReLU and the step of the running statistics."""
+    launches = triton_guard.launched(monkeypatch)
+    results(triton_norm, leaves(SHAPES[0], torch.bfloat16, Tensor.contiguous), training, True, True, True)
+    forward = ["_moments_kernel", "_normalise_kernel"] if training else ["_normalise_kernel"]
+    assert launches == [*forward, "_sums_kernel", "_gradients_kernel"]
+
+
 triton_guard.interpret(globals())
