@@ -245,7 +245,7 @@ def test_exact_with_the_expanded_gradient_of_a_sum(layer: Layer) -> None:
     check_exact(arguments(p))
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.differing_executors])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.differing_executors])
 @given(any_convolution())
 def test_exact_in_any_geometry(layer: Layer) -> None:
     torch.manual_seed(0)
