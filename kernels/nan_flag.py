@@ -13,6 +13,11 @@ def _numbered(device: torch.device) -> torch.device:
     return device
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured. Its replays change tensors without Python."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def flag(device: torch.device) -> Tensor:
     """The flag of a device, int32 of shape (1,). A selection sets it to 1 and never clears it.
 
@@ -23,7 +28,7 @@ def flag(device: torch.device) -> Tensor:
     """
     device = _numbered(device)
     if device not in _flags:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing():
             raise RuntimeError(
                 f"the first selection on {device} is captured in a CUDA graph: make one step before the capture, as "
                 "exssnet.graphed does"

@@ -10,12 +10,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 import pytest
 import torch
 from hypothesis import settings
+from recorded_graph import RecordedGraph
 from tiers import GPU_SECONDS, LARGEST, LARGEST_PROOF, representatives, time_limit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing native library warns, and its tests are skipped with a reason
     import exssnet.ops  # noqa: F401
 from exssnet.kernels import native as native_library
+from exssnet.nn import graphs
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty is NaN, or the largest integer
@@ -118,6 +120,15 @@ def threads(request: pytest.FixtureRequest) -> int:
     """How many threads torch, and so every kernel, works with; one in tests without this fixture."""
     torch.set_num_threads(request.param)
     return int(request.param)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
+    """Graphs on the CPU."""
+    monkeypatch.setitem(graphs.GRAPHS, "cpu", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "captures", 0)
+    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    return RecordedGraph
 
 
 @pytest.fixture

@@ -314,7 +314,7 @@ def traced() -> bool:
 def symbolic() -> bool:
     """Whether operators are recorded or their tensors are fake. Then no tensor may be kept from one call to another."""
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
-    return recorded() or any(mode.is_infra_mode() for mode in modes())
+    return traced() and (recorded() or any(mode.is_infra_mode() for mode in modes()))
 
 
 def recorded() -> bool:

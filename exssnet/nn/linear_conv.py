@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.layouts import order_of
 from ..ops import (
     bitmap_conv1d,
     bitmap_conv2d,
@@ -19,7 +20,7 @@ from ..ops import (
     supermask_linear,
 )
 from ..ops.library import FLOATS, product_dtype, transforming
-from .choice import symbolic
+from .choice import channels_last, symbolic
 from .layers import SupermaskLayer
 from .modes import Fixed, Values
 from .norms import TaskBatchNorm
@@ -140,10 +141,8 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
             return None
         x, padding = self._padded(x)
         of_norm = norm.running_mean, norm.running_var, norm.weight, norm.bias, self.bias, values
-        sources = [
-            norm.num_batches_tracked,
-            *(t for t in of_norm if t is not None),
-        ]  # `nn.BatchNorm2d` counts each step
+        # the number of batches too: `F.batch_norm` changes running statistics without a new version
+        sources = [norm.num_batches_tracked, *(t for t in of_norm if t is not None)]
         if self._sparse(x, padding):
             if values.dtype != dtype:
                 return None
@@ -154,8 +153,7 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
             )  # type: ignore[arg-type]  # fmt: skip
         if isinstance(mode, Values) or symbolic():
             return None
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        order = torch.channels_last if last else torch.contiguous_format
+        order = order_of(channels_last(x))
 
         def fold() -> tuple[Tensor, Tensor]:
             scale, bias = self._folded(norm)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..kernels.layouts import order_of
+from ..kernels.nan_flag import capturing
 from ..ops import (
     BitmapPattern,
     SparsePattern,
@@ -24,7 +25,7 @@ from ..ops.bitmap import as_bitmap
 from ..ops.library import transforming
 from ..ops.weights import WrittenWeight, written_weights
 from .choice import symbolic, traced
-from .selector import capturing, in_backward, recomputable, select
+from .selector import in_backward, recomputable, select
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
 Folded = tuple[Tensor, ...]
@@ -253,9 +254,12 @@ class Fixed(Mode):
         if symbolic() or len(tensors) < len(sources):
             return compute()
         state = [(id(t), t.data_ptr(), t._version) for t in tensors]
-        before, cached, _ = known.get(key, (None, (), ()))
-        if before == state or traced() or capturing():
-            return cached if before == state else compute()
+        entry: tuple[object, Folded, object] = known.get(key, (None, (), ()))
+        before, cached, _ = entry
+        if before == state:
+            return cached
+        if traced() or capturing():
+            return compute()
         with torch.inference_mode(False), torch.no_grad():
             folded = compute()
             for old, new in zip(cached, folded, strict=False):

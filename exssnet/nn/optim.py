@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.nan_flag import capturing
 from ..kernels.native import is_served
 from ..ops import adam_topk
-from .selector import Selector, capturing
+from .selector import Selector
 
 
 class ScoreAdam(torch.optim.Adam):

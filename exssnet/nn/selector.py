@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.nan_flag import capturing
 from ..ops import topk_masks, topk_select
 from ..ops.library import product_dtype, transforming
 from ..ops.selection import new_hint
@@ -94,7 +95,9 @@ class Selector:
                 "torch.export takes the network of a finished task: its masks are fixed, scores select anew"
             )
         handed = self._handed(model, layers)
-        for layer, selection in zip(layers, self._select(layers) if handed is None else handed, strict=True):
+        if handed is None:
+            handed = select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
+        for layer, selection in zip(layers, handed, strict=True):
             layer.mode.selection = selection
         written = [layer for layer in layers if layer.mode.written is not None and not recomputable()]
         if written:  # one pass for all these layers
@@ -129,10 +132,6 @@ class Selector:
                 mode.recent = mode.selection if recent else None
                 mode.selection = None
 
-    def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
-        """Select for each of the layers from its present scores."""
-        return select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
-
     def _handed(self, model: nn.Module, layers: Sequence[Any]) -> Sequence[Tensor] | None:
         """The selections from the optimizer, unless the scores have changed since.
 
@@ -162,11 +161,6 @@ def select(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> Se
     if scores[0].device.type == "cpu":
         return topk_select(scores, k, hint)[0].unbind()
     return topk_masks(scores, k, hint, packed=True).masks  # packed, or a GPU's products would read the scores again
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured. Its replays change tensors without Python."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def forwards() -> int:

@@ -29,7 +29,7 @@ def conv_geometry(
         return _checked.__wrapped__(*arguments)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(4096, typed=True)
 def _checked(
     operator: str,
     shape: Sequence[int],

@@ -22,15 +22,6 @@ class Regularized(Strategy):
         return 2 * loss, logits
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
-    """Graphs on the CPU."""
-    monkeypatch.setitem(graphs.GRAPHS, "cpu", RecordedGraph)
-    monkeypatch.setattr(RecordedGraph, "captures", 0)
-    monkeypatch.setattr(RecordedGraph, "replays", 0)
-    return RecordedGraph
-
-
 def learned(optimizer: str = "adam", method: Any = "exssnet", model: nn.Module | None = None, **options: Any) -> Any:
     """The state and the accuracies of a learner after two tasks; 36 items in batches of 16 end with a smaller one."""
     phase = PhaseOptions(3, lr=0.01, optimizer=optimizer)  # type: ignore[arg-type]

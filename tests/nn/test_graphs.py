@@ -26,15 +26,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
-    """Graphs on the CPU."""
-    monkeypatch.setitem(graphs.GRAPHS, "cpu", RecordedGraph)
-    monkeypatch.setattr(RecordedGraph, "captures", 0)
-    monkeypatch.setattr(RecordedGraph, "replays", 0)
-    return RecordedGraph
-
-
 class Training:
     """A model in a phase, with an optimizer, a step and the batches that it takes."""
 
