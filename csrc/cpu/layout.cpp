@@ -44,8 +44,10 @@ void channels_innermost(const T* x, int64_t c, int64_t pixels, int64_t n, T* to)
   });
 }
 
+template void batch_innermost(const uint16_t*, const Strides&, int64_t, int64_t, int64_t, int64_t, uint16_t*);
 template void batch_innermost(const float*, const Strides&, int64_t, int64_t, int64_t, int64_t, float*);
 template void batch_innermost(const double*, const Strides&, int64_t, int64_t, int64_t, int64_t, double*);
+template void channels_innermost(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*);
 template void channels_innermost(const float*, int64_t, int64_t, int64_t, float*);
 template void channels_innermost(const double*, int64_t, int64_t, int64_t, double*);
 

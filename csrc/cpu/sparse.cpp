@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -22,12 +23,12 @@ struct TileSteps {
   int64_t row, line, vector;
 };
 
-template <class T>
+template <class T, class S>
 struct BlockLoops {
   void (*multiply)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-                   T* sums, const Target<T>* target);
+                   T* sums, const Target<T, S>* target);
   T* (*sample)(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-               const T* grad, const TileSteps& steps, T* sums);
+               const S* grad, const TileSteps& steps, T* sums);
 };
 
 #define EXSSNET_BODY "cpu/sparse_body.h"
@@ -154,11 +155,11 @@ std::vector<int64_t> share_rows(const Walk<T>& walk, int64_t parts) {
 }
 
 // Prefetches the next patch, line by line, while the current one is multiplied.
-template <class T>
+template <class S>
 class Prefetch {
  public:
   // The patch of tile `at`, group `group` and block `block`. Block -1: there is no next patch.
-  Prefetch(const Product& p, const Tiling& t, const Blocks& blocks, const T* x, int64_t at, int64_t group,
+  Prefetch(const Product& p, const Tiling& t, const Blocks& blocks, const S* x, int64_t at, int64_t group,
            int64_t together, int64_t block)
       : p_(p), t_(t), x_(x + group * t.lanes), down_(t.down_of(at)), across_(t.across_of(at)),
         groups_(std::min(together, t.groups - group)), channel_(block * blocks.channels) {
@@ -181,20 +182,22 @@ class Prefetch {
   }
 
  private:
-  [[gnu::always_inline]] void ask(const T* line) const {  // GCC would remove a function that only prefetches
-    const int64_t step = p_.in_w.stride * p_.batch;
+  static constexpr int64_t kCacheLine = 64;  // in bytes
+
+  [[gnu::always_inline]] void ask(const S* line) const {  // GCC would remove a function that only prefetches
+    const int64_t step = p_.in_w.stride * p_.batch, images = groups_ * t_.lanes;
     for (int64_t phase = 0; phase < p_.in_w.phases(); ++phase) {
       // Pixels that the tile to the left has read are already cached.
       const int64_t begin = across_.first > 0 ? p_.in_w.reach[phase] : 0;
-      const T* from = line + p_.in_w.pixel(phase, across_.first + begin) * p_.batch;
+      const S* from = line + p_.in_w.pixel(phase, across_.first + begin) * p_.batch;
       for (int64_t j = begin; j < across_.count + p_.in_w.reach[phase]; ++j, from += step)
-        for (int64_t g = 0; g < groups_; ++g) __builtin_prefetch(from + g * t_.lanes, 0, 2);
+        for (int64_t n = 0; n < images; n += kCacheLine / sizeof(S)) __builtin_prefetch(from + n, 0, 2);
     }
   }
 
   const Product& p_;
   const Tiling& t_;
-  const T* x_;
+  const S* x_;
   Span down_, across_;
   int64_t groups_, channel_, phase_ = 0, line_ = 0;
   int64_t lines_ = 0, asked_ = 0;
@@ -207,9 +210,9 @@ void in_row_chunks(int64_t rows, const Body& body) {
   for (int64_t begin = 0; begin < rows; begin += kRows) body(begin, std::min(begin + kRows, rows));
 }
 
-template <class T>
-bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
-              const T* x, T* y) {
+template <class T, class S>
+bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values, const Epilogue<T, S>& epilogue,
+              const S* x, S* y) {
   if (p.rows * p.out_plane() == 0) return true;
   const Tiling t = make_tiling<T>(p);
   const PatchLayout layout(p, t);
@@ -231,20 +234,20 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
   parallel_for(parts * per_part, wanted == 1 ? parts * per_part : 1, [&](int64_t begin, int64_t end) {
     T* const patch = scratch<T>(kPatches, together * patch_size);
     T* const sums = scratch<T>(kSums, together * p.rows * tile);
-    Target<T> target(p, t, epilogue, y);
+    Target<T, S> target(p, t, epilogue, y);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / per_part, group = i % shares() * together, at = i % per_part / shares();
       const Span down = t.down_of(at), across = t.across_of(at);
       const int64_t groups = std::min(together, t.groups - group), rows = first[part + 1] - first[part];
       const int64_t tile_size = down.count * across.count * t.lanes;
       const bool is_whole = t.is_whole(p, down, across);
-      const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).multiply;
+      const auto loop = EXSSNET_PICK(block_loops<T, S>)(down.count, across.count).multiply;
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t channel = block * blocks.channels, last = std::min(channel + blocks.channels, p.channels);
-        EXSSNET_PICK(pack_patch<T>)
+        EXSSNET_PICK(pack_patch<T, S>)
         (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
         const int64_t next_block = (block + 1) % blocks.count, next = i + (next_block == 0);
-        Prefetch<T> prefetch(p, t, blocks, x, next % per_part / shares(), next % shares() * together, together,
+        Prefetch<S> prefetch(p, t, blocks, x, next % per_part / shares(), next % shares() * together, together,
                              next < end ? next_block : -1);
         for (int64_t g = 0; g < groups; ++g) {
           target.at = down.first * target.line + across.first * target.vector + (group + g) * t.lanes;
@@ -256,7 +259,7 @@ bool multiply(const Product& p, const Pattern& pattern, const Values<T>& values,
         }
       }
       if (!is_whole)
-        EXSSNET_PICK(store_tiles<T>)
+        EXSSNET_PICK(store_tiles<T, S>)
         (p, t, down, across, group, groups, first[part], first[part + 1], sums, epilogue, y);
     }
     finish_streams();
@@ -294,37 +297,37 @@ bool for_lines(const Pattern& pattern, int64_t rows, int64_t columns, int64_t sl
 
 }  // namespace
 
-template <class T>
-bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
-                    const T* x, T* y) {
+template <class T, class S>
+bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values,
+                    const Epilogue<T, S>& epilogue, const S* x, S* y) {
   if (const int64_t width = full_lines<T>(c))
     return for_lines(pattern, c.out_channels, c.in_channels, values.count, width, [&](int64_t begin, int64_t end) {
-      EXSSNET_PICK(multiply_lines<T>)(pattern, values, epilogue, begin, end, x, width, y);
+      EXSSNET_PICK(multiply_lines<T, S>)(pattern, values, epilogue, begin, end, x, width, y);
     });
   return multiply(forward_product(flattened(c)), pattern, values, epilogue, x, y);
 }
 
-template <class T>
-bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const T* grad,
-                           T* grad_x) {
+template <class T, class S>
+bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const S* grad,
+                           S* grad_x) {
   if (const int64_t width = full_lines<T>(c))
     return for_lines(transposed, c.in_channels, c.out_channels, values.count, width, [&](int64_t begin, int64_t end) {
-      EXSSNET_PICK(multiply_lines<T>)(transposed, values, {}, begin, end, grad, width, grad_x);
+      EXSSNET_PICK(multiply_lines<T, S>)(transposed, values, {}, begin, end, grad, width, grad_x);
     });
   // Pixels that no tap reads belong to no phase. Their gradient is zero.
   if (c.h.phases() < c.h.stride || c.w.phases() < c.w.stride)
-    std::fill_n(grad_x, c.in_channels * c.h.in * c.w.in * c.batch, T(0));
-  return multiply(input_gradient_product(flattened(c)), transposed, values, {}, grad, grad_x);
+    std::fill_n(grad_x, c.in_channels * c.h.in * c.w.in * c.batch, S{});
+  return multiply(input_gradient_product(flattened(c)), transposed, values, Epilogue<T, S>{}, grad, grad_x);
 }
 
-template <class T>
+template <class T, class S>
 bool sparse_value_gradient(const Convolution& convolution, const Pattern& pattern, int64_t free_count, int64_t count,
-                           const T* x, const T* grad, T* grad_values) {
+                           const S* x, const S* grad, T* grad_values) {
   std::fill_n(grad_values, free_count, T(0));
   if (const int64_t width = full_lines<T>(convolution))
     return for_lines(pattern, convolution.out_channels, convolution.in_channels, count, width,
                      [&](int64_t begin, int64_t end) {
-                       EXSSNET_PICK(sample_lines<T>)
+                       EXSSNET_PICK(sample_lines<T, S>)
                        (pattern, free_count, free_count == count, begin, end, x, grad, width, grad_values);
                      });
   const Product p = forward_product(flattened(convolution));
@@ -370,7 +373,7 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
       const int64_t room = kSumBytes / sizeof(T);
       const int64_t together = groups_together(t.groups, std::min(room / (rows * tile + 1), room / patch_size));
       T* patch = scratch<T>(kPatches, together * patch_size);
-      T* grads = scratch<T>(kSums, together * rows * tile);
+      S* grads = scratch<S>(kSums, together * rows * tile);
       // Adds the products of tile `at` of the groups from `group` on for block b. next_* is the next visit.
       const auto visit = [&](int64_t b, int64_t at, int64_t group, bool load, T* sums, int64_t next_b, int64_t next_at,
                              int64_t next_group) {
@@ -380,15 +383,15 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
         // A tile of full vectors inside the image is read in place, unless several blocks share a copy of it.
         const bool in_place = (!tile_by_tile || blocks_here == 1) && t.is_whole(p, down, across);
         const int64_t vector = t.by_pixel ? p.batch : t.lanes, line = p.out_w.size * p.batch;
-        const T* lies = grad + from * p.out_plane() + down.first * line + across.first * vector + group * t.lanes;
+        const S* lies = grad + from * p.out_plane() + down.first * line + across.first * vector + group * t.lanes;
         const TileSteps steps =
             in_place ? TileSteps{p.out_plane(), line, vector} : TileSteps{size, across.count * t.lanes, t.lanes};
         const int64_t group_step = in_place ? t.lanes : rows * size;
-        if (load && !in_place) EXSSNET_PICK(load_tiles<T>)(p, t, down, across, group, groups, from, until, grad, grads);
-        EXSSNET_PICK(pack_patch<T>)
+        if (load && !in_place) EXSSNET_PICK(load_tiles<T, S>)(p, t, down, across, group, groups, from, until, grad, grads);
+        EXSSNET_PICK(pack_patch<T, S>)
         (p, t, layout, down, across, group, groups, channel, last, x, patch, patch_size);
-        const auto loop = EXSSNET_PICK(block_loops<T>)(down.count, across.count).sample;
-        Prefetch<T> prefetch(p, t, blocks, x, next_at % tiles, next_group, together,
+        const auto loop = EXSSNET_PICK(block_loops<T, S>)(down.count, across.count).sample;
+        Prefetch<S> prefetch(p, t, blocks, x, next_at % tiles, next_group, together,
                              next_at < tiles ? first_block + next_b : -1);
         for (int64_t g = 0; g < groups; ++g) {
           T* next = sums;
@@ -428,11 +431,13 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
   return true;
 }
 
-#define EXSSNET_INSTANTIATE(T)                                                                                    \
-  template bool sparse_forward(const Convolution&, const Pattern&, const Values<T>&, const Epilogue<T>&, const T*, T*); \
-  template bool sparse_input_gradient(const Convolution&, const Pattern&, const Values<T>&, const T*, T*);        \
-  template bool sparse_value_gradient(const Convolution&, const Pattern&, int64_t, int64_t, const T*, const T*, T*);
-EXSSNET_INSTANTIATE(float)
-EXSSNET_INSTANTIATE(double)
+#define EXSSNET_INSTANTIATE(T, S)                                                                             \
+  template bool sparse_forward(const Convolution&, const Pattern&, const Values<T>&, const Epilogue<T, S>&,   \
+                               const S*, S*);                                                                 \
+  template bool sparse_input_gradient(const Convolution&, const Pattern&, const Values<T>&, const S*, S*);    \
+  template bool sparse_value_gradient(const Convolution&, const Pattern&, int64_t, int64_t, const S*, const S*, T*);
+EXSSNET_INSTANTIATE(float, float)
+EXSSNET_INSTANTIATE(double, double)
+EXSSNET_INSTANTIATE(float, BFloat16)
 
 }  // namespace exssnet::cpu

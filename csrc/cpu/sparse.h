@@ -9,9 +9,13 @@
 //
 // The input's gradient is the same product with the transposed pattern. The gradient of a value is the inner product of
 // the same lines. A linear layer is a convolution of 1 x 1 images. If its batch is a few full vectors, there is no
-// copy: the kept weights are multiplied with lines of x in place. T is float or double.
+// copy: the kept weights are multiplied with lines of x in place.
+//
+// T, in which everything is computed, is float or double. S, in which images are stored, is T, or bfloat16 if T is
+// float. The copy of a patch converts bfloat16, and results are rounded where they are written.
 #pragma once
 
+#include "core/floats.h"
 #include "core/pattern.h"
 
 namespace exssnet::cpu {
@@ -24,9 +28,10 @@ struct Values {
 
 // Applied to a finished sum of channel o: sum * scale[o] + bias[o] + residual (stored like the output), then ReLU. All
 // pointers may be null.
-template <class T>
+template <class T, class S = T>
 struct Epilogue {
-  const T *scale = nullptr, *bias = nullptr, *residual = nullptr;
+  const T *scale = nullptr, *bias = nullptr;
+  const S* residual = nullptr;
   bool relu = false;
 
   bool is_plain() const { return !scale && !bias && !residual && !relu; }
@@ -37,19 +42,19 @@ struct Epilogue {
 // of the weight (C, O, R, S).
 
 // y (O, H', W', N) from x (C, H, W, N).
-template <class T>
-bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
-                    const T* x, T* y);
+template <class T, class S>
+bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values,
+                    const Epilogue<T, S>& epilogue, const S* x, S* y);
 
 // grad_x (C, H, W, N) from grad (O, H', W', N).
-template <class T>
-bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const T* grad,
-                           T* grad_x);
+template <class T, class S>
+bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const S* grad,
+                           S* grad_x);
 
 // grad_values (free_count,) from x (C, H, W, N) and grad (O, H', W', N). The order of each sum does not depend on the
 // number of threads.
-template <class T>
-bool sparse_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, int64_t count, const T* x,
-                           const T* grad, T* grad_values);
+template <class T, class S>
+bool sparse_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, int64_t count, const S* x,
+                           const S* grad, T* grad_values);
 
 }  // namespace exssnet::cpu

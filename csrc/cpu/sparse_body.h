@@ -2,13 +2,13 @@
 // kVectorBytes and kVectors, the number of sums that fit into registers.
 
 // The epilogue for the sums of one channel (see Epilogue).
-template <class T>
+template <class T, class S>
 struct Finish {
   using V = typename Vector<T>::type;
   V scale, bias;
   bool is_scaled, relu;
 
-  Finish(const Epilogue<T>& then, int64_t channel)
+  Finish(const Epilogue<T, S>& then, int64_t channel)
       : scale(V{} + (then.scale ? then.scale[channel] : T(1))), bias(V{} + (then.bias ? then.bias[channel] : T(0))),
         is_scaled(then.scale != nullptr), relu(then.relu) {}
   V operator()(V sum, V residual) const {
@@ -20,9 +20,9 @@ struct Finish {
 // Multiplies the entries of one block in rows [begin, end) with the patch, and adds the products to sums (rows, lines *
 // vectors). The first block overwrites the sums. If `target` is given, as for the last block, the results are written
 // there instead. The sum of each block starts at zero, which keeps rounding errors small.
-template <class T, int lines, int vectors>
+template <class T, class S, int lines, int vectors>
 void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-                    T* sums, const Target<T>* target) {
+                    T* sums, const Target<T, S>* target) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
   const int32_t* const offset = walk.offset;
@@ -32,8 +32,8 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
   for (int64_t row = begin; row < end; ++row, sums += lines * vectors * lanes, start += walk.blocks + 1) {
     const int64_t first = start[0], last = start[1];
     if (block > 0 && first == last && target == nullptr) continue;
-    T* const to = target ? target->row(row) : sums;
-    const int64_t to_line = target ? target->line : vectors * lanes, to_vector = target ? target->vector : lanes;
+    S* const to = target ? target->row(row) : nullptr;
+    const int64_t to_line = target ? target->line : 0, to_vector = target ? target->vector : 0;
     if (target && !streams)
 #pragma GCC unroll 4
       for (int a = 0; a < lines; ++a)
@@ -53,9 +53,14 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
     if (block > 0)
 #pragma GCC unroll 16
       for (int i = 0; i < lines * vectors; ++i) sum[i] += Vector<T>::load(sums + i * lanes);
+    if (target == nullptr) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lines * vectors; ++i) Vector<T>::store(sum[i], sums + i * lanes);
+      continue;
+    }
     if (!plain) {
-      const Finish<T> finish(target->epilogue, target->channel(row));
-      const T* const residual = target->epilogue.residual ? target->epilogue.residual + (to - target->result) : nullptr;
+      const Finish<T, S> finish(target->epilogue, target->channel(row));
+      const S* const residual = target->epilogue.residual ? target->epilogue.residual + (to - target->result) : nullptr;
 #pragma GCC unroll 4
       for (int a = 0; a < lines; ++a)
 #pragma GCC unroll 16
@@ -68,17 +73,21 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
     for (int a = 0; a < lines; ++a)
 #pragma GCC unroll 16
       for (int b = 0; b < vectors; ++b) {
-        T* const pixel = to + a * to_line + b * to_vector;
-        streams ? Vector<T>::stream(sum[a * vectors + b], pixel) : Vector<T>::store(sum[a * vectors + b], pixel);
+        S* const pixel = to + a * to_line + b * to_vector;
+        if constexpr (std::is_same_v<S, T>) {
+          streams ? Vector<T>::stream(sum[a * vectors + b], pixel) : Vector<T>::store(sum[a * vectors + b], pixel);
+        } else {
+          Vector<T>::store(sum[a * vectors + b], pixel);
+        }
       }
   }
 }
 
 // For the entries of one block in rows [begin, end): adds the products of patch and grad to sums (entries, lanes), lane
 // by lane. Returns the end of these sums.
-template <class T, int lines, int vectors>
+template <class T, class S, int lines, int vectors>
 T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, const T* patch, int64_t pitch,
-                const T* grad, const TileSteps& steps, T* sums) {
+                const S* grad, const TileSteps& steps, T* sums) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
   const int32_t* const offset = walk.offset;
@@ -178,19 +187,18 @@ void lay_out(const int32_t* index, const int32_t* slot, int64_t count, const int
 // y (rows, width) is the product with x (columns, width), here for rows [begin, end) and `vectors` vectors from y on. A
 // new sum starts after kRun entries, which reduces rounding errors. Entries alternate between two sums, which shortens
 // the chains of dependent additions.
-template <class T, int vectors>
-void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilogue<T>& then, int64_t begin, int64_t end,
-                   const T* x, int64_t width, T* y) {
+template <class T, class S, int vectors>
+void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilogue<T, S>& then, int64_t begin,
+                   int64_t end, const S* x, int64_t width, S* y) {
   using V = typename Vector<T>::type;
-  constexpr int lanes = Vector<T>::lanes;
   constexpr int64_t kRun = 256;
   const bool plain = then.is_plain();
   const T* const of[] = {values.free, values.frozen};
   const int32_t first_of[] = {0, static_cast<int32_t>(values.free_count)};
   for (int64_t row = begin; row < end; ++row) {
-    T* const to = y + row * width;
     int64_t k = pattern.ptr[row];
     const int64_t last = pattern.ptr[row + 1];
+    V total[vectors];
     bool is_first = true;
     do {
       V sum[2][vectors];
@@ -202,36 +210,41 @@ void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilog
           if (half == 1 && k == until) break;
           const int32_t slot = pattern.slot[k];
           const bool is_frozen = slot >= first_of[1];
-          const T* const from = x + pattern.index[k++] * width;
+          const S* const from = x + pattern.index[k++] * width;
           const V factor = V{} + of[is_frozen][slot - first_of[is_frozen]];
 #pragma GCC unroll 8
-          for (int b = 0; b < vectors; ++b) sum[half][b] += factor * Vector<T>::load(from + b * lanes);
+          for (int b = 0; b < vectors; ++b) sum[half][b] += factor * Vector<T>::template load_of<vectors>(from, b);
         }
       }
 #pragma GCC unroll 8
       for (int b = 0; b < vectors; ++b) {
-        V v = sum[0][b] + sum[1][b];
-        if (!is_first) v += Vector<T>::load(to + b * lanes);
-        if (k == last && !plain)
-          v = Finish<T>(then, row)(v, then.residual ? Vector<T>::load(then.residual + (to - y) + b * lanes) : V{});
-        Vector<T>::store(v, to + b * lanes);
+        const V v = sum[0][b] + sum[1][b];
+        total[b] = is_first ? v : v + total[b];
       }
       is_first = false;
     } while (k < last);
+    if (!plain) {
+      const Finish<T, S> finish(then, row);
+      const S* const residual = then.residual ? then.residual + row * width : nullptr;
+#pragma GCC unroll 8
+      for (int b = 0; b < vectors; ++b)
+        total[b] = finish(total[b], residual ? Vector<T>::template load_of<vectors>(residual, b) : V{});
+    }
+    Vector<T>::store_all(total, y + row * width);
   }
 }
 
 // The same for all `width` elements of a line. width is a multiple of the lanes.
-template <class T>
-void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T> then, int64_t begin, int64_t end,
-                    const T* x, int64_t width, T* y) {
+template <class T, class S>
+void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T, S> then, int64_t begin, int64_t end,
+                    const S* x, int64_t width, S* y) {
   constexpr int lanes = Vector<T>::lanes, most = kVectors / 2;
   for (int64_t at = 0; at < width;) {
     const int64_t left = (width - at) / lanes, vectors = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    const auto rows = vectors == most ? multiply_rows<T, most>
-                      : vectors == 4  ? multiply_rows<T, 4>
-                      : vectors == 2  ? multiply_rows<T, 2>
-                                      : multiply_rows<T, 1>;
+    const auto rows = vectors == most ? multiply_rows<T, S, most>
+                      : vectors == 4  ? multiply_rows<T, S, 4>
+                      : vectors == 2  ? multiply_rows<T, S, 2>
+                                      : multiply_rows<T, S, 1>;
     rows(pattern, values, then, begin, end, x + at, width, y + at);
     at += vectors * lanes;
     if (then.residual) then.residual += vectors * lanes;
@@ -240,32 +253,31 @@ void multiply_lines(const Pattern& pattern, const Values<T>& values, Epilogue<T>
 
 // Inner products of `vectors` vectors of grad with lines of x, for as many indices as a vector has lanes. A line of x
 // has `width` elements.
-template <class T, int vectors>
-typename Vector<T>::type sample_indices(const int32_t* index, const T* x, int64_t width, const T* grad) {
+template <class T, class S, int vectors>
+typename Vector<T>::type sample_indices(const int32_t* index, const S* x, int64_t width, const S* grad) {
   using V = typename Vector<T>::type;
-  constexpr int lanes = Vector<T>::lanes;
   V g[vectors];
 #pragma GCC unroll 8
-  for (int b = 0; b < vectors; ++b) g[b] = Vector<T>::load(grad + b * lanes);
+  for (int b = 0; b < vectors; ++b) g[b] = Vector<T>::template load_of<vectors>(grad, b);
   return sum_each<T>([&](int i) {
-    const T* const from = x + index[i] * width;
-    V sum = g[0] * Vector<T>::load(from);
+    const S* const from = x + index[i] * width;
+    V sum = g[0] * Vector<T>::template load_of<vectors>(from, 0);
 #pragma GCC unroll 8
-    for (int b = 1; b < vectors; ++b) sum += g[b] * Vector<T>::load(from + b * lanes);
+    for (int b = 1; b < vectors; ++b) sum += g[b] * Vector<T>::template load_of<vectors>(from, b);
     return sum;
   });
 }
 
 // grad_values[slot] of the free entries of rows [begin, end): inner products of lines of x and of grad with `width`
 // elements. One step computes as many as a vector has lanes. all_free: no slot belongs to a frozen value.
-template <class T>
-void sample_lines(const Pattern& pattern, int64_t free_count, bool all_free, int64_t begin, int64_t end, const T* x,
-                  const T* grad, int64_t width, T* grad_values) {
+template <class T, class S>
+void sample_lines(const Pattern& pattern, int64_t free_count, bool all_free, int64_t begin, int64_t end, const S* x,
+                  const S* grad, int64_t width, T* grad_values) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes, most = 4;
   int32_t free_index[lanes] = {}, free_slot[lanes];
   for (int64_t row = begin; row < end; ++row) {
-    const T* const line = grad + row * width;
+    const S* const line = grad + row * width;
     const int64_t last = pattern.ptr[row + 1];
     for (int64_t k = pattern.ptr[row]; k < last;) {
       const int32_t *index = pattern.index + k, *slot = pattern.slot + k;
@@ -286,9 +298,9 @@ void sample_lines(const Pattern& pattern, int64_t free_count, bool all_free, int
       V total = {};
       for (int64_t at = 0; at < width;) {
         const int64_t left = (width - at) / lanes, vectors = left >= most ? most : left >= 2 ? 2 : 1;
-        const auto sample = vectors == most ? sample_indices<T, most>
-                            : vectors == 2  ? sample_indices<T, 2>
-                                            : sample_indices<T, 1>;
+        const auto sample = vectors == most ? sample_indices<T, S, most>
+                            : vectors == 2  ? sample_indices<T, S, 2>
+                                            : sample_indices<T, S, 1>;
         total += sample(index, x + at, width, line + at);
         at += vectors * lanes;
       }
@@ -297,27 +309,29 @@ void sample_lines(const Pattern& pattern, int64_t free_count, bool all_free, int
   }
 }
 
-template <class T, int lines>
-BlockLoops<T> loops_of_lines(int64_t vectors) {
-  if constexpr (lines * 16 <= kVectors) if (vectors == 16) return {multiply_block<T, lines, 16>, sample_block<T, lines, 16>};
-  if constexpr (lines * 8 <= kVectors) if (vectors == 8) return {multiply_block<T, lines, 8>, sample_block<T, lines, 8>};
-  if constexpr (lines * 4 <= kVectors) if (vectors == 4) return {multiply_block<T, lines, 4>, sample_block<T, lines, 4>};
-  if (vectors == 2) return {multiply_block<T, lines, 2>, sample_block<T, lines, 2>};
-  return {multiply_block<T, lines, 1>, sample_block<T, lines, 1>};
+template <class T, class S, int lines, int vectors>
+constexpr BlockLoops<T, S> kLoops = {multiply_block<T, S, lines, vectors>, sample_block<T, S, lines, vectors>};
+
+template <class T, class S, int lines>
+BlockLoops<T, S> loops_of_lines(int64_t vectors) {
+  if constexpr (lines * 16 <= kVectors) if (vectors == 16) return kLoops<T, S, lines, 16>;
+  if constexpr (lines * 8 <= kVectors) if (vectors == 8) return kLoops<T, S, lines, 8>;
+  if constexpr (lines * 4 <= kVectors) if (vectors == 4) return kLoops<T, S, lines, 4>;
+  return vectors == 2 ? kLoops<T, S, lines, 2> : kLoops<T, S, lines, 1>;
 }
 
 // The loops for tiles of one shape.
-template <class T>
-BlockLoops<T> block_loops(int64_t lines, int64_t vectors) {
-  if (lines == 4) return loops_of_lines<T, 4>(vectors);
-  return lines == 2 ? loops_of_lines<T, 2>(vectors) : loops_of_lines<T, 1>(vectors);
+template <class T, class S>
+BlockLoops<T, S> block_loops(int64_t lines, int64_t vectors) {
+  if (lines == 4) return loops_of_lines<T, S, 4>(vectors);
+  return lines == 2 ? loops_of_lines<T, S, 2>(vectors) : loops_of_lines<T, S, 1>(vectors);
 }
 
 // Fills patches (groups, channels): copies what the tile at (down, across) reads of channels [first, last) of x, for
 // `groups` groups of images from `group` on. Pixels outside the image are zeros.
-template <class T>
+template <class T, class S>
 void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Span down, Span across, int64_t group,
-                int64_t groups, int64_t first, int64_t last, const T* x, T* patch, int64_t patch_size) {
+                int64_t groups, int64_t first, int64_t last, const S* x, T* patch, int64_t patch_size) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
   const int64_t n = p.batch, line_size = p.in_w.size * n, step = p.in_w.stride * n;
@@ -336,13 +350,13 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
       for (int64_t h_phase = 0; h_phase < p.in_h.phases(); ++h_phase) {
         T* to = patch + (channel - first) * layout.channel + layout.line[h_phase] * layout.pitch + layout.start[w_phase];
         int64_t row = p.in_h.pixel(h_phase, down.first);
-        const T* line = x + channel * p.in_plane() + row * line_size;
+        const S* line = x + channel * p.in_plane() + row * line_size;
         for (int64_t i = down.count + p.in_h.reach[h_phase]; i > 0;
              --i, to += layout.pitch, row += p.in_h.stride, line += p.in_h.stride * line_size) {
           if (row < 0 || row >= p.in_h.size) {
             for (int64_t g = 0; g < groups; ++g) std::memset(to + g * patch_size, 0, length * sizeof(T));
           } else if (t.by_pixel) {
-            const T* from = line + (pixel + begin * p.in_w.stride) * n + group * lanes;
+            const S* from = line + (pixel + begin * p.in_w.stride) * n + group * lanes;
             for (int64_t g = 0; g < groups; ++g) {
               for (int64_t j = 0; j < begin; ++j) Vector<T>::store(V{}, to + g * patch_size + j * lanes);
               for (int64_t j = end; j < count; ++j) Vector<T>::store(V{}, to + g * patch_size + j * lanes);
@@ -351,23 +365,20 @@ void pack_patch(const Product& p, const Tiling& t, const PatchLayout& layout, Sp
             for (int64_t j = begin; j < end; ++j, from += step, into += lanes) {
               for (int64_t g = 0; g < full; ++g)
                 Vector<T>::store(Vector<T>::load(from + g * lanes), into + g * patch_size);
-              if (full < groups) {
-                V part = {};
-                std::memcpy(&part, from + full * lanes, n % lanes * sizeof(T));
-                Vector<T>::store(part, into + full * patch_size);
-              }
+              if (full < groups)
+                Vector<T>::store(Vector<T>::load_part(from + full * lanes, n % lanes), into + full * patch_size);
             }
           } else if (p.in_w.stride == 1) {
             // The runs are a few vectors long. Calls of memcpy and memset would take longer than the copies.
             int64_t j = from_element;
             for (int64_t k = 0; k < j; ++k) to[k] = T(0);
             for (; j + lanes <= end_element; j += lanes) Vector<T>::store(Vector<T>::load(line + at + j), to + j);
-            for (; j < end_element; ++j) to[j] = line[at + j];
+            for (; j < end_element; ++j) to[j] = value(line[at + j]);
             for (; j < length; ++j) to[j] = T(0);
           } else {
             for (int64_t j = 0; j < length; ++j) {
               const int64_t element = across.first * lanes + j, place = p.in_w.pixel(w_phase, element / n);
-              to[j] = place >= 0 && place < p.in_w.size ? line[place * n + element % n] : T(0);
+              to[j] = place >= 0 && place < p.in_w.size ? value(line[place * n + element % n]) : T(0);
             }
           }
         }
@@ -411,49 +422,44 @@ inline void for_each_run(const Product& p, const Tiling& t, Span down, Span acro
 }
 
 // Writes the sums (groups, end - begin, tile) of rows [begin, end) to their pixels.
-template <class T>
+template <class T, class S>
 void store_tiles(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups,
-                 int64_t begin, int64_t end, const T* sums, const Epilogue<T>& epilogue, T* y) {
+                 int64_t begin, int64_t end, const T* sums, const Epilogue<T, S>& epilogue, S* y) {
   using V = typename Vector<T>::type;
   constexpr int64_t lanes = Vector<T>::lanes;
   const int64_t size = down.count * across.count * lanes, ahead = p.out_plane();
   const bool plain = epilogue.is_plain();
   for (int64_t row = begin; row < end; ++row, sums += size) {
     const int64_t channel = row / p.phases();
-    T* const plane = y + channel * p.out_plane();
-    const T* const residual = epilogue.residual ? epilogue.residual + channel * p.out_plane() : nullptr;
-    const Finish<T> finish(epilogue, channel);
+    S* const plane = y + channel * p.out_plane();
+    const S* const residual = epilogue.residual ? epilogue.residual + channel * p.out_plane() : nullptr;
+    const Finish<T, S> finish(epilogue, channel);
     for_each_run<T>(p, t, down, across, group, groups, (end - begin) * size, row % p.phases(),
                     [&](int64_t from, int64_t to, int64_t count) {
-      T* const pixel = plane + to;
+      S* const pixel = plane + to;
       const bool whole = count == lanes;
       __builtin_prefetch(pixel + ahead, 1, 2);
-      V v = {}, r = {};
-      if (whole) v = Vector<T>::load(sums + from);
-      else std::memcpy(&v, sums + from, count * sizeof(T));
-      if (!plain) {
-        if (residual) std::memcpy(&r, residual + to, count * sizeof(T));
-        v = finish(v, r);
-      }
+      V v = whole ? Vector<T>::load(sums + from) : Vector<T>::load_part(sums + from, count);
+      if (!plain) v = finish(v, residual ? Vector<T>::load_part(residual + to, count) : V{});
       if (whole) Vector<T>::store(v, pixel);
-      else std::memcpy(pixel, &v, count * sizeof(T));
+      else Vector<T>::store_part(v, pixel, count);
     });
   }
 }
 
 // Copies the pixels of rows [begin, end) to tiles (groups, end - begin, tile), with zeros outside the image.
-template <class T>
+template <class T, class S>
 void load_tiles(const Product& p, const Tiling& t, Span down, Span across, int64_t group, int64_t groups, int64_t begin,
-                int64_t end, const T* y, T* tiles) {
+                int64_t end, const S* y, S* tiles) {
   constexpr int64_t lanes = Vector<T>::lanes;
   const int64_t size = down.count * across.count * lanes;
-  if (!t.is_whole(p, down, across)) std::memset(tiles, 0, groups * (end - begin) * size * sizeof(T));
+  if (!t.is_whole(p, down, across)) std::memset(tiles, 0, groups * (end - begin) * size * sizeof(S));
   for (int64_t row = begin; row < end; ++row, tiles += size)
     for_each_run<T>(p, t, down, across, group, groups, (end - begin) * size, 0,
                     [&](int64_t at, int64_t from, int64_t count) {
-      const T* const pixel = y + row * p.out_plane() + from;
+      const S* const pixel = y + row * p.out_plane() + from;
       __builtin_prefetch(pixel + p.out_plane(), 0, 2);
-      if (count == lanes) Vector<T>::store(Vector<T>::load(pixel), tiles + at);
-      else std::memcpy(tiles + at, pixel, count * sizeof(T));
+      if (count == lanes) std::memcpy(tiles + at, pixel, lanes * sizeof(S));
+      else std::memcpy(tiles + at, pixel, count * sizeof(S));
     });
 }

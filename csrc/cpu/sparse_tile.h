@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/sparse.h"
@@ -189,24 +190,25 @@ inline int64_t groups_together(int64_t groups, int64_t most) {
 }
 
 // Where a tile lies in the result, and the epilogue of its sums.
-template <class T>
+template <class T, class S>
 struct Target {
-  T* result;
+  S* result;
   int64_t at;                   // start of the tile
   std::vector<int64_t> phase;   // start of each phase, relative to it
   int64_t plane, line, vector;  // distances in elements
-  const Epilogue<T>& epilogue;
+  const Epilogue<T, S>& epilogue;
   bool streams;
 
-  Target(const Product& p, const Tiling& t, const Epilogue<T>& epilogue, T* result)
+  Target(const Product& p, const Tiling& t, const Epilogue<T, S>& epilogue, S* result)
       : result(result), at(0), plane(p.out_plane()), line(p.out_h.stride * p.out_w.size * p.batch),
         vector(t.by_pixel ? p.out_w.stride * p.batch : t.lanes), epilogue(epilogue),
-        streams(t.by_pixel && is_streamed(result, p.rows / p.phases() * p.out_plane() * sizeof(T))) {
+        streams(std::is_same_v<S, T> && t.by_pixel &&  // a vector of bfloat16 is a part of a cache line
+                is_streamed(result, p.rows / p.phases() * p.out_plane() * sizeof(S))) {
     for (int64_t h : p.out_h.first)
       for (int64_t w : p.out_w.first) phase.push_back((h * p.out_w.size + w) * p.batch);
   }
   int64_t channel(int64_t row) const { return phase.size() == 1 ? row : row / static_cast<int64_t>(phase.size()); }
-  T* row(int64_t r) const {
+  S* row(int64_t r) const {
     const int64_t c = channel(r);
     return result + at + c * plane + phase[r - c * static_cast<int64_t>(phase.size())];
   }

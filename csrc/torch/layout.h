@@ -30,19 +30,28 @@ inline bool stored_innermost(const Tensor& x) {
   return true;
 }
 
+// Calls body(T*) for a type of 2, 4 or 8 bytes that the kernels of cpu/layout copy.
+template <class Body>
+void with_size(int64_t bytes, const Body& body) {
+  if (bytes == 2) body(static_cast<uint16_t*>(nullptr));
+  else if (bytes == 4) body(static_cast<float*>(nullptr));
+  else body(static_cast<double*>(nullptr));
+}
+
 // x with the batch innermost: x itself if it is stored so, else a copy.
-template <class T>
-Tensor batch_innermost(const Tensor& x) {
+inline Tensor batch_innermost(const Tensor& x) {
   if (stored_innermost(x)) return x;
   const bool is_linear = x.dim() == 2;
   const int64_t n = x.size(0), c = x.size(1), h = is_linear ? 1 : x.size(2), w = is_linear ? 1 : x.size(3);
   Tensor copy = torch::stable::new_empty(x, {c * h * w * n});
-  if (is_linear)  // features are copied like the pixels of a row of an image
-    cpu::batch_innermost(x.const_data_ptr<T>(), {x.stride(0), 0, 0, x.stride(1)}, n, 1, 1, c,
-                         copy.mutable_data_ptr<T>());
-  else
-    cpu::batch_innermost(x.const_data_ptr<T>(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, n, c, h, w,
-                         copy.mutable_data_ptr<T>());
+  with_size(x.element_size(), [&]<class T>(T*) {
+    const T* const from = static_cast<const T*>(x.const_data_ptr());
+    T* const to = static_cast<T*>(copy.mutable_data_ptr());
+    if (is_linear)  // features are copied like the pixels of a row of an image
+      cpu::batch_innermost(from, {x.stride(0), 0, 0, x.stride(1)}, n, 1, 1, c, to);
+    else
+      cpu::batch_innermost(from, {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, n, c, h, w, to);
+  });
   return copy;
 }
 

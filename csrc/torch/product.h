@@ -16,7 +16,7 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
-// The dtype in which the kernels compute: float32 for float16 and bfloat16.
+// The dtype of values, scales, biases and sums of the kernels: float32 for float16 and bfloat16.
 inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -55,10 +55,11 @@ inline Convolution linear(const char* who, const Tensor& x, int64_t features, in
   return {x.size(0), x.size(1), out_features, one, one};
 }
 
-// A sparse weight: its pattern, and the tensors of dtype `dtype` with its values.
+// A sparse weight: its pattern, and the tensors of dtype `dtype` with its values. The caller's free values, and so their
+// gradient, may have another dtype, `of_gradient`.
 struct SparseWeight {
   const char* who;
-  ScalarType dtype;
+  ScalarType dtype, of_gradient;
   Pattern pattern, transposed;
   Tensor free, frozen;
 
@@ -73,10 +74,28 @@ struct SparseWeight {
   }
 };
 
-// Calls body(T*) for the type in which `dtype` is computed.
+// The dtype in which the kernels read and write images like x: that of the sums, or bfloat16.
+inline ScalarType stored_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : compute_dtype(x);
+}
+
+// Calls body(T*, S*) for the types in which images like x are computed and stored.
 template <class Body>
-auto with_compute_type(ScalarType dtype, const Body& body) {
-  return dtype == ScalarType::Double ? body(static_cast<double*>(nullptr)) : body(static_cast<float*>(nullptr));
+void with_types(const Tensor& x, const Body& body) {
+  constexpr auto none = []<class T>() { return static_cast<T*>(nullptr); };
+  switch (stored_dtype(x)) {
+    case ScalarType::Double: return body(none.operator()<double>(), none.operator()<double>());
+    case ScalarType::BFloat16: return body(none.operator()<float>(), none.operator()<BFloat16>());
+    default: return body(none.operator()<float>(), none.operator()<float>());
+  }
+}
+
+// Images like x, as the kernels read them: in their dtype, with the batch innermost.
+inline Tensor stored(const Tensor& t, const Tensor& x) { return batch_innermost(to_dtype(t, stored_dtype(x))); }
+
+template <class S>
+const S* data(const Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
 }
 
 inline Ints output_shape(const Convolution& c, const Tensor& x) {
@@ -95,20 +114,19 @@ inline Tensor sparse_output(const SparseWeight& w, const Convolution& c, const T
   for (const OptTensor& t : {then.scale, then.bias})
     check(!t || (t->dim() == 1 && t->numel() == c.out_channels), w.who, "a scale and a bias for every output");
   check(!then.residual || shape_of(*then.residual) == shape, w.who, "a residual in the output's shape");
-  Tensor y = new_batch_last(x, shape, w.dtype);
+  Tensor y = new_batch_last(x, shape, stored_dtype(x));
   if (y.numel() == 0) return to_dtype(y, x.scalar_type());
-  with_compute_type(w.dtype, [&]<class T>(T*) {
+  with_types(x, [&]<class T, class S>(T*, S*) {
     const auto as_computed = [&](const OptTensor& t) {
       return t ? OptTensor(row_major(to_dtype(*t, w.dtype))) : std::nullopt;
     };
-    const auto data = [](const OptTensor& t) { return t ? t->const_data_ptr<T>() : nullptr; };
     const OptTensor scale = as_computed(then.scale), bias = as_computed(then.bias);
-    const OptTensor residual =
-        then.residual ? OptTensor(batch_innermost<T>(to_dtype(*then.residual, w.dtype))) : std::nullopt;
-    const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
-    const cpu::Epilogue<T> epilogue{data(scale), data(bias), data(residual), then.relu};
-    w.followed(cpu::sparse_forward<T>(c, w.pattern, w.values<T>(), epilogue, from.const_data_ptr<T>(),
-                                      y.mutable_data_ptr<T>()));
+    const OptTensor residual = then.residual ? OptTensor(stored(*then.residual, x)) : std::nullopt;
+    const Tensor from = stored(x, x);
+    const cpu::Epilogue<T, S> epilogue{scale ? data<T>(*scale) : nullptr, bias ? data<T>(*bias) : nullptr,
+                                       residual ? data<S>(*residual) : nullptr, then.relu};
+    w.followed(cpu::sparse_forward(c, w.pattern, w.values<T>(), epilogue, data<S>(from),
+                                   static_cast<S*>(y.mutable_data_ptr())));
   });
   return to_dtype(y, x.scalar_type());
 }
@@ -116,12 +134,12 @@ inline Tensor sparse_output(const SparseWeight& w, const Convolution& c, const T
 // The gradient of x, in x's dtype, with the batch innermost.
 inline Tensor sparse_input_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x,
                                     const Tensor& grad) {
-  Tensor grad_x = new_batch_last(x, shape_of(x), w.dtype);
+  Tensor grad_x = new_batch_last(x, shape_of(x), stored_dtype(x));
   if (grad_x.numel() > 0)
-    with_compute_type(w.dtype, [&]<class T>(T*) {
-      const Tensor from = batch_innermost<T>(to_dtype(grad, w.dtype));
-      w.followed(cpu::sparse_input_gradient<T>(c, w.transposed, w.values<T>(), from.const_data_ptr<T>(),
-                                               grad_x.mutable_data_ptr<T>()));
+    with_types(x, [&]<class T, class S>(T*, S*) {
+      const Tensor from = stored(grad, x);
+      w.followed(cpu::sparse_input_gradient(c, w.transposed, w.values<T>(), data<S>(from),
+                                            static_cast<S*>(grad_x.mutable_data_ptr())));
     });
   return to_dtype(grad_x, x.scalar_type());
 }

@@ -1,6 +1,6 @@
 // The operators sparse_linear, sparse_conv2d and their variants, for any device: checks of their arguments.
 //
-// A Device has `dtype(x)`, the dtype of a layer's values in a product; `check_place(who, x, tensors)`; and the products
+// A Device has `dtype(x)`, the dtype of a layer's values in a product with x; `check_place(who, x, tensors)`; and the products
 // `output(weight, c, x, then)`, `input_gradient(weight, c, x, grad)` and `value_gradient(weight, c, x, grad)`.
 #pragma once
 
@@ -16,11 +16,11 @@ struct Weights {
   using Tensors = std::array<const Tensor*, 8>;
 
   const char* who;
-  ScalarType dtype;
+  ScalarType dtype, of_gradient;
   Tensor free, frozen, row_ptr, col, slot, row_ptr_t, col_t, slot_t;
 
   Weights(const char* who, ScalarType dtype, const Tensors& t)
-      : who(who), dtype(dtype), free(floats(*t[0])), frozen(floats(*t[1])), row_ptr(indices(*t[2])),
+      : who(who), dtype(dtype), of_gradient(t[0]->scalar_type()), free(floats(*t[0])), frozen(floats(*t[1])), row_ptr(indices(*t[2])),
         col(indices(*t[3])), slot(indices(*t[4])), row_ptr_t(indices(*t[5])), col_t(indices(*t[6])),
         slot_t(indices(*t[7])) {
     check(row_ptr.numel() > 0 && row_ptr_t.numel() > 0 && col.numel() == slot.numel() &&
@@ -33,7 +33,7 @@ struct Weights {
 
   SparseWeight of(const Convolution& c) const {
     const int64_t taps = c.h.taps * c.w.taps;
-    return {who, dtype, view(row_ptr, col, slot, channels() * taps), view(row_ptr_t, col_t, slot_t, rows() * taps),
+    return {who, dtype, of_gradient, view(row_ptr, col, slot, channels() * taps), view(row_ptr_t, col_t, slot_t, rows() * taps),
             free, frozen};
   }
 
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> gradients(const SparseWeight& w, const Convolution& c
                                      const Tensor& x, const Flags& output_mask) {
   check(shape_of(grad) == output_shape(c, x) && output_mask.size() == 2, w.who, "the output's gradient and two flags");
   return {output_mask[0] ? Device::input_gradient(w, c, x, grad) : none_like(x),
-          output_mask[1] ? Device::value_gradient(w, c, x, grad) : none_like(x)};
+          output_mask[1] ? to_dtype(Device::value_gradient(w, c, x, grad), w.of_gradient) : none_like(x)};
 }
 
 template <class Device>

@@ -20,14 +20,12 @@ struct Cpu {
   static Tensor value_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
     Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
     if (grad_values.numel() > 0)
-      with_compute_type(w.dtype, [&]<class T>(T*) {
-        const Tensor from = batch_innermost<T>(to_dtype(x, w.dtype));
-        const Tensor lines = batch_innermost<T>(to_dtype(grad, w.dtype));
-        w.followed(cpu::sparse_value_gradient<T>(c, w.pattern, w.free.numel(), w.values<T>().count,
-                                                 from.const_data_ptr<T>(), lines.const_data_ptr<T>(),
-                                                 grad_values.mutable_data_ptr<T>()));
+      with_types(x, [&]<class T, class S>(T*, S*) {
+        const Tensor from = stored(x, x), lines = stored(grad, x);
+        w.followed(cpu::sparse_value_gradient(c, w.pattern, w.free.numel(), w.values<T>().count, data<S>(from),
+                                              data<S>(lines), grad_values.mutable_data_ptr<T>()));
       });
-    return to_dtype(grad_values, x.scalar_type());
+    return grad_values;
   }
 };
 
