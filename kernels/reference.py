@@ -314,34 +314,34 @@ def dense_weight(
     free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int
 ) -> Tensor:
     """The dense weight (O, columns) of a pattern and its values."""
-    weight = free_values.new_zeros(row_ptr.numel() - 1, columns)
     values = torch.cat([free_values, frozen_values])[slot.long()]
+    weight = values.new_zeros(row_ptr.numel() - 1, columns)
     return weight.index_put((_rows(row_ptr, col.numel()), col.long()), values)
 
 
-def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, count: int) -> Tensor:
-    """Entries of a dense (O, columns) gradient at the free values, in their order. Does not synchronise a GPU."""
-    at = gradient[_rows(row_ptr, col.numel()), col.long()]
-    return torch.empty_like(at).index_put((slot.long(),), at)[:count].clone()
+def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, values: Tensor) -> Tensor:
+    """Entries of a dense (O, columns) gradient at the free values, like these. Does not synchronise a GPU."""
+    at = gradient[_rows(row_ptr, col.numel()), col.long()].to(values.dtype)
+    return torch.empty_like(at).index_put((slot.long(),), at)[: values.numel()].clone()
 
 
 def sparse_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
-    return batch_last(F.linear(x, weight, bias))
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1]).to(x.dtype)
+    return batch_last(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
 
 
 def sparse_linear_backward(
     grad: Tensor, x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1]).to(x.dtype)
     grad_x, effective = _linear_gradients(grad, x, weight, *output_mask)
     return (
         batch_last(grad_x) if output_mask[0] else grad_x,
-        _at_free(effective, row_ptr, col, slot, free_values.numel()) if output_mask[1] else effective,
+        _at_free(effective, row_ptr, col, slot, free_values) if output_mask[1] else effective,
     )
 
 
@@ -351,8 +351,8 @@ def sparse_conv2d(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
-    weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
-    return batch_last(F.conv2d(x, weight, bias, stride, padding, dilation))
+    weight = weight.to(x.dtype).reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
+    return batch_last(F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation))
 
 
 def sparse_conv2d_folded(
@@ -361,11 +361,11 @@ def sparse_conv2d_folded(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
-    weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
+    weight = weight.to(x.dtype).reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     y = F.conv2d(x, weight, None, stride, padding, dilation) * scale[:, None, None] + bias[:, None, None]
     if residual is not None:
         y = y + residual
-    return batch_last(y.relu() if relu else y)
+    return batch_last((y.relu() if relu else y).to(x.dtype))
 
 
 def sparse_conv2d_backward(
@@ -374,11 +374,11 @@ def sparse_conv2d_backward(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
-    weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
+    weight = weight.to(x.dtype).reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
     grad_x, effective = _conv2d_gradients(grad, x, weight, (stride, padding, dilation, 1), *output_mask)
     return (
         batch_last(grad_x) if output_mask[0] else grad_x,
-        _at_free(effective.flatten(1), row_ptr, col, slot, free_values.numel()) if output_mask[1] else effective,
+        _at_free(effective.flatten(1), row_ptr, col, slot, free_values) if output_mask[1] else effective,
     )
 
 

@@ -82,11 +82,12 @@ inline ScalarType stored_dtype(const Tensor& x) {
 // Calls body(T*, S*) for the types in which images like x are computed and stored.
 template <class Body>
 void with_types(const Tensor& x, const Body& body) {
-  constexpr auto none = []<class T>() { return static_cast<T*>(nullptr); };
+  double* const wide = nullptr;
+  float* const single = nullptr;
   switch (stored_dtype(x)) {
-    case ScalarType::Double: return body(none.operator()<double>(), none.operator()<double>());
-    case ScalarType::BFloat16: return body(none.operator()<float>(), none.operator()<BFloat16>());
-    default: return body(none.operator()<float>(), none.operator()<float>());
+    case ScalarType::Double: return body(wide, wide);
+    case ScalarType::BFloat16: return body(single, static_cast<BFloat16*>(nullptr));
+    default: return body(single, single);
   }
 }
 

@@ -138,16 +138,16 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return _autocast_dtype(x) or x.dtype
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The arguments in autocast's dtype, if autocast is on for the device of x; otherwise unchanged."""
+def autocast(x: Tensor, *others: Tensor | None, also: Sequence[torch.dtype] = ()) -> tuple[Any, ...]:
+    """The arguments in autocast's dtype, if it is on for the device of x; otherwise unchanged. `also` dtypes stay."""
     dtype = _autocast_dtype(x)
     if dtype is None:
         return x, *others
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+    return x.to(dtype), *(t if t is None or t.dtype in also else t.to(dtype) for t in others)
 
 
-def same_kind(operator: str, x: Tensor, **others: Tensor | None) -> None:
-    """Refuse an x that is not floating point, and arguments whose device or dtype differs from that of x."""
+def same_kind(operator: str, x: Tensor, *also: torch.dtype, **others: Tensor | None) -> None:
+    """Refuse an x that is not floating point, and arguments of another device or dtype. `also` dtypes are allowed."""
     dtype, device = x.dtype, x.device
     if dtype not in FLOATS:
         raise ValueError(f"{operator}: x must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -156,7 +156,7 @@ def same_kind(operator: str, x: Tensor, **others: Tensor | None) -> None:
             continue
         if t.device != device:
             raise ValueError(f"{operator}: x is on {device} but {name} is on {t.device}")
-        if t.dtype != dtype:
+        if t.dtype != dtype and t.dtype not in also:
             raise ValueError(f"{operator}: x is {dtype} but {name} is {t.dtype}")
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..kernels.layouts import empty_batch_last
 from ..kernels.reference import dense_weight
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
-from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single
+from .library import autocast, define, differentiable, pair, product_dtype, refuse_derivative, same_kind, single
 
 __all__ = [
     "SparsePattern",
@@ -67,11 +67,17 @@ define(
 refuse_derivative("sparse_conv2d_folded", "it is for inference")
 
 
+def _of_sums(x: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of values, scale and bias that the operators take beside the product's dtype."""
+    return (torch.float32,) if x.device.type == "cpu" and product_dtype(x) == torch.bfloat16 else ()
+
+
 def _plain_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return F.linear(x, dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, x.shape[1]), bias)
+    weight = dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, x.shape[1])
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _plain_conv2d(
@@ -80,7 +86,8 @@ def _plain_conv2d(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     columns = x.shape[1] * math.prod(kernel_size)
-    weight = dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, columns)
+    weight = dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, columns).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight.reshape(-1, x.shape[1], *kernel_size), bias, stride, padding, dilation)
 
 
@@ -271,10 +278,11 @@ def sparse_linear(
 
     Args:
         x: (..., I), float32, bfloat16, float16 or float64, of any strides.
-        free_values: (F,), of x's dtype, in the order that `sparse_pattern` describes.
-        frozen_values: (K - F,), of x's dtype, in the same order.
+        free_values: (F,), of x's dtype, in the order that `sparse_pattern` describes. On a CPU they may be float32 if x
+            is bfloat16: autocast does not round them there, and their gradient is float32.
+        frozen_values: (K - F,), of a dtype that free values may have, in the same order.
         pattern: The `sparse_pattern` of a mask (O, I) that keeps K weights.
-        bias: (O,), of x's dtype.
+        bias: (O,), of a dtype that free values may have.
 
     Returns:
         (..., O), stored with the batch innermost. It has no second derivative.
@@ -291,8 +299,9 @@ def sparse_linear(
     in_features = _check_values("sparse_linear", pattern, free_values, frozen_values, ())
     out_features = pattern.row_ptr.numel() - 1
     check_linear("sparse_linear", x, out_features, in_features, bias)
-    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
-    same_kind("sparse_linear", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    also = _of_sums(x)
+    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias, also=also)
+    same_kind("sparse_linear", x, *also, free_values=free_values, frozen_values=frozen_values, bias=bias)
     return in_rows(_linear, x, free_values, frozen_values, *pattern[:-1], bias)
 
 
@@ -327,8 +336,9 @@ def sparse_conv2d(
     channels = _check_values("sparse_conv2d", pattern, free_values, frozen_values, taps)
     geometry = conv_geometry("sparse_conv2d", x, channels, taps, stride, padding, dilation)
     check_bias("sparse_conv2d", bias, pattern.row_ptr.numel() - 1)
-    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias)
-    same_kind("sparse_conv2d", x, free_values=free_values, frozen_values=frozen_values, bias=bias)
+    also = _of_sums(x)
+    x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias, also=also)
+    same_kind("sparse_conv2d", x, *also, free_values=free_values, frozen_values=frozen_values, bias=bias)
     return _conv2d(x, free_values, frozen_values, *pattern[:-1], bias, taps, *geometry)
 
 
@@ -361,8 +371,9 @@ def sparse_conv2d_folded(
         frozen_values: As in `sparse_conv2d`.
         pattern: As in `sparse_conv2d`.
         kernel_size: As in `sparse_conv2d`.
-        scale: a, (O,), of x's dtype. For a batch norm in evaluation it is :math:`w / \sqrt{\sigma^2 + \epsilon}`.
-        bias: b, (O,), of x's dtype. For a batch norm it is the norm's bias minus a times its mean.
+        scale: a, (O,), of a dtype that values may have. For a batch norm in evaluation it is
+            :math:`w / \sqrt{\sigma^2 + \epsilon}`.
+        bias: b, (O,), of a dtype that values may have. For a batch norm it is the norm's bias minus a times its mean.
         residual: r, of y's shape.
         relu: Whether the ReLU follows.
         stride: As in `sparse_conv2d`.
@@ -386,10 +397,10 @@ def sparse_conv2d_folded(
     shape = (x.shape[0], out_channels, *conv_shape(x, taps, *geometry))
     if residual is not None and residual.shape != shape:
         raise ValueError(f"sparse_conv2d_folded: residual must have shape {shape}, got {tuple(residual.shape)}")
-    same_kind(
-        "sparse_conv2d_folded", x, free_values=free_values, frozen_values=frozen_values, scale=scale, bias=bias,
-        residual=residual,
-    )  # fmt: skip
+    also = _of_sums(x)
+    of_sums = {"free_values": free_values, "frozen_values": frozen_values, "scale": scale, "bias": bias}
+    same_kind("sparse_conv2d_folded", x, *also, **of_sums)
+    same_kind("sparse_conv2d_folded", x, residual=residual)
     y: Tensor = torch.ops.exssnet.sparse_conv2d_folded(
         x, free_values, frozen_values, *pattern[:-1], scale, bias, residual, relu, taps, *geometry
     )

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import Results, assert_exact, representable, run
+from accuracy import Results, assert_accurate, assert_exact, representable, run
 from cases import DENSITIES, FEW, LARGE, LAYERS, TAILS, Layer, dtypes, layers
-from products import Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
-from refusals import IMAGES, KERNELS, NONE, RAW, VALUES, Calls, M, W, X, guarded, refused
+from products import STRIDES, Calls, Family, LayerFunction, Problem, ProductTests, geometry, opcheck_warning, problem
+from refusals import IMAGES, KERNELS, NONE, RAW, VALUES, M, W, X, guarded, refused
+from refusals import Calls as Sentences
 from torch import Tensor
 from torch.nn import functional as F
 
 from exssnet import ops
+from exssnet.kernels import reference
 from exssnet.ops.geometry import _checked as checked
 
 FUNCTIONS = {
@@ -228,6 +230,96 @@ class TestSparse(ProductTests):
         assert strides[0] == 1
 
 
+FOLDED = ("conv2d-odd-sizes", "conv2d-1x1-lines", "conv2d-batch33", "conv2d-padded-stride", "conv2d-groups")
+
+
+class TestBfloat16:
+    """bfloat16 images with float32 values, as under autocast: sums are float32, and each result is rounded once."""
+
+    @staticmethod
+    def mixed(layer: Layer) -> Problem:
+        """Float32 values that bfloat16 cannot hold, and sums that it cannot hold either, but float32 can."""
+        p = problem(layer, integers=True, density=0.1)
+        weight = torch.randint(257, 512, p.weight.shape) * torch.randn(p.weight.shape).sign()
+        return replace(p, x=p.x.bfloat16() * 3, grad=p.grad.bfloat16() * 3, weight=weight)
+
+    @pytest.mark.parametrize("layout", ["contiguous", "batch-innermost"])
+    @layers(LAYERS + LARGE)
+    def test_results_are_the_rounded_exact_ones(self, layer: Layer, layout: str) -> None:
+        p = self.mixed(layer)
+        got = Sparse().kernel(p, lambda n, t: STRIDES[layout](t) if n in ("x", "grad") else t)
+        exact = Sparse().truth(p)
+        dtypes = {"output": torch.bfloat16, "grad_x": torch.bfloat16, "grad_free_values": torch.float32}
+        assert_exact(got, {n: exact[n].to(dtype) for n, dtype in dtypes.items()})
+
+    @layers(FEW)
+    def test_autocast_does_not_round_values(self, layer: Layer) -> None:
+        p = self.mixed(layer)
+        wide = replace(p, x=p.x.float())
+        with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
+            got = Sparse().kernel(wide)
+        assert_exact({n: t.to(dtype=got[n].dtype) for n, t in Sparse().kernel(p).items()}, got)
+        assert [t.dtype for name, args in calls.made for t in args[:4] if isinstance(t, Tensor)] == [
+            *[torch.bfloat16, torch.float32, torch.float32, torch.int32],
+            *[torch.bfloat16, torch.bfloat16, torch.float32, torch.float32],
+        ]  # fmt: skip
+
+    @layers(FEW)
+    def test_errs_at_most_twice_as_much_as_plain_pytorch_under_autocast(self, layer: Layer) -> None:
+        p, family = problem(layer), Sparse()
+        p.grad = p.grad.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = run(family.plain(p), family.leaves(p), p.grad)
+            got = family.kernel(p)
+        assert_accurate(got, plain, family.truth(p))
+
+    @layers(FEW)
+    def test_reference_gives_the_same_dtypes_and_small_integers(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+        p = replace(p, x=p.x.bfloat16(), grad=p.grad.bfloat16())
+        name, kernel = f"sparse_{layer.kind}", Sparse().kernel(p)
+        arguments = Sparse().raw_backward(p, [True, True])
+        got = dict(zip(("grad_x", "grad_free_values"), getattr(reference, f"{name}_backward")(*arguments), strict=True))
+        got["output"] = getattr(reference, name)(*Sparse().raw(p, Sparse().leaves(p)))
+        assert_exact(got, {n: kernel[n] for n in got})
+
+    @opcheck_warning
+    @layers(FEW)
+    def test_opcheck(self, layer: Layer) -> None:
+        p, family = self.mixed(layer), Sparse()
+        leaves = {n: t.requires_grad_() for n, t in family.leaves(p).items()}
+        torch.library.opcheck(family.operator(p), family.raw(p, leaves))
+        torch.library.opcheck(family.operator(p, "_backward"), family.raw_backward(p, [True, True]))
+
+    @pytest.mark.parametrize("batch", [1, 3, 16, 40, 64])
+    def test_rounds_every_kind_of_float_as_pytorch_does(self, batch: int) -> None:
+        bits = torch.randint(0, 2**16, (1999,)) << 16 | torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001]).repeat(400)[:1999]
+        values = torch.cat([bits.to(torch.int32).view(torch.float32), torch.tensor([torch.nan, -torch.nan, torch.inf])])
+        pattern = ops.sparse_pattern(torch.ones(len(values), 1, dtype=torch.bool))
+        y = ops.sparse_linear(torch.ones(batch, 1, dtype=torch.bfloat16), values, values[:0], pattern)
+        expected = values.bfloat16().expand(batch, -1)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("batch", [1, 3, 16, 40, 64])
+    def test_reads_every_bfloat16(self, batch: int) -> None:
+        bits = torch.arange(2**16).to(torch.int16).repeat(2)[: batch * -(-(2**16) // batch)]
+        x = bits.view(torch.bfloat16).reshape(batch, -1)
+        pattern = ops.sparse_pattern(torch.eye(x.shape[1]) != 0)
+        y = ops.sparse_linear(x, torch.ones(x.shape[1]), torch.empty(0), pattern)
+        torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.name in FOLDED], ids=lambda layer: layer.name)
+    def test_folded_is_rounded_once(self, layer: Layer) -> None:
+        p = self.mixed(layer)
+        scale, bias, past = TestFolded.arguments(p, True)
+        scale, bias = scale.float() * 3, bias.float() + 1 / 2
+        weight = p.weight.where(p.mask, 0).double()
+        exact = F.conv2d(p.x.double(), weight, None, groups=layer.groups, **layer.steps) * scale[:, None, None]
+        exact = (exact + bias[:, None, None] + past).relu()
+        got = TestFolded.folded(p, p.x, scale, bias, past, True)
+        assert_exact({"output": got}, {"output": exact.bfloat16()})
+
+
 @pytest.mark.usefixtures("native")  # ATen's convolution leaves such an output as memory was
 def test_a_layer_without_inputs_gives_zeros() -> None:
     pattern = ops.sparse_pattern(torch.zeros(4, 0, 3, 3, dtype=torch.bool))
@@ -301,7 +393,7 @@ def broken(**changed: Tensor) -> tuple[Tensor, ...]:
     return PATTERN._replace(**changed).tensors
 
 
-SENTENCES: Calls = {
+SENTENCES: Sentences = {
     "sparse_linear: expected x with 5 features in its last dimension, got shape ()": lambda: ops.sparse_linear(
         torch.zeros(()), VALUES, NONE, PATTERN
     ),
@@ -317,6 +409,9 @@ SENTENCES: Calls = {
     "sparse_linear: x is torch.float32 but frozen_values is torch.float64": lambda: ops.sparse_linear(
         X, VALUES, NONE.double(), PATTERN
     ),
+    "sparse_linear: x is torch.float16 but free_values is torch.float32": lambda: ops.sparse_linear(
+        X.half(), VALUES, NONE, PATTERN
+    ),
     "sparse_conv2d: the pattern is of a kernel of 9 taps, got kernel_size (5, 5)": lambda: sparse_conv(5),
     "sparse_conv2d: expected x with 5 channels, got 4": lambda: sparse_conv(pattern_of=torch.zeros(8, 5, 3, 3)),
     "sparse_conv2d: kernel_size must be one or two integers of at least 1, got 0": lambda: sparse_conv(0),
@@ -325,7 +420,7 @@ SENTENCES: Calls = {
 test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
-FOREIGN_MEMORY: Calls = {
+FOREIGN_MEMORY: Sentences = {
     "a column beyond the last": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col + 1), None),
     "a negative column": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col - 1), None),
     "columns that do not ascend": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col.flip(0)), None),

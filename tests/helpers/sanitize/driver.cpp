@@ -48,6 +48,23 @@ int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast
 
 // Memory that ends where its elements end.
 template <class T>
+double number(T x) {
+  return static_cast<double>(x);
+}
+double number(BFloat16 x) { return value(x); }
+
+template <class T>
+T stored(double x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    BFloat16 to;
+    store(x, to);
+    return to;
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+template <class T>
 struct Buffer {
   int64_t size;
   std::unique_ptr<T, decltype(&std::free)> memory;
@@ -55,7 +72,7 @@ struct Buffer {
   explicit Buffer(int64_t n) : size(n), memory(static_cast<T*>(std::malloc(n * sizeof(T))), &std::free) {}
   template <class Make>
   Buffer(int64_t n, const Make& make) : Buffer(n) {
-    for (int64_t i = 0; i < n; ++i) memory.get()[i] = static_cast<T>(make(i));
+    for (int64_t i = 0; i < n; ++i) memory.get()[i] = stored<T>(make(i));
   }
   T* data() const { return memory.get(); }
   T& operator[](int64_t i) const { return memory.get()[i]; }
@@ -69,7 +86,7 @@ Buffer<T> whole(int64_t n) {
 template <class T, class U>
 void expect_equal(const Buffer<T>& got, const std::vector<U>& expected, const std::string& what) {
   for (int64_t i = 0; i < got.size; ++i)
-    if (static_cast<double>(got[i]) != static_cast<double>(expected[i])) fail(what + ", entry " + std::to_string(i));
+    if (number(got[i]) != number(stored<T>(expected[i]))) fail(what + ", entry " + std::to_string(i));
 }
 
 // Sparse products
@@ -137,41 +154,42 @@ struct Sparse {
   }
 };
 
-template <class T>
+template <class T, class S = T>
 void sparse_products(const Layer& layer) {
   const Sparse s(layer);
   const int64_t count = static_cast<int64_t>(s.slot.size()), rows = s.c.out_channels, plane = s.out_size() / rows;
-  const auto x = whole<T>(s.in_size()), grad = whole<T>(s.out_size()), residual = whole<T>(s.out_size());
+  const auto x = whole<S>(s.in_size()), grad = whole<S>(s.out_size()), residual = whole<S>(s.out_size());
   const auto free = whole<T>(s.free_count), frozen = whole<T>(count - s.free_count);
   const auto scale = whole<T>(rows), bias = whole<T>(rows);
   const Buffer<int32_t> ptr(rows + 1, [&](int64_t i) { return s.ptr[i]; });
   const Buffer<int32_t> index(count, [&](int64_t i) { return s.index[i]; }), slot(count, [&](int64_t i) { return s.slot[i]; });
   const Pattern pattern{ptr.data(), index.data(), slot.data(), rows, s.columns(), count};
   const Values<T> values{free.data(), frozen.data(), s.free_count, count};
-  const auto value = [&](int32_t k) { return double(s.slot[k] < s.free_count ? free[s.slot[k]] : frozen[s.slot[k] - s.free_count]); };
+  const auto weight = [&](int32_t k) { return double(s.slot[k] < s.free_count ? free[s.slot[k]] : frozen[s.slot[k] - s.free_count]); };
   const OwnedPattern owned{{s.ptr.begin(), s.ptr.end()}, s.index, s.slot, s.columns()};
   const OwnedPattern transposed = transposed_pattern(owned, s.taps());
 
   std::vector<double> product(s.out_size()), grad_x(s.in_size()), grad_values(s.free_count);
   s.each([&](int32_t k, int64_t from, int64_t to) {
-    product[to] += value(k) * x[from];
-    grad_x[from] += value(k) * grad[to];
-    if (s.slot[k] < s.free_count) grad_values[s.slot[k]] += double(x[from]) * grad[to];
+    product[to] += weight(k) * number(x[from]);
+    grad_x[from] += weight(k) * number(grad[to]);
+    if (s.slot[k] < s.free_count) grad_values[s.slot[k]] += number(x[from]) * number(grad[to]);
   });
   for (int options = 0; options < 8; options += s.out_size() > 1 << 15 ? 7 : 1) {
-    const Epilogue<T> then{options & 1 ? scale.data() : nullptr, options & 1 ? bias.data() : nullptr,
+    const Epilogue<T, S> then{options & 1 ? scale.data() : nullptr, options & 1 ? bias.data() : nullptr,
                            options & 2 ? residual.data() : nullptr, (options & 4) != 0};
     std::vector<double> expected(product);
     for (int64_t i = 0; i < s.out_size(); ++i) {
       if (options & 1) expected[i] = expected[i] * scale[i / plane] + bias[i / plane];
-      if (options & 2) expected[i] += residual[i];
+      if (options & 2) expected[i] += number(residual[i]);
       if (options & 4) expected[i] = std::max(expected[i], 0.0);
     }
-    const Buffer<T> y(s.out_size());
+    const Buffer<S> y(s.out_size());
     if (!sparse_forward(s.c, pattern, values, then, x.data(), y.data())) fail("sparse_forward refused a good pattern");
     expect_equal(y, expected, "sparse_forward");
   }
-  const Buffer<T> to_x(s.in_size()), to_values(s.free_count);
+  const Buffer<S> to_x(s.in_size());
+  const Buffer<T> to_values(s.free_count);
   if (!sparse_input_gradient(s.c, transposed.view(), values, grad.data(), to_x.data())) fail("sparse_input_gradient");
   if (!sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data()))
     fail("sparse_value_gradient");
@@ -181,8 +199,8 @@ void sparse_products(const Layer& layer) {
   if (count < 2) return;
   const auto refused = [&](const Buffer<int32_t>& of, int64_t at, int32_t wrong) {
     const int32_t right = std::exchange(of[at], wrong);
-    const Buffer<T> y(s.out_size());
-    const bool followed = sparse_forward(s.c, pattern, values, {}, x.data(), y.data()) ||
+    const Buffer<S> y(s.out_size());
+    const bool followed = sparse_forward(s.c, pattern, values, Epilogue<T, S>{}, x.data(), y.data()) ||
                           sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data());
     of[at] = right;
     if (followed && s.out_size() > 0) fail("a bad pattern was followed");
@@ -416,6 +434,12 @@ int main(int count, char** arguments) {
     plant(what);
     return 0;
   }
+  for (const Layer& layer : kLayers)
+    if (!large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
+  for (const Layer& layer : kLargeLayers)
+    if (large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
+  for (const int64_t n : {1, 33, 64})
+    if (!large) in_thread([=] { layouts<uint16_t>(n, 3, 2, 40), layouts<uint16_t>(9, n, 5, 1); });
   all_of_type<float>(large);
   all_of_type<double>(large);
   const std::vector<int64_t> sizes = large ? std::vector<int64_t>{300001} : std::vector<int64_t>{0, 1, 4, 7, 8, 9, 65, 1024, 4096, 4097, 17000};
