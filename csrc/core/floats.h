@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 namespace exssnet {
 
@@ -14,6 +15,10 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+
+// The type in which the CPU's kernels compute with numbers of type T.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline float value(float x) { return x; }
 inline double value(double x) { return x; }

@@ -4,6 +4,8 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -16,6 +18,8 @@ namespace {
 
 constexpr int64_t kChunkBytes = 16384;  // part of a row that is summed at a time: half of an L1 cache
 constexpr int64_t kGrain = 1 << 15;     // elements per thread, at least
+// For channels_last images. Their chunks have at least kPixels pixels, so that merging sums costs little.
+constexpr int64_t kLanes = 16, kPixels = 64, kParts = 32;
 
 struct Moments {
   double count, mean, squares;  // squares: the sum of squared deviations from the mean
@@ -27,10 +31,26 @@ struct Sums {
 
 template <class T>
 struct Channel {
+  static constexpr int64_t period = std::numeric_limits<int64_t>::max();  // of a chunk's channels: all are this one
   T mean, scale, shift, offset, slope;
 };
 
+// The numbers of the channels that a chunk of channels_last images has in turn. A period is all channels, so many times
+// that vectors fill it.
+template <class T>
+struct Turns {
+  int64_t period;
+  const T *mean, *scale, *shift, *offset, *slope;
+};
+
 enum class Relu { none, of_x, of_y };  // the tensor that shows where the input of ReLU was positive
+
+// Moments of the union of two sets (Chan, Golub & LeVeque 1979).
+Moments merged(const Moments& a, const Moments& b) {
+  if (b.count == 0) return a;
+  const double count = a.count + b.count, step = b.mean - a.mean;
+  return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
+}
 
 #define EXSSNET_BODY "cpu/batchnorm_body.h"
 #include "cpu/each_isa.h"
@@ -41,34 +61,31 @@ Channel<T> channel_of(const BatchNorm<T>& norm, int64_t c, T mean, T var) {
   return {mean, static_cast<T>(scale), norm.bias ? norm.bias[c] : T(0), 0, 0};
 }
 
-// Moments of the union of two sets (Chan, Golub & LeVeque 1979).
-Moments merged(const Moments& a, const Moments& b) {
-  const double count = a.count + b.count, step = b.mean - a.mean;
-  return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
+// Whether the result may be streamed (see streaming.h): all rows must be aligned to vectors.
+template <class S>
+bool streams(const BatchNorm<Wide<S>>& norm, const S* result) {
+  const int64_t row_bytes = norm.size * sizeof(S);
+  const bool aligned = norm.channels_last || row_bytes % kStreamAlignment == 0;
+  return aligned && is_streamed(result, norm.channels * row_bytes);
 }
 
-// Whether the rows may be streamed (see streaming.h): all of them must be aligned to vectors.
-template <class T>
-bool rows_stream(const BatchNorm<T>& norm, const T* result) {
-  const int64_t row_bytes = norm.size * sizeof(T);
-  return row_bytes % kStreamAlignment == 0 && is_streamed(result, norm.channels * row_bytes);
-}
-
-// For every channel: part = measure(c, at, n) for each chunk of its row, then finish(c, parts), then apply(c, at, n)
-// for each chunk. If one thread processes the whole row, the row stays in its cache. The chunks and the order of the
-// parts do not depend on the number of threads.
-template <class T, class Part, class Measure, class Finish, class Apply>
-void in_two_passes(const BatchNorm<T>& norm, const Measure& measure, const Finish& finish, const Apply& apply) {
-  constexpr int64_t kChunk = kChunkBytes / sizeof(T);
+// For every channel: measure(channel, at, n, part) for each chunk of its row, then finish(c, parts, their number), then
+// apply(channel, at, n) for each chunk. If one thread processes the whole row, the row stays in its cache. The chunks
+// and the order of the parts do not depend on the number of threads.
+template <class S, class Part, class T, class Measure, class Finish, class Apply>
+void by_rows(const BatchNorm<T>& norm, std::vector<Channel<T>>& channels, const Measure& measure, const Finish& finish,
+             const Apply& apply) {
+  constexpr int64_t kChunk = kChunkBytes / sizeof(S);
   const int64_t chunks = (norm.size + kChunk - 1) / kChunk, threads = max_threads();
   const auto length = [&](int64_t chunk) { return std::min(kChunk, norm.size - chunk * kChunk); };
+  const auto start = [&](int64_t c, int64_t chunk) { return c * norm.size + chunk * kChunk; };
   if (threads == 1 || chunks <= 1 || norm.channels >= 4 * threads) {
     parallel_for(norm.channels, kGrain / std::max<int64_t>(norm.size, 1) + 1, [&](int64_t begin, int64_t end) {
       std::vector<Part> parts(chunks);
       for (int64_t c = begin; c < end; ++c) {
-        for (int64_t i = 0; i < chunks; ++i) parts[i] = measure(c, i * kChunk, length(i));
+        for (int64_t i = 0; i < chunks; ++i) measure(channels[c], start(c, i), length(i), &parts[i]);
         finish(c, parts.data(), chunks);
-        for (int64_t i = 0; i < chunks; ++i) apply(c, i * kChunk, length(i));
+        for (int64_t i = 0; i < chunks; ++i) apply(channels[c], start(c, i), length(i));
       }
       finish_streams();
     });
@@ -81,28 +98,74 @@ void in_two_passes(const BatchNorm<T>& norm, const Measure& measure, const Finis
       finish_streams();
     });
   };
-  for_chunks([&](int64_t i, int64_t c, int64_t chunk) { parts[i] = measure(c, chunk * kChunk, length(chunk)); });
+  for_chunks([&](int64_t i, int64_t c, int64_t chunk) {
+    measure(channels[c], start(c, chunk), length(chunk), &parts[i]);
+  });
   for (int64_t c = 0; c < norm.channels; ++c) finish(c, parts.data() + c * chunks, chunks);
-  for_chunks([&](int64_t, int64_t c, int64_t chunk) { apply(c, chunk * kChunk, length(chunk)); });
+  for_chunks([&](int64_t, int64_t c, int64_t chunk) { apply(channels[c], start(c, chunk), length(chunk)); });
 }
 
-template <class T, Relu relu>
-void gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, const T* mean, const T* var,
-               bool training, T* grad_x, T* kept, T* grad_weight, T* grad_bias) {
-  const auto sums = kept ? EXSSNET_PICK(gradient_sums<T, relu, true>) : EXSSNET_PICK(gradient_sums<T, relu, false>);
-  const auto from_grad =
-      training ? EXSSNET_PICK(input_gradient<T, relu, true>) : EXSSNET_PICK(input_gradient<T, relu, false>);
-  const auto from_kept = training ? EXSSNET_PICK(input_gradient<T, Relu::none, true>)
-                                  : EXSSNET_PICK(input_gradient<T, Relu::none, false>);
-  const bool stream = rows_stream(norm, grad_x);
+// The same for channels_last images: measure(turns, at, n, part) adds to one part for each number of the period, for
+// consecutive chunks.
+template <class S, class Part, class T, class Measure, class Finish, class Apply>
+void by_turns(const BatchNorm<T>& norm, std::vector<Channel<T>>& channels, const Measure& measure, const Finish& finish,
+              const Apply& apply) {
+  const int64_t count = norm.channels, total = count * norm.size, period = std::lcm(count, kLanes);
+  const int64_t least = std::max<int64_t>(kPixels * count, kChunkBytes / sizeof(S));
+  const int64_t kChunk = std::max<int64_t>((least + period - 1) / std::max<int64_t>(period, 1), 1) * period;
+  const int64_t chunks = total ? (total + kChunk - 1) / kChunk : 0, splits = std::min(chunks, kParts);
+  const auto length = [&](int64_t chunk) { return std::min(kChunk, total - chunk * kChunk); };
+  std::vector<T> numbers(5 * period);
+  T* const to = numbers.data();
+  const Turns<T> turns{period, to, to + period, to + 2 * period, to + 3 * period, to + 4 * period};
+  const auto spread = [&] {
+    for (int64_t i = 0; i < period; ++i) {
+      const Channel<T>& c = channels[i % count];
+      const T values[] = {c.mean, c.scale, c.shift, c.offset, c.slope};
+      for (int64_t k = 0; k < 5; ++k) to[k * period + i] = values[k];
+    }
+  };
+  spread();
+  std::vector<Part> parts(splits * period);
+  parallel_for(splits, kGrain * splits / std::max<int64_t>(total, 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t split = begin; split < end; ++split)
+      for (int64_t i = split * chunks / splits; i < (split + 1) * chunks / splits; ++i)
+        measure(turns, i * kChunk, length(i), parts.data() + split * period);
+    finish_streams();
+  });
+  std::vector<Part> own;
+  for (int64_t c = 0; c < count; ++c) {
+    own.clear();
+    for (size_t i = c; i < parts.size(); i += count) own.push_back(parts[i]);
+    finish(c, own.data(), static_cast<int64_t>(own.size()));
+  }
+  spread();
+  parallel_for(chunks, kGrain / std::max<int64_t>(kChunk, 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) apply(turns, i * kChunk, length(i));
+    finish_streams();
+  });
+}
+
+template <class S, class Part, class T, class... Passes>
+void in_two_passes(const BatchNorm<T>& norm, std::vector<Channel<T>>& channels, const Passes&... passes) {
+  if (norm.channels_last) by_turns<S, Part>(norm, channels, passes...);
+  else by_rows<S, Part>(norm, channels, passes...);
+}
+
+template <class S, Relu relu>
+void gradients(const BatchNorm<Wide<S>>& norm, const S* grad, const S* x, const S* y, const Wide<S>* mean,
+               const Wide<S>* var, bool training, S* grad_x, S* kept, Wide<S>* grad_weight, Wide<S>* grad_bias) {
+  using T = Wide<S>;
+  const bool stream = streams(norm, grad_x);
   const bool need_sums = training || kept || grad_weight || grad_bias;
   std::vector<Channel<T>> channels(norm.channels);
   for (int64_t c = 0; c < norm.channels; ++c) channels[c] = channel_of(norm, c, mean[c], var[c]);
-  in_two_passes<T, Sums>(
-      norm,
-      [&](int64_t c, int64_t at, int64_t n) {
-        const int64_t i = c * norm.size + at;
-        return need_sums ? sums(grad + i, x + i, y ? y + i : y, n, channels[c], kept ? kept + i : kept) : Sums{};
+  in_two_passes<S, Sums>(
+      norm, channels,
+      [&]<class Of>(const Of& of, int64_t i, int64_t n, Sums* to) {
+        const auto sums =
+            kept ? EXSSNET_PICK(gradient_sums<S, relu, true, Of>) : EXSSNET_PICK(gradient_sums<S, relu, false, Of>);
+        if (need_sums) sums(grad + i, x + i, y ? y + i : y, n, of, kept ? kept + i : kept, to);
       },
       [&](int64_t c, const Sums* parts, int64_t count) {
         Sums sum{};
@@ -113,38 +176,45 @@ void gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, 
         channels[c].offset = static_cast<T>(sum.grad / norm.size);
         channels[c].slope = static_cast<T>(sum.product * precision / norm.size);
       },
-      [&](int64_t c, int64_t at, int64_t n) {
-        const int64_t i = c * norm.size + at;
-        if (grad_x && kept) from_kept(kept + i, x + i, nullptr, n, channels[c], stream, grad_x + i);
-        else if (grad_x) from_grad(grad + i, x + i, y ? y + i : y, n, channels[c], stream, grad_x + i);
+      [&]<class Of>(const Of& of, int64_t i, int64_t n) {
+        const auto from_grad = training ? EXSSNET_PICK(input_gradient<S, relu, true, Of>)
+                                        : EXSSNET_PICK(input_gradient<S, relu, false, Of>);
+        const auto from_kept = training ? EXSSNET_PICK(input_gradient<S, Relu::none, true, Of>)
+                                        : EXSSNET_PICK(input_gradient<S, Relu::none, false, Of>);
+        if (grad_x && kept) from_kept(kept + i, x + i, nullptr, n, of, stream, grad_x + i);
+        else if (grad_x) from_grad(grad + i, x + i, y ? y + i : y, n, of, stream, grad_x + i);
       });
 }
 
 }  // namespace
 
-template <class T>
-void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool given, T* mean, T* var, T* y) {
-  const auto measure = EXSSNET_PICK(moments<T>);
-  const auto added = norm.relu ? EXSSNET_PICK(normalise<T, true, true>) : EXSSNET_PICK(normalise<T, true, false>);
-  const auto alone = norm.relu ? EXSSNET_PICK(normalise<T, false, true>) : EXSSNET_PICK(normalise<T, false, false>);
-  const bool stream = rows_stream(norm, y);
+template <class S>
+void batch_norm(const BatchNorm<Wide<S>>& norm, const S* x, const S* residual, bool given, Wide<S>* mean, Wide<S>* var,
+                S* y) {
+  using T = Wide<S>;
+  const bool stream = streams(norm, y);
   std::vector<Channel<T>> channels(norm.channels);
-  in_two_passes<T, Moments>(
-      norm,
-      [&](int64_t c, int64_t at, int64_t n) { return given ? Moments{} : measure(x + c * norm.size + at, n); },
+  in_two_passes<S, Moments>(
+      norm, channels,
+      [&]<class Of>(const Of& of, int64_t i, int64_t n, Moments* to) {
+        if (!given) EXSSNET_PICK(moments<S, Of>)(x + i, n, of, to);
+      },
       [&](int64_t c, const Moments* parts, int64_t count) {
         if (!given) {
-          Moments row = count ? parts[0] : Moments{};
-          for (int64_t i = 1; i < count; ++i) row = merged(row, parts[i]);
-          mean[c] = static_cast<T>(count ? row.mean : NAN);
-          var[c] = static_cast<T>(row.squares / norm.size);
+          Moments all = count ? parts[0] : Moments{};
+          for (int64_t i = 1; i < count; ++i) all = merged(all, parts[i]);
+          mean[c] = static_cast<T>(count ? all.mean : NAN);
+          var[c] = static_cast<T>(all.squares / norm.size);
         }
         channels[c] = channel_of(norm, c, mean[c], var[c]);
       },
-      [&](int64_t c, int64_t at, int64_t n) {
-        const int64_t i = c * norm.size + at;
-        if (residual) added(x + i, residual + i, n, channels[c], stream, y + i);
-        else alone(x + i, nullptr, n, channels[c], stream, y + i);
+      [&]<class Of>(const Of& of, int64_t i, int64_t n) {
+        const auto added = norm.relu ? EXSSNET_PICK(normalise<S, true, true, Of>)
+                                     : EXSSNET_PICK(normalise<S, true, false, Of>);
+        const auto alone = norm.relu ? EXSSNET_PICK(normalise<S, false, true, Of>)
+                                     : EXSSNET_PICK(normalise<S, false, false, Of>);
+        if (residual) added(x + i, residual + i, n, of, stream, y + i);
+        else alone(x + i, nullptr, n, of, stream, y + i);
       });
 }
 
@@ -163,17 +233,19 @@ void update_running(int64_t channels, int64_t size, const T* mean, const T* var,
   }
 }
 
-template <class T>
-void batch_norm_gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, const T* mean, const T* var,
-                          bool training, T* grad_x, T* grad_residual, T* grad_weight, T* grad_bias) {
-  const auto run = !norm.relu ? gradients<T, Relu::none> : y ? gradients<T, Relu::of_y> : gradients<T, Relu::of_x>;
+template <class S>
+void batch_norm_gradients(const BatchNorm<Wide<S>>& norm, const S* grad, const S* x, const S* y, const Wide<S>* mean,
+                          const Wide<S>* var, bool training, S* grad_x, S* grad_residual, Wide<S>* grad_weight,
+                          Wide<S>* grad_bias) {
+  const auto run = !norm.relu ? gradients<S, Relu::none> : y ? gradients<S, Relu::of_y> : gradients<S, Relu::of_x>;
   run(norm, grad, x, y, mean, var, training, grad_x, grad_residual, grad_weight, grad_bias);
 }
 
-#define EXSSNET_INSTANTIATE(T)                                                                                        \
-  template void batch_norm(const BatchNorm<T>&, const T*, const T*, bool, T*, T*, T*);                                \
-  template void batch_norm_gradients(const BatchNorm<T>&, const T*, const T*, const T*, const T*, const T*, bool, T*, \
-                                     T*, T*, T*);
+#define EXSSNET_INSTANTIATE(S)                                                                                         \
+  template void batch_norm(const BatchNorm<Wide<S>>&, const S*, const S*, bool, Wide<S>*, Wide<S>*, S*);               \
+  template void batch_norm_gradients(const BatchNorm<Wide<S>>&, const S*, const S*, const S*, const Wide<S>*,          \
+                                     const Wide<S>*, bool, S*, S*, Wide<S>*, Wide<S>*);
+EXSSNET_INSTANTIATE(BFloat16)
 EXSSNET_INSTANTIATE(float)
 EXSSNET_INSTANTIATE(double)
 template void update_running(int64_t, int64_t, const float*, const float*, double, float*, float*);

@@ -3,20 +3,25 @@
 
 #include <cstdint>
 
+#include "core/floats.h"
+
 namespace exssnet::cpu {
 
-// y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual). A channel is one row of x.
+// y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual). Images are stored as S (float, double, BFloat16).
+// T, the type of all else, is Wide<S>.
 template <class T>
 struct BatchNorm {
-  int64_t channels, size;  // x has a contiguous row of `size` elements for each channel
+  int64_t channels, size;  // x has `size` elements of each channel
   const T *weight, *bias;  // (channels); null stands for 1 and 0
   double eps;
   bool relu;
+  bool channels_last;  // images are (size, channels); otherwise (channels, size)
 };
 
 // mean and var (channels) are read if `given`, else computed from x. var is the biased variance. residual may be null.
-template <class T>
-void batch_norm(const BatchNorm<T>& norm, const T* x, const T* residual, bool given, T* mean, T* var, T* y);
+template <class S>
+void batch_norm(const BatchNorm<Wide<S>>& norm, const S* x, const S* residual, bool given, Wide<S>* mean, Wide<S>* var,
+                S* y);
 
 // A step of the running statistics (channels) towards those of a batch, with its unbiased variance. Its bits are those
 // of torch.lerp with vectors.
@@ -26,8 +31,9 @@ void update_running(int64_t channels, int64_t size, const T* mean, const T* var,
 
 // Gradients of x, residual, weight and bias. Outputs that are not needed are null. y is the output if there is a
 // residual and ReLU, else null. training: mean and var were computed from x.
-template <class T>
-void batch_norm_gradients(const BatchNorm<T>& norm, const T* grad, const T* x, const T* y, const T* mean, const T* var,
-                          bool training, T* grad_x, T* grad_residual, T* grad_weight, T* grad_bias);
+template <class S>
+void batch_norm_gradients(const BatchNorm<Wide<S>>& norm, const S* grad, const S* x, const S* y, const Wide<S>* mean,
+                          const Wide<S>* var, bool training, S* grad_x, S* grad_residual, Wide<S>* grad_weight,
+                          Wide<S>* grad_bias);
 
 }  // namespace exssnet::cpu

@@ -1,33 +1,60 @@
-// The inner loops of cpu/batchnorm.cpp over one chunk of a channel (see dispatch.h).
+// The inner loops of cpu/batchnorm.cpp over one chunk of the images (see dispatch.h). The chunk has elements of one
+// channel, or of all channels in turn; Of is Channel or Turns.
 
-// Calls step.template operator()<partial>(at, count) for vectors that cover [0, n). Only the last may be partial.
-template <class T, class Step>
-void in_vectors(int64_t n, const Step& step) {
-  constexpr int64_t lanes = Vector<T>::lanes;
-  int64_t at = 0;
+// The numbers of the channels of one vector, like Channel.
+template <class S>
+struct Lanes {
+  typename Vector<Wide<S>>::type mean, scale, shift, offset, slope;
+};
+
+template <class S, class T>
+const Channel<T>& numbers(const Channel<T>& of, int64_t) {
+  return of;
+}
+
+template <class S, class T>
+Lanes<S> numbers(const Turns<T>& of, int64_t at) {
+  const auto of_channels = [&](const T* from) { return Vector<T>::load(from + at); };
+  return {of_channels(of.mean), of_channels(of.scale), of_channels(of.shift), of_channels(of.offset),
+          of_channels(of.slope)};
+}
+
+// Calls step.template operator()<partial>(at, count, numbers) for vectors that cover [0, n). Only the last may be
+// partial.
+template <class S, class Of, class Step>
+void in_vectors(int64_t n, const Of& of, const Step& step) {
+  constexpr int64_t lanes = Vector<Wide<S>>::lanes;
+  const Of copy = of;
+  for (int64_t start = 0; start < n; start += copy.period) {
+    const int64_t length = std::min(copy.period, n - start);
+    int64_t at = 0;
 #pragma GCC unroll 4
-  for (; at + lanes <= n; at += lanes) step.template operator()<false>(at, lanes);
-  if (at < n) step.template operator()<true>(at, n - at);
+    for (; at + lanes <= length; at += lanes)
+      step.template operator()<false>(start + at, lanes, numbers<S>(copy, at));
+    if (at < length) step.template operator()<true>(start + at, length - at, numbers<S>(copy, at));
+  }
 }
 
-// Loads a vector. Lanes beyond `count` of a partial vector are set to `fill`.
-template <bool partial, class T>
-typename Vector<T>::type load(const T* from, int64_t count, T fill) {
-  typename Vector<T>::type v = typename Vector<T>::type{} + fill;
-  std::memcpy(&v, from, partial ? count * sizeof(T) : sizeof v);
-  return v;
-}
-
-template <bool partial, class T>
-void store(const typename Vector<T>::type& v, T* to, int64_t count) {
-  std::memcpy(to, &v, partial ? count * sizeof(T) : sizeof v);
+// Loads a vector. Lanes beyond `count` of a partial vector are set to `fill`, a number or a vector.
+template <bool partial, class S, class Fill>
+typename Vector<Wide<S>>::type load(const S* from, int64_t count, const Fill& fill) {
+  if constexpr (!partial) {
+    return Vector<Wide<S>>::load(from);
+  } else {
+    typename Vector<Wide<S>>::type v = typename Vector<Wide<S>>::type{} + fill;
+    for (int64_t i = 0; i < count; ++i) v[i] = value(from[i]);
+    return v;
+  }
 }
 
 // Stores a vector; with `stream` it bypasses the caches.
-template <bool partial, class T>
-void write(const typename Vector<T>::type& v, T* to, int64_t count, bool stream) {
-  if (!partial && stream) Vector<T>::stream(v, to);
-  else store<partial>(v, to, count);
+template <bool partial, class S>
+void write(const typename Vector<Wide<S>>::type& v, S* to, int64_t count, bool stream) {
+  if constexpr (partial) {
+    for (int64_t i = 0; i < count; ++i) store(v[i], to[i]);
+  } else {
+    stream ? Vector<Wide<S>>::stream(v, to) : Vector<Wide<S>>::store(v, to);
+  }
 }
 
 // Sum in float64 of vectors that are added one at a time.
@@ -53,25 +80,26 @@ struct Sum {
   }
 };
 
-// `count` sums over [0, n). step.template operator()<partial>(at, size, sums) adds the terms of one vector. Every few
-// vectors the sums are added to float64 sums, so that rounding errors stay near those of the terms.
-template <class T, int count, class Step>
-std::array<double, count> in_sums(int64_t n, const Step& step) {
-  using V = typename Vector<T>::type;
-  constexpr int64_t lanes = Vector<T>::lanes, chains = 2, length = 4;
-  Sum<T> sums[count];
+// `count` sums over [0, n). step.template operator()<partial>(at, size, numbers, sums) adds the terms of one vector.
+// Every few vectors the sums are added to float64 sums, so that rounding errors stay near those of the terms.
+template <class S, int count, class Step>
+std::array<double, count> in_sums(int64_t n, const Channel<Wide<S>>& of, const Step& step) {
+  using V = typename Vector<Wide<S>>::type;
+  constexpr int64_t lanes = Vector<Wide<S>>::lanes, chains = 2, length = 4;
+  const Channel<Wide<S>> c = of;
+  Sum<Wide<S>> sums[count];
   int64_t at = 0;
   for (; at + chains * length * lanes <= n; at += chains * length * lanes) {
     V some[chains][count] = {};
 #pragma GCC unroll 8
     for (int i = 0; i < chains * length; ++i)
-      step.template operator()<false>(at + i * lanes, lanes, some[i % chains]);
+      step.template operator()<false>(at + i * lanes, lanes, c, some[i % chains]);
     for (int k = 0; k < count; ++k) sums[k].add(some[0][k] + some[1][k]);
   }
   for (; at < n; at += lanes) {
     V some[count] = {};
-    if (at + lanes <= n) step.template operator()<false>(at, lanes, some);
-    else step.template operator()<true>(at, n - at, some);
+    if (at + lanes <= n) step.template operator()<false>(at, lanes, c, some);
+    else step.template operator()<true>(at, n - at, c, some);
     for (int k = 0; k < count; ++k) sums[k].add(some[k]);
   }
   std::array<double, count> totals;
@@ -79,34 +107,71 @@ std::array<double, count> in_sums(int64_t n, const Step& step) {
   return totals;
 }
 
-// Mean and sum of squared deviations of a chunk. The chunk is in the L1 cache when the second loop reads it.
-template <class T>
-Moments moments(const T* x, int64_t n) {
-  using V = typename Vector<T>::type;
-  const auto [sum] = in_sums<T, 1>(n, [&]<bool partial>(int64_t at, int64_t size, V* sums) {
+// The same for each number of Turns: `count` times a period of sums. A sum of `length` terms is added to a float64 sum.
+template <class S, int count, class Step>
+std::vector<double> in_sums(int64_t n, const Turns<Wide<S>>& of, const Step& step) {
+  constexpr int64_t lanes = Vector<Wide<S>>::lanes, length = 8;
+  const int64_t period = of.period;
+  std::vector<double> totals(count * period);
+  for (int64_t start = 0; start < n; start += length * period) {
+    const int64_t end = std::min(n, start + length * period);
+    for (int64_t at = 0; at < period; at += lanes) {
+      const auto c = numbers<S>(of, at);
+      typename Vector<Wide<S>>::type some[count] = {};
+      int64_t i = start + at;
+      for (; i + lanes <= end; i += period) step.template operator()<false>(i, lanes, c, some);
+      if (i < end) step.template operator()<true>(i, end - i, c, some);
+      for (int k = 0; k < count; ++k)
+        for (int64_t lane = 0; lane < lanes; ++lane) totals[k * period + at + lane] += some[k][lane];
+    }
+  }
+  return totals;
+}
+
+// Adds the mean and the sum of squared deviations of a chunk to `to`: one, or one for each number of Turns. The chunk
+// is in a cache when the second loop reads it.
+template <class S, class Of>
+void moments(const S* x, int64_t n, const Of& of, Moments* to) {
+  using V = typename Vector<Wide<S>>::type;
+  using T = Wide<S>;
+  const auto sum = in_sums<S, 1>(n, of, [&]<bool partial>(int64_t at, int64_t size, const auto&, V* sums) {
     sums[0] += load<partial>(x + at, size, T(0));
   });
-  const double mean = sum / n;
-  const T centre = static_cast<T>(mean);
-  const auto [squares] = in_sums<T, 1>(n, [&]<bool partial>(int64_t at, int64_t size, V* sums) {
-    const V d = load<partial>(x + at, size, centre) - centre;
+  const auto squared = [&]<bool partial>(int64_t at, int64_t size, const auto& centre, V* sums) {
+    const V d = load<partial>(x + at, size, centre.mean) - centre.mean;
     sums[0] += d * d;
-  });
-  return {double(n), mean, squares - n * (mean - centre) * (mean - centre)};
+  };
+  if constexpr (std::is_same_v<Of, Channel<T>>) {
+    const double mean = sum[0] / n;
+    const Channel<T> centre{static_cast<T>(mean), 0, 0, 0, 0};
+    const auto [squares] = in_sums<S, 1>(n, centre, squared);
+    *to = {double(n), mean, squares - n * (mean - centre.mean) * (mean - centre.mean)};
+  } else {
+    std::vector<T> centres(of.period);
+    const auto count = [&](int64_t lane) { return lane < n ? (n - lane - 1) / of.period + 1 : 0; };
+    for (int64_t i = 0; i < std::min(n, of.period); ++i) centres[i] = static_cast<T>(sum[i] / count(i));
+    Turns<T> centre = of;
+    centre.mean = centres.data();
+    const auto squares = in_sums<S, 1>(n, centre, squared);
+    for (int64_t i = 0; i < std::min(n, of.period); ++i) {
+      const double terms = count(i), mean = sum[i] / terms, step = mean - centres[i];
+      to[i] = merged(to[i], {terms, mean, squares[i] - terms * step * step});
+    }
+  }
 }
 
 // The input of ReLU without a residual. The backward pass computes it again, with the same bits.
-template <class T>
-typename Vector<T>::type normalised(const typename Vector<T>::type& x, const Channel<T>& c) {
+template <class S, class Numbers>
+typename Vector<Wide<S>>::type normalised(const typename Vector<Wide<S>>::type& x, const Numbers& c) {
   return (x - c.mean) * c.scale + c.shift;
 }
 
-template <class T, bool with_residual, bool relu>
-void normalise(const T* x, const T* residual, int64_t n, const Channel<T>& channel, bool stream, T* y) {
-  using V = typename Vector<T>::type;
-  const Channel<T> c = channel;
-  in_vectors<T>(n, [&]<bool partial>(int64_t at, int64_t count) {
-    V v = normalised<T>(load<partial>(x + at, count, T(0)), c);
+template <class S, bool with_residual, bool relu, class Of>
+void normalise(const S* x, const S* residual, int64_t n, const Of& of, bool stream, S* y) {
+  using V = typename Vector<Wide<S>>::type;
+  using T = Wide<S>;
+  in_vectors<S>(n, of, [&]<bool partial>(int64_t at, int64_t count, const auto& c) {
+    V v = normalised<S>(load<partial>(x + at, count, T(0)), c);
     if constexpr (with_residual) v += load<partial>(residual + at, count, T(0));
     if constexpr (relu) v = v <= 0 ? V{} : v;  // NaN stays
     write<partial>(v, y + at, count, stream);
@@ -114,40 +179,41 @@ void normalise(const T* x, const T* residual, int64_t n, const Channel<T>& chann
 }
 
 // The gradient before ReLU.
-template <class T, Relu relu, bool partial>
-typename Vector<T>::type masked(const T* grad, const typename Vector<T>::type& x, const T* y, int64_t at, int64_t count,
-                                const Channel<T>& c) {
-  using V = typename Vector<T>::type;
+template <class S, Relu relu, bool partial, class Numbers>
+typename Vector<Wide<S>>::type masked(const S* grad, const typename Vector<Wide<S>>::type& x, const S* y, int64_t at,
+                                      int64_t count, const Numbers& c) {
+  using V = typename Vector<Wide<S>>::type;
+  using T = Wide<S>;
   const V g = load<partial>(grad + at, count, T(0));
-  if constexpr (relu == Relu::of_x) return normalised<T>(x, c) <= 0 ? V{} : g;
+  if constexpr (relu == Relu::of_x) return normalised<S>(x, c) <= 0 ? V{} : g;
   if constexpr (relu == Relu::of_y) return load<partial>(y + at, count, T(0)) <= 0 ? V{} : g;
   return g;
 }
 
-// The sums of grad and of grad * (x - mean). With `keep`, the gradient before ReLU is written to `kept`.
-template <class T, Relu relu, bool keep>
-Sums gradient_sums(const T* grad, const T* x, const T* y, int64_t n, const Channel<T>& channel, T* kept) {
-  using V = typename Vector<T>::type;
-  const Channel<T> c = channel;
-  const auto [sum, product] = in_sums<T, 2>(n, [&]<bool partial>(int64_t at, int64_t size, V* sums) {
-    const V v = load<partial>(x + at, size, c.mean), g = masked<T, relu, partial>(grad, v, y, at, size, c);
+// Adds the sums of grad and of grad * (x - mean) to `to`, as `moments` does. With `keep`, the gradient before ReLU is
+// written to `kept`.
+template <class S, Relu relu, bool keep, class Of>
+void gradient_sums(const S* grad, const S* x, const S* y, int64_t n, const Of& of, S* kept, Sums* to) {
+  using V = typename Vector<Wide<S>>::type;
+  const auto sum = in_sums<S, 2>(n, of, [&]<bool partial>(int64_t at, int64_t size, const auto& c, V* sums) {
+    const V v = load<partial>(x + at, size, c.mean), g = masked<S, relu, partial>(grad, v, y, at, size, c);
     sums[0] += g;
     sums[1] += g * (v - c.mean);
-    if constexpr (keep) store<partial>(g, kept + at, size);
+    if constexpr (keep) write<partial>(g, kept + at, size, false);
   });
-  return {sum, product};
+  if constexpr (std::is_same_v<Of, Channel<Wide<S>>>) *to = {sum[0], sum[1]};
+  else
+    for (int64_t i = 0; i < of.period; ++i) to[i] = {to[i].grad + sum[i], to[i].product + sum[of.period + i]};
 }
 
 // scale * (grad - offset - slope * (x - mean)); without `training`, scale * grad.
-template <class T, Relu relu, bool training>
-void input_gradient(const T* grad, const T* x, const T* y, int64_t n, const Channel<T>& channel, bool stream,
-                    T* grad_x) {
-  using V = typename Vector<T>::type;
-  const Channel<T> c = channel;
-  in_vectors<T>(n, [&]<bool partial>(int64_t at, int64_t count) {
+template <class S, Relu relu, bool training, class Of>
+void input_gradient(const S* grad, const S* x, const S* y, int64_t n, const Of& of, bool stream, S* grad_x) {
+  using V = typename Vector<Wide<S>>::type;
+  in_vectors<S>(n, of, [&]<bool partial>(int64_t at, int64_t count, const auto& c) {
     V v = {};
     if constexpr (training || relu == Relu::of_x) v = load<partial>(x + at, count, c.mean);
-    V g = masked<T, relu, partial>(grad, v, y, at, count, c);
+    V g = masked<S, relu, partial>(grad, v, y, at, count, c);
     if constexpr (training) g = g - c.offset - c.slope * (v - c.mean);
     write<partial>(g * c.scale, grad_x + at, count, stream);
   });

@@ -18,19 +18,19 @@ static void transpose_square(const T* from, int64_t from_step, T* to, int64_t to
   constexpr int count = Vector<T>::lanes;
   constexpr auto lanes = std::make_integer_sequence<int, count>();
   V v[count], next[count];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < count; ++i) v[i] = Vector<T>::load(from + i * from_step);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int step = 1; step < count; step *= 2) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < count / 2; ++i) {
       next[2 * i] = by_turns<0>(v[i], v[i + count / 2], lanes);
       next[2 * i + 1] = by_turns<1>(v[i], v[i + count / 2], lanes);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < count; ++i) v[i] = next[i];
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < count; ++i) Vector<T>::store(v[i], to + i * to_step);
 }
 

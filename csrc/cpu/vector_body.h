@@ -11,15 +11,9 @@ struct Vector {
   static type load(const T* from) { return *reinterpret_cast<const type*>(from); }
   static void store(type v, T* to) { *reinterpret_cast<type*>(to) = v; }
 
-  // See cpu/streaming.h. `to` must be aligned to the size of a register.
-  static void stream(type v, T* to) {
-#if EXSSNET_X86
-    if constexpr (kVectorBytes == 16) asm("movntps %1, %0" : "=m"(*reinterpret_cast<type*>(to)) : "x"(v));
-    else asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<type*>(to)) : "v"(v));
-#else
-    store(v, to);
-#endif
-  }
+  // See cpu/streaming.h. `to` must be aligned to the size of what is stored.
+  static void stream(type v, T* to) { store_past_caches(v, to); }
+  static void stream(type v, BFloat16* to) { store_past_caches(halves(v), to); }
 
   static type load(const BFloat16* from) {
     const Halves halves = *reinterpret_cast<const Halves*>(from);
@@ -38,7 +32,7 @@ struct Vector {
     return v != v ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
   }
 
-  static void store(type v, BFloat16* to) {
+  static Halves halves(type v) {
     const Words words = rounded(v) >> 16;
     Halves halves;
 #if EXSSNET_X86
@@ -46,8 +40,9 @@ struct Vector {
     else
 #endif
       halves = __builtin_convertvector(words, Halves);
-    *reinterpret_cast<Halves*>(to) = halves;
+    return halves;
   }
+  static void store(type v, BFloat16* to) { *reinterpret_cast<Halves*>(to) = halves(v); }
 
   // The first `count` lanes. The others are zeros.
   template <class S>
@@ -82,5 +77,16 @@ struct Vector {
       else if (b % 2)
         *reinterpret_cast<Words*>(to + (b - 1) * lanes) = rounded(v[b - 1]) >> 16 | (rounded(v[b]) & 0xffff0000u);
     }
+  }
+
+ private:
+  template <class V>
+  static void store_past_caches(const V& v, void* to) {
+#if EXSSNET_X86
+    if constexpr (kVectorBytes > 16) asm("vmovntps %1, %0" : "=m"(*static_cast<V*>(to)) : "v"(v));
+    else if constexpr (sizeof v == 16) asm("movntps %1, %0" : "=m"(*static_cast<V*>(to)) : "x"(v));
+    else
+#endif
+      std::memcpy(to, &v, sizeof v);
   }
 };

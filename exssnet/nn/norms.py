@@ -19,17 +19,21 @@ def _has_kernel(x: Tensor) -> bool:
     """Whether the kernels of `batch_norm_act` take x (N, C, ...) as it is, with more than one value per channel."""
     if batch_innermost(x) and x.dtype in (torch.float32, torch.float64):
         return True
-    if x.device.type not in ("cuda", "meta") or x.dim() < 2 or x.numel() <= x.shape[1]:
+    on_cpu = x.device.type == "cpu"
+    if not (on_cpu or x.device.type in ("cuda", "meta")) or x.dim() < 2 or x.numel() <= x.shape[1]:
         return False
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and takes_any_layout("cuda")
-    return known and (x.is_contiguous() or is_innermost(x, 1) or is_innermost(x, 0))
+    dtypes = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
+    if x.dtype not in dtypes or not takes_any_layout("cpu" if on_cpu else "cuda"):
+        return False
+    return not on_cpu if x.is_contiguous() else is_innermost(x, 1) or is_innermost(x, 0)
 
 
 class TaskBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Base of both batch norms: ``norm(x, residual, relu=True)`` is ``relu(norm(x) + residual)``.
 
     This is one operation with a step of the running statistics, see `batch_norm_act`, where a kernel takes x: on a CPU
-    for a batch stored innermost in float32 or float64, on a GPU for every layout in float32, bfloat16 or float16.
+    for a batch stored innermost in float32, float64 or bfloat16 and for channels_last in float32 or bfloat16, on a GPU
+    for every layout in float32, bfloat16 or float16.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = False,

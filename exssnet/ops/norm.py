@@ -110,8 +110,11 @@ def _served_by(device: str) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def takes_any_layout(device: str) -> bool:
-    """Whether a device's kernels take all layouts and half precision without copies, as Triton's do."""
-    return _served_by(device).startswith("kernels/triton")
+    """Whether a device's kernels take half precision and more layouts than the batch innermost without copies.
+
+    Triton's take every layout, those of the CPU channels_last.
+    """
+    return _served_by(device).startswith(("kernels/triton", "csrc/"))
 
 
 bind_gradient("batch_norm_act", _Boundary)
@@ -127,8 +130,8 @@ def batch_norm_act(
     :math:`y = \max(0, (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot w + b + r)`, computed in float64 if x is float64,
     else in float32. y, and the gradients of x and of the residual, have x's memory layout if x is contiguous,
     channels_last, or stored with the batch innermost, in the order (C, ..., N). For other strides they have the batch
-    innermost. On a CPU, only float32 and float64 with the batch innermost are not copied first. Source: Ioffe and
-    Szegedy 2015, algorithm 1.
+    innermost. On a CPU, float16 and images that are neither channels_last nor stored with the batch innermost are copied
+    first. Source: Ioffe and Szegedy 2015, algorithm 1.
 
     Args:
         x: (N, C, ...), float32, bfloat16, float16 or float64, of any strides.

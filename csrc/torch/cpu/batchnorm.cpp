@@ -20,13 +20,6 @@ Tensor copied(const Tensor& t, Tensor to) {
   return to;
 }
 
-// t in the dtype of all arithmetic, each channel one contiguous row: t itself if it is stored so.
-Tensor as_rows(const Tensor& t, const Tensor& x) {
-  check(same_shape(t, x) && t.scalar_type() == x.scalar_type() && t.is_cpu(), kWho, "CPU tensors of one shape and dtype");
-  if (stored_innermost(t) && t.scalar_type() == wide(x)) return t;
-  return copied(t, new_batch_last(t, shape_of(t), wide(x)));
-}
-
 // Whether x (N, C, ...) is stored as (N, ..., C). Dimensions of size 1 are ignored.
 bool stored_channels_last(const Tensor& x) {
   int64_t step = x.size(1);
@@ -39,22 +32,50 @@ bool stored_channels_last(const Tensor& x) {
   return true;
 }
 
+// How the kernels read images: with the channels innermost or the batch; in the dtype of x, except for float16.
+struct Storage {
+  Tensor of;
+  bool channels_last;
+  ScalarType dtype;
+
+  explicit Storage(const Tensor& x)
+      : of(x), channels_last(!stored_innermost(x) && stored_channels_last(x)),
+        dtype(x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type()) {}
+
+  bool holds(const Tensor& t) const {
+    return t.scalar_type() == dtype && (channels_last ? stored_channels_last(t) : stored_innermost(t));
+  }
+
+  Tensor fresh() const {
+    if (!channels_last) return new_batch_last(of, shape_of(of), dtype);
+    const Ints strides(of.strides().begin(), of.strides().end());
+    return aten("aten::new_empty_strided", "", of, shape_of(of), strides, std::optional(dtype), std::nullopt,
+                std::nullopt, std::nullopt);
+  }
+
+  // t stored so: t itself, or a copy.
+  Tensor holding(const Tensor& t) const {
+    check(same_shape(t, of) && t.scalar_type() == of.scalar_type() && t.is_cpu(), kWho,
+          "CPU tensors of one shape and dtype");
+    return holds(t) ? t : copied(t, fresh());
+  }
+};
+
 // A new tensor in the layout of x, or with the batch innermost, see `empty_in_layout_of` of the reference.
 Tensor new_in_layout_of(const Tensor& x) {
   if (x.is_contiguous() || stored_channels_last(x)) return torch::stable::empty_like(x);
   return new_batch_last(x, shape_of(x), x.scalar_type());
 }
 
-// A result with x's layout and dtype, and the rows to compute it in, which may be the result itself.
+// A result with x's layout and dtype, and the images to compute it in, which may be the result itself.
 struct Result {
-  Tensor tensor, rows;
+  Tensor tensor, images;
 
-  explicit Result(const Tensor& x) : tensor(new_in_layout_of(x)), rows(tensor) {
-    if (!stored_innermost(tensor) || x.scalar_type() != wide(x)) rows = new_batch_last(x, shape_of(x), wide(x));
-  }
+  explicit Result(const Storage& storage)
+      : tensor(new_in_layout_of(storage.of)), images(storage.holds(tensor) ? tensor : storage.fresh()) {}
 
   Tensor finished() {
-    if (rows.data_ptr() != tensor.data_ptr()) torch::stable::copy_(tensor, rows);
+    if (images.data_ptr() != tensor.data_ptr()) torch::stable::copy_(tensor, images);
     return tensor;
   }
 };
@@ -69,24 +90,32 @@ OptTensor per_channel(const OptTensor& t, const Tensor& x) {
 
 template <class T>
 const T* data(const OptTensor& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 int64_t row_size(const Tensor& x) { return x.numel() / std::max<int64_t>(x.size(1), 1); }
 
 template <class T>
-cpu::BatchNorm<T> batch_norm_of(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
+cpu::BatchNorm<T> batch_norm_of(const Storage& storage, const OptTensor& weight, const OptTensor& bias, double eps,
                                 bool relu) {
-  return {x.size(1), row_size(x), data<T>(weight), data<T>(bias), eps, relu};
+  const Tensor& x = storage.of;
+  return {x.size(1), row_size(x), data<T>(weight), data<T>(bias), eps, relu, storage.channels_last};
 }
 
-// Calls f with a null pointer of the type of all arithmetic.
+// Calls f with a null pointer of the type that images are stored in.
 template <class F>
-auto with_float(const Tensor& x, const F& f) {
+auto with_images(const Tensor& x, const F& f) {
   check(x.dim() >= 2, kWho, "x (N, C, ...)");
-  float_type(x, kWho);
-  if (wide(x) == ScalarType::Double) return f(static_cast<double*>(nullptr));
-  return f(static_cast<float*>(nullptr));
+  switch (float_type(x, kWho)) {
+    case Float::float64: return f(static_cast<double*>(nullptr));
+    case Float::bfloat16: return f(static_cast<BFloat16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
+  }
 }
 
 // A step of the running statistics. They may have any floating-point dtype and stride.
@@ -120,19 +149,21 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& input, const Opt
                                                   const OptTensor& var, const OptTensor& running_mean,
                                                   const OptTensor& running_var, const OptTensor& batches,
                                                   std::optional<double> momentum, double eps, bool relu) {
-  return with_float(input, [&]<class T>(T*) {
-    const Tensor x = as_rows(input, input);
-    const OptTensor r = residual ? OptTensor(as_rows(*residual, input)) : std::nullopt;
+  return with_images(input, [&]<class S>(S*) {
+    using T = Wide<S>;
+    const Storage storage(input);
+    const Tensor x = storage.holding(input);
+    const OptTensor r = residual ? OptTensor(storage.holding(*residual)) : std::nullopt;
     const OptTensor w = per_channel(weight, input), b = per_channel(bias, input);
     check(mean.has_value() == var.has_value(), kWho, "both mean and var, or neither");
     const auto statistic = [&](const OptTensor& given) {
-      const Tensor fresh = torch::stable::new_empty(x, {x.size(1)});
+      const Tensor fresh = torch::stable::new_empty(x, {x.size(1)}, wide(x));
       return given ? copied(*per_channel(given, input), fresh) : fresh;
     };
     Tensor m = statistic(mean), v = statistic(var);
-    Result y(input);
-    cpu::batch_norm(batch_norm_of<T>(x, w, b, eps, relu), x.const_data_ptr<T>(), data<T>(r), mean.has_value(),
-                    m.mutable_data_ptr<T>(), v.mutable_data_ptr<T>(), y.rows.mutable_data_ptr<T>());
+    Result y(storage);
+    cpu::batch_norm(batch_norm_of<T>(storage, w, b, eps, relu), data<S>(x), data<S>(r), mean.has_value(),
+                    mutable_data<T>(m), mutable_data<T>(v), mutable_data<S>(y.images));
     update_running<T>(x, m, v, running_mean, running_var, batches, momentum);
     return std::tuple(y.finished(), m, v);
   });
@@ -142,23 +173,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     const Tensor& grad, const Tensor& input, const OptTensor& output, const OptTensor& weight, const OptTensor& bias,
     const Tensor& mean, const Tensor& var, double eps, bool relu, bool training, const Flags& output_mask) {
   check(output_mask.size() == 4, kWho, "four flags");
-  return with_float(input, [&]<class T>(T*) {
-    const Tensor x = as_rows(input, input), g = as_rows(grad, input);
-    const OptTensor y = output && relu ? OptTensor(as_rows(*output, input)) : std::nullopt;
+  return with_images(input, [&]<class S>(S*) {
+    using T = Wide<S>;
+    const Storage storage(input);
+    const Tensor x = storage.holding(input), g = storage.holding(grad);
+    const OptTensor y = output && relu ? OptTensor(storage.holding(*output)) : std::nullopt;
     const OptTensor w = per_channel(weight, input), b = per_channel(bias, input), m = per_channel(mean, input),
                     v = per_channel(var, input);
     std::vector<Result> shaped;
     Tensor gradients[4];
-    T* to[4] = {};
+    S* of_images[2] = {};
+    T* of_channels[2] = {};
     for (int i = 0; i < 2; ++i)
-      if (output_mask[i]) to[i] = shaped.emplace_back(input).rows.template mutable_data_ptr<T>();
+      if (output_mask[i]) of_images[i] = mutable_data<S>(shaped.emplace_back(storage).images);
     for (int i = 2; i < 4; ++i) {
       if (!output_mask[i]) continue;
-      gradients[i] = torch::stable::new_empty(x, {x.size(1)});
-      to[i] = gradients[i].template mutable_data_ptr<T>();
+      gradients[i] = torch::stable::new_empty(x, {x.size(1)}, wide(x));
+      of_channels[i - 2] = mutable_data<T>(gradients[i]);
     }
-    cpu::batch_norm_gradients(batch_norm_of<T>(x, w, b, eps, relu), g.const_data_ptr<T>(), x.const_data_ptr<T>(),
-                              data<T>(y), data<T>(m), data<T>(v), training, to[0], to[1], to[2], to[3]);
+    cpu::batch_norm_gradients(batch_norm_of<T>(storage, w, b, eps, relu), data<S>(g), data<S>(x), data<S>(y),
+                              data<T>(m), data<T>(v), training, of_images[0], of_images[1], of_channels[0],
+                              of_channels[1]);
     for (int i = 0, next = 0; i < 4; ++i) {
       if (!output_mask[i]) gradients[i] = none_like(input);
       else if (i < 2) gradients[i] = shaped[next++].finished();
