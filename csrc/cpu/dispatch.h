@@ -7,6 +7,8 @@
 // because a callee does not inherit the set, or code of the baseline set.
 #pragma once
 
+#include <cstring>
+
 #include "core/floats.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -101,9 +101,11 @@ class _AvgPool2d(_PoolInPlace, nn.AvgPool2d):
 
 class _AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     def forward(self, x: Tensor) -> Tensor:
-        if self.output_size in (1, (1, 1)):  # a mean is much faster in both layouts
-            return x.mean((-2, -1), keepdim=True)
-        return super().forward(x)
+        if self.output_size not in (1, (1, 1)):
+            return super().forward(x)
+        if x.dim() == 4 and batch_innermost(x):  # the gradient is stored so too
+            return x.permute(1, 2, 3, 0).mean((1, 2), keepdim=True).permute(3, 0, 1, 2)
+        return x.mean((-2, -1), keepdim=True)  # a mean is much faster in both layouts
 
 
 SWAPPED: Mapping[type[nn.Module], type[nn.Module]] = {

@@ -130,8 +130,8 @@ def batch_norm_act(
     :math:`y = \max(0, (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot w + b + r)`, computed in float64 if x is float64,
     else in float32. y, and the gradients of x and of the residual, have x's memory layout if x is contiguous,
     channels_last, or stored with the batch innermost, in the order (C, ..., N). For other strides they have the batch
-    innermost. On a CPU, float16 and images that are neither channels_last nor stored with the batch innermost are copied
-    first. Source: Ioffe and Szegedy 2015, algorithm 1.
+    innermost. On a CPU, x is copied first if it is float16, or neither channels_last nor stored with the batch
+    innermost. Source: Ioffe and Szegedy 2015, algorithm 1.
 
     Args:
         x: (N, C, ...), float32, bfloat16, float16 or float64, of any strides.

@@ -190,9 +190,37 @@ def test_inference_of_a_fixed_mask_folds_the_norms(name: str) -> None:
     assert calls_of_folded(model, x) == FOLDED[name]
     with torch.no_grad():
         assert torch.allclose(model(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls_of_folded(model, x) == FOLDED[name]
     hook_all(model)
     assert calls_of_folded(model, x) == 0
     assert calls_of_folded(model.train(), x) == 0
+
+
+def copied_images(profile: torch.autograd.profiler.profile) -> list[list[int]]:
+    """Shapes of the images that PyTorch converted, copied or normalised, also within operators of ours."""
+    names = ("aten::_to_copy", "aten::copy_", "aten::native_batch_norm", "aten::native_batch_norm_backward")
+    shapes = [e.input_shapes[0] for e in profile.function_events if e.name in names]
+    return [shape for shape in shapes if len(shape) == 4]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("cast", ["autocast", "model"])
+def test_no_activation_is_converted_in_bfloat16(cast: str, training: bool) -> None:
+    """Under autocast the input is, once."""
+    phases = converted("ours")
+    phases.start_weight_phase()
+    model, x = phases.model.train(training), torch.randn(6, 3, 8, 8)
+    if cast == "model":
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autograd.profiler.profile(record_shapes=True) as profile, torch.set_grad_enabled(training):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+            logits = model(x)
+        if training:
+            F.cross_entropy(logits.float(), torch.arange(6) % 5).backward()
+    assert logits.dtype == torch.bfloat16
+    assert copied_images(profile) == ([[6, 3, 8, 8]] * 2 if cast == "autocast" else [])
 
 
 def folding_pair(products: Products, dtype: torch.dtype = torch.float32) -> tuple[SupermaskConv2d, TaskBatchNorm2d]:

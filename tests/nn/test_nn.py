@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torchvision
+from accuracy import assert_accurate
 from networks import SmallNet, images, small_net
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -291,7 +292,7 @@ ON_A_GPU = itertools.product(
 
 @pytest.mark.parametrize(
     ("where", "dtype", "order"),
-    [("cpu", torch.float32, "innermost")]
+    [*itertools.product(("cpu",), (torch.float32, torch.bfloat16), ("channels_last", "innermost"))]
     + [pytest.param(*case, marks=[pytest.mark.gpu] if case[0] == "cuda" else []) for case in ON_A_GPU],
     ids=str,
 )
@@ -354,6 +355,21 @@ def test_pools_are_the_same_in_both_layouts(pool: nn.Module) -> None:
     swapped.__class__ = exnn.swaps()[type(pool)]
     x = torch.randn(5, 3, 8, 9, dtype=torch.float64)
     assert torch.allclose(swapped(_batch_innermost(x)), pool(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)])
+def test_pools_keep_the_batch_innermost_and_the_dtype(pool: nn.Module, dtype: torch.dtype) -> None:
+    swapped = copy.deepcopy(pool)
+    swapped.__class__ = exnn.swaps()[type(pool)]
+    x = _batch_innermost(torch.randn(6, 4, 8, 8, dtype=dtype)).requires_grad_()
+    with Counted() as counted:
+        y = swapped(x)
+        (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert [name for name in counted.made if "copy" in name or "clone" in name] == []
+    assert [(t.dtype, t.movedim(0, -1).is_contiguous()) for t in (y, grad_x)] == [(dtype, True)] * 2
+    truth = pool(x.detach().double())
+    assert_accurate({"y": y.detach()}, {"y": pool(x.detach().contiguous())}, {"y": truth})
 
 
 def test_er_allocation_keeps_the_whole_density_and_caps_at_one() -> None:

@@ -145,6 +145,11 @@ IN_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def stored(tensors: Results, dtype: torch.dtype, layout: str, device: str = "cpu") -> Results:
+    """Images in a dtype and a layout. Tensors of one dimension stay as they are."""
+    return {n: IN_MEMORY[layout](t.to(device, dtype)) if t.dim() > 1 else t.to(device) for n, t in tensors.items()}
+
+
 @pytest.mark.parametrize("layout", IN_MEMORY)
 @dtypes("float32", "bfloat16", "float16")
 @norms((7, 3, 5, 3))
@@ -152,15 +157,60 @@ def test_dtype_and_layout_are_kept_within_twice_the_error_of_plain_pytorch(
     norm: Norm, dtype: torch.dtype, layout: str, device: str
 ) -> None:
     """Weight and bias stay in float32, as under autocast."""
-
-    def stored(t: Tensor) -> Tensor:
-        return IN_MEMORY[layout](t.to(device, dtype)) if t.dim() > 1 else t.to(device)
-
-    values, grad = {n: stored(t) for n, t in leaves(norm).items()}, stored(grad_of(norm))
+    values, grad = stored(leaves(norm), dtype, layout, device), stored({"x": grad_of(norm)}, dtype, layout, device)["x"]
     got = run(lambda t: ours(norm, t), values, grad)
     truth = run(lambda t: plain(norm, t), {n: t.double() for n, t in values.items()}, grad.double())
     assert_accurate(got, run(lambda t: plain(norm, t), values, grad), truth)
     assert {t.stride() for t in got.values() if t.dim() > 1} == {values["x"].stride()}
+
+
+# As in SHAPES, but of 2 bytes: several chunks; results larger than a second-level cache; and more channels than lanes.
+IN_PLACE = pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.bfloat16, "batch-innermost"), (torch.bfloat16, "channels-innermost"),
+        (torch.float32, "channels-innermost"),
+    ],
+    ids=["bfloat16-batch", "bfloat16-channels", "float32-channels"],
+)  # fmt: skip
+
+
+@IN_PLACE
+@norms((64, 9, 32, 32), (31, 9, 33, 31), (17, 37, 25), (9, 64, 5, 5), (6, 5), (40, 1, 241))
+def test_stored_as_they_are_images_err_at_most_twice_as_much_as_plain_pytorch(
+    norm: Norm, dtype: torch.dtype, layout: str
+) -> None:
+    values, grad = stored(leaves(norm), dtype, layout), stored({"x": grad_of(norm)}, dtype, layout)["x"]
+    truth = run(lambda t: plain(norm, t), {n: t.double() for n, t in values.items()}, grad.double())
+    got = run(lambda t: ours(norm, t), values, grad)
+    assert_accurate(got, run(lambda t: plain(norm, t), values, grad), truth)
+    assert {t.stride() for t in got.values() if t.dim() > 1} == {values["x"].stride()}
+
+
+@pytest.mark.usefixtures("native")
+@IN_PLACE
+@norms((7, 3, 5, 3))
+def test_images_are_neither_converted_nor_copied(norm: Norm, dtype: torch.dtype, layout: str) -> None:
+    values, grad = stored(leaves(norm), dtype, layout), stored({"x": grad_of(norm)}, dtype, layout)["x"]
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        run(lambda t: ours(norm, t), values, grad)
+    copies = [e for e in profile.function_events if e.name in ("aten::copy_", "aten::_to_copy")]
+    assert [e for e in copies if list(norm.shape) in e.input_shapes] == []
+
+
+@pytest.mark.parametrize("layout", ["channels-innermost", "batch-innermost"])
+@pytest.mark.parametrize("shape", [(64, 3, 8, 5), (7, 19, 5, 3)], ids=str)
+def test_bfloat16_is_rounded_once_to_nearest_even(shape: tuple[int, ...], layout: str) -> None:
+    """Of sums that are exact in float32: ties, results below the normal numbers, infinity and NaN."""
+    torch.manual_seed(0)
+    scale = 2.0 ** torch.randint(-130, 120, shape)
+    x, residual = (torch.randint(-300, 300, shape) * scale * by for by in (1.0, 2.0**-7))
+    x[0, 1, 0, :3] = torch.tensor([torch.inf, torch.nan, -torch.inf])
+    x, residual = stored({"x": x, "r": residual}, torch.bfloat16, layout).values()
+    mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+    y = ops.batch_norm_act(x, residual, None, None, mean, var, 0.0)[0]
+    expected = (x.float() + residual.float()).bfloat16()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @dtypes("bfloat16", "float16")
@@ -207,9 +257,10 @@ def test_an_empty_batch_is_counted_and_changes_no_running_statistics() -> None:
 
 
 @pytest.mark.parametrize("norm", [Norm((64, 3, 40, 33)), Norm((8, 3, 2), affine=True, relu=True)], ids=str)
+@pytest.mark.parametrize("layout", ["channels-innermost", "batch-innermost"])
 @pytest.mark.parametrize("offset", [0.0, 1e3, 3e4])
-def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: float) -> None:
-    x = leaves(norm)["x"] + offset
+def test_statistics_of_values_far_from_zero_are_accurate(norm: Norm, offset: float, layout: str) -> None:
+    x = IN_MEMORY[layout](leaves(norm)["x"] + offset)
     _, mean, var = ops.batch_norm_act(x)
     others = [d for d in range(x.dim()) if d != 1]
     truth = dict(zip(("var", "mean"), torch.var_mean(x.double(), others, correction=0), strict=True))
@@ -228,11 +279,14 @@ def test_is_the_reference(norm: Norm) -> None:
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("layout", ["channels-innermost", "batch-innermost"])
+@dtypes("float32", "bfloat16")
 @norms(*SHAPES)
-def test_threads_change_no_bit(norm: Norm) -> None:
-    alone = kernel(norm)
+def test_threads_change_no_bit(norm: Norm, dtype: torch.dtype, layout: str) -> None:
+    values, grad = stored(leaves(norm), dtype, layout), stored({"x": grad_of(norm)}, dtype, layout)["x"]
+    alone = run(lambda t: ours(norm, t), values, grad)
     torch.set_num_threads(2)
-    assert_exact(kernel(norm), alone)
+    assert_exact(run(lambda t: ours(norm, t), values, grad), alone)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -304,14 +358,16 @@ def test_relu_gradient_is_zero_where_the_output_is_zero() -> None:
     assert not x.grad.any()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("layout", ["channels-innermost", "batch-innermost"])
+@dtypes("float32", "bfloat16")
 @pytest.mark.parametrize(
     "norm", [Norm((64, 3, 13, 11), relu=True), Norm((64, 3, 13, 11), affine=True, relu=True)], ids=str
 )
-def test_backward_sees_the_sign_that_forward_had(norm: Norm) -> None:
-    values = leaves(norm)
+def test_backward_sees_the_sign_that_forward_had(norm: Norm, dtype: torch.dtype, layout: str) -> None:
+    values = stored(leaves(norm), dtype, layout)
     bias = values.setdefault("bias", torch.zeros(3))
     y = ours(norm, values)
-    got = run(lambda t: ours(norm, t), values, innermost(torch.ones(norm.shape)))["grad_bias"]
+    got = run(lambda t: ours(norm, t), values, torch.ones_like(y))["grad_bias"]
     assert torch.equal(got, (y > 0).sum((0, 2, 3)).to(bias.dtype))
 
 
@@ -340,9 +396,12 @@ def test_statistics_carry_no_gradient() -> None:
     assert [t.requires_grad for t in (y, mean, var)] == [True, False, False]
 
 
+@pytest.mark.parametrize("layout", ["channels-innermost", "batch-innermost"])
 @norms((3, 2, 2, 2))
-def test_gradcheck(norm: Norm) -> None:
-    values = {n: t.requires_grad_() for n, t in leaves(norm, torch.float64).items()}
+def test_gradcheck(norm: Norm, layout: str) -> None:
+    values = stored(leaves(norm, torch.float64), torch.float64, layout)
+    for t in values.values():
+        t.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda *tensors: ours(norm, dict(zip(values, tensors, strict=True))), tuple(values.values())
     )
