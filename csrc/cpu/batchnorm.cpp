@@ -112,9 +112,9 @@ void by_turns(const BatchNorm<T>& norm, std::vector<Channel<T>>& channels, const
               const Apply& apply) {
   const int64_t count = norm.channels, total = count * norm.size, period = std::lcm(count, kLanes);
   const int64_t least = std::max<int64_t>(kPixels * count, kChunkBytes / sizeof(S));
-  const int64_t kChunk = std::max<int64_t>((least + period - 1) / std::max<int64_t>(period, 1), 1) * period;
-  const int64_t chunks = total ? (total + kChunk - 1) / kChunk : 0, splits = std::min(chunks, kParts);
-  const auto length = [&](int64_t chunk) { return std::min(kChunk, total - chunk * kChunk); };
+  const int64_t size = (least + period - 1) / std::max<int64_t>(period, 1) * period;
+  const int64_t chunks = total ? (total + size - 1) / size : 0, splits = std::min(chunks, kParts);
+  const auto length = [&](int64_t chunk) { return std::min(size, total - chunk * size); };
   std::vector<T> numbers(5 * period);
   T* const to = numbers.data();
   const Turns<T> turns{period, to, to + period, to + 2 * period, to + 3 * period, to + 4 * period};
@@ -130,8 +130,7 @@ void by_turns(const BatchNorm<T>& norm, std::vector<Channel<T>>& channels, const
   parallel_for(splits, kGrain * splits / std::max<int64_t>(total, 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t split = begin; split < end; ++split)
       for (int64_t i = split * chunks / splits; i < (split + 1) * chunks / splits; ++i)
-        measure(turns, i * kChunk, length(i), parts.data() + split * period);
-    finish_streams();
+        measure(turns, i * size, length(i), parts.data() + split * period);
   });
   std::vector<Part> own;
   for (int64_t c = 0; c < count; ++c) {
@@ -140,8 +139,8 @@ void by_turns(const BatchNorm<T>& norm, std::vector<Channel<T>>& channels, const
     finish(c, own.data(), static_cast<int64_t>(own.size()));
   }
   spread();
-  parallel_for(chunks, kGrain / std::max<int64_t>(kChunk, 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) apply(turns, i * kChunk, length(i));
+  parallel_for(chunks, kGrain / std::max<int64_t>(size, 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) apply(turns, i * size, length(i));
     finish_streams();
   });
 }

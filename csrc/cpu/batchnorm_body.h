@@ -137,25 +137,28 @@ void moments(const S* x, int64_t n, const Of& of, Moments* to) {
   const auto sum = in_sums<S, 1>(n, of, [&]<bool partial>(int64_t at, int64_t size, const auto&, V* sums) {
     sums[0] += load<partial>(x + at, size, T(0));
   });
-  const auto squared = [&]<bool partial>(int64_t at, int64_t size, const auto& centre, V* sums) {
-    const V d = load<partial>(x + at, size, centre.mean) - centre.mean;
-    sums[0] += d * d;
-  };
   if constexpr (std::is_same_v<Of, Channel<T>>) {
     const double mean = sum[0] / n;
     const Channel<T> centre{static_cast<T>(mean), 0, 0, 0, 0};
-    const auto [squares] = in_sums<S, 1>(n, centre, squared);
+    const auto [squares] = in_sums<S, 1>(n, centre, [&]<bool partial>(int64_t at, int64_t size, const auto& c, V* sums) {
+      const V d = load<partial>(x + at, size, c.mean) - c.mean;
+      sums[0] += d * d;
+    });
     *to = {double(n), mean, squares - n * (mean - centre.mean) * (mean - centre.mean)};
   } else {
     std::vector<T> centres(of.period);
-    const auto count = [&](int64_t lane) { return lane < n ? (n - lane - 1) / of.period + 1 : 0; };
+    const auto count = [&](int64_t i) { return i < n ? (n - i - 1) / of.period + 1 : 0; };
     for (int64_t i = 0; i < std::min(n, of.period); ++i) centres[i] = static_cast<T>(sum[i] / count(i));
     Turns<T> centre = of;
     centre.mean = centres.data();
-    const auto squares = in_sums<S, 1>(n, centre, squared);
+    const auto sums_of = in_sums<S, 2>(n, centre, [&]<bool partial>(int64_t at, int64_t size, const auto& c, V* sums) {
+      const V d = load<partial>(x + at, size, c.mean) - c.mean;
+      sums[0] += d;  // more accurate than the sum of x
+      sums[1] += d * d;
+    });
     for (int64_t i = 0; i < std::min(n, of.period); ++i) {
-      const double terms = count(i), mean = sum[i] / terms, step = mean - centres[i];
-      to[i] = merged(to[i], {terms, mean, squares[i] - terms * step * step});
+      const double terms = count(i), step = sums_of[i] / terms;
+      to[i] = merged(to[i], {terms, centres[i] + step, sums_of[of.period + i] - terms * step * step});
     }
   }
 }
