@@ -140,11 +140,11 @@ void moments(const S* x, int64_t n, const Of& of, Moments* to) {
   if constexpr (std::is_same_v<Of, Channel<T>>) {
     const double mean = sum[0] / n;
     const Channel<T> centre{static_cast<T>(mean), 0, 0, 0, 0};
-    const auto [squares] = in_sums<S, 1>(n, centre, [&]<bool partial>(int64_t at, int64_t size, const auto& c, V* sums) {
+    const auto squares = in_sums<S, 1>(n, centre, [&]<bool partial>(int64_t at, int64_t size, const auto& c, V* sums) {
       const V d = load<partial>(x + at, size, c.mean) - c.mean;
       sums[0] += d * d;
     });
-    *to = {double(n), mean, squares - n * (mean - centre.mean) * (mean - centre.mean)};
+    *to = {double(n), mean, squares[0] - n * (mean - centre.mean) * (mean - centre.mean)};
   } else {
     std::vector<T> centres(of.period);
     const auto count = [&](int64_t i) { return i < n ? (n - i - 1) / of.period + 1 : 0; };

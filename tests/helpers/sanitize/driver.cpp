@@ -296,25 +296,31 @@ void bits(int64_t n) {
 
 // Norms
 
-template <class T>
-void norms(int64_t channels, int64_t size) {
+template <class S>
+void norms(int64_t channels, int64_t size, bool channels_last) {
+  using T = Wide<S>;
   const int64_t n = channels * size;
-  const auto x = whole<T>(n), residual = whole<T>(n), grad = whole<T>(n), weight = whole<T>(channels), bias = whole<T>(channels);
+  const auto at = [&](int64_t c, int64_t i) { return channels_last ? i * channels + c : c * size + i; };
+  const auto x = whole<S>(n), residual = whole<S>(n), grad = whole<S>(n);
+  const auto weight = whole<T>(channels), bias = whole<T>(channels);
+  const double last_place = sizeof(S) == 2 ? 1.0 / 256 : 0;
   for (int options = 0; options < 8; ++options) {
     const bool affine = options & 1, add = options & 2, given = options & 4;
-    const Buffer<T> mean(channels, [](int64_t) { return 1; }), var(channels, [](int64_t) { return 4; }), y(n);
-    const BatchNorm<T> norm{channels, size, affine ? weight.data() : nullptr, affine ? bias.data() : nullptr, 1e-5, add};
+    const Buffer<T> mean(channels, [](int64_t) { return 1; }), var(channels, [](int64_t) { return 4; });
+    const Buffer<S> y(n);
+    const BatchNorm<T> norm{channels, size, affine ? weight.data() : nullptr, affine ? bias.data() : nullptr, 1e-5, add,
+                            channels_last};
     batch_norm(norm, x.data(), add ? residual.data() : nullptr, given, mean.data(), var.data(), y.data());
     for (int64_t c = 0; c < channels; ++c) {
       double sum = 0, squares = 0;
-      for (int64_t i = 0; i < size; ++i) sum += x[c * size + i];
+      for (int64_t i = 0; i < size; ++i) sum += number(x[at(c, i)]);
       const double m = given ? 1 : sum / size;
-      for (int64_t i = 0; i < size; ++i) squares += (x[c * size + i] - m) * (x[c * size + i] - m);
+      for (int64_t i = 0; i < size; ++i) squares += (number(x[at(c, i)]) - m) * (number(x[at(c, i)]) - m);
       const double v = given ? 4 : squares / size;
-      for (int64_t i = c * size; i < (c + 1) * size; ++i) {
-        const double z = (x[i] - m) / std::sqrt(v + 1e-5) * (affine ? weight[c] : 1) + (affine ? bias[c] : 0);
-        const double expected = add ? std::max(0.0, z + residual[i]) : z;
-        if (!(std::abs(y[i] - expected) <= 1e-4 * (1 + std::abs(expected)))) fail("batch_norm");
+      for (int64_t i = 0; i < size; ++i) {
+        const double z = (number(x[at(c, i)]) - m) / std::sqrt(v + 1e-5) * (affine ? weight[c] : 1) + (affine ? bias[c] : 0);
+        const double expected = add ? std::max(0.0, z + number(residual[at(c, i)])) : z;
+        if (!(std::abs(number(y[at(c, i)]) - expected) <= (1e-4 + last_place) * (1 + std::abs(expected)))) fail("batch_norm");
       }
     }
     const Buffer<T> running_mean(channels, [](int64_t) { return 1; }), running_var(channels, [](int64_t) { return 1; });
@@ -324,12 +330,13 @@ void norms(int64_t channels, int64_t size) {
       if (!(std::abs(running_mean[c] - 0.75 - 0.25 * mean[c]) <= 1e-4 * (1 + std::abs(double(mean[c]))))) fail("update_running");
       if (!(std::abs(running_var[c] - 0.75 - 0.25 * unbiased) <= 1e-4 * (1 + unbiased))) fail("update_running");
     }
-    const Buffer<T> grad_x(n), grad_residual(n), grad_weight(channels), grad_bias(channels);
+    const Buffer<S> grad_x(n), grad_residual(n);
+    const Buffer<T> grad_weight(channels), grad_bias(channels);
     batch_norm_gradients(norm, grad.data(), x.data(), add ? y.data() : nullptr, mean.data(), var.data(), !given,
                          grad_x.data(), add ? grad_residual.data() : nullptr, grad_weight.data(), grad_bias.data());
     for (int64_t c = 0; c < channels; ++c) {
       double sum = 0;
-      for (int64_t i = c * size; i < (c + 1) * size; ++i) sum += add && !(y[i] > 0) ? 0 : double(grad[i]);
+      for (int64_t i = 0; i < size; ++i) sum += add && !(number(y[at(c, i)]) > 0) ? 0 : number(grad[at(c, i)]);
       if (!(std::abs(grad_bias[c] - sum) <= 1e-4 * (1 + std::abs(sum)))) fail("batch_norm_gradients");
     }
   }
@@ -383,16 +390,22 @@ void layouts(int64_t n, int64_t c, int64_t h, int64_t w) {
 // A case has a thread of its own, and so scratch memory that no case before it has made larger.
 void in_thread(const std::function<void()>& run) { std::thread(run).join(); }
 
+template <class S>
+void norms_of_type(bool large, bool channels_last) {
+  if (large) in_thread([=] { norms<S>(3, 40001, channels_last), norms<S>(40, 1024, channels_last); });
+  else
+    for (const int64_t size : {1, 7, 33, 4097}) in_thread([=] { norms<S>(3, size, channels_last); });
+}
+
 template <class T>
 void all_of_type(bool large) {
   for (const Layer& layer : kLargeLayers)
     if (large) in_thread([&] { sparse_products<T>(layer); });
   if (large) {
-    in_thread([] { norms<T>(3, 40001), norms<T>(40, 1024), neighbours<T>(70, 901, 3, 9), layouts<T>(33, 5, 24, 23); });
+    in_thread([] { neighbours<T>(70, 901, 3, 9), layouts<T>(33, 5, 24, 23); });
     return;
   }
   for (const Layer& layer : kLayers) in_thread([&] { sparse_products<T>(layer); });
-  for (const int64_t size : {1, 7, 33, 4097}) in_thread([=] { norms<T>(3, size); });
   for (const int64_t n : {1, 63, 64, 65, 130}) in_thread([=] { neighbours<T>(3, n, n % 11, (n + 1) / 2); });
   for (const int64_t n : {1, 7, 16, 33}) in_thread([=] { layouts<T>(n, 3, 2, 9), layouts<T>(9, n, 5, 1); });
 }
@@ -440,6 +453,11 @@ int main(int count, char** arguments) {
     if (large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
   for (const int64_t n : {1, 33, 64})
     if (!large) in_thread([=] { layouts<uint16_t>(n, 3, 2, 40), layouts<uint16_t>(9, n, 5, 1); });
+  for (const bool channels_last : {false, true}) {
+    norms_of_type<float>(large, channels_last);
+    norms_of_type<double>(large, channels_last);
+    norms_of_type<BFloat16>(large, channels_last);
+  }
   all_of_type<float>(large);
   all_of_type<double>(large);
   const std::vector<int64_t> sizes = large ? std::vector<int64_t>{300001} : std::vector<int64_t>{0, 1, 4, 7, 8, 9, 65, 1024, 4096, 4097, 17000};
