@@ -208,10 +208,10 @@ def copied_images(profile: torch.autograd.profiler.profile) -> list[list[int]]:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("cast", ["autocast", "model"])
 def test_no_activation_is_converted_in_bfloat16(cast: str, training: bool) -> None:
-    """Under autocast the input is, once."""
+    """Under autocast the input is, once. PyTorch's mean converts the last images, and its gradient is copied."""
     phases = converted("ours")
     phases.start_weight_phase()
-    model, x = phases.model.train(training), torch.randn(6, 3, 8, 8)
+    model, x = phases.model.train(training), torch.randn(6, 3, 16, 16)
     if cast == "model":
         model, x = model.bfloat16(), x.bfloat16()
     with torch.autograd.profiler.profile(record_shapes=True) as profile, torch.set_grad_enabled(training):
@@ -220,7 +220,8 @@ def test_no_activation_is_converted_in_bfloat16(cast: str, training: bool) -> No
         if training:
             F.cross_entropy(logits.float(), torch.arange(6) % 5).backward()
     assert logits.dtype == torch.bfloat16
-    assert copied_images(profile) == ([[6, 3, 8, 8]] * 2 if cast == "autocast" else [])
+    of_input, of_mean = [[6, 3, 16, 16]] * 2 if cast == "autocast" else [], [[6, 32, 2, 2]] * (3 if training else 2)
+    assert copied_images(profile) == of_input + of_mean
 
 
 def folding_pair(products: Products, dtype: torch.dtype = torch.float32) -> tuple[SupermaskConv2d, TaskBatchNorm2d]:
