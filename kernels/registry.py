@@ -61,11 +61,11 @@ OPERATORS = {
     ),
     "supermask_weights": Operator(
         "the selected weights of all layers in one pass, for PyTorch's own products",
-        triton="kernels/triton_weights.py",
+        "csrc/torch/cpu/weights.cpp", triton="kernels/triton_weights.py",
     ),
     "write_values": Operator(
         "the free values of all layers written into dense weights that stay in memory; their gradients gathered",
-        triton="kernels/triton_weights.py",
+        "csrc/torch/cpu/weights.cpp", triton="kernels/triton_weights.py",
     ),
     "masked_linear": Operator(
         "linear layer with `weight * mask` for a dense weight of your own; gradient masked by the free mask",

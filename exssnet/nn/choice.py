@@ -21,9 +21,11 @@ Call = tuple[str, torch.Size, torch.dtype, torch.device, int, str, str, int, tup
 `products`; k; the input's stride, for "sparse" in channels_last alone; the dtype of the products. An entry that does
 not matter is "", 0 or ()."""
 SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
-"""A layer on a CPU is sparse without a measurement if three conditions hold: its density is at most the first number,
-the dense product has at least the second number of multiply-adds, and the kernel spans at most the third number of
-pixels. Sparse products were 2.5 to 20 times faster on every such shape in docs/internals/cpu-engine.md."""
+"""A layer on a CPU is sparse without a measurement if four conditions hold: it is computed in float32 or float64, its
+density is at most the first number, the dense product has at least the second number of multiply-adds, and the kernel
+spans at most the third number of pixels. Sparse products were 2.5 to 20 times faster on every such shape in
+docs/internals/cpu-engine.md. In bfloat16 and float16 dense products are faster on some machines, so they are
+measured."""
 TINY_DENSITY, TINY_WEIGHTS, TINY_WORK = 0.5, 1 << 10, 1 << 18
 """A tiny layer on a CPU is sparse without a measurement: its density, its weights and its multiply-adds are at most
 these. Its steps took 0.1 to 0.7 ms, mostly PyTorch's overhead. Sparse convolutions took 0.4 to 1.1 times as long as
@@ -37,8 +39,8 @@ def sparse_is_faster(
 
     The layer's crossover decides. It is the density at which sparse and dense products take equally long, and is
     measured at the first call with a shape, in the dtype of the products. Batch and image sizes are rounded to powers
-    of two. The dense products are measured in channels_last if x is. On a CPU, tiny layers (see `TINY_WORK`) and large
-    layers of low density (see `SURE_WORK`) are sparse without a measurement. While operators are traced, nothing is
+    of two. The dense products are measured in channels_last if x is. On a CPU, tiny layers (see `TINY_WORK`) and, in
+    float32, large layers of low density (see `SURE_WORK`) are sparse without a measurement. While operators are traced, nothing is
     measured: an earlier measurement decides. If there is none, or if sizes are not fixed, layers of low density are
     sparse.
 
@@ -75,9 +77,9 @@ def sparse_is_faster(
     x, weight, geometry = _as_images(x, weight, geometry)
     weights, work = weight.numel(), x.numel() // x.shape[1] * weight.numel()
     tiny = weights <= TINY_WEIGHTS and work <= TINY_WORK and density <= TINY_DENSITY
-    if on_cpu and (tiny or (sure and work >= SURE_WORK)):
-        return True
     dtype = product_dtype(x)
+    if on_cpu and (tiny or (sure and work >= SURE_WORK and dtype in (torch.float32, torch.float64))):
+        return True
     layout = x.stride() if channels_last(x) else ()
     layer = operator, x.shape, layout, dtype, weight.shape, dtype, geometry, x.device
     ways = None if traced() else lambda: sparse_ways(x.to(dtype), weight.shape, geometry)
@@ -88,12 +90,12 @@ def sparse_is_faster(
 def fused_is_faster(
     x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Sequence[Any] = (), density: float | None = None
 ) -> bool:
-    """Whether a dense layer on a GPU should mask tiles of its weight during the product.
+    """Whether the product of a dense layer should mask its weight by itself, on a GPU tile by tile.
 
-    Otherwise the masked weight is written to memory before the product. EXSSNET_MASKING decides, if it is set.
-    Otherwise both forms are timed at the first call with a GPU, a shape and dtypes. Without a measurement, scores are
-    fused and values are written. Nothing is measured while operators are traced or a CUDA graph is captured, and
-    without Triton kernels.
+    Otherwise the masked weights of all layers are written to memory before the forward pass. EXSSNET_MASKING decides,
+    if it is set. Otherwise both forms are timed at the first call with a device, a shape, a layout and dtypes. Without a
+    measurement, scores are fused and values are written. Nothing is measured while operators are traced or a CUDA graph
+    is captured, and where the device has no kernel for one of the forms, as CPUs have none for values.
 
     Args:
         x: The layer's input, as in `sparse_is_faster`.

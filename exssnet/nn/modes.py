@@ -136,7 +136,7 @@ class Scores(Mode):
     def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
         sparse = layer._sparse(x, padding)
         self._note_call()
-        fused, geometry = layer._fused(x, padding), layer._geometry(padding)
+        fused, geometry = layer._fused(x, padding, sparse), layer._geometry(padding)
         y: Tensor
         if fused:
             self._note_form(None)

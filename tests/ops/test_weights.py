@@ -220,6 +220,67 @@ def test_opcheck_of_values() -> None:
     torch.library.opcheck(torch.ops.exssnet.write_values_backward.default, (weights, values, places))
 
 
+# The native kernels
+
+ODD: tuple[tuple[tuple[int, ...], bool], ...] = (  # shapes, and whether they are stored channels_last
+    ((33, 65), False), ((7,), False), ((0, 3), False), ((31, 5, 3, 3), True), ((31, 5, 3, 3), False),
+    ((3, 130, 3, 3), True), ((5, 1, 3, 3), True), ((4, 6, 1, 1), True), ((2, 1025, 1, 2), True), ((70, 64, 3, 3), True),
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("native")
+@dtypes()
+@pytest.mark.parametrize("dtype_of_products", [None, torch.bfloat16, torch.float16], ids=str)
+def test_native_kernels_have_the_bits_of_the_reference(
+    dtype: torch.dtype, dtype_of_products: torch.dtype | None
+) -> None:
+    torch.set_num_threads(2)
+    last = [is_last for _, is_last in ODD]
+    weights, scores = ([torch.randn(shape).to(dtype) for shape, _ in ODD] for _ in range(2))
+    rows = [reference.select(reference.magnitude_bits(s), s.numel() // 3) for s in scores]
+    masks = [reference.pack_mask(torch.rand(shape) < 0.4) for shape, _ in ODD]
+    selections = [pair[i % 2] for i, pair in enumerate(zip(rows, masks, strict=True))]
+    of = weights, scores, selections
+    both = torch.ops.exssnet, reference
+    got, expected = (kernels.supermask_weights(*of, dtype_of_products, last) for kernels in both)
+    assert [t.stride() for t in got] == [t.stride() for t in expected]
+    assert_exact(dict(enumerate(got)), dict(enumerate(expected)))
+    grads = [torch.randn(t.shape).to(t.dtype, memory_format=layouts.order_of(i)) for t, i in zip(got, last, strict=True)]
+    grads[0] = torch.randn(65, 33).to(grads[0].dtype).t()
+    with torch.no_grad():
+        pairs = [kernels.supermask_weights_backward(grads, *of, [True, True]) for kernels in both]
+    for got, expected in zip(*pairs, strict=True):
+        assert_exact(dict(enumerate(got)), dict(enumerate(expected)))
+
+
+@pytest.mark.usefixtures("native")
+@dtypes()
+def test_native_values_have_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    sizes = 5000, 7, 0, 1
+    weights = [torch.randn(2 * n + 1).to(dtype) for n in sizes]
+    places = [torch.randperm(2 * n + 1, dtype=torch.int32)[:n] for n in sizes]
+    for of_values in (torch.float32, dtype):
+        values, copies = [torch.randn(n).to(of_values) for n in sizes], [w.clone() for w in weights]
+        torch.ops.exssnet.write_values(values, places, weights)
+        reference.write_values(values, places, copies)
+        assert_exact(dict(enumerate(weights)), dict(enumerate(copies)))
+        gathered = torch.ops.exssnet.write_values_backward(weights, values, places)
+        truth = reference.write_values_backward(copies, values, places)
+        assert_exact(dict(enumerate(gathered)), dict(enumerate(truth)))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("wrong", [-1, 9, -(2**31)])
+def test_native_kernels_refuse_places_outside_the_weight(wrong: int) -> None:
+    arguments = [torch.ones(2)], [torch.tensor([3, wrong], dtype=torch.int32)]
+    weight = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"^write_values: expected places inside the weights$"):
+        torch.ops.exssnet.write_values(*arguments, [weight])
+    assert not weight.any()
+    with pytest.raises(RuntimeError, match=r"^write_values_backward: expected places inside the weights$"):
+        torch.ops.exssnet.write_values_backward([weight], *arguments)
+
+
 class TestInterpreted:
     """The Triton kernels."""
 

@@ -26,6 +26,7 @@
 #include "cpu/parallel.h"
 #include "cpu/sparse.h"
 #include "cpu/topk.h"
+#include "cpu/weights.h"
 
 namespace exssnet::cpu {
 Isa chosen = Isa::baseline;
@@ -294,6 +295,66 @@ void bits(int64_t n) {
   }
 }
 
+// Dense weights of all layers
+
+template <class T>
+Float type_of() {
+  return std::is_same_v<T, float> ? Float::float32 : std::is_same_v<T, double> ? Float::float64 :
+         std::is_same_v<T, BFloat16> ? Float::bfloat16 : Float::float16;
+}
+
+template <class T>
+Buffer<T> whole_floats(int64_t n) {
+  Buffer<T> made(n);
+  for (int64_t i = 0; i < n; ++i) store(static_cast<float>(below(9) - 4), made[i]);
+  return made;
+}
+
+// W: the weight, its scores and values. T: the dense side, stored (rows, taps, channels).
+template <class W, class T>
+void dense_weights(int64_t rows, int64_t channels, int64_t taps) {
+  const int64_t n = rows * channels * taps, count = n / 2;
+  const auto weight = whole_floats<W>(n), scores = whole_floats<W>(n), values = whole_floats<W>(count);
+  const auto grad = whole_floats<T>(n);
+  const Buffer<bool> mask(n, [](int64_t) { return below(3) == 0; });
+  const Buffer<T> masked(n);
+  const Buffer<W> grad_scores(n), grad_weight(n), gathered(count);
+  const Order order{channels, taps};
+  const Mask kept{Mask::Form::bytes, mask.data()};
+  const ConstFloats of_weight{weight.data(), type_of<W>()}, of_grad{grad.data(), type_of<T>()};
+  const Floats of_masked{masked.data(), type_of<T>()};
+  masked_weights({{0, {}, of_weight, kept, of_masked}, {n, order, of_weight, kept, of_masked}});
+  masked_gradients({{n, order, of_grad, of_weight, {scores.data(), type_of<W>()}, kept,
+                     {grad_scores.data(), type_of<W>()}, {grad_weight.data(), type_of<W>()}}});
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t o = i / (channels * taps), c = i / taps % channels, t = i % taps, place = (o * taps + t) * channels + c;
+    if (value(masked[place]) != (mask[i] ? value(weight[i]) : 0)) fail("masked_weights");
+    if (value(grad_scores[i]) != value(grad[place]) * value(weight[i]) * sign(scores[i])) fail("the scores' gradient");
+    if (value(grad_weight[i]) != (mask[i] ? value(grad[place]) : 0)) fail("the weight's gradient");
+  }
+  std::vector<int32_t> all(n);
+  for (int64_t i = 0; i < n; ++i) all[i] = static_cast<int32_t>(i);
+  std::shuffle(all.begin(), all.end(), generator);
+  const Buffer<int32_t> places(count, [&](int64_t i) { return all[i]; });
+  const auto moved = [&] {
+    return write_values({{count, places.data(), n, {values.data(), type_of<W>()}, of_masked}}) &&
+           gather_values({{count, places.data(), n, {masked.data(), type_of<T>()}, {gathered.data(), type_of<W>()}}});
+  };
+  if (!moved()) fail("good places were refused");
+  for (int64_t i = 0; i < count; ++i)
+    if (value(masked[places[i]]) != value(values[i]) || value(gathered[i]) != value(values[i])) fail("write_values");
+  for (const int64_t wrong : {int64_t(-1), n}) {
+    if (count == 0) break;
+    places[below(count)] = static_cast<int32_t>(wrong);
+    if (moved()) fail("a place outside was written to");
+  }
+}
+
+void all_dense_weights(int64_t rows, int64_t channels, int64_t taps) {
+  dense_weights<float, float>(rows, channels, taps), dense_weights<float, BFloat16>(rows, channels, taps);
+  dense_weights<BFloat16, BFloat16>(rows, channels, taps), dense_weights<double, Float16>(rows, channels, taps);
+}
+
 // Norms
 
 template <class S>
@@ -462,5 +523,9 @@ int main(int count, char** arguments) {
   all_of_type<double>(large);
   const std::vector<int64_t> sizes = large ? std::vector<int64_t>{300001} : std::vector<int64_t>{0, 1, 4, 7, 8, 9, 65, 1024, 4096, 4097, 17000};
   for (const int64_t n : sizes) in_thread([=] { bits(n), n > 0 ? selections(n) : void(); });
+  if (large) in_thread([] { all_dense_weights(64, 131, 9); });
+  else
+    for (const int64_t channels : {1, 5, 130, 1025})
+      in_thread([=] { all_dense_weights(3, channels, 1), all_dense_weights(2, channels, 9), all_dense_weights(0, channels, 9); });
   std::printf("all cases are right\n");
 }
