@@ -230,7 +230,7 @@ ODD: tuple[tuple[tuple[int, ...], bool], ...] = (  # shapes, and whether they ar
 
 @pytest.mark.usefixtures("native")
 @dtypes()
-@pytest.mark.parametrize("dtype_of_products", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype_of_products", [None, torch.bfloat16], ids=str)
 def test_native_kernels_have_the_bits_of_the_reference(
     dtype: torch.dtype, dtype_of_products: torch.dtype | None
 ) -> None:
@@ -243,12 +243,13 @@ def test_native_kernels_have_the_bits_of_the_reference(
     of = weights, scores, selections
     both = torch.ops.exssnet, reference
     got, expected = (kernels.supermask_weights(*of, dtype_of_products, last) for kernels in both)
-    assert [t.stride() for t in got] == [t.stride() for t in expected]
+    orders = [layouts.order_of(is_last) for is_last in last]
+    like = [torch.empty_like(w, memory_format=order) for w, order in zip(weights, orders, strict=True)]
+    assert [t.stride() for t in got] == [t.stride() for t in like]
     assert_exact(dict(enumerate(got)), dict(enumerate(expected)))
-    grads = [torch.randn(t.shape).to(t.dtype, memory_format=layouts.order_of(i)) for t, i in zip(got, last, strict=True)]
+    grads = [torch.randn(t.shape).to(t.dtype, memory_format=order) for t, order in zip(got, orders, strict=True)]
     grads[0] = torch.randn(65, 33).to(grads[0].dtype).t()
-    with torch.no_grad():
-        pairs = [kernels.supermask_weights_backward(grads, *of, [True, True]) for kernels in both]
+    pairs = [kernels.supermask_weights_backward(grads, *of, [True, True]) for kernels in both]
     for got, expected in zip(*pairs, strict=True):
         assert_exact(dict(enumerate(got)), dict(enumerate(expected)))
 
