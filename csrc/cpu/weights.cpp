@@ -118,7 +118,9 @@ bool placed(const std::vector<PlacedValues>& layers, const Block& block) {
   for_blocks(layers, [&](const PlacedValues& layer, int64_t begin, int64_t n) {
     const int32_t* places = layer.places + begin;
     if (EXSSNET_PICK(largest)(places, n) >= layer.size) inside = false;
-    else with_types(layer.from.type, layer.to.type, [&](auto* from, auto* to) { block(layer, places, begin, n, from, to); });
+    else
+      with_types(layer.from.type, layer.to.type,
+                 [&](auto* from, auto* to) { block(layer, places, begin, n, from, to); });
   });
   return inside;
 }

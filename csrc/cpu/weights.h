@@ -1,4 +1,4 @@
-// Dense weights of all layers in one parallel pass: masked weights and their gradients, free values and their gradients.
+// Dense weights of all layers in one parallel pass: masked weights, free values, and the gradients of both.
 #pragma once
 
 #include <cstdint>

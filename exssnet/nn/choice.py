@@ -24,8 +24,7 @@ SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
 """A layer on a CPU is sparse without a measurement if four conditions hold: it is computed in float32 or float64, its
 density is at most the first number, the dense product has at least the second number of multiply-adds, and the kernel
 spans at most the third number of pixels. Sparse products were 2.5 to 20 times faster on every such shape in
-docs/internals/cpu-engine.md. In bfloat16 and float16 dense products are faster on some machines, so they are
-measured."""
+docs/internals/cpu-engine.md. In bfloat16 and float16, dense products are faster on some machines."""
 TINY_DENSITY, TINY_WEIGHTS, TINY_WORK = 0.5, 1 << 10, 1 << 18
 """A tiny layer on a CPU is sparse without a measurement: its density, its weights and its multiply-adds are at most
 these. Its steps took 0.1 to 0.7 ms, mostly PyTorch's overhead. Sparse convolutions took 0.4 to 1.1 times as long as
@@ -40,9 +39,9 @@ def sparse_is_faster(
     The layer's crossover decides. It is the density at which sparse and dense products take equally long, and is
     measured at the first call with a shape, in the dtype of the products. Batch and image sizes are rounded to powers
     of two. The dense products are measured in channels_last if x is. On a CPU, tiny layers (see `TINY_WORK`) and, in
-    float32, large layers of low density (see `SURE_WORK`) are sparse without a measurement. While operators are traced, nothing is
-    measured: an earlier measurement decides. If there is none, or if sizes are not fixed, layers of low density are
-    sparse.
+    float32 and float64, large layers of low density (see `SURE_WORK`) are sparse without a measurement. While operators
+    are traced, nothing is measured: an earlier measurement decides. If there is none, or if sizes are not fixed, layers
+    of low density are sparse.
 
     Args:
         x: The layer's input, (..., I) or (N, C, ...).

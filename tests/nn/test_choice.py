@@ -369,7 +369,7 @@ def test_a_checkpointed_layer_is_measured_in_its_first_forward(monkeypatch: pyte
     """Its backward pass runs the forward once more, and finds the choice."""
     layer = in_phase("conv2d", phase)
     layer.products = "dense"
-    monkeypatch.setattr(layer, "_fused", lambda x, padding: choice.fused_is_faster(
+    monkeypatch.setattr(layer, "_fused", lambda x, padding, *_: choice.fused_is_faster(
         x, layer.dense_weight, x.dtype, layer._geometry(padding), None if phase == "mask" else layer.density
     ))  # fmt: skip
     x = torch.randn(LAYERS["conv2d"][1], requires_grad=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from products import Calls
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exssnet import convert
@@ -59,6 +60,54 @@ def test_products_are_measured_in_the_dtype_and_layout_that_they_have(
         for way in choice.sparse_ways(x, W.shape, GEOMETRY)[1]:
             way()
     assert seen == [(True, torch.float32), (True, torch.float32), (False, torch.float32), (True, torch.bfloat16)]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_density_of_a_large_layer_is_measured_in_half_precision_alone(
+    measured: list[Any], dtype: torch.dtype
+) -> None:
+    x, weight = torch.zeros(64, 512), torch.zeros(512, 512)
+    choice.sparse_is_faster(x, weight, 0.1)
+    assert measured == []
+    with torch.autocast("cpu", dtype):
+        choice.sparse_is_faster(x, weight, 0.1)
+    assert [key.arguments[0].dtype for key in measured] == [dtype]
+
+
+def products_of(layer: nn.Module, x: Tensor) -> list[str]:
+    """The names of the operators of the mask phase that a call of a layer runs, once it has chosen."""
+    layer(x)
+    with Calls() as calls:  # which records, so nothing is measured here
+        layer(x)
+    return [name for name, _ in calls.made if name.startswith("supermask")]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("limit", "expected"), [(1.0, "supermask_conv2d"), (0.0, "supermask_weights")])
+def test_scores_on_a_cpu_are_fused_or_written_as_measured_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, measured: list[Any], limit: float, expected: str
+) -> None:
+    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: measured.append(key) or limit)
+    layer = convert(nn.Sequential(nn.Conv2d(4, 6, 3)), density=0.5, products="dense")[0]
+    x = torch.randn(2, 4, 9, 7)
+    for images in (x, x.to(memory_format=torch.channels_last)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert products_of(layer, images) == [expected]
+    inputs = [key.arguments[0] for key in measured]
+    assert [(x.layout, x.dtype) for x in inputs] == [(o, torch.bfloat16) for o in ((0, 1, 2, 3), (0, 2, 3, 1))]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    ("products", "dtype"), [("dense", torch.float32), ("dense", torch.float64), ("sparse", torch.bfloat16)], ids=str
+)
+def test_scores_on_a_cpu_are_fused_without_a_measurement(
+    measured: list[Any], products: Any, dtype: torch.dtype
+) -> None:
+    layer = convert(nn.Sequential(nn.Linear(20, 10)), density=0.5, products=products)[0].to(dtype)
+    assert products_of(layer, torch.randn(4, 20, dtype=dtype)) == ["supermask_linear"]
+    assert measured == []
 
 
 @pytest.mark.parametrize("products", ["sparse", "auto"])
