@@ -92,9 +92,9 @@ def fused_is_faster(
     """Whether the product of a dense layer should mask its weight by itself, on a GPU tile by tile.
 
     Otherwise the masked weights of all layers are written to memory before the forward pass. EXSSNET_MASKING decides,
-    if it is set. Otherwise both forms are timed at the first call with a device, a shape, a layout and dtypes. Without a
-    measurement, scores are fused and values are written. Nothing is measured while operators are traced or a CUDA graph
-    is captured, and where the device has no kernel for one of the forms, as CPUs have none for values.
+    if it is set. Otherwise both forms are timed at the first call with a device, a shape, a layout and dtypes. Without
+    a measurement, scores are fused and values are written. Nothing is measured while operators are traced or a CUDA
+    graph is captured, and where the device has no kernel for one of the forms, as CPUs have none for values.
 
     Args:
         x: The layer's input, as in `sparse_is_faster`.
