@@ -241,7 +241,7 @@ def test_native_kernels_have_the_bits_of_the_reference(
     masks = [reference.pack_mask(torch.rand(shape) < 0.4) for shape, _ in ODD]
     selections = [pair[i % 2] for i, pair in enumerate(zip(rows, masks, strict=True))]
     of = weights, scores, selections
-    both = torch.ops.exssnet, reference
+    both: tuple[Any, Any] = torch.ops.exssnet, reference
     got, expected = (kernels.supermask_weights(*of, dtype_of_products, last) for kernels in both)
     orders = [layouts.order_of(is_last) for is_last in last]
     like = [torch.empty_like(w, memory_format=order) for w, order in zip(weights, orders, strict=True)]
