@@ -79,7 +79,7 @@ class TrainOptions:
         "float32", "type in which the scores of finished tasks are kept for KKT", choices=("float32", "float16", "none")
     )
     seed: int = _option(0, "seed of weights, scores, splits and order of the data")
-    threads: int | None = _option(None, "CPU threads (default: torch's)")
+    threads: int | None = _option(None, "CPU threads; None: chosen by timing a few training steps")
     every: int | None = _option(None, "write the checkpoint OUT/checkpoint.safetensors after so many steps")
     every_minutes: float = _option(10.0, "also write it after so many minutes; 0: never for the time")
     out: str = _option("runs/train", "folder for results, plots and the model")

@@ -1,13 +1,13 @@
 """``exssnet reproduce``: make the runs of a recipe, and print the report. The runs are in `exssnet.experiments`."""
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from ..experiments.recipes import names, read, recipe
 from ..experiments.reproduce import reproduce
 from ..io.writing import alone_in
+from .threads import cores
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", help="methods, instead of the recipe's")
     parser.add_argument("--epochs", type=int, help="epochs of each phase, instead of the recipe's")
     parser.add_argument("--tasks", type=int, help="learn only so many tasks of the stream")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--processes", type=int, default=cores(), help="runs at a time (default: one a core)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import checkpoint
 from ..continual import distributed
 from ..continual.learner import Learner
@@ -12,6 +14,7 @@ from ..io.console import warn
 from ..io.values import printable
 from ..tasks import Task
 from .options import FREE, TrainOptions, checked
+from .threads import cores
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
@@ -103,7 +106,7 @@ def check_replaceable(out: Path, resume: Path | None) -> None:
 
 
 def load(learner: Learner, path: Path, tasks: Sequence[Task]) -> None:
-    """Bring a learner to the state of a checkpoint; print where it is, and warn of other versions.
+    """Bring a learner to the state of a checkpoint; print where it is, and warn of other versions and of fewer cores.
 
     Args:
         learner: fresh, with the options of the run.
@@ -118,6 +121,11 @@ def load(learner: Learner, path: Path, tasks: Sequence[Task]) -> None:
         if then.get(name) != now[name]:
             told = f"the checkpoint is from {name} {printable(str(then.get(name)))}, this is {now[name]}"
             warn(f"{told}: results may differ in rounding")
+    if (threads := torch.get_num_threads()) > (available := cores()):
+        warn(
+            f"the run has {threads} threads for {available} CPU cores: --threads {available} may be faster, but "
+            "results may differ in rounding"
+        )
     done = len(learner.reports)
     if done == len(tasks):
         print(f"The run of {path} is finished: {done} of {done} tasks are learned; its results are written again.")

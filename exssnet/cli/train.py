@@ -7,7 +7,7 @@ import argparse
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,16 @@ from ..continual.learner import Learner, PhaseOptions
 from ..experiments import report
 from ..experiments.results import RunResult
 from ..io.console import secondary, warn
-from ..io.values import read_yaml, shown
+from ..io.values import read_yaml
 from ..io.writing import alone_in
 from ..kernels.memory import keep_freed_memory
 from ..nn import convert
 from ..nn.models import MODELS
 from ..tasks import Task, load, permuted_pixels, rotated, split_by_class, stream, streams
 from . import options as train_options
-from . import resume, terminal
+from . import resume, terminal, threads
 from .options import TrainOptions
 from .saving import Saver, Stopped
-
-MOST_THREADS = 1024
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +69,7 @@ def train(options: TrainOptions, source: Path | None = None) -> int:
     distributed.start()
     keep_freed_memory()
     out, first = Path(options.out), distributed.rank() == 0
-    with alone_in(out) if first else nullcontext():
+    with alone_in(out) if first else nullcontext(), threads.restored():
         if resume.was_restarted(out / resume.CHECKPOINT, options):
             source = out / resume.CHECKPOINT
         if first:
@@ -106,7 +104,7 @@ class Job:
 
 def _build(options: TrainOptions, source: Path | None) -> Job:
     """The run that the options name, brought to the state of the checkpoint `source`."""
-    _set_threads(options, source)
+    threads.put(options, source)
     if (options.every is not None and options.every < 1) or not options.every_minutes >= 0:
         raise ValueError(
             f"every must be at least 1 and every_minutes at least 0, got {options.every} and {options.every_minutes}"
@@ -121,39 +119,30 @@ def _build(options: TrainOptions, source: Path | None) -> Job:
         init_scale=options.init_scale, allocation=options.allocation, products=options.products,  # type: ignore[arg-type]
     )  # fmt: skip
     notes = {"model": name, "shape": list(shape), "classes": [task.classes for task in tasks]}
-    run_notes = {**notes, "options": asdict(options), "threads": torch.get_num_threads()}
-    saver = Saver(Path(options.out) / resume.CHECKPOINT, run_notes, options.every, options.every_minutes)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun the process' own GPU is the current one
     phase: dict[str, Any] = {key: getattr(options, key) for key in ("optimizer", "weight_decay", "patience")}
-    saver.learner = learner = Learner(
+    learner = Learner(
         model.to(device), options.method,
         kkt=None if options.kkt == "none" else options.kkt,  # type: ignore[arg-type]
         mask=PhaseOptions(options.epochs, options.mask_lr, **phase),
         weight=PhaseOptions(options.weight_epochs, options.weight_lr, **phase),
         batch_size=options.batch_size, all_outputs=options.all_outputs, seed=options.seed,
         keep_scores=None if options.keep_scores == "none" else getattr(torch, options.keep_scores),
-        observer=saver,
         precision=options.precision,  # type: ignore[arg-type]
         channels_last="auto" if options.channels_last is None else options.channels_last,
         graph={"on": True, "off": False}.get(options.graph, "auto"),
     )  # fmt: skip
     if source is not None:
         resume.load(learner, source, tasks)
-        if saver.path.exists() and saver.path.samefile(source):
-            saver.tasks = len(learner.reports)
+    elif options.threads is None:
+        options = replace(options, threads=threads.chosen(learner, tasks))
+    run_notes = {**notes, "options": asdict(options), "threads": torch.get_num_threads()}
+    saver = Saver(Path(options.out) / resume.CHECKPOINT, run_notes, options.every, options.every_minutes)
+    saver.learner, learner.observer = learner, saver
+    if source is not None and saver.path.exists() and saver.path.samefile(source):
+        saver.tasks = len(learner.reports)
     saver.replaces = source != saver.path and saver.path.exists()
     return Job(options, tasks, name, notes, learner, saver)
-
-
-def _set_threads(options: TrainOptions, source: Path | None) -> None:
-    """Set torch's threads: as the options say, or as the run had that goes on."""
-    threads = options.threads
-    if source is not None and threads is None:
-        threads = checkpoint.header(source).notes.get("threads")
-    if threads is not None:
-        if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
-            raise ValueError(f"threads must be in [1, {MOST_THREADS}], got {shown(threads)}")
-        torch.set_num_threads(threads)
 
 
 def _tasks(options: TrainOptions) -> list[Task]:
