@@ -121,14 +121,16 @@ def small() -> tuple[Learner, list[Task]]:
     return learner, [Task("a", 4, (0, 1, 2, 3), data, data, data)]
 
 
-def test_the_measurement_leaves_the_run_as_it_was(number: list[int]) -> None:
+def test_the_measurement_leaves_the_run_as_it_was(number: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     plain, tasks = small()
     measured = copy.deepcopy(plain)
     losses = []
     for learner in (plain, measured):
         torch.manual_seed(3)
+        number[0] = 2
         if learner is measured:
             assert threads.chosen(learner, tasks) == number[0]
+            assert capsys.readouterr().out.startswith("CPU threads: ")
         assert [layer.choices for layer in learner.phases.layers.values()] == [{}, {}]
         number[0] = 1
         learner.observer = watching = Watching()
