@@ -90,7 +90,8 @@ def chosen(learner: Learner, tasks: Sequence[Task]) -> int | None:
     torch.set_num_threads(most)
     if most == 1:
         return 1
-    phases, task = [], replace(tasks[0], validation=None)
+    task = replace(tasks[0], validation=None)
+    phases: list[tuple[int, dict[int, list[float]]]] = []
     with torch.random.fork_rng([]):
         for phase, other in (("mask", "weight"), ("weight", "mask")):
             trial = copy.deepcopy(learner)
