@@ -30,4 +30,13 @@ struct Pattern {
   int64_t rows, columns, entries;
 };
 
+// Whether a pattern has these numbers of rows and columns, and its pointers ascend from 0 to the number of entries.
+inline bool has_rows(const Pattern& pattern, int64_t rows, int64_t columns) {
+  if (pattern.rows != rows || pattern.columns != columns || pattern.ptr[0] != 0 || pattern.ptr[rows] != pattern.entries)
+    return false;
+  for (int64_t row = 0; row < rows; ++row)
+    if (pattern.ptr[row] > pattern.ptr[row + 1]) return false;
+  return true;
+}
+
 }  // namespace exssnet

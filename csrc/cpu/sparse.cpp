@@ -4,11 +4,13 @@
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/sparse_few.h"
 #include "cpu/sparse_tile.h"
 
 namespace exssnet::cpu {
@@ -54,15 +56,6 @@ T* scratch(Scratch which, int64_t count) {  // aligned to 64 bytes
   const size_t size = count * sizeof(T) + 64;
   if (buffer.size() < size) buffer = std::vector<std::byte>(size);
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
-}
-
-// Whether a pattern has these numbers of rows and columns, and its pointers ascend from 0 to the number of entries.
-bool has_rows(const Pattern& pattern, int64_t rows, int64_t columns) {
-  if (pattern.rows != rows || pattern.columns != columns || pattern.ptr[0] != 0 || pattern.ptr[rows] != pattern.entries)
-    return false;
-  for (int64_t row = 0; row < rows; ++row)
-    if (pattern.ptr[row] > pattern.ptr[row + 1]) return false;
-  return true;
 }
 
 bool in_range_of(const Pattern& pattern, int64_t row, int64_t slots) {
@@ -300,6 +293,8 @@ bool for_lines(const Pattern& pattern, int64_t rows, int64_t columns, int64_t sl
 template <class T, class S>
 bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values,
                     const Epilogue<T, S>& epilogue, const S* x, S* y) {
+  if constexpr (std::is_same_v<T, S>)
+    if (few_columns(c)) return few_forward(c, pattern, values, epilogue, x, y);
   if (const int64_t width = full_lines<T>(c))
     return for_lines(pattern, c.out_channels, c.in_channels, values.count, width, [&](int64_t begin, int64_t end) {
       EXSSNET_PICK(multiply_lines<T, S>)(pattern, values, epilogue, begin, end, x, width, y);
@@ -308,8 +303,12 @@ bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T
 }
 
 template <class T, class S>
-bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const S* grad,
-                           S* grad_x) {
+bool sparse_input_gradient(const Convolution& c, const Pattern& pattern, const Pattern& transposed,
+                           const Values<T>& values, const S* grad, S* grad_x) {
+  if constexpr (std::is_same_v<T, S>)
+    if (few_columns(c))
+      return has_rows(transposed, c.in_channels, c.out_channels) &&
+             few_input_gradient(c, pattern, values, grad, grad_x);
   if (const int64_t width = full_lines<T>(c))
     return for_lines(transposed, c.in_channels, c.out_channels, values.count, width, [&](int64_t begin, int64_t end) {
       EXSSNET_PICK(multiply_lines<T, S>)(transposed, values, {}, begin, end, grad, width, grad_x);
@@ -324,6 +323,9 @@ template <class T, class S>
 bool sparse_value_gradient(const Convolution& convolution, const Pattern& pattern, int64_t free_count, int64_t count,
                            const S* x, const S* grad, T* grad_values) {
   std::fill_n(grad_values, free_count, T(0));
+  if constexpr (std::is_same_v<T, S>)
+    if (few_columns(convolution))
+      return few_value_gradient(convolution, pattern, free_count, count, x, grad, grad_values);
   if (const int64_t width = full_lines<T>(convolution))
     return for_lines(pattern, convolution.out_channels, convolution.in_channels, count, width,
                      [&](int64_t begin, int64_t end) {
@@ -434,7 +436,8 @@ bool sparse_value_gradient(const Convolution& convolution, const Pattern& patter
 #define EXSSNET_INSTANTIATE(T, S)                                                                             \
   template bool sparse_forward(const Convolution&, const Pattern&, const Values<T>&, const Epilogue<T, S>&,   \
                                const S*, S*);                                                                 \
-  template bool sparse_input_gradient(const Convolution&, const Pattern&, const Values<T>&, const S*, S*);    \
+  template bool sparse_input_gradient(const Convolution&, const Pattern&, const Pattern&, const Values<T>&,     \
+                                      const S*, S*);                                                          \
   template bool sparse_value_gradient(const Convolution&, const Pattern&, int64_t, int64_t, const S*, const S*, T*);
 EXSSNET_INSTANTIATE(float, float)
 EXSSNET_INSTANTIATE(double, double)

@@ -9,7 +9,7 @@
 //
 // The input's gradient is the same product with the transposed pattern. The gradient of a value is the inner product of
 // the same lines. A linear layer is a convolution of 1 x 1 images. If its batch is a few full vectors, there is no
-// copy: the kept weights are multiplied with lines of x in place.
+// copy: the kept weights are multiplied with lines of x in place. If it is smaller, see cpu/sparse_few.h.
 //
 // T, in which everything is computed, is float or double. S, in which images are stored, is T, or bfloat16 if T is
 // float. The copy of a patch converts bfloat16, and results are rounded where they are written.
@@ -48,8 +48,8 @@ bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T
 
 // grad_x (C, H, W, N) from grad (O, H', W', N).
 template <class T, class S>
-bool sparse_input_gradient(const Convolution& c, const Pattern& transposed, const Values<T>& values, const S* grad,
-                           S* grad_x);
+bool sparse_input_gradient(const Convolution& c, const Pattern& pattern, const Pattern& transposed,
+                           const Values<T>& values, const S* grad, S* grad_x);
 
 // grad_values (free_count,) from x (C, H, W, N) and grad (O, H', W', N). The order of each sum does not depend on the
 // number of threads.

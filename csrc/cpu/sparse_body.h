@@ -1,6 +1,8 @@
 // The loops over tiles of cpu/sparse.cpp, compiled once per instruction set (see dispatch.h). The includer defines
 // kVectorBytes and kVectors, the number of sums that fit into registers.
 
+#include "cpu/sparse_rows_body.h"
+
 // The epilogue for the sums of one channel (see Epilogue).
 template <class T, class S>
 struct Finish {
@@ -115,34 +117,6 @@ T* sample_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t end, 
   return sums;
 }
 
-// Sums of neighbours, first those of a, then those of b. Neighbours are adjacent elements within each 16 bytes, or
-// adjacent groups of 16 bytes. Both kinds of shuffles are cheap.
-template <class T, bool in_lane, int... i>
-auto add_pairs(typename Vector<T>::type a, typename Vector<T>::type b, std::integer_sequence<int, i...>) {
-  constexpr int size = in_lane ? 16 / sizeof(T) : sizeof...(i), unit = in_lane ? 1 : 16 / sizeof(T);
-  constexpr auto first_of = [](int to) {  // the first of the two lanes that are added
-    const int place = to % size / unit, half = size / unit / 2;
-    return to / size * size + place % half * 2 * unit + to % unit + (place < half ? 0 : int(sizeof...(i)));
-  };
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, first_of(i)...) + __builtin_shufflevector(a, b, (first_of(i) + unit)...);
-#else
-  using Index = decltype(a < b);
-  return __builtin_shuffle(a, b, Index{first_of(i)...}) + __builtin_shuffle(a, b, Index{(first_of(i) + unit)...});
-#endif
-}
-
-// Sums over the lanes of vector(first), ..., vector(first + n - 1). If n is the number of lanes, each has one lane.
-template <class T, int n = Vector<T>::lanes, class Make>
-inline typename Vector<T>::type sum_each(const Make& vector, int first = 0) {
-  if constexpr (n == 1) {
-    return vector(first);
-  } else {
-    const auto a = sum_each<T, n / 2>(vector, first), b = sum_each<T, n / 2>(vector, first + n / 2);
-    return add_pairs<T, n * sizeof(T) <= 16>(a, b, std::make_integer_sequence<int, Vector<T>::lanes>());
-  }
-}
-
 // total (entries,) = sums (entries, lanes) summed over the lanes. One step does as many entries as a vector has lanes.
 template <class T>
 void add_lanes(const T* sums, int64_t entries, T* total) {
@@ -153,19 +127,6 @@ void add_lanes(const T* sums, int64_t entries, T* total) {
     const V sum = sum_each<T>([=](int i) { return i < count ? Vector<T>::load(sums + i * lanes) : V{}; });
     std::memcpy(total + k, &sum, count * sizeof(T));
   }
-}
-
-// Whether the `count` indices of a row ascend, and its indices and slots are in range.
-bool in_range(const int32_t* index, const int32_t* slot, int64_t count, int64_t columns, int64_t slots) {
-  uint32_t bad = 0;  // unsigned, because differences of arbitrary values may overflow
-  const uint32_t last_column = static_cast<uint32_t>(columns - 1), last_slot = static_cast<uint32_t>(slots - 1);
-  for (int64_t k = 0; k < count; ++k) {
-    const uint32_t i = static_cast<uint32_t>(index[k]), s = static_cast<uint32_t>(slot[k]);
-    bad |= i | (last_column - i) | s | (last_slot - s);
-  }
-  if (bad >> 31 == 0)
-    for (int64_t k = 1; k < count; ++k) bad |= static_cast<uint32_t>(index[k] - index[k - 1] - 1);
-  return bad >> 31 == 0;
 }
 
 // offset[k] = place[index[k]]. Also value[k] = values[slot[k]], unless value is null.

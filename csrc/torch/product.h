@@ -139,7 +139,7 @@ inline Tensor sparse_input_gradient(const SparseWeight& w, const Convolution& c,
   if (grad_x.numel() > 0)
     with_types(x, [&]<class T, class S>(T*, S*) {
       const Tensor from = stored(grad, x);
-      w.followed(cpu::sparse_input_gradient(c, w.transposed, w.values<T>(), data<S>(from),
+      w.followed(cpu::sparse_input_gradient(c, w.pattern, w.transposed, w.values<T>(), data<S>(from),
                                             static_cast<S*>(grad_x.mutable_data_ptr())));
     });
   return to_dtype(grad_x, x.scalar_type());

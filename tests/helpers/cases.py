@@ -85,6 +85,7 @@ CONV1D = (
 LAYERS = LINEAR + CONV2D + CONV1D
 LARGE = (
     Layer("linear-128x784x300", (128, 784), (300, 784)),
+    Layer("linear-5x1024x700", (5, 1024), (700, 1024)),
     Layer("conv2d-32x16x16x16", (32, 16, 16, 16), (32, 16, 3, 3), padding=1),
     Layer("conv2d-stride2-large", (16, 32, 17, 15), (64, 32, 3, 3), stride=2, padding=1, bias=False),
     Layer("conv2d-80x70x9x7", (80, 70, 9, 7), (40, 70, 3, 3), padding=1),
@@ -96,6 +97,7 @@ LARGE = (
 that float32 sums of small integers are exact."""
 TAILS = (
     *(Layer(f"linear-batch{n}", (n, 17), (9, 17)) for n in (*range(1, 18), 31, 33, 48, 63, 64, 65, 127, 129, 240, 256)),
+    *(Layer(f"linear-few{n}", (n, 700), (5, 700)) for n in (1, 2, 4, 8, 15, 16)),  # rows of more than 256 entries
     *(Layer(f"linear-lines{i}", (32, i), (i + 1, i)) for i in (*range(1, 18), 31, 33, 300, 600)),
     *(Layer(f"linear-features{i}", (3, i), (i + 1, i)) for i in (*range(1, 18), 31, 33, 63, 65)),
     *(Layer(f"conv2d-batch{n}", (n, 3, 4, 5), (6, 3, 3, 3), padding=1) for n in (*range(1, 18), 31, 33, 63, 65)),

@@ -381,7 +381,6 @@ class TestFolded:
 
 
 PATTERN = ops.sparse_pattern(M)
-LAYER = X, VALUES, NONE
 
 
 def sparse_conv(kernel_size: int = 3, pattern_of: Tensor = KERNELS, **options: object) -> Tensor:
@@ -420,16 +419,32 @@ SENTENCES: Sentences = {
 test_wrong_arguments_are_refused_in_a_sentence = refused(SENTENCES)
 
 
-FOREIGN_MEMORY: Sentences = {
-    "a column beyond the last": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col + 1), None),
-    "a negative column": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col - 1), None),
-    "columns that do not ascend": lambda: RAW.sparse_linear(*LAYER, *broken(col=PATTERN.col.flip(0)), None),
-    "a slot beyond the values": lambda: RAW.sparse_linear(*LAYER, *broken(slot=PATTERN.slot + 1), None),
-    "pointers beyond the entries": lambda: RAW.sparse_linear(*LAYER, *broken(row_ptr=PATTERN.row_ptr * 2), None),
-    "pointers that fall": lambda: RAW.sparse_linear(*LAYER, *broken(row_ptr=PATTERN.row_ptr.flip(0)), None),
-    "a row beyond the last": lambda: RAW.sparse_linear_backward(
-        W[:3, :4], *LAYER, *broken(col_t=PATTERN.col_t + 1), [True, True]
-    ),
+def foreign_memory(batch: int) -> Calls:
+    """Calls with a damaged pattern; up to 16 samples have kernels of their own."""
+    x, grad = X[:1].expand(batch, 5), W[:1, :4].expand(batch, 4)
+
+    def forward(**changed: Tensor) -> object:
+        return RAW.sparse_linear(x, VALUES, NONE, *broken(**changed), None)
+
+    def backward(*output_mask: bool, **changed: Tensor) -> object:
+        return RAW.sparse_linear_backward(grad, x, VALUES, NONE, *broken(**changed), list(output_mask))
+
+    return {
+        "a column beyond the last": lambda: forward(col=PATTERN.col + 1),
+        "a negative column": lambda: forward(col=PATTERN.col - 1),
+        "columns that do not ascend": lambda: forward(col=PATTERN.col.flip(0)),
+        "a slot beyond the values": lambda: forward(slot=PATTERN.slot + 1),
+        "pointers beyond the entries": lambda: forward(row_ptr=PATTERN.row_ptr * 2),
+        "pointers that fall": lambda: forward(row_ptr=PATTERN.row_ptr.flip(0)),
+        "a damaged row for the input's gradient": lambda: backward(
+            True, False, col=PATTERN.col + 1, col_t=PATTERN.col_t + 1
+        ),
+        "a slot beyond the gradients": lambda: backward(False, True, slot=PATTERN.slot + 1),
+    }
+
+
+FOREIGN_MEMORY: Calls = {
+    f"{what}, batch {batch}": call for batch in (1, 3, 17) for what, call in foreign_memory(batch).items()
 }
 test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN_MEMORY)
 

@@ -104,11 +104,13 @@ const Layer kLayers[] = {
     {7, 33, 65, 1, 1, 1, 1, 1, 0, 1, 0.1},    {64, 33, 9, 1, 1, 1, 1, 1, 0, 1, 0.2},
     {65, 3, 2, 3, 8, 3, 1, 1, 1, 1, 0.5},     {2, 3, 3, 12, 12, 5, 5, 4, 2, 2, 0.3},
     {5, 4, 4, 3, 3, 3, 3, 1, 5, 1, 0.5},      {0, 3, 2, 4, 4, 3, 3, 1, 1, 1, 0.5},
+    {1, 700, 5, 1, 1, 1, 1, 1, 0, 1, 0.7},    {3, 300, 5, 1, 1, 1, 1, 1, 0, 1, 0.9},
+    {2, 33, 9, 2, 4, 1, 1, 1, 0, 1, 0.4},     {8, 65, 7, 1, 1, 1, 1, 1, 0, 1, 0.5},
     {6, 3, 4, 5, 5, 3, 3, 1, 0, 1, 0.0},      {1, 2, 3, 31, 2, 7, 1, 1, 3, 1, 0.9},
 };
 const Layer kLargeLayers[] = {
     {64, 20, 24, 16, 16, 3, 3, 1, 1, 1, 0.2}, {6, 24, 20, 17, 17, 3, 3, 2, 1, 1, 0.3},
-    {64, 300, 200, 1, 1, 1, 1, 1, 0, 1, 0.2}, {32, 80, 80, 8, 8, 3, 3, 1, 1, 1, 0.05},
+    {5, 400, 400, 1, 1, 1, 1, 1, 0, 1, 0.5},  {64, 300, 200, 1, 1, 1, 1, 1, 0, 1, 0.2}, {32, 80, 80, 8, 8, 3, 3, 1, 1, 1, 0.05},
 };
 
 struct Sparse {
@@ -191,7 +193,7 @@ void sparse_products(const Layer& layer) {
   }
   const Buffer<S> to_x(s.in_size());
   const Buffer<T> to_values(s.free_count);
-  if (!sparse_input_gradient(s.c, transposed.view(), values, grad.data(), to_x.data())) fail("sparse_input_gradient");
+  if (!sparse_input_gradient(s.c, pattern, transposed.view(), values, grad.data(), to_x.data())) fail("sparse_input_gradient");
   if (!sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data()))
     fail("sparse_value_gradient");
   expect_equal(to_x, grad_x, "sparse_input_gradient");

@@ -1,0 +1,149 @@
+#include "cpu/sparse_few.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+#if EXSSNET_X86
+#include <immintrin.h>
+#endif
+
+namespace exssnet::cpu {
+
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // entries per thread, at least
+constexpr int64_t kParts = 8;        // of the input's gradient, at most: each has sums of its own
+constexpr int64_t kRun = 256;        // entries of a row that are treated together
+constexpr int64_t kAhead = 768;      // entries between what is used and what is prefetched
+
+// The loops over rows [begin, end), for lines of `width` elements of which the first `columns` are used.
+template <class T>
+struct FewLoops {
+  bool (*multiply)(const Pattern& pattern, const Values<T>& values, const Epilogue<T>& then, int64_t begin, int64_t end,
+                   const T* x, int64_t columns, T* y);
+  bool (*spread)(const Pattern& pattern, const Values<T>& values, int64_t begin, int64_t end, const T* grad, T* sums);
+  bool (*sample)(const Pattern& pattern, int64_t free_count, int64_t count, int64_t begin, int64_t end, const T* x,
+                 const T* grad, T* grad_values);
+};
+
+#define EXSSNET_BODY "cpu/sparse_few_body.h"
+#include "cpu/each_isa.h"
+
+// Memory that a thread keeps between calls, because new memory costs a page fault every 4 KB. Aligned to 64 bytes.
+template <class T>
+T* scratch(int64_t count) {
+  thread_local std::vector<std::byte> kept;
+  const size_t size = count * sizeof(T) + 64;
+  if (kept.size() < size) kept = std::vector<std::byte>(size);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
+}
+
+// Copies lines of `columns` elements to lines of `width` elements, and fills these with zeros.
+template <class T>
+void pad_lines(const T* from, int64_t lines, int64_t columns, int64_t width, T* to) {
+  for (int64_t line = 0; line < lines; ++line, from += columns, to += width) {
+    for (int64_t j = 0; j < columns; ++j) to[j] = from[j];
+    for (int64_t j = columns; j < width; ++j) to[j] = T(0);
+  }
+}
+
+// The length of the lines for this number of columns.
+int64_t line_width(int64_t columns) { return columns == 1 ? 1 : columns <= 4 ? 4 : columns <= 8 ? 8 : 16; }
+
+int64_t parts_of(const Pattern& pattern) {
+  return std::max<int64_t>(1, std::min(max_threads(), pattern.entries / kGrain));
+}
+
+// Calls body(part, begin, end) on `parts` ranges of rows with nearly equal numbers of entries. Returns whether all did.
+template <class Body>
+bool in_parts(const Pattern& pattern, int64_t parts, const Body& body) {
+  std::atomic<bool> good = true;
+  parallel_for(parts, 1, [&](int64_t first, int64_t last) {
+    const auto row_of = [&](int64_t part) {
+      const int32_t* const end = pattern.ptr + pattern.rows;
+      return part == parts ? pattern.rows
+                           : std::lower_bound(pattern.ptr, end, pattern.entries * part / parts) - pattern.ptr;
+    };
+    for (int64_t part = first; part < last; ++part)
+      if (!body(part, row_of(part), row_of(part + 1))) good = false;
+  });
+  return good;
+}
+
+}  // namespace
+
+template <class T>
+bool few_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
+                 const T* x, T* y) {
+  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
+  const int64_t columns = few_columns(c), width = line_width(columns);
+  const auto multiply = EXSSNET_PICK(few_loops<T>)(width).multiply;
+  if (width > columns) {
+    T* const padded = scratch<T>(c.in_channels * width);
+    pad_lines(x, c.in_channels, columns, width, padded);
+    x = padded;
+  }
+  return in_parts(pattern, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
+    return multiply(pattern, values, epilogue, begin, end, x, columns, y);
+  });
+}
+
+template <class T>
+bool few_input_gradient(const Convolution& c, const Pattern& pattern, const Values<T>& values, const T* grad,
+                        T* grad_x) {
+  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
+  const int64_t columns = few_columns(c), width = line_width(columns), size = c.in_channels * width;
+  const int64_t parts = std::clamp<int64_t>(pattern.entries / std::max(kGrain, 16 * c.in_channels), 1, kParts);
+  const int64_t padding = width > columns ? c.out_channels * width : 0;
+  T *const sums = scratch<T>(parts * size + padding), *const padded = sums + parts * size;
+  const auto spread = EXSSNET_PICK(few_loops<T>)(width).spread;
+  if (padding) {
+    pad_lines(grad, c.out_channels, columns, width, padded);
+    grad = padded;
+  }
+  const bool good = in_parts(pattern, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    T* const of_part = sums + part * size;
+    std::fill_n(of_part, size, T(0));
+    return spread(pattern, values, begin, end, grad, of_part);
+  });
+  parallel_for(c.in_channels, kGrain / width, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = begin * width; i < end * width; ++i) sums[i] += sums[part * size + i];
+    for (int64_t line = begin; line < end; ++line)
+      for (int64_t j = 0; j < columns; ++j) grad_x[line * columns + j] = sums[line * width + j];
+  });
+  return good;
+}
+
+template <class T>
+bool few_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, int64_t count, const T* x,
+                        const T* grad, T* grad_values) {
+  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
+  const int64_t columns = few_columns(c), width = line_width(columns);
+  const auto sample = EXSSNET_PICK(few_loops<T>)(width).sample;
+  if (width > columns) {
+    T *const lines = scratch<T>((c.in_channels + c.out_channels) * width), *const grads = lines + c.in_channels * width;
+    pad_lines(x, c.in_channels, columns, width, lines);
+    pad_lines(grad, c.out_channels, columns, width, grads);
+    x = lines;
+    grad = grads;
+  }
+  return in_parts(pattern, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
+    return sample(pattern, free_count, count, begin, end, x, grad, grad_values);
+  });
+}
+
+#define EXSSNET_INSTANTIATE(T)                                                                                      \
+  template bool few_forward(const Convolution&, const Pattern&, const Values<T>&, const Epilogue<T>&, const T*, T*); \
+  template bool few_input_gradient(const Convolution&, const Pattern&, const Values<T>&, const T*, T*);             \
+  template bool few_value_gradient(const Convolution&, const Pattern&, int64_t, int64_t, const T*, const T*, T*);
+EXSSNET_INSTANTIATE(float)
+EXSSNET_INSTANTIATE(double)
+
+}  // namespace exssnet::cpu

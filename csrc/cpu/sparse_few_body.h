@@ -1,0 +1,241 @@
+// The loops over rows of cpu/sparse_few.cpp, compiled once per instruction set (see dispatch.h).
+
+#include "cpu/sparse_rows_body.h"
+
+// A line of `width` elements: vectors that are as long as it, or as the registers.
+template <class T, int width>
+struct Line {
+  static constexpr int lanes = width < Vector<T>::lanes ? width : Vector<T>::lanes, vectors = width / lanes;
+  typedef T V __attribute__((vector_size(lanes * sizeof(T)), aligned(alignof(T)), may_alias));
+
+  static V load(const T* from) { return *reinterpret_cast<const V*>(from); }
+  static void store(V v, T* to) { *reinterpret_cast<V*>(to) = v; }
+};
+template <class T>
+struct Line<T, 1> {
+  static constexpr int lanes = 1, vectors = 1;
+  using V = T;
+
+  static T load(const T* from) { return *from; }
+  static void store(T v, T* to) { *to = v; }
+};
+
+// x[index[i]] for as many i as a register has lanes.
+template <class T>
+typename Vector<T>::type gather(const T* x, const int32_t* index) {
+#if EXSSNET_X86
+  constexpr bool is_float = sizeof(T) == sizeof(float);
+  if constexpr (kVectorBytes == 64 && is_float)  // the gathers without a mask make GCC warn of memory that is not set
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, _mm512_loadu_si512(index), x, 4);
+  else if constexpr (kVectorBytes == 64)
+    return _mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff,
+                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), x, 8);
+  else if constexpr (kVectorBytes == 32 && is_float)
+    return _mm256_i32gather_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
+#endif
+  typename Vector<T>::type v = {};
+  for (int i = 0; i < Vector<T>::lanes; ++i) v[i] = x[index[i]];
+  return v;
+}
+
+// Whether `count` slots follow one another, and all are free or all are frozen.
+inline bool follow(const int32_t* slot, int64_t count, int64_t free_count) {
+  uint32_t apart = 0;
+  for (int64_t i = 0; i < count; ++i) apart |= static_cast<uint32_t>(slot[i] - slot[0]) - static_cast<uint32_t>(i);
+  return apart == 0 && (slot[0] >= free_count || slot[0] + count <= free_count);
+}
+
+// Prefetches `count` elements that follow kAhead elements later. An address past the end is harmless.
+template <class T>
+[[gnu::always_inline]] inline void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i + kAhead);
+}
+
+// The values of `count` slots. Slots that follow one another are read in place, others are copied to `to`.
+template <class T>
+const T* values_of(const int32_t* slot, int64_t count, const Values<T>& values, T* to) {
+  const int32_t free_count = static_cast<int32_t>(values.free_count);
+  const T *const free = values.free, *const frozen = values.frozen;
+  if (follow(slot, count, free_count)) {
+    const T* const value = slot[0] < free_count ? free + slot[0] : frozen + (slot[0] - free_count);
+    prefetch(value, count);
+    return value;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = slot[i] < free_count ? free[slot[i]] : frozen[slot[i] - free_count];
+  return to;
+}
+
+// Calls body(first, count) for the runs of a row.
+template <class Body>
+inline void in_runs(const Pattern& pattern, int64_t row, const Body& body) {
+  for (int64_t k = pattern.ptr[row], last = pattern.ptr[row + 1]; k < last; k += kRun) {
+    const int64_t count = std::min(kRun, last - k);
+    prefetch(pattern.index + k, count);
+    prefetch(pattern.slot + k, count);
+    body(k, count);
+  }
+}
+
+inline bool row_in_range(const Pattern& pattern, int64_t row, int64_t slots) {
+  const int64_t first = pattern.ptr[row], count = pattern.ptr[row + 1] - first;
+  return in_range(pattern.index + first, pattern.slot + first, count, pattern.columns, slots);
+}
+
+// sums (width) = the products of `count` entries with lines of x, added up. Entries take turns among several sums, which
+// shortens the chains of dependent additions and reduces rounding errors.
+template <class T, int width>
+void multiply_run(const int32_t* index, const T* value, int64_t count, const T* x, T* sums) {
+  using L = Line<T, width>;
+  using V = typename L::V;
+  constexpr int vectors = L::vectors, turns = vectors * 4 <= kVectors ? 4 : 2;
+  V sum[turns][vectors] = {};
+  int64_t i = 0;
+  for (; i + turns <= count; i += turns)
+#pragma GCC unroll 4
+    for (int turn = 0; turn < turns; ++turn) {
+      const T* const from = x + static_cast<int64_t>(index[i + turn]) * width;
+      const V factor = V{} + value[i + turn];
+#pragma GCC unroll 8
+      for (int b = 0; b < vectors; ++b) sum[turn][b] += factor * L::load(from + b * L::lanes);
+    }
+  for (; i < count; ++i) {
+    const T* const from = x + static_cast<int64_t>(index[i]) * width;
+    const V factor = V{} + value[i];
+#pragma GCC unroll 8
+    for (int b = 0; b < vectors; ++b) sum[0][b] += factor * L::load(from + b * L::lanes);
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < vectors; ++b) {
+    V total = sum[0][b] + sum[1][b];
+    if constexpr (turns == 4) total += sum[2][b] + sum[3][b];
+    L::store(total, sums + b * L::lanes);
+  }
+}
+
+// The same for lines of one element: a register holds as many entries as it has lanes.
+template <class T>
+T gather_run(const int32_t* index, const T* value, int64_t count, const T* x) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes, turns = 4;
+  V sum[turns] = {};
+  T total = 0;
+  int64_t i = 0;
+  for (; i + turns * lanes <= count; i += turns * lanes)
+#pragma GCC unroll 4
+    for (int turn = 0; turn < turns; ++turn)
+      sum[turn] += Vector<T>::load(value + i + turn * lanes) * gather(x, index + i + turn * lanes);
+  for (; i + lanes <= count; i += lanes) sum[0] += Vector<T>::load(value + i) * gather(x, index + i);
+  for (; i < count; ++i) total += value[i] * x[index[i]];
+  const V lane_sums = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  return total + sum_each<T>([&](int) { return lane_sums; })[0];
+}
+
+// y (rows, columns) = the product with x. Each run of entries has its own sum.
+template <class T, int width>
+bool multiply_few(const Pattern& pattern, const Values<T>& values, const Epilogue<T>& then, int64_t begin, int64_t end,
+                  const T* x, int64_t columns, T* y) {
+  T kept[kRun], sums[width], total[width];
+  for (int64_t row = begin; row < end; ++row) {
+    if (!row_in_range(pattern, row, values.count)) return false;
+    for (int j = 0; j < width; ++j) total[j] = T(0);
+    in_runs(pattern, row, [&](int64_t first, int64_t count) {
+      const int32_t* const index = pattern.index + first;
+      const T* const value = values_of(pattern.slot + first, count, values, kept);
+      if constexpr (width == 1) sums[0] = gather_run(index, value, count, x);
+      else multiply_run<T, width>(index, value, count, x, sums);
+      for (int j = 0; j < width; ++j) total[j] += sums[j];
+    });
+    const T scale = then.scale ? then.scale[row] : T(1), bias = then.bias ? then.bias[row] : T(0);
+    for (int64_t j = 0; j < columns; ++j) {
+      const T v = total[j] * scale + bias + (then.residual ? then.residual[row * columns + j] : T(0));
+      y[row * columns + j] = then.relu && v < 0 ? T(0) : v;
+    }
+  }
+  return true;
+}
+
+// Adds the products of the rows' entries with grad (rows, width) to sums (columns of the pattern, width).
+template <class T, int width>
+bool spread_few(const Pattern& pattern, const Values<T>& values, int64_t begin, int64_t end, const T* grad, T* sums) {
+  using L = Line<T, width>;
+  using V = typename L::V;
+  constexpr int vectors = L::vectors;
+  T kept[kRun];
+  for (int64_t row = begin; row < end; ++row) {
+    if (!row_in_range(pattern, row, values.count)) return false;
+    V g[vectors];
+#pragma GCC unroll 8
+    for (int b = 0; b < vectors; ++b) g[b] = L::load(grad + row * width + b * L::lanes);
+    in_runs(pattern, row, [&](int64_t first, int64_t count) {
+      const int32_t* const index = pattern.index + first;
+      const T* const value = values_of(pattern.slot + first, count, values, kept);
+      for (int64_t i = 0; i < count; ++i) {
+        T* const to = sums + static_cast<int64_t>(index[i]) * width;
+        const V factor = V{} + value[i];
+#pragma GCC unroll 8
+        for (int b = 0; b < vectors; ++b) L::store(L::load(to + b * L::lanes) + factor * g[b], to + b * L::lanes);
+      }
+    });
+  }
+  return true;
+}
+
+// grad_values[slot] of the rows' free entries: inner products of lines of x and of grad. One step computes as many as a
+// line has lanes.
+template <class T, int width>
+bool sample_few(const Pattern& pattern, int64_t free_count, int64_t count, int64_t begin, int64_t end, const T* x,
+                const T* grad, T* grad_values) {
+  using L = Line<T, width>;
+  using V = typename L::V;
+  constexpr int vectors = L::vectors, lanes = L::lanes;
+  T kept[kRun];
+  for (int64_t row = begin; row < end; ++row) {
+    if (!row_in_range(pattern, row, count)) return false;
+    V g[vectors];
+#pragma GCC unroll 8
+    for (int b = 0; b < vectors; ++b) g[b] = L::load(grad + row * width + b * lanes);
+    in_runs(pattern, row, [&](int64_t first, int64_t entries) {
+      const int32_t *const index = pattern.index + first, *const slot = pattern.slot + first;
+      const bool in_place = follow(slot, entries, free_count);
+      if (in_place && slot[0] >= free_count) return;
+      T* const to = in_place ? grad_values + slot[0] : kept;
+      int64_t i = 0;
+      if constexpr (width == 1) {
+        for (; i + Vector<T>::lanes <= entries; i += Vector<T>::lanes)
+          Vector<T>::store(gather(x, index + i) * g[0], to + i);
+        for (; i < entries; ++i) to[i] = x[index[i]] * g[0];
+      } else {
+        const auto products = [&](int64_t i) {
+          const T* const from = x + static_cast<int64_t>(index[i]) * width;
+          V sum = g[0] * L::load(from);
+#pragma GCC unroll 8
+          for (int b = 1; b < vectors; ++b) sum += g[b] * L::load(from + b * lanes);
+          return sum;
+        };
+        for (; i + lanes <= entries; i += lanes)
+          L::store(sum_each<T, lanes>([&](int j) { return products(i + j); }), to + i);
+        if (i < entries) {
+          const V last = sum_each<T, lanes>([&](int j) { return products(std::min(i + j, entries - 1)); });
+          std::memcpy(to + i, &last, (entries - i) * sizeof(T));
+        }
+      }
+      if (in_place) return;
+      for (int64_t k = 0; k < entries; ++k)
+        if (slot[k] < free_count) grad_values[slot[k]] = kept[k];
+    });
+  }
+  return true;
+}
+
+template <class T, int width>
+FewLoops<T> loops_of_width() {
+  return {multiply_few<T, width>, spread_few<T, width>, sample_few<T, width>};
+}
+
+template <class T>
+FewLoops<T> few_loops(int64_t width) {
+  return width == 1   ? loops_of_width<T, 1>()
+         : width == 4 ? loops_of_width<T, 4>()
+         : width == 8 ? loops_of_width<T, 8>()
+                      : loops_of_width<T, 16>();
+}
