@@ -130,7 +130,8 @@ def _stored(t: Tensor, batch_innermost: bool) -> Tensor:
 def supermask_linear(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
 ) -> Tensor:
-    return _stored(F.linear(x, weight.where(mask_of(scores, selection), 0), bias), sparse)
+    effective = weight.where(mask_of(scores, selection), 0).to(x.dtype)
+    return _stored(F.linear(x, effective, None if bias is None else bias.to(x.dtype)), sparse)
 
 
 def _supermask_gradients(
@@ -141,7 +142,7 @@ def _supermask_gradients(
     if output_mask[1]:
         grad_scores = (grad_effective * weight * scores.sign()).to(scores.dtype).contiguous()
     if output_mask[2]:
-        grad_weight = grad_effective.where(mask, 0).contiguous()
+        grad_weight = grad_effective.where(mask, 0).to(weight.dtype).contiguous()
     return grad_scores, grad_weight
 
 
@@ -150,7 +151,7 @@ def supermask_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(scores, selection)
     grad_x, effective = _linear_gradients(
-        grad, x, weight.where(mask, 0), output_mask[0], output_mask[1] or output_mask[2]
+        grad, x, weight.where(mask, 0).to(x.dtype), output_mask[0], output_mask[1] or output_mask[2]
     )
     return _stored(grad_x, sparse and output_mask[0]), *_supermask_gradients(
         effective, weight, scores, mask, output_mask
@@ -198,7 +199,8 @@ def supermask_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,
 ) -> Tensor:  # fmt: skip
-    effective = weight.where(mask_of(scores, selection), 0)
+    effective = weight.where(mask_of(scores, selection), 0).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     return _stored(F.conv2d(x, effective, bias, stride, padding, dilation, groups), sparse)
 
 
@@ -209,7 +211,7 @@ def supermask_conv2d_backward(
     mask = mask_of(scores, selection)
     geometry = (stride, padding, dilation, groups)
     grad_x, effective = _conv2d_gradients(
-        grad, x, weight.where(mask, 0), geometry, output_mask[0], output_mask[1] or output_mask[2]
+        grad, x, weight.where(mask, 0).to(x.dtype), geometry, output_mask[0], output_mask[1] or output_mask[2]
     )
     return _stored(grad_x, sparse and output_mask[0]), *_supermask_gradients(
         effective, weight, scores, mask, output_mask

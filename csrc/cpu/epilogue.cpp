@@ -57,17 +57,6 @@ void keep_block(const void* in, int entry_bytes, int64_t begin, int64_t n, const
   else where<uint64_t>(in, kept, begin, n, out);
 }
 
-template <class W, class S>
-void score_block(const void* grad, const void* weight, const void* scores, int64_t begin, int64_t n, void* out) {
-  S block[kBlock];
-  EXSSNET_PICK(straight_through<W, S>)
-  (static_cast<const W*>(grad) + begin, static_cast<const W*>(weight) + begin, static_cast<const S*>(scores) + begin, n,
-   block);
-  std::memcpy(static_cast<S*>(out) + begin, block, n * sizeof(S));
-}
-
-using ScoreBlock = void (*)(const void*, const void*, const void*, int64_t, int64_t, void*);
-
 template <class Body>
 void for_blocks(int64_t n, Body&& body) {
   parallel_for((n + kBlock - 1) / kBlock, kGrain, [&](int64_t first, int64_t last) {
@@ -92,18 +81,6 @@ const uint8_t* mask_bytes(const Mask& mask, int64_t begin, int64_t n, uint8_t* k
 
 void keep(const void* in, int entry_bytes, int64_t n, const Mask& mask, const Mask& free_mask, void* out) {
   for_blocks(n, [&](int64_t begin, int64_t size) { keep_block(in, entry_bytes, begin, size, mask, free_mask, out); });
-}
-
-void score_gradient(void* grad, const void* weight, Float weight_type, const void* scores, Float score_type, int64_t n,
-                    void* out, bool keep_grad, const Mask& mask) {
-  const ScoreBlock block = with_type(weight_type, [&]<class W>(W*) {
-    return with_type(score_type, []<class S>(S*) -> ScoreBlock { return score_block<W, S>; });
-  });
-  const int entry_bytes = with_type(weight_type, []<class W>(W*) { return static_cast<int>(sizeof(W)); });
-  for_blocks(n, [&](int64_t begin, int64_t size) {
-    block(grad, weight, scores, begin, size, out);
-    if (keep_grad) keep_block(grad, entry_bytes, begin, size, mask, {}, grad);
-  });
 }
 
 }  // namespace exssnet::cpu

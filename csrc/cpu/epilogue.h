@@ -24,11 +24,4 @@ const uint8_t* mask_bytes(const Mask& mask, int64_t begin, int64_t n, uint8_t* k
 // out[i] = in[i] where mask and free_mask (may be none) keep, else 0. Entries have 2, 4 or 8 bytes; out may equal in.
 void keep(const void* in, int entry_bytes, int64_t n, const Mask& mask, const Mask& free_mask, void* out);
 
-// Straight-through gradient of the scores: grad * weight * sign(scores), computed in float32 or, for float64 weights,
-// in float64. grad (n, of the weight's type) is the gradient of the effective weight. out has the scores' type. With
-// keep_grad, grad is overwritten with the weight's gradient in the same pass: 0 where the mask does not keep. Without
-// keep_grad, out may equal grad.
-void score_gradient(void* grad, const void* weight, Float weight_type, const void* scores, Float score_type, int64_t n,
-                    void* out, bool keep_grad, const Mask& mask);
-
 }  // namespace exssnet::cpu

@@ -15,9 +15,3 @@ template <class U>
 static void where(const U* __restrict from, const uint8_t* __restrict kept, int64_t n, U* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] = kept[i] ? from[i] : U{0};
 }
-
-template <class W, class S>
-static void straight_through(const W* __restrict grad, const W* __restrict weight, const S* __restrict scores,
-                             int64_t n, S* __restrict to) {
-  for (int64_t i = 0; i < n; ++i) store(value(grad[i]) * value(weight[i]) * sign(scores[i]), to[i]);
-}

@@ -36,11 +36,11 @@ void batch_innermost(const T* x, const Strides& strides, int64_t n, int64_t c, i
   });
 }
 
-template <class T>
-void channels_innermost(const T* x, int64_t c, int64_t pixels, int64_t n, T* to) {
+template <class F, class T>
+void channels_innermost(const F* x, int64_t c, int64_t pixels, int64_t n, T* to) {
   parallel_for(pixels, kGrain / (c * n + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t pixel = begin; pixel < end; ++pixel)
-      EXSSNET_PICK(transpose<T>)(x + pixel * n, pixels * n, c, n, to + pixel * c, pixels * c);
+      EXSSNET_PICK(transpose<T, F>)(x + pixel * n, pixels * n, c, n, to + pixel * c, pixels * c);
   });
 }
 
@@ -48,6 +48,7 @@ template void batch_innermost(const uint16_t*, const Strides&, int64_t, int64_t,
 template void batch_innermost(const float*, const Strides&, int64_t, int64_t, int64_t, int64_t, float*);
 template void batch_innermost(const double*, const Strides&, int64_t, int64_t, int64_t, int64_t, double*);
 template void channels_innermost(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*);
+template void channels_innermost(const BFloat16*, int64_t, int64_t, int64_t, float*);
 template void channels_innermost(const float*, int64_t, int64_t, int64_t, float*);
 template void channels_innermost(const double*, int64_t, int64_t, int64_t, double*);
 

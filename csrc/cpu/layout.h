@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/floats.h"
+
 namespace exssnet::cpu {
 
 struct Strides {
@@ -13,8 +15,8 @@ struct Strides {
 template <class T>
 void batch_innermost(const T* x, const Strides& strides, int64_t n, int64_t c, int64_t h, int64_t w, T* to);
 
-// Copies (C, pixels, N) into the order (N, pixels, C).
-template <class T>
-void channels_innermost(const T* x, int64_t c, int64_t pixels, int64_t n, T* to);
+// Copies (C, pixels, N) into the order (N, pixels, C). F is T, or bfloat16 if T is float.
+template <class F, class T>
+void channels_innermost(const F* x, int64_t c, int64_t pixels, int64_t n, T* to);
 
 }  // namespace exssnet::cpu

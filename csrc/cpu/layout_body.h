@@ -12,8 +12,8 @@ static V by_turns(V a, V b, std::integer_sequence<int, i...>) {
 }
 
 // to[j][i] = from[i][j] for a square with one row per lane of a vector. The distances are between rows.
-template <class T>
-static void transpose_square(const T* from, int64_t from_step, T* to, int64_t to_step) {
+template <class T, class F>
+static void transpose_square(const F* from, int64_t from_step, T* to, int64_t to_step) {
   using V = typename Vector<T>::type;
   constexpr int count = Vector<T>::lanes;
   constexpr auto lanes = std::make_integer_sequence<int, count>();
@@ -35,16 +35,20 @@ static void transpose_square(const T* from, int64_t from_step, T* to, int64_t to
 }
 
 // to[j][i] = from[i][j] for i < rows, j < columns.
-template <class T>
-void transpose(const T* from, int64_t from_step, int64_t rows, int64_t columns, T* to, int64_t to_step) {
+template <class T, class F = T>
+void transpose(const F* from, int64_t from_step, int64_t rows, int64_t columns, T* to, int64_t to_step) {
   constexpr int64_t count = Vector<T>::lanes;
   for (int64_t i = 0; i < rows; i += count)
     for (int64_t j = 0; j < columns; j += count) {
       if (i + count <= rows && j + count <= columns) {
-        transpose_square(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+        transpose_square<T>(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
         continue;
       }
       for (int64_t a = i; a < std::min(i + count, rows); ++a)
-        for (int64_t b = j; b < std::min(j + count, columns); ++b) to[b * to_step + a] = from[a * from_step + b];
+        for (int64_t b = j; b < std::min(j + count, columns); ++b) {
+          const F entry = from[a * from_step + b];
+          if constexpr (std::is_same_v<F, T>) to[b * to_step + a] = entry;
+          else to[b * to_step + a] = value(entry);
+        }
     }
 }

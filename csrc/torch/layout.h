@@ -30,6 +30,25 @@ inline bool stored_innermost(const Tensor& x) {
   return true;
 }
 
+// Whether x (N, C, ...) is stored as (N, ..., C). Dimensions of size 1 are ignored.
+inline bool stored_channels_last(const Tensor& x) {
+  int64_t step = x.size(1);
+  if (step != 1 && x.stride(1) != 1) return false;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    if (d == 1) continue;
+    if (x.size(d) != 1 && x.stride(d) != step) return false;
+    step *= x.size(d);
+  }
+  return true;
+}
+
+// A new tensor (N, C, H, W), stored (N, H, W, C).
+inline Tensor new_channels_last(const Tensor& like, const Ints& shape, ScalarType dtype) {
+  const int64_t c = shape[1], w = shape[3];
+  return aten("aten::new_empty_strided", "", like, shape, Ints{shape[2] * w * c, 1, w * c, c}, std::optional(dtype),
+              std::nullopt, std::nullopt, std::nullopt);
+}
+
 // Calls body(T*) for a type of 2, 4 or 8 bytes that the kernels of cpu/layout copy.
 template <class Body>
 void with_size(int64_t bytes, const Body& body) {

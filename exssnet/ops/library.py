@@ -138,6 +138,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return _autocast_dtype(x) or x.dtype
 
 
+def wide_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes beside the product's that sparse kernels take for all but images. On a CPU they sum in float32."""
+    return (torch.float32,) if x.device.type == "cpu" and product_dtype(x) == torch.bfloat16 else ()
+
+
 def autocast(x: Tensor, *others: Tensor | None, also: Sequence[torch.dtype] = ()) -> tuple[Any, ...]:
     """The arguments in autocast's dtype, if it is on for the device of x; otherwise unchanged. `also` dtypes stay."""
     dtype = _autocast_dtype(x)

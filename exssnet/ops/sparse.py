@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..kernels.layouts import empty_batch_last
 from ..kernels.reference import dense_weight
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
-from .library import autocast, define, differentiable, pair, product_dtype, refuse_derivative, same_kind, single
+from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single, wide_dtypes
 
 __all__ = [
     "SparsePattern",
@@ -65,11 +65,6 @@ define(
     _fake_backward,
 )
 refuse_derivative("sparse_conv2d_folded", "it is for inference")
-
-
-def _of_sums(x: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes of values, scale and bias that the operators take beside the product's dtype."""
-    return (torch.float32,) if x.device.type == "cpu" and product_dtype(x) == torch.bfloat16 else ()
 
 
 def _plain_linear(
@@ -299,7 +294,7 @@ def sparse_linear(
     in_features = _check_values("sparse_linear", pattern, free_values, frozen_values, ())
     out_features = pattern.row_ptr.numel() - 1
     check_linear("sparse_linear", x, out_features, in_features, bias)
-    also = _of_sums(x)
+    also = wide_dtypes(x)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias, also=also)
     same_kind("sparse_linear", x, *also, free_values=free_values, frozen_values=frozen_values, bias=bias)
     return in_rows(_linear, x, free_values, frozen_values, *pattern[:-1], bias)
@@ -336,7 +331,7 @@ def sparse_conv2d(
     channels = _check_values("sparse_conv2d", pattern, free_values, frozen_values, taps)
     geometry = conv_geometry("sparse_conv2d", x, channels, taps, stride, padding, dilation)
     check_bias("sparse_conv2d", bias, pattern.row_ptr.numel() - 1)
-    also = _of_sums(x)
+    also = wide_dtypes(x)
     x, free_values, frozen_values, bias = autocast(x, free_values, frozen_values, bias, also=also)
     same_kind("sparse_conv2d", x, *also, free_values=free_values, frozen_values=frozen_values, bias=bias)
     return _conv2d(x, free_values, frozen_values, *pattern[:-1], bias, taps, *geometry)
@@ -397,7 +392,7 @@ def sparse_conv2d_folded(
     shape = (x.shape[0], out_channels, *conv_shape(x, taps, *geometry))
     if residual is not None and residual.shape != shape:
         raise ValueError(f"sparse_conv2d_folded: residual must have shape {shape}, got {tuple(residual.shape)}")
-    also = _of_sums(x)
+    also = wide_dtypes(x)
     of_sums = {"free_values": free_values, "frozen_values": frozen_values, "scale": scale, "bias": bias}
     same_kind("sparse_conv2d_folded", x, *also, **of_sums)
     same_kind("sparse_conv2d_folded", x, residual=residual)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..kernels.layouts import empty_batch_last
 from ..kernels.reference import mask_of
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d, in_rows
-from .library import FLOATS, autocast, define, differentiable, same_kind
+from .library import FLOATS, autocast, define, differentiable, same_kind, wide_dtypes
 from .selection import topk_select
 
 __all__ = ["supermask_conv1d", "supermask_conv2d", "supermask_linear"]
@@ -69,14 +69,15 @@ def plain_weight(weight: Tensor, scores: Tensor, selection: Tensor) -> Tensor:
 def _plain_linear(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
 ) -> Tensor:
-    return F.linear(x, plain_weight(weight, scores, selection), bias)
+    return F.linear(x, plain_weight(weight, scores, selection).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _plain_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,
 ) -> Tensor:  # fmt: skip
-    return F.conv2d(x, plain_weight(weight, scores, selection), bias, stride, padding, dilation, groups)
+    weight = plain_weight(weight, scores, selection).to(x.dtype)
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
 
 
 _linear = differentiable("supermask_linear", gradients=(0, 2, 1), bias=4, plain=_plain_linear)
@@ -122,10 +123,11 @@ def supermask_linear(
 
     Args:
         x: (..., I), float32, bfloat16, float16 or float64.
-        weight: (O, I), of x's dtype.
+        weight: (O, I), of x's dtype. If `sparse`, it may be float32 on a CPU where x is bfloat16: autocast does not
+            round it there.
         scores: (O, I), float32, bfloat16, float16 or float64.
         k: The number of weights to keep, in [0, O * I]. Give either k or `selection`.
-        bias: (O,), of x's dtype.
+        bias: (O,), of a dtype that the weight may have.
         selection: A selection that was made for all layers of a model at once: the layer's row of `topk_select`, or
             its packed mask of `topk_masks`. From a row the mask is computed inline, which reads the scores. A packed
             mask is 1 bit a weight.
@@ -143,8 +145,9 @@ def supermask_linear(
         raise ValueError(f"supermask_linear: weight must have shape (O, I), got {tuple(weight.shape)}")
     check_linear("supermask_linear", x, weight.shape[0], weight.shape[1], bias)
     selection = _selection("supermask_linear", weight, scores, k, selection)
-    x, weight, bias = autocast(x, weight, bias)
-    same_kind("supermask_linear", x, weight=weight, bias=bias)
+    also = wide_dtypes(x) if sparse else ()
+    x, weight, bias = autocast(x, weight, bias, also=also)
+    same_kind("supermask_linear", x, *also, weight=weight, bias=bias)
     return in_rows(_linear, x, weight, scores, selection, bias, sparse)
 
 
@@ -181,8 +184,9 @@ def supermask_conv2d(
     )
     check_bias("supermask_conv2d", bias, weight.shape[0])
     selection = _selection("supermask_conv2d", weight, scores, k, selection)
-    x, weight, bias = autocast(x, weight, bias)
-    same_kind("supermask_conv2d", x, weight=weight, bias=bias)
+    also = wide_dtypes(x) if sparse else ()
+    x, weight, bias = autocast(x, weight, bias, also=also)
+    same_kind("supermask_conv2d", x, *also, weight=weight, bias=bias)
     return _conv2d(x, weight, scores, selection, bias, *geometry, groups, sparse)
 
 

@@ -20,18 +20,6 @@ Tensor copied(const Tensor& t, Tensor to) {
   return to;
 }
 
-// Whether x (N, C, ...) is stored as (N, ..., C). Dimensions of size 1 are ignored.
-bool stored_channels_last(const Tensor& x) {
-  int64_t step = x.size(1);
-  if (step != 1 && x.stride(1) != 1) return false;
-  for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    if (d == 1) continue;
-    if (x.size(d) != 1 && x.stride(d) != step) return false;
-    step *= x.size(d);
-  }
-  return true;
-}
-
 // How the kernels read images: with the channels innermost or the batch; in the dtype of x, except for float16.
 struct Storage {
   Tensor of;

@@ -1,5 +1,5 @@
 // supermask_conv2d, masked_conv2d and their backward operators: ATen's convolution with csrc/cpu/epilogue.
-#include "torch/cpu/supermask.h"
+#include "torch/cpu/weight_gradient.h"
 
 namespace exssnet {
 namespace {
@@ -32,6 +32,15 @@ Convolution sparse_convolution(const char* who, const Tensor& x, const Tensor& w
   check(weight.dim() == 4, who, "a weight (O, C/groups, R, S)");
   return convolution(who, x, weight.size(1) * g.groups, weight.size(0), {weight.size(2), weight.size(3)}, g.stride,
                      g.padding, g.dilation);
+}
+
+// The gradient of the effective weight (O, C/groups, R, S), of which every entry is needed.
+Tensor weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight, const Convolution& c,
+                       const Geometry& g) {
+  const ScalarType dtype = factor_dtype(x);
+  if (g.groups == 1 && x.numel() > 0 && is_mostly_padded(c)) return gradient_by_taps(grad, x, c, dtype);
+  const Tensor shape = weight.scalar_type() == dtype ? weight : like(weight, dtype);
+  return std::get<1>(gradients(for_convolution(grad, dtype), for_convolution(x, dtype), shape, g, false, true));
 }
 
 Tensor supermask_conv2d(const Tensor& x, const Tensor& weight, const Tensor& scores, const Tensor& selection,
@@ -67,8 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> supermask_conv2d_backward(const Tensor& grad,
                       ? sparse_input_gradient(KeptWeight(kWho, x, weight, mask, groups, true).weight, c, x, grad)
                       : none_like(x);
   if (!need_weight) return {grad_x, none_like(scores), none_like(weight)};
-  const Tensor grad_effective =
-      std::get<1>(gradients(channels_last(grad), channels_last(x), weight, geometry, false, true));
+  const Tensor grad_effective = weight_gradient(grad, x, weight, c, geometry);
   auto [grad_scores, grad_weight] = supermask_gradients(grad_effective, weight, scores, mask, output_mask, kWho);
   return {grad_x, grad_scores, grad_weight};
 }

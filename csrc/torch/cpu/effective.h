@@ -3,8 +3,9 @@
 
 #include <tuple>
 
-#include "torch/checks.h"
 #include "cpu/epilogue.h"
+#include "cpu/weights.h"
+#include "torch/layout.h"
 
 namespace exssnet {
 
@@ -48,27 +49,35 @@ inline Tensor effective(const Tensor& weight, const MaskOf& mask, const char* wh
   return out;
 }
 
-// The gradients of (scores, weight) from the gradient of the effective weight, which is a new tensor and is
-// overwritten.
+inline cpu::ConstFloats source(const Tensor& t, const char* who) {
+  check(t.is_cpu(), who, "CPU tensors");
+  return {t.const_data_ptr(), float_type(t, who)};
+}
+inline cpu::Floats target(const Tensor& t, const char* who) { return {t.mutable_data_ptr(), float_type(t, who)}; }
+
+// Whether a weight (O, C, R, S) is stored channels_last and not contiguous.
+inline bool is_ordered(const Tensor& t) { return t.dim() == 4 && !t.is_contiguous() && stored_channels_last(t); }
+
+inline cpu::Order order_of(const Tensor& t) {
+  return is_ordered(t) ? cpu::Order{t.size(1), t.size(2) * t.size(3)} : cpu::Order{};
+}
+
+// The gradients of (scores, weight) from the gradient of the effective weight, of any dtype.
 inline std::tuple<Tensor, Tensor> supermask_gradients(const Tensor& grad_effective, const Tensor& weight,
                                                       const Tensor& scores, const MaskOf& mask,
                                                       const Flags& output_mask, const char* who) {
   const bool need_scores = output_mask[1], need_weight = output_mask[2];
-  if (!need_scores && !need_weight) return {none_like(scores), none_like(weight)};
-  Tensor grad = row_major(grad_effective);
-  check(same_shape(grad, weight) && grad.scalar_type() == weight.scalar_type(), who, "a gradient like the weight");
-  if (!need_scores) {
-    cpu::keep(grad.const_data_ptr(), static_cast<int>(grad.element_size()), grad.numel(), mask.mask, {},
-              grad.mutable_data_ptr());
-    return {none_like(scores), grad};
-  }
-  check(same_shape(scores, weight) && scores.is_cpu(), who, "scores in the weight's shape");
+  Tensor grad_scores = need_scores ? like(scores, scores.scalar_type()) : none_like(scores);
+  Tensor grad_weight = need_weight ? like(weight, weight.scalar_type()) : none_like(weight);
+  if (!need_scores && !need_weight) return {grad_scores, grad_weight};
+  const Tensor grad = is_ordered(grad_effective) ? grad_effective : row_major(grad_effective);
+  check(same_shape(grad, weight) && same_shape(scores, weight), who, "a gradient and scores in the weight's shape");
   const Tensor w = row_major(weight), s = row_major(scores);
-  const bool in_place = !need_weight && scores.scalar_type() == weight.scalar_type();
-  Tensor grad_scores = in_place ? grad : like(scores, scores.scalar_type());
-  cpu::score_gradient(grad.mutable_data_ptr(), w.const_data_ptr(), float_type(w, who), s.const_data_ptr(),
-                      float_type(scores, who), w.numel(), grad_scores.mutable_data_ptr(), need_weight, mask.mask);
-  return {grad_scores, need_weight ? grad : none_like(weight)};
+  const cpu::Floats none{nullptr, Float::float32};
+  cpu::masked_gradients({{w.numel(), order_of(grad), source(grad, who), source(w, who), source(s, who), mask.mask,
+                          need_scores ? target(grad_scores, who) : none,
+                          need_weight ? target(grad_weight, who) : none}});
+  return {grad_scores, grad_weight};
 }
 
 // The gradient of the weight from the gradient of the effective weight, which is a new tensor and is overwritten.

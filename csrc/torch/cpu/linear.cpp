@@ -1,5 +1,5 @@
 // supermask_linear, masked_linear and their backward operators: ATen's dense products with csrc/cpu/epilogue.
-#include "torch/cpu/supermask.h"
+#include "torch/cpu/weight_gradient.h"
 
 namespace exssnet {
 namespace {
@@ -34,9 +34,11 @@ std::tuple<Tensor, Tensor, Tensor> supermask_linear_backward(const Tensor& grad,
   Tensor grad_x = !output_mask[0] ? none_like(x)
                   : sparse        ? sparse_gradient()
                                   : input_gradient(grad, effective(weight, mask, kWho));
+  const ScalarType dtype = factor_dtype(x);
   const bool need_weight = output_mask[1] || output_mask[2];
-  auto [grad_scores, grad_weight] = supermask_gradients(need_weight ? weight_gradient(grad, x) : weight, weight, scores,
-                                                        mask, output_mask, kWho);
+  auto [grad_scores, grad_weight] =
+      supermask_gradients(need_weight ? weight_gradient(to_dtype(grad, dtype), to_dtype(x, dtype)) : weight, weight,
+                          scores, mask, output_mask, kWho);
   return {grad_x, grad_scores, grad_weight};
 }
 

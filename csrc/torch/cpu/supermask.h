@@ -30,17 +30,4 @@ struct KeptWeight {
   }
 };
 
-// Copies a tensor with the batch innermost to the order (N, H, W, C), which ATen's dense convolution uses without
-// another copy. Other tensors are returned unchanged.
-inline Tensor channels_last(const Tensor& x) {
-  if (x.dim() != 4 || x.size(0) == 1 || x.is_contiguous() || !stored_innermost(x)) return x;
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  Tensor to = aten("aten::new_empty_strided", "", x, shape_of(x), Ints{h * w * c, 1, w * c, c}, std::nullopt,
-                   std::nullopt, std::nullopt, std::nullopt);
-  with_size(x.element_size(), [&]<class T>(T*) {
-    cpu::channels_innermost(data<T>(x), c, h * w, n, static_cast<T*>(to.mutable_data_ptr()));
-  });
-  return to;
-}
-
 }  // namespace exssnet

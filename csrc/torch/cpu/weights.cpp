@@ -10,32 +10,11 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-cpu::ConstFloats source(const Tensor& t, const char* who) {
-  check(t.is_cpu(), who, "CPU tensors");
-  return {t.const_data_ptr(), float_type(t, who)};
-}
-cpu::Floats target(const Tensor& t, const char* who) { return {t.mutable_data_ptr(), float_type(t, who)}; }
-
 // A new tensor like a weight, contiguous or, for a weight (O, C, R, S), channels_last.
 Tensor new_weight(const Tensor& like_this, ScalarType dtype, bool channels_last, const char* who) {
   if (!channels_last) return like(like_this, dtype);
   check(like_this.dim() == 4, who, "a weight (O, C, R, S) where the result is channels_last");
-  const int64_t o = like_this.size(0), c = like_this.size(1), r = like_this.size(2), s = like_this.size(3);
-  return aten("aten::new_empty_strided", "", like_this, Ints{o, c, r, s}, Ints{r * s * c, 1, s * c, c},
-              std::optional(dtype), std::nullopt, std::nullopt, std::nullopt);
-}
-
-// Whether t (O, C, R, S) is stored (O, R, S, C) and this is not the order of a contiguous tensor.
-bool channels_last(const Tensor& t) {
-  if (t.dim() != 4 || t.is_contiguous()) return false;
-  const int64_t c = t.size(1), s = t.size(3), strides[] = {t.size(2) * s * c, 1, s * c, c};
-  for (int64_t d = 0; d < 4; ++d)
-    if (t.size(d) != 1 && t.stride(d) != strides[d]) return false;
-  return true;
-}
-
-cpu::Order order_of(const Tensor& t) {
-  return channels_last(t) ? cpu::Order{t.size(1), t.size(2) * t.size(3)} : cpu::Order{};
+  return new_channels_last(like_this, shape_of(like_this), dtype);
 }
 
 Tensors supermask_weights(const Tensors& weights, const Tensors& scores, const Tensors& selections,
@@ -81,7 +60,7 @@ std::tuple<Tensors, Tensors> supermask_weights_backward(const Tensors& grads, co
     const Tensor &g = grads[i], &w = weights[i], &s = scores[i];
     check(same_shape(g, w) && same_shape(s, w), kWho, "gradients and scores in the weights' shapes");
     masks.push_back(selected(w, s, selections[i], kWho));
-    layers.push_back({w.numel(), order_of(g), row(g, channels_last(g)), row(w), row(s), masks[i].mask,
+    layers.push_back({w.numel(), order_of(g), row(g, is_ordered(g)), row(w), row(s), masks[i].mask,
                       gradient_of(s, output_mask[0], grad_scores), gradient_of(w, output_mask[1], grad_weights)});
   }
   if (output_mask[0] || output_mask[1]) cpu::masked_gradients(layers);
@@ -97,7 +76,7 @@ struct Placed {
   Placed(const char* who, const Tensors& dense, const Tensors& values, const Tensors& places) : who(who) {
     check(dense.size() == values.size() && places.size() == values.size(), who, "values and places for each weight");
     for (size_t i = 0; i < dense.size(); ++i) {
-      check(dense[i].is_contiguous() || channels_last(dense[i]), who, "weights that are contiguous or channels_last");
+      check(dense[i].is_contiguous() || is_ordered(dense[i]), who, "weights that are contiguous or channels_last");
       check(places[i].scalar_type() == ScalarType::Int && places[i].is_cpu() && places[i].numel() == values[i].numel(),
             who, "an int32 place for each value");
       rows.push_back(row_major(places[i]));
