@@ -46,7 +46,7 @@ void multiply_block(const Walk<T>& walk, int64_t block, int64_t begin, int64_t e
     for (int i = 0; i < lines * vectors; ++i) sum[i] = V{};
     for (int64_t k = first; k < last; ++k) {
       const T* from = patch + offset[k];
-      const V factor = V{} + value[k];
+      const V factor = value[k] - V{};
 #pragma GCC unroll 4
       for (int a = 0; a < lines; ++a, from += pitch)
 #pragma GCC unroll 16
@@ -172,7 +172,7 @@ void multiply_rows(const Pattern& pattern, const Values<T>& values, const Epilog
           const int32_t slot = pattern.slot[k];
           const bool is_frozen = slot >= first_of[1];
           const S* const from = x + pattern.index[k++] * width;
-          const V factor = V{} + of[is_frozen][slot - first_of[is_frozen]];
+          const V factor = of[is_frozen][slot - first_of[is_frozen]] - V{};
 #pragma GCC unroll 8
           for (int b = 0; b < vectors; ++b) sum[half][b] += factor * Vector<T>::template load_of<vectors>(from, b);
         }

@@ -131,6 +131,28 @@ class TestSparseSupermask(ProductTests):
         p = problem(layer, integers=True)
         SparseSupermask().check_exact(p, lambda name, t: layouts.batch_last(t) if name in ("x", "grad") else t)
 
+    @layers(FEW)
+    def test_autocast_does_not_round_the_weight(self, layer: Layer) -> None:
+        p = problem(layer, integers=True, density=0.1)
+        p.weight = torch.randint(257, 512, p.weight.shape) * torch.randn(p.weight.shape).sign()  # more than 8 bits
+        narrow = replace(p, x=p.x.bfloat16() * 3, grad=p.grad.bfloat16())  # sums that bfloat16 cannot hold either
+        exact, got = self.family.truth(narrow), self.family.kernel(narrow)
+        dtypes = {"output": torch.bfloat16, "grad_x": torch.bfloat16, "grad_scores": torch.float32}
+        assert_exact(got, {name: exact[name].to(dtype) for name, dtype in dtypes.items()})
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = self.family.kernel(replace(narrow, x=narrow.x.float()))
+        assert_exact({name: t.to(got[name].dtype) for name, t in cast.items()}, got)
+
+    @layers(FEW)
+    def test_reference_takes_float32_weights_beside_bfloat16_images(self, layer: Layer) -> None:
+        p = problem(layer, integers=True)
+        p = replace(p, x=p.x.bfloat16(), grad=p.grad.bfloat16())
+        name, arguments = f"supermask_{layer.kind}", self.family.raw_backward(p, [True] * 3)
+        gradients = getattr(reference, f"{name}_backward")(*arguments)
+        got = {f"grad_{n}": g for n, g in zip(self.family.gradients, gradients, strict=True)}
+        got["output"] = getattr(reference, name)(*self.family.raw(p, self.family.leaves(p)))
+        assert_exact(got, {n: t for n, t in self.family.kernel(p).items() if n in got})
+
 
 linear = ops.supermask_linear
 
