@@ -287,7 +287,7 @@ class TestBfloat16:
     @layers(FEW)
     def test_opcheck(self, layer: Layer) -> None:
         p, family = self.mixed(layer), Sparse()
-        leaves = {n: t.requires_grad_() for n, t in family.leaves(p).items()}
+        leaves = {n: t.detach().requires_grad_() for n, t in family.leaves(p).items()}
         torch.library.opcheck(family.operator(p), family.raw(p, leaves))
         torch.library.opcheck(family.operator(p, "_backward"), family.raw_backward(p, [True, True]))
 
@@ -302,10 +302,11 @@ class TestBfloat16:
 
     @pytest.mark.parametrize("batch", [1, 3, 16, 40, 64])
     def test_reads_every_bfloat16(self, batch: int) -> None:
-        bits = torch.arange(2**16).to(torch.int16).repeat(2)[: batch * -(-(2**16) // batch)]
-        x = bits.view(torch.bfloat16).reshape(batch, -1)
-        pattern = ops.sparse_pattern(torch.eye(x.shape[1]) != 0)
-        y = ops.sparse_linear(x, torch.ones(x.shape[1]), torch.empty(0), pattern)
+        features, calls = 1024, -(-64 // batch)
+        bits = torch.arange(calls * batch * features).to(torch.int16)
+        x = bits.view(torch.bfloat16).reshape(calls, batch, features)
+        pattern = ops.sparse_pattern(torch.eye(features) != 0)
+        y = torch.stack([ops.sparse_linear(part, torch.ones(features), torch.empty(0), pattern) for part in x])
         torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
 
     @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.name in FOLDED], ids=lambda layer: layer.name)
