@@ -234,7 +234,10 @@ FOLDED = ("conv2d-odd-sizes", "conv2d-1x1-lines", "conv2d-batch33", "conv2d-padd
 
 
 class TestBfloat16:
-    """bfloat16 images with float32 values, as under autocast: sums are float32, and each result is rounded once."""
+    """bfloat16 images with float32 values, as under autocast: sums are float32, and each result is rounded once.
+
+    The reference rounds its sums as PyTorch does.
+    """
 
     @staticmethod
     def mixed(layer: Layer) -> Problem:
@@ -243,6 +246,7 @@ class TestBfloat16:
         weight = torch.randint(257, 512, p.weight.shape) * torch.randn(p.weight.shape).sign()
         return replace(p, x=p.x.bfloat16() * 3, grad=p.grad.bfloat16() * 3, weight=weight)
 
+    @pytest.mark.usefixtures("native")
     @pytest.mark.parametrize("layout", ["contiguous", "batch-innermost"])
     @layers(LAYERS + LARGE)
     def test_results_are_the_rounded_exact_ones(self, layer: Layer, layout: str) -> None:
@@ -291,6 +295,7 @@ class TestBfloat16:
         torch.library.opcheck(family.operator(p), family.raw(p, leaves))
         torch.library.opcheck(family.operator(p, "_backward"), family.raw_backward(p, [True, True]))
 
+    @pytest.mark.usefixtures("native")
     @pytest.mark.parametrize("batch", [1, 3, 16, 40, 64])
     def test_rounds_every_kind_of_float_as_pytorch_does(self, batch: int) -> None:
         bits = torch.randint(0, 2**16, (1999,)) << 16 | torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001]).repeat(400)[:1999]
@@ -301,6 +306,7 @@ class TestBfloat16:
         expected = values.bfloat16().expand(batch, -1)
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
+    @pytest.mark.usefixtures("native")
     @pytest.mark.parametrize("batch", [1, 3, 16, 40, 64])
     def test_reads_every_bfloat16(self, batch: int) -> None:
         features, calls = 1024, -(-64 // batch)
@@ -310,6 +316,7 @@ class TestBfloat16:
         y = torch.stack([ops.sparse_linear(part, torch.ones(features), torch.empty(0), pattern) for part in x])
         torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
 
+    @pytest.mark.usefixtures("native")
     @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.name in FOLDED], ids=lambda layer: layer.name)
     def test_folded_is_rounded_once(self, layer: Layer) -> None:
         p = self.mixed(layer)
