@@ -1,8 +1,8 @@
 // Every kernel of csrc/cpu over odd shapes, in heap buffers of exactly their sizes, compared with a naive loop: a
-// program to build under a sanitizer. `driver ISA small` runs the cases with one instruction set, `driver ISA large` those
-// that are work for several threads; `driver ISA read|overflow|race` does one thing that must be reported. Values are
-// small whole numbers, so that sums are exact in any order. ISA is baseline, avx2, avx512 or best; the exit status is 77 on
-// a machine without it.
+// program to build under a sanitizer. `driver ISA small` runs the cases with one instruction set, `driver ISA large`
+// those that are work for several threads; `driver ISA read|overflow|race` does one thing that must be reported. Values
+// are small whole numbers, so that sums are exact in any order. ISA is baseline, avx2, avx512 or best; the exit status
+// is 77 on a machine without it.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -92,8 +92,8 @@ void bits(int64_t n) {
   const Buffer<int64_t> found(2);
   topk_masks({{scores.data(), Float::float32, n, n / 2, nullptr, nullptr, found.data()}});
   keep(weight.data(), 4, n, as_bits, as_bytes, kept.data());
-  score_gradient(in_place.data(), weight.data(), Float::float32, scores.data(), Float::float32, n, to_scores.data(), true,
-                 {Mask::Form::selection, scores.data(), 4, found[0], found[1]});
+  score_gradient(in_place.data(), weight.data(), Float::float32, scores.data(), Float::float32, n, to_scores.data(),
+                 true, {Mask::Form::selection, scores.data(), 4, found[0], found[1]});
   int64_t selected = 0;
   for (int64_t i = 0; i < n; ++i) {
     const auto magnitude = std::bit_cast<int32_t>(std::abs(scores[i]));
@@ -110,7 +110,8 @@ void bits(int64_t n) {
     const OwnedPattern p = mask_pattern(as_bits, rows, width, groups);
     int64_t at = 0;
     for (int64_t i = 0; i < n; ++i)
-      if (mask[i] && (p.slot[at] != i || p.index[at++] != i % width + i / width / (rows / groups) * width)) fail("pattern");
+      if (mask[i] && (p.slot[at] != i || p.index[at++] != i % width + i / width / (rows / groups) * width))
+        fail("pattern");
     if (at != static_cast<int64_t>(p.index.size())) fail("the pattern's size");
   }
 }
@@ -147,7 +148,8 @@ void dense_weights(int64_t rows, int64_t channels, int64_t taps) {
   masked_gradients({{n, order, of_grad, of_weight, {scores.data(), type_of<W>()}, kept,
                      {grad_scores.data(), type_of<W>()}, {grad_weight.data(), type_of<W>()}}});
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t o = i / (channels * taps), c = i / taps % channels, t = i % taps, place = (o * taps + t) * channels + c;
+    const int64_t o = i / (channels * taps), c = i / taps % channels, t = i % taps;
+    const int64_t place = (o * taps + t) * channels + c;
     if (value(masked[place]) != (mask[i] ? value(weight[i]) : 0)) fail("masked_weights");
     if (value(grad_scores[i]) != value(grad[place]) * value(weight[i]) * sign(scores[i])) fail("the scores' gradient");
     if (value(grad_weight[i]) != (mask[i] ? value(grad[place]) : 0)) fail("the weight's gradient");
@@ -199,16 +201,19 @@ void norms(int64_t channels, int64_t size, bool channels_last) {
       for (int64_t i = 0; i < size; ++i) squares += (number(x[at(c, i)]) - m) * (number(x[at(c, i)]) - m);
       const double v = given ? 4 : squares / size;
       for (int64_t i = 0; i < size; ++i) {
-        const double z = (number(x[at(c, i)]) - m) / std::sqrt(v + 1e-5) * (affine ? weight[c] : 1) + (affine ? bias[c] : 0);
+        const double normal = (number(x[at(c, i)]) - m) / std::sqrt(v + 1e-5);
+        const double z = normal * (affine ? weight[c] : 1) + (affine ? bias[c] : 0);
         const double expected = add ? std::max(0.0, z + number(residual[at(c, i)])) : z;
-        if (!(std::abs(number(y[at(c, i)]) - expected) <= (1e-4 + last_place) * (1 + std::abs(expected)))) fail("batch_norm");
+        if (!(std::abs(number(y[at(c, i)]) - expected) <= (1e-4 + last_place) * (1 + std::abs(expected))))
+          fail("batch_norm");
       }
     }
     const Buffer<T> running_mean(channels, [](int64_t) { return 1; }), running_var(channels, [](int64_t) { return 1; });
     update_running(channels, size, mean.data(), var.data(), 0.25, running_mean.data(), running_var.data());
     for (int64_t c = 0; c < channels; ++c) {
       const double unbiased = double(var[c]) * size / std::max<int64_t>(size - 1, 1);
-      if (!(std::abs(running_mean[c] - 0.75 - 0.25 * mean[c]) <= 1e-4 * (1 + std::abs(double(mean[c]))))) fail("update_running");
+      if (!(std::abs(running_mean[c] - 0.75 - 0.25 * mean[c]) <= 1e-4 * (1 + std::abs(double(mean[c])))))
+        fail("update_running");
       if (!(std::abs(running_var[c] - 0.75 - 0.25 * unbiased) <= 1e-4 * (1 + unbiased))) fail("update_running");
     }
     const Buffer<S> grad_x(n), grad_residual(n);
@@ -317,7 +322,8 @@ int main(int count, char** arguments) {
   const std::string name = arguments[1], what = arguments[2];
   Isa best = Isa::baseline;
 #if EXSSNET_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) best = Isa::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    best = Isa::avx2;
   if (best == Isa::avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
@@ -342,11 +348,14 @@ int main(int count, char** arguments) {
   }
   all_of_type<float>(large);
   all_of_type<double>(large);
-  const std::vector<int64_t> sizes = large ? std::vector<int64_t>{300001} : std::vector<int64_t>{0, 1, 4, 7, 8, 9, 65, 1024, 4096, 4097, 17000};
+  std::vector<int64_t> sizes{0, 1, 4, 7, 8, 9, 65, 1024, 4096, 4097, 17000};
+  if (large) sizes = {300001};
   for (const int64_t n : sizes) in_thread([=] { bits(n), n > 0 ? selections(n) : void(); });
   if (large) in_thread([] { all_dense_weights(64, 131, 9); });
   else
     for (const int64_t channels : {1, 5, 130, 1025})
-      in_thread([=] { all_dense_weights(3, channels, 1), all_dense_weights(2, channels, 9), all_dense_weights(0, channels, 9); });
+      in_thread([=] {
+        all_dense_weights(3, channels, 1), all_dense_weights(2, channels, 9), all_dense_weights(0, channels, 9);
+      });
   std::printf("all cases are right\n");
 }

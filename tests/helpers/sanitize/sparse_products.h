@@ -31,7 +31,8 @@ const Layer kLayers[] = {
 };
 const Layer kLargeLayers[] = {
     {64, 20, 24, 16, 16, 3, 3, 1, 1, 1, 0.2}, {6, 24, 20, 17, 17, 3, 3, 2, 1, 1, 0.3},
-    {5, 400, 400, 1, 1, 1, 1, 1, 0, 1, 0.5},  {64, 300, 200, 1, 1, 1, 1, 1, 0, 1, 0.2}, {32, 80, 80, 8, 8, 3, 3, 1, 1, 1, 0.05},
+    {5, 400, 400, 1, 1, 1, 1, 1, 0, 1, 0.5},  {64, 300, 200, 1, 1, 1, 1, 1, 0, 1, 0.2},
+    {32, 80, 80, 8, 8, 3, 3, 1, 1, 1, 0.05},
 };
 
 struct Sparse {
@@ -86,10 +87,13 @@ void sparse_products(const Layer& layer) {
   const auto free = whole<T>(s.free_count), frozen = whole<T>(count - s.free_count);
   const auto scale = whole<T>(rows), bias = whole<T>(rows);
   const Buffer<int32_t> ptr(rows + 1, [&](int64_t i) { return s.ptr[i]; });
-  const Buffer<int32_t> index(count, [&](int64_t i) { return s.index[i]; }), slot(count, [&](int64_t i) { return s.slot[i]; });
+  const Buffer<int32_t> index(count, [&](int64_t i) { return s.index[i]; });
+  const Buffer<int32_t> slot(count, [&](int64_t i) { return s.slot[i]; });
   const Pattern pattern{ptr.data(), index.data(), slot.data(), rows, s.columns(), count};
   const Values<T> values{free.data(), frozen.data(), s.free_count, count};
-  const auto weight = [&](int32_t k) { return double(s.slot[k] < s.free_count ? free[s.slot[k]] : frozen[s.slot[k] - s.free_count]); };
+  const auto weight = [&](int32_t k) {
+    return double(s.slot[k] < s.free_count ? free[s.slot[k]] : frozen[s.slot[k] - s.free_count]);
+  };
   const OwnedPattern owned{{s.ptr.begin(), s.ptr.end()}, s.index, s.slot, s.columns()};
   const OwnedPattern transposed = transposed_pattern(owned, s.taps());
 
@@ -114,7 +118,8 @@ void sparse_products(const Layer& layer) {
   }
   const Buffer<S> to_x(s.in_size());
   const Buffer<T> to_values(s.free_count);
-  if (!sparse_input_gradient(s.c, pattern, transposed.view(), values, grad.data(), to_x.data())) fail("sparse_input_gradient");
+  if (!sparse_input_gradient(s.c, pattern, transposed.view(), values, grad.data(), to_x.data()))
+    fail("sparse_input_gradient");
   if (!sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data()))
     fail("sparse_value_gradient");
   expect_equal(to_x, grad_x, "sparse_input_gradient");
@@ -124,8 +129,9 @@ void sparse_products(const Layer& layer) {
   const auto refused = [&](const Buffer<int32_t>& of, int64_t at, int32_t wrong) {
     const int32_t right = std::exchange(of[at], wrong);
     const Buffer<S> y(s.out_size());
-    const bool followed = sparse_forward(s.c, pattern, values, Epilogue<T, S>{}, x.data(), y.data()) ||
-                          sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data());
+    const bool followed =
+        sparse_forward(s.c, pattern, values, Epilogue<T, S>{}, x.data(), y.data()) ||
+        sparse_value_gradient(s.c, pattern, s.free_count, count, x.data(), grad.data(), to_values.data());
     of[at] = right;
     if (followed && s.out_size() > 0) fail("a bad pattern was followed");
   };
