@@ -93,11 +93,11 @@ def test_sparse_product_meets_infinities_and_nan_where_a_weight_is_kept(batch: i
     """Each output has one kept weight, so that the product is exact; results beyond the largest number are infinite."""
     features, outputs = 40, 99
     column = torch.randint(features, (outputs,))
-    mask = F.one_hot(column, features) == 1
+    mask = F.one_hot(column, features)[..., None, None] == 1
     x = torch.randn(batch, features) * 2.0 ** torch.randint(-133, 127, (batch, features))
     x[:, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.finfo(torch.bfloat16).max])
     x, values = x.bfloat16(), 2.0 ** torch.randint(-2, 3, (outputs,)) * torch.randn(outputs).sign()
-    y = ops.sparse_linear(x, values, values[:0], ops.sparse_pattern(mask))
+    y = ops.sparse_conv2d(x[..., None, None], values, values[:0], ops.sparse_pattern(mask), 1).flatten(1)
     expected = (x[:, column].float() * values).bfloat16()
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -160,6 +160,11 @@ class TestSparse(ProductTests):
     def test_exact_with(self, layer: Layer, dtype: torch.dtype, free_share: float) -> None:
         self.family.check_exact(problem(layer, dtype, integers=True, free_share=free_share))
 
+    @pytest.mark.parametrize("batch", [1, 3, 16, 32])
+    def test_exact_where_the_values_of_a_row_are_free_and_then_frozen(self, batch: int) -> None:
+        p = problem(Layer("half-free", (batch, 40), (3, 40)), integers=True, density=1)
+        self.family.check_exact(replace(p, free=torch.arange(120).reshape(3, 40) < 60))
+
     @layers(FEW)
     def test_gradient_of_no_free_values_has_no_entries(self, layer: Layer) -> None:
         assert self.family.kernel(problem(layer, free_share=0))["grad_free_values"].shape == (0,)
