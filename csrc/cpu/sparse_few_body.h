@@ -65,19 +65,36 @@ template <class T>
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i + kAhead);
 }
 
-// The values of `count` entries: in place if they follow one another, else copied to `to`.
-template <class T>
-const T* values_of(const Pattern& pattern, int64_t first, int64_t count, const Values<T>& values, T* to) {
-  const auto value_at = [&](int64_t slot) {
-    return slot < values.free_count ? values.free + slot : values.frozen + (slot - values.free_count);
+// The values of `count` entries, stored as V: in place if they follow one another and V is T, else copied to `to`.
+template <class V, class T>
+const T* values_as(const Pattern& pattern, int64_t first, int64_t count, const Values<T>& values, T* to) {
+  const V* const free = reinterpret_cast<const V*>(values.free);
+  const V* const frozen = reinterpret_cast<const V*>(values.frozen);
+  const auto at = [&](int64_t slot) {
+    return slot < values.free_count ? free + slot : frozen + (slot - values.free_count);
   };
   if (follow(pattern, first, count, values.free_count)) {
-    const T* const value = value_at(slot_of(pattern, first));
-    prefetch(value, count);
-    return value;
+    const V* const from = at(slot_of(pattern, first));
+    prefetch(from, count);
+    if constexpr (std::is_same_v<V, T>) {
+      return from;
+    } else if (constexpr int lanes = Vector<T>::lanes; count >= lanes) {
+      for (int64_t i = 0; i < count; i += lanes) {
+        const int64_t j = std::min(i, count - lanes);  // the last vector overlaps
+        Vector<T>::store(Vector<T>::load(from + j), to + j);
+      }
+      return to;
+    }
   }
-  for (int64_t i = 0; i < count; ++i) to[i] = *value_at(slot_of(pattern, first + i));
+  for (int64_t i = 0; i < count; ++i) to[i] = value(*at(slot_of(pattern, first + i)));
   return to;
+}
+
+template <class T>
+const T* values_of(const Pattern& pattern, int64_t first, int64_t count, const Values<T>& values, T* to) {
+  if constexpr (std::is_same_v<T, float>)
+    if (values.narrow) return values_as<BFloat16>(pattern, first, count, values, to);
+  return values_as<T>(pattern, first, count, values, to);
 }
 
 template <class I>

@@ -10,7 +10,7 @@ struct Cpu {
 
   static void check_place(const char*, const Tensor&, const Weights::Tensors&) {}
 
-  static bool takes_compact(const Convolution& c) { return cpu::few_columns(c) >= 0; }
+  static bool few(const Convolution& c) { return cpu::few_columns(c) >= 0; }
 
   static Tensor output(const SparseWeight& w, const Convolution& c, const Tensor& x, const Following& then) {
     return sparse_output(w, c, x, then);
@@ -21,7 +21,7 @@ struct Cpu {
   }
 
   static Tensor value_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
-    Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
+    Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()}, w.dtype);
     if (grad_values.numel() > 0)
       with_types(x, [&]<class T, class S>(T*, S*) {
         const Tensor from = stored(x, x), lines = stored(grad, x);
