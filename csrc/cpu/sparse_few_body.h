@@ -167,7 +167,7 @@ void multiply_run(const I* index, const T* value, int64_t count, const T* x, T* 
 
 // The same for lines of one element: a register holds as many entries as it has lanes.
 template <class T, class I>
-T gather_run(const I* index, const T* value, int64_t count, const T* x) {
+[[gnu::always_inline]] inline T gather_run(const I* index, const T* value, int64_t count, const T* x) {
 #if EXSSNET_X86
   if constexpr (gathers_with_masks<T>) {
     __m256 sum[2] = {};
