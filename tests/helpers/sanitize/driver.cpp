@@ -471,6 +471,13 @@ void norms_of_type(bool large, bool channels_last) {
     for (const int64_t size : {1, 7, 33, 4097}) in_thread([=] { norms<S>(3, size, channels_last); });
 }
 
+template <class T, class S>
+void small_sparse_products() {
+  for (const Layer& layer : kLayers)
+    for (const bool compact : {false, true})
+      if (!compact || few_columns(Sparse(layer).c) > 0) in_thread([&] { sparse_products<T, S>(layer, compact); });
+}
+
 template <class T>
 void all_of_type(bool large) {
   for (const Layer& layer : kLargeLayers)
@@ -479,9 +486,7 @@ void all_of_type(bool large) {
     in_thread([] { neighbours<T>(70, 901, 3, 9), layouts<T>(33, 5, 24, 23); });
     return;
   }
-  for (const Layer& layer : kLayers) in_thread([&] { sparse_products<T>(layer); });
-  for (const Layer& layer : kLayers)
-    if (few_columns(Sparse(layer).c) > 0) in_thread([&] { sparse_products<T>(layer, true); });
+  small_sparse_products<T, T>();
   for (const int64_t n : {1, 63, 64, 65, 130}) in_thread([=] { neighbours<T>(3, n, n % 11, (n + 1) / 2); });
   for (const int64_t n : {1, 7, 16, 33}) in_thread([=] { layouts<T>(n, 3, 2, 9), layouts<T>(9, n, 5, 1); });
 }
@@ -523,8 +528,7 @@ int main(int count, char** arguments) {
     plant(what);
     return 0;
   }
-  for (const Layer& layer : kLayers)
-    if (!large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
+  if (!large) small_sparse_products<float, BFloat16>();
   for (const Layer& layer : kLargeLayers)
     if (large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
   for (const int64_t n : {1, 33, 64})
