@@ -135,7 +135,8 @@ inline bool for_rows(const Pattern& pattern, int64_t begin, int64_t end, int64_t
 }
 
 // sums (width) = the products of `count` entries with lines of x, added up. Entries take turns among several sums, which
-// shortens the chains of dependent additions and reduces rounding errors.
+// shortens the chains of dependent additions and reduces rounding errors. A value minus zeros is broadcast as it is
+// loaded; zeros plus a value would be an addition, because -0 + 0 is 0.
 template <class T, int width, class I>
 void multiply_run(const I* index, const T* value, int64_t count, const T* x, T* sums) {
   using L = Line<T, width>;
@@ -147,13 +148,13 @@ void multiply_run(const I* index, const T* value, int64_t count, const T* x, T* 
 #pragma GCC unroll 4
     for (int turn = 0; turn < turns; ++turn) {
       const T* const from = x + static_cast<int64_t>(index[i + turn]) * width;
-      const V factor = V{} + value[i + turn];
+      const V factor = value[i + turn] - V{};
 #pragma GCC unroll 8
       for (int b = 0; b < vectors; ++b) sum[turn][b] += factor * L::load(from + b * L::lanes);
     }
   for (; i < count; ++i) {
     const T* const from = x + static_cast<int64_t>(index[i]) * width;
-    const V factor = V{} + value[i];
+    const V factor = value[i] - V{};
 #pragma GCC unroll 8
     for (int b = 0; b < vectors; ++b) sum[0][b] += factor * L::load(from + b * L::lanes);
   }
@@ -245,7 +246,7 @@ bool spread_few(const Pattern& pattern, const Values<T>& values, int64_t begin, 
       const T* const value = values_of(pattern, first, count, values, kept);
       for (int64_t i = 0; i < count; ++i) {
         T* const to = sums + static_cast<int64_t>(index[i]) * width;
-        const V factor = V{} + value[i];
+        const V factor = value[i] - V{};
 #pragma GCC unroll 8
         for (int b = 0; b < vectors; ++b) L::store(L::load(to + b * L::lanes) + factor * g[b], to + b * L::lanes);
       }
