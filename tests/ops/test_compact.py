@@ -98,8 +98,9 @@ def test_errs_at_most_twice_as_much_as_plain_pytorch(batch: int, dtype: torch.dt
 
 
 def test_a_pattern_of_more_columns_than_int16_holds_stays_as_it_is() -> None:
-    rows = ops.sparse_pattern(torch.ones(1, 2**15, dtype=torch.bool))
-    assert ops.sparse_linear(torch.ones(1, 2**15), torch.ones(2**15), torch.empty(0), rows.compact()) == 2**15
+    most = ops.sparse_pattern(torch.ones(1, 2**15, dtype=torch.bool)).compact()
+    assert most.col.dtype == torch.int16
+    assert ops.sparse_linear(torch.ones(1, 2**15), torch.ones(2**15), torch.empty(0), most) == 2**15
     wide = ops.sparse_pattern(torch.ones(1, 2**15 + 1, dtype=torch.bool))
     assert wide.compact() is wide
 
