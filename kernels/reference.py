@@ -315,8 +315,9 @@ def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
 def dense_weight(
     free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int
 ) -> Tensor:
-    """The dense weight (O, columns) of a pattern and its values."""
-    values = torch.cat([free_values, frozen_values])[slot.long()]
+    """The dense weight (O, columns) of a pattern and its values. A pattern without slots has them in walking order."""
+    values = torch.cat([free_values, frozen_values])
+    values = values[slot.long()] if slot.numel() or not col.numel() else values
     weight = values.new_zeros(row_ptr.numel() - 1, columns)
     return weight.index_put((_rows(row_ptr, col.numel()), col.long()), values)
 
@@ -324,6 +325,8 @@ def dense_weight(
 def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, values: Tensor) -> Tensor:
     """Entries of a dense (O, columns) gradient at the free values, like these. Does not synchronise a GPU."""
     at = gradient[_rows(row_ptr, col.numel()), col.long()].to(values.dtype)
+    if not slot.numel():
+        return at[: values.numel()]
     return torch.empty_like(at).index_put((slot.long(),), at)[: values.numel()].clone()
 
 

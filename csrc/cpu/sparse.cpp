@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -293,8 +292,7 @@ bool for_lines(const Pattern& pattern, int64_t rows, int64_t columns, int64_t sl
 template <class T, class S>
 bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values,
                     const Epilogue<T, S>& epilogue, const S* x, S* y) {
-  if constexpr (std::is_same_v<T, S>)
-    if (few_columns(c)) return few_forward(c, pattern, values, epilogue, x, y);
+  if (few_columns(c) >= 0) return few_forward(c, pattern, values, epilogue, x, y);
   if (const int64_t width = full_lines<T>(c))
     return for_lines(pattern, c.out_channels, c.in_channels, values.count, width, [&](int64_t begin, int64_t end) {
       EXSSNET_PICK(multiply_lines<T, S>)(pattern, values, epilogue, begin, end, x, width, y);
@@ -305,10 +303,8 @@ bool sparse_forward(const Convolution& c, const Pattern& pattern, const Values<T
 template <class T, class S>
 bool sparse_input_gradient(const Convolution& c, const Pattern& pattern, const Pattern& transposed,
                            const Values<T>& values, const S* grad, S* grad_x) {
-  if constexpr (std::is_same_v<T, S>)
-    if (few_columns(c))
-      return has_rows(transposed, c.in_channels, c.out_channels) &&
-             few_input_gradient(c, pattern, values, grad, grad_x);
+  if (few_columns(c) >= 0)
+    return has_rows(transposed, c.in_channels, c.out_channels) && few_input_gradient(c, pattern, values, grad, grad_x);
   if (const int64_t width = full_lines<T>(c))
     return for_lines(transposed, c.in_channels, c.out_channels, values.count, width, [&](int64_t begin, int64_t end) {
       EXSSNET_PICK(multiply_lines<T, S>)(transposed, values, {}, begin, end, grad, width, grad_x);
@@ -323,9 +319,8 @@ template <class T, class S>
 bool sparse_value_gradient(const Convolution& convolution, const Pattern& pattern, int64_t free_count, int64_t count,
                            const S* x, const S* grad, T* grad_values) {
   std::fill_n(grad_values, free_count, T(0));
-  if constexpr (std::is_same_v<T, S>)
-    if (few_columns(convolution))
-      return few_value_gradient(convolution, pattern, free_count, count, x, grad, grad_values);
+  if (few_columns(convolution) >= 0)
+    return few_value_gradient(convolution, pattern, free_count, count, x, grad, grad_values);
   if (const int64_t width = full_lines<T>(convolution))
     return for_lines(pattern, convolution.out_channels, convolution.in_channels, count, width,
                      [&](int64_t begin, int64_t end) {

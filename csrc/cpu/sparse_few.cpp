@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -21,12 +22,13 @@ constexpr int64_t kGrain = 1 << 15;  // entries per thread, at least
 constexpr int64_t kParts = 8;        // of the input's gradient, at most: each has sums of its own
 constexpr int64_t kRun = 256;        // entries of a row that are treated together
 constexpr int64_t kAhead = 768;      // entries between what is used and what is prefetched
+constexpr int64_t kChecked = 512;    // entries of a compact pattern that are checked together
 
 // The loops over rows [begin, end), for lines of `width` elements of which the first `columns` are used.
-template <class T>
+template <class T, class S>
 struct FewLoops {
-  bool (*multiply)(const Pattern& pattern, const Values<T>& values, const Epilogue<T>& then, int64_t begin, int64_t end,
-                   const T* x, int64_t columns, T* y);
+  bool (*multiply)(const Pattern& pattern, const Values<T>& values, const Epilogue<T, S>& then, int64_t begin,
+                   int64_t end, const T* x, int64_t columns, S* y);
   bool (*spread)(const Pattern& pattern, const Values<T>& values, int64_t begin, int64_t end, const T* grad, T* sums);
   bool (*sample)(const Pattern& pattern, int64_t free_count, int64_t count, int64_t begin, int64_t end, const T* x,
                  const T* grad, T* grad_values);
@@ -44,13 +46,28 @@ T* scratch(int64_t count) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
 }
 
-// Copies lines of `columns` elements to lines of `width` elements, and fills these with zeros.
-template <class T>
-void pad_lines(const T* from, int64_t lines, int64_t columns, int64_t width, T* to) {
-  for (int64_t line = 0; line < lines; ++line, from += columns, to += width) {
-    for (int64_t j = 0; j < columns; ++j) to[j] = from[j];
-    for (int64_t j = columns; j < width; ++j) to[j] = T(0);
+// Whether lines of `columns` elements are used in place.
+template <class T, class S>
+bool in_place(int64_t columns, int64_t width) {
+  return std::is_same_v<T, S> && columns == width;
+}
+
+// Lines of `columns` elements as lines of `width` elements: copies to `to`, filled with zeros, if not used in place.
+template <class T, class S>
+const T* padded(const S* from, int64_t lines, int64_t columns, int64_t width, T* to) {
+  if constexpr (std::is_same_v<T, S>)
+    if (columns == width) return from;
+  if (columns == width) lines *= columns, columns = width = 1;
+  for (T* line = to; line < to + lines * width; line += width, from += columns) {
+    for (int64_t j = 0; j < columns; ++j) line[j] = value(from[j]);
+    for (int64_t j = columns; j < width; ++j) line[j] = T(0);
   }
+  return to;
+}
+
+// Whether the loops can use this pattern for products of these values.
+bool fits(const Convolution& c, const Pattern& pattern, int64_t values) {
+  return has_rows(pattern, c.out_channels, c.in_channels) && (!pattern.narrow || pattern.entries <= values);
 }
 
 // The length of the lines for this number of columns.
@@ -78,72 +95,65 @@ bool in_parts(const Pattern& pattern, int64_t parts, const Body& body) {
 
 }  // namespace
 
-template <class T>
-bool few_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T>& epilogue,
-                 const T* x, T* y) {
-  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
+template <class T, class S>
+bool few_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T, S>& epilogue,
+                 const S* x, S* y) {
+  if (!fits(c, pattern, values.count)) return false;
   const int64_t columns = few_columns(c), width = line_width(columns);
-  const auto multiply = EXSSNET_PICK(few_loops<T>)(width).multiply;
-  if (width > columns) {
-    T* const padded = scratch<T>(c.in_channels * width);
-    pad_lines(x, c.in_channels, columns, width, padded);
-    x = padded;
-  }
+  const auto multiply = EXSSNET_PICK(few_loops<T, S>)(width, pattern).multiply;
+  const int64_t copied = in_place<T, S>(columns, width) ? 0 : c.in_channels * width;
+  const T* const lines = padded(x, c.in_channels, columns, width, scratch<T>(copied));
   return in_parts(pattern, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
-    return multiply(pattern, values, epilogue, begin, end, x, columns, y);
+    return multiply(pattern, values, epilogue, begin, end, lines, columns, y);
   });
 }
 
-template <class T>
-bool few_input_gradient(const Convolution& c, const Pattern& pattern, const Values<T>& values, const T* grad,
-                        T* grad_x) {
-  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
+template <class T, class S>
+bool few_input_gradient(const Convolution& c, const Pattern& pattern, const Values<T>& values, const S* grad,
+                        S* grad_x) {
+  if (!fits(c, pattern, values.count)) return false;
   const int64_t columns = few_columns(c), width = line_width(columns), size = c.in_channels * width;
   const int64_t parts = std::clamp<int64_t>(pattern.entries / std::max(kGrain, 16 * c.in_channels), 1, kParts);
-  const int64_t padding = width > columns ? c.out_channels * width : 0;
-  T *const sums = scratch<T>(parts * size + padding), *const padded = sums + parts * size;
-  const auto spread = EXSSNET_PICK(few_loops<T>)(width).spread;
-  if (padding) {
-    pad_lines(grad, c.out_channels, columns, width, padded);
-    grad = padded;
-  }
+  const int64_t copied = in_place<T, S>(columns, width) ? 0 : c.out_channels * width;
+  T* const sums = scratch<T>(parts * size + copied);
+  const auto spread = EXSSNET_PICK(few_loops<T, S>)(width, pattern).spread;
+  const T* const lines = padded(grad, c.out_channels, columns, width, sums + parts * size);
   const bool good = in_parts(pattern, parts, [&](int64_t part, int64_t begin, int64_t end) {
     T* const of_part = sums + part * size;
     std::fill_n(of_part, size, T(0));
-    return spread(pattern, values, begin, end, grad, of_part);
+    return spread(pattern, values, begin, end, lines, of_part);
   });
   parallel_for(c.in_channels, kGrain / width, [&](int64_t begin, int64_t end) {
     for (int64_t part = 1; part < parts; ++part)
       for (int64_t i = begin * width; i < end * width; ++i) sums[i] += sums[part * size + i];
     for (int64_t line = begin; line < end; ++line)
-      for (int64_t j = 0; j < columns; ++j) grad_x[line * columns + j] = sums[line * width + j];
+      for (int64_t j = 0; j < columns; ++j) store(sums[line * width + j], grad_x[line * columns + j]);
   });
   return good;
 }
 
-template <class T>
-bool few_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, int64_t count, const T* x,
-                        const T* grad, T* grad_values) {
-  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
+template <class T, class S>
+bool few_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, int64_t count, const S* x,
+                        const S* grad, T* grad_values) {
+  if (!fits(c, pattern, count)) return false;
   const int64_t columns = few_columns(c), width = line_width(columns);
-  const auto sample = EXSSNET_PICK(few_loops<T>)(width).sample;
-  if (width > columns) {
-    T *const lines = scratch<T>((c.in_channels + c.out_channels) * width), *const grads = lines + c.in_channels * width;
-    pad_lines(x, c.in_channels, columns, width, lines);
-    pad_lines(grad, c.out_channels, columns, width, grads);
-    x = lines;
-    grad = grads;
-  }
+  const auto sample = EXSSNET_PICK(few_loops<T, S>)(width, pattern).sample;
+  const int64_t copied = in_place<T, S>(columns, width) ? 0 : (c.in_channels + c.out_channels) * width;
+  T* const room = scratch<T>(copied);
+  const T* const lines = padded(x, c.in_channels, columns, width, room);
+  const T* const grads = padded(grad, c.out_channels, columns, width, room + c.in_channels * width);
   return in_parts(pattern, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
-    return sample(pattern, free_count, count, begin, end, x, grad, grad_values);
+    return sample(pattern, free_count, count, begin, end, lines, grads, grad_values);
   });
 }
 
-#define EXSSNET_INSTANTIATE(T)                                                                                      \
-  template bool few_forward(const Convolution&, const Pattern&, const Values<T>&, const Epilogue<T>&, const T*, T*); \
-  template bool few_input_gradient(const Convolution&, const Pattern&, const Values<T>&, const T*, T*);             \
-  template bool few_value_gradient(const Convolution&, const Pattern&, int64_t, int64_t, const T*, const T*, T*);
-EXSSNET_INSTANTIATE(float)
-EXSSNET_INSTANTIATE(double)
+#define EXSSNET_INSTANTIATE(T, S)                                                                                   \
+  template bool few_forward(const Convolution&, const Pattern&, const Values<T>&, const Epilogue<T, S>&, const S*, \
+                            S*);                                                                                    \
+  template bool few_input_gradient(const Convolution&, const Pattern&, const Values<T>&, const S*, S*);             \
+  template bool few_value_gradient(const Convolution&, const Pattern&, int64_t, int64_t, const S*, const S*, T*);
+EXSSNET_INSTANTIATE(float, float)
+EXSSNET_INSTANTIATE(double, double)
+EXSSNET_INSTANTIATE(float, BFloat16)
 
 }  // namespace exssnet::cpu

@@ -23,6 +23,7 @@ from ..ops import (
 )
 from ..ops.bitmap import as_bitmap
 from ..ops.library import transforming
+from ..ops.sparse import is_few
 from ..ops.weights import WrittenWeight, written_weights
 from .choice import symbolic, traced
 from .selector import in_backward, recomputable, select
@@ -219,7 +220,10 @@ class Fixed(Mode):
         if sparse:
             self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
-            y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
+            free, frozen, pattern = self.values(layer)
+            if not geometry and is_few(x) and not (traced() or (len(free) and len(frozen))):
+                pattern = self._once_a_pattern(layer, "compact", SparsePattern.compact)
+            y = layer.sparse_product(x, free, frozen, pattern, *kernel, layer.bias, *geometry[:3])
         elif self._fuses(layer, x, padding):
             self._note_form(None)
             y = layer.bitmap_product(x, *self._bitmap_values(layer), layer.bias, *geometry)
@@ -412,6 +416,12 @@ class Constant(Fixed):
             self._kept[layer, key] = compute()
         folded: Folded = self._kept[layer, key]
         return folded
+
+    def _once_a_pattern(self, layer: Layer, name: Hashable, compute: Callable[[SparsePattern], Any]) -> Any:
+        result = super()._once_a_pattern(layer, name, compute)
+        if name == "compact":
+            self._kept.setdefault((layer, name), (result.col,))  # counts in the network's size
+        return result
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         return False  # the masked weight is cached

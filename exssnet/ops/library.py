@@ -65,8 +65,14 @@ def differentiable(
                 grads[bias] = grad.sum([d for d in range(grad.dim()) if d != 1])
             return tuple(grads)
 
+    def apply(*args: Any) -> Any:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return Boundary.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # without a gradient, the Function does no more
+            return forward_op(*args)
+
     bind_gradient(name, Boundary)
-    return chosen(forward_op, Boundary.apply, plain)
+    return chosen(forward_op, apply, plain)
 
 
 def chosen(operator: Callable[..., Any], apply: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,5 @@
 // sparse_linear, sparse_conv2d and their backward operators, for the kernels of csrc/cpu/sparse.
+#include "cpu/sparse_few.h"
 #include "torch/sparse_operators.h"
 
 namespace exssnet {
@@ -9,6 +10,8 @@ struct Cpu {
 
   static void check_place(const char*, const Tensor&, const Weights::Tensors&) {}
 
+  static bool few(const Convolution& c) { return cpu::few_columns(c) >= 0; }
+
   static Tensor output(const SparseWeight& w, const Convolution& c, const Tensor& x, const Following& then) {
     return sparse_output(w, c, x, then);
   }
@@ -18,7 +21,7 @@ struct Cpu {
   }
 
   static Tensor value_gradient(const SparseWeight& w, const Convolution& c, const Tensor& x, const Tensor& grad) {
-    Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()});
+    Tensor grad_values = torch::stable::new_empty(w.free, {w.free.numel()}, w.dtype);
     if (grad_values.numel() > 0)
       with_types(x, [&]<class T, class S>(T*, S*) {
         const Tensor from = stored(x, x), lines = stored(grad, x);

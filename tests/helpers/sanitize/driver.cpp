@@ -21,6 +21,7 @@
 #include "cpu/layout.h"
 #include "cpu/mask_pattern.h"
 #include "cpu/parallel.h"
+#include "cpu/sparse_few.h"
 #include "cpu/topk.h"
 #include "cpu/weights.h"
 #include "sparse_products.h"
@@ -87,20 +88,22 @@ void bits(int64_t n) {
   if (n == 0) return;
 
   const auto weight = whole<float>(n), grad = whole<float>(n), scores = whole<float>(n);
-  const Buffer<float> kept(n), in_place(n, [&](int64_t i) { return grad[i]; }), to_scores(n);
+  const Buffer<float> kept(n), to_weight(n), to_scores(n);
   const Mask as_bits{Mask::Form::bits, packed.data()}, as_bytes{Mask::Form::bytes, mask.data()};
   const Buffer<int64_t> found(2);
   topk_masks({{scores.data(), Float::float32, n, n / 2, nullptr, nullptr, found.data()}});
   keep(weight.data(), 4, n, as_bits, as_bytes, kept.data());
-  score_gradient(in_place.data(), weight.data(), Float::float32, scores.data(), Float::float32, n, to_scores.data(),
-                 true, {Mask::Form::selection, scores.data(), 4, found[0], found[1]});
+  constexpr Float kSingle = Float::float32;
+  masked_gradients({{n, {}, {grad.data(), kSingle}, {weight.data(), kSingle}, {scores.data(), kSingle},
+                     {Mask::Form::selection, scores.data(), 4, found[0], found[1]}, {to_scores.data(), kSingle},
+                     {to_weight.data(), kSingle}}});
   int64_t selected = 0;
   for (int64_t i = 0; i < n; ++i) {
     const auto magnitude = std::bit_cast<int32_t>(std::abs(scores[i]));
     const bool in = n / 2 > 0 && (magnitude > found[0] || (magnitude == found[0] && i <= found[1]));
     selected += in;
-    if (kept[i] != (mask[i] ? weight[i] : 0) || in_place[i] != (in ? grad[i] : 0)) fail("keep");
-    if (to_scores[i] != grad[i] * weight[i] * sign(scores[i])) fail("score_gradient");
+    if (kept[i] != (mask[i] ? weight[i] : 0) || to_weight[i] != (in ? grad[i] : 0)) fail("keep");
+    if (to_scores[i] != grad[i] * weight[i] * sign(scores[i])) fail("masked_gradients");
   }
   if (selected != n / 2) fail("the number selected");
 
@@ -284,6 +287,13 @@ void norms_of_type(bool large, bool channels_last) {
       in_thread([=] { norms<S>(channels, size, channels_last); });
 }
 
+template <class T, class S>
+void small_sparse_products() {
+  for (const Layer& layer : kLayers)
+    for (const bool compact : {false, true})
+      if (!compact || few_columns(Sparse(layer).c) > 0) in_thread([&] { sparse_products<T, S>(layer, compact); });
+}
+
 template <class T>
 void all_of_type(bool large) {
   for (const Layer& layer : kLargeLayers)
@@ -292,7 +302,7 @@ void all_of_type(bool large) {
     in_thread([] { neighbours<T>(70, 901, 3, 9), layouts<T>(33, 5, 24, 23); });
     return;
   }
-  for (const Layer& layer : kLayers) in_thread([&] { sparse_products<T>(layer); });
+  small_sparse_products<T, T>();
   for (const int64_t n : {1, 63, 64, 65, 130}) in_thread([=] { neighbours<T>(3, n, n % 11, (n + 1) / 2); });
   for (const int64_t n : {1, 7, 16, 33}) in_thread([=] { layouts<T>(n, 3, 2, 9), layouts<T>(9, n, 5, 1); });
 }
@@ -335,8 +345,7 @@ int main(int count, char** arguments) {
     plant(what);
     return 0;
   }
-  for (const Layer& layer : kLayers)
-    if (!large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
+  if (!large) small_sparse_products<float, BFloat16>();
   for (const Layer& layer : kLargeLayers)
     if (large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
   for (const int64_t n : {1, 33, 64})

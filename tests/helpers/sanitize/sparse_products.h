@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "buffers.h"
@@ -80,8 +81,9 @@ struct Sparse {
 };
 
 template <class T, class S = T>
-void sparse_products(const Layer& layer) {
-  const Sparse s(layer);
+void sparse_products(const Layer& layer, bool compact = false) {
+  Sparse s(layer);
+  if (compact) std::iota(s.slot.begin(), s.slot.end(), 0);
   const int64_t count = static_cast<int64_t>(s.slot.size()), rows = s.c.out_channels, plane = s.out_size() / rows;
   const auto x = whole<S>(s.in_size()), grad = whole<S>(s.out_size()), residual = whole<S>(s.out_size());
   const auto free = whole<T>(s.free_count), frozen = whole<T>(count - s.free_count);
@@ -89,7 +91,9 @@ void sparse_products(const Layer& layer) {
   const Buffer<int32_t> ptr(rows + 1, [&](int64_t i) { return s.ptr[i]; });
   const Buffer<int32_t> index(count, [&](int64_t i) { return s.index[i]; });
   const Buffer<int32_t> slot(count, [&](int64_t i) { return s.slot[i]; });
-  const Pattern pattern{ptr.data(), index.data(), slot.data(), rows, s.columns(), count};
+  const Buffer<uint16_t> narrow(count, [&](int64_t i) { return s.index[i]; });
+  const Pattern pattern{ptr.data(), compact ? nullptr : index.data(), compact ? nullptr : slot.data(), rows,
+                        s.columns(), count, compact ? narrow.data() : nullptr};
   const Values<T> values{free.data(), frozen.data(), s.free_count, count};
   const auto weight = [&](int32_t k) {
     return double(s.slot[k] < s.free_count ? free[s.slot[k]] : frozen[s.slot[k] - s.free_count]);
@@ -126,8 +130,8 @@ void sparse_products(const Layer& layer) {
   expect_equal(to_values, grad_values, "sparse_value_gradient");
 
   if (count < 2) return;
-  const auto refused = [&](const Buffer<int32_t>& of, int64_t at, int32_t wrong) {
-    const int32_t right = std::exchange(of[at], wrong);
+  const auto refused = [&](const auto& of, int64_t at, int32_t wrong) {
+    const auto right = std::exchange(of[at], wrong);
     const Buffer<S> y(s.out_size());
     const bool followed =
         sparse_forward(s.c, pattern, values, Epilogue<T, S>{}, x.data(), y.data()) ||
@@ -135,6 +139,12 @@ void sparse_products(const Layer& layer) {
     of[at] = right;
     if (followed && s.out_size() > 0) fail("a bad pattern was followed");
   };
+  if (compact) {
+    refused(narrow, below(count), static_cast<int32_t>(s.columns()));
+    refused(narrow, below(count), -1);
+    refused(ptr, below(rows + 1), -1);
+    return;
+  }
   for (const int32_t wrong : {-1, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
     refused(index, below(count), wrong);
     refused(slot, below(count), wrong);
