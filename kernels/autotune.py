@@ -16,10 +16,12 @@ import torch
 from exssnet.io.writing import locked, write_text
 
 MASKING = ("auto", "fused", "written")
-KERNELS_VERSION = 4  # of the file's content: raise it when kernels become faster, or when keys or numbers change
+KERNELS_VERSION = 5  # of the file's content: raise it when kernels become faster, or when keys or numbers change
 ENTRIES = 4096  # limit of a cache in memory; the oldest entry is evicted first
 HEAD_START = 4_000_000
 """Clock cycles that a GPU waits before it is timed: about 2 ms, in which the host submits all launches."""
+SPREAD, EFFORT = 1.1, 4
+"""A time is certain if it was met twice, up to this factor. Otherwise a measurement takes this many times as long."""
 PATIENCE = 1.0
 """Seconds to wait for another process. It may wait for this one in turn, if its GPU expects data from this process."""
 
@@ -113,8 +115,10 @@ def fastest(key: Key, candidates: tuple[str, str], ways: Callable[[], Ways] | No
                 return None
             with _alone(key):
                 if (limit := _known(key)) is None:
-                    limit = remember(_limits, key, measured_limit(key, ways))
-                    _write()
+                    limit, certain = measured_limit(key, ways)
+                    remember(_limits, key, limit)
+                    if certain:
+                        _write({key: limit})
     return None if limit is None else candidates[density > limit]
 
 
@@ -133,7 +137,7 @@ def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
     return value
 
 
-def measured_limit(key: Key, ways: Callable[[], Ways]) -> float:
+def measured_limit(key: Key, ways: Callable[[], Ways]) -> tuple[float, bool]:
     """Measure the density up to which the first candidate takes no longer than the second.
 
     A straight line joins the times at two densities. If the first candidate has one time only, it is faster at all
@@ -144,38 +148,44 @@ def measured_limit(key: Key, ways: Callable[[], Ways]) -> float:
         ways: Returns the functions to time.
 
     Returns:
-        The density, in [0, 1].
+        The density, in [0, 1], and whether its times are certain, see `times`.
     """
     first, second = ways()
-    seconds = times(key.device, *first.values(), *second)
+    seconds, certain = times(key.device, *first.values(), *second)
     own, other = seconds[: len(first)], min(seconds[len(first) :])
     if len(own) == 1:
-        return float(own[0] <= other)
+        return float(own[0] <= other), certain
     low, high = first
     slope = max((own[1] - own[0]) / (high - low), 1e-12)
-    return min(1.0, max(0.0, low + (other - own[0]) / slope))
+    return min(1.0, max(0.0, low + (other - own[0]) / slope)), certain
 
 
-def times(device: torch.device, *ways: Way) -> list[float]:
-    """Time functions by the device's clock.
+def times(device: torch.device, *ways: Way) -> tuple[list[float], bool]:
+    """Time functions by the device's clock, in turns.
+
+    There are at least 3 rounds, and on a CPU so many that the shortest times add up to 10 ms: time that the process
+    waits for a core does not count. Until all times are certain, rounds go on, up to `EFFORT` times as many.
 
     Args:
         device: The device that they run on.
         ways: The functions.
 
     Returns:
-        For each the shortest time in seconds of several rounds, which take at least 10 ms together. It is infinite if
-        memory ran out.
+        For each function its shortest time in seconds, infinite if memory ran out. And whether all are certain: each
+        function took at most `SPREAD` times as long once more. If not, something else disturbed the measurement.
     """
-    best = [float("inf")] * len(ways)
+    shortest, rounds, total, effort = [(float("inf"),) * 2] * len(ways), 0, 0.0, EFFORT
+    enough = 0.01 if device.type == "cpu" else 0.0
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for way in ways:
             _seconds(device, way)
-        began, rounds = time.perf_counter(), 0
-        while rounds < 3 or time.perf_counter() - began < 0.01:
-            best = [min(least, _seconds(device, way)) for least, way in zip(best, ways, strict=True)]
+        while rounds < 3 * effort or 0 < rounds * total < enough * effort:
+            taken = [(*two, _seconds(device, way)) for two, way in zip(shortest, ways, strict=True)]
+            shortest = [(first, second) for first, second, _ in map(sorted, taken)]
+            effort = 1 if all(second <= SPREAD * first for first, second in shortest) else EFFORT
+            total = sum(first for first, _ in shortest if first < float("inf"))
             rounds += 1
-    return best
+    return [first for first, _ in shortest], effort == 1
 
 
 def _seconds(device: torch.device, way: Way) -> float:
@@ -263,11 +273,10 @@ def _read() -> dict[str, float]:
     return {key: limit for key, limit in limits if isinstance(limit, float) and 0 <= limit <= 1}
 
 
-def _write() -> None:
-    """Add the limits of this run to the file. If it cannot be written, later runs measure again."""
+def _write(limits: Mapping[Key, float]) -> None:
+    """Add limits to the file. If it cannot be written, later runs measure again."""
     with suppress(OSError, RuntimeError, ValueError):
-        limits = _read() | {repr(key): limit for key, limit in tuple(_limits.items())}
-        everything = _everything() | {_machine(): limits}
+        everything = _everything() | {_machine(): _read() | {repr(key): limit for key, limit in limits.items()}}
         write_text(_file(), json.dumps(everything, indent=1), lasting=False)  # no flush to disk: it may be lost
 
 

@@ -1,5 +1,6 @@
 """Chooses sparse, fused or dense kernels for a layer by timing each shape once, see `fastest`."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -9,10 +10,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from ..kernels import native
-from ..kernels.autotune import MASKING, Key, Operand, Way, Ways, fastest, order, pinned, rounded
+from ..kernels.autotune import MASKING, Key, Operand, Way, Ways, fastest, order, pinned, precision, rounded
 from ..kernels.layouts import order_of
 from ..ops import bitmap_pattern, pack_mask, sparse_pattern
-from ..ops.library import product_dtype
+from ..ops.library import product_dtype, wide_dtypes
 
 Products = Literal["auto", "sparse", "dense"]
 PRODUCTS: tuple[Products, ...] = ("auto", "sparse", "dense")
@@ -20,11 +21,15 @@ Call = tuple[str, torch.Size, torch.dtype, torch.device, int, str, str, int, tup
 """Key of a layer's decision: "sparse" or "fused"; the input's shape, dtype and device; number of threads; `precision`;
 `products`; k; the input's stride, for "sparse" in channels_last alone; the dtype of the products. An entry that does
 not matter is "", 0 or ()."""
+BATCHES = 1, 4, 16, 64
+"""The batch sizes that are measured on a CPU. A batch is rounded up to one of them, a larger one down to the last.
+Batches of up to 16 have kernels of their own. The times of larger ones are about proportional to the batch."""
 SURE_DENSITY, SURE_WORK, SURE_SPAN = 0.11, 1 << 22, 7
-"""A layer on a CPU is sparse without a measurement if four conditions hold: it is computed in float32 or float64, its
-density is at most the first number, the dense product has at least the second number of multiply-adds, and the kernel
-spans at most the third number of pixels. Sparse products were 2.5 to 20 times faster on every such shape in
-docs/internals/cpu-engine.md. In bfloat16 and float16, dense products are faster on some machines."""
+"""A layer on a CPU is sparse without a measurement if five conditions hold: it is computed in float32 or float64, its
+batch is larger than 16, its density is at most the first number, the dense product has at least the second number of
+multiply-adds, and the kernel spans at most the third number of pixels. Sparse products were 2.5 to 20 times faster on
+every such shape in docs/internals/cpu-engine.md. Dense products in bfloat16 and float16 are faster on some machines. So
+are those in float32 where the CPU has AMX and torch may round factors to bfloat16, see `precision`."""
 TINY_DENSITY, TINY_WEIGHTS, TINY_WORK = 0.5, 1 << 10, 1 << 18
 """A tiny layer on a CPU is sparse without a measurement: its density, its weights and its multiply-adds are at most
 these. Its steps took 0.1 to 0.7 ms, mostly PyTorch's overhead. Sparse convolutions took 0.4 to 1.1 times as long as
@@ -37,11 +42,12 @@ def sparse_is_faster(
     """Whether a layer should multiply only the kept entries of its weight.
 
     The layer's crossover decides. It is the density at which sparse and dense products take equally long, and is
-    measured at the first call with a shape, in the dtype of the products. Batch and image sizes are rounded to powers
-    of two. The dense products are measured in channels_last if x is. On a CPU, tiny layers (see `TINY_WORK`) and, in
-    float32 and float64, large layers of low density (see `SURE_WORK`) are sparse without a measurement. While operators
-    are traced, nothing is measured: an earlier measurement decides. If there is none, or if sizes are not fixed, layers
-    of low density are sparse.
+    measured at the first call with a shape, in the dtype of the products. Image sizes are rounded to powers of two, and
+    on a CPU batches to one of `BATCHES`. The dense products are measured in channels_last if x is. On a CPU, tiny
+    layers (see `TINY_WORK`) and large layers of low density (see `SURE_WORK`) are sparse without a measurement. While
+    operators are traced, nothing is measured: an earlier measurement decides. On a CPU that of the largest batch
+    decides if the batch size is open. Without a measurement, or if the size of images is open, layers of low density
+    are sparse.
 
     Args:
         x: The layer's input, (..., I) or (N, C, ...).
@@ -65,7 +71,8 @@ def sparse_is_faster(
     if not _is_served(operator, x.device.type):
         return False
     sure = on_cpu and density <= SURE_DENSITY and _span(weight, geometry) <= SURE_SPAN
-    if traced() and (any(isinstance(n, Tensor) for n in x.shape) or not all(map(has_static_value, x.shape))):
+    of_images = x.shape[2 : weight.dim()] if on_cpu else x.shape  # a batch of open size is a large one
+    if traced() and (any(isinstance(n, Tensor) for n in x.shape) or not all(map(has_static_value, of_images))):
         return sure  # the trace leaves sizes open
     if not x.numel():
         return False
@@ -74,14 +81,17 @@ def sparse_is_faster(
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * (geometry[3] if geometry else 1):
         return True  # the operators raise the error
     x, weight, geometry = _as_images(x, weight, geometry)
-    weights, work = weight.numel(), x.numel() // x.shape[1] * weight.numel()
+    shape = _measured(x)
+    weights, work = weight.numel(), math.prod(shape) // shape[1] * weight.numel()
     tiny = weights <= TINY_WEIGHTS and work <= TINY_WORK and density <= TINY_DENSITY
     dtype = product_dtype(x)
-    if on_cpu and (tiny or (sure and work >= SURE_WORK and dtype in (torch.float32, torch.float64))):
+    large = shape[0] == BATCHES[-1] and work >= SURE_WORK
+    if on_cpu and (tiny or (sure and large and _is_sure(dtype, bool(geometry)))):
         return True
+    values = weight.dtype if weight.dtype in wide_dtypes(x) else dtype
     layout = x.stride() if channels_last(x) else ()
-    layer = operator, x.shape, layout, dtype, weight.shape, dtype, geometry, x.device
-    ways = None if traced() else lambda: sparse_ways(x.to(dtype), weight.shape, geometry)
+    layer = operator, shape, layout, dtype, weight.shape, values, geometry, x.device
+    ways = None if traced() else lambda: sparse_ways(_like(x, shape, dtype), weight.shape, geometry, values)
     faster = _faster(("sparse", "dense"), ways, density, None, *layer)
     return faster == "sparse" or (faster is None and traced() and sure)
 
@@ -119,8 +129,9 @@ def fused_is_faster(
         x = x.reshape(-1, x.shape[-1])
     x, weight, geometry = _as_images(x, weight, geometry)
     operator = f"{'supermask' if unknown else 'bitmap'}_{'conv2d' if geometry else 'linear'}"
-    layer = operator, x.shape, x.stride(), dtype, weight.shape, weight.dtype, geometry, x.device
-    ways = None if traced() else lambda: fused_ways(x, weight, dtype, geometry, density)
+    shape = _measured(x)
+    layer = operator, shape, x.stride(), dtype, weight.shape, weight.dtype, geometry, x.device
+    ways = None if traced() else lambda: fused_ways(_like(x, shape), weight, dtype, geometry, density)
     faster = _faster(("fused", "written"), ways, 1.0, density, *layer)
     return unknown if faster is None else faster == "fused"
 
@@ -137,6 +148,27 @@ def _as_images(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[Tens
         return x, weight, geometry
     stride, padding, dilation, groups = geometry
     return x.unsqueeze(2), weight.unsqueeze(2), ((1, *stride), (0, *padding), (1, *dilation), groups)
+
+
+def _measured(x: Tensor) -> tuple[int, ...]:
+    """The shape that is measured for x: on a CPU the batch is one of `BATCHES`, the last for an open size."""
+    size, *others = x.shape
+    if x.device.type == "cpu":
+        size = next((batch for batch in BATCHES if has_static_value(size) and size <= batch), BATCHES[-1])
+    return size, *others
+
+
+def _like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of this shape in the layout of x."""
+    return torch.empty_permuted(tuple(shape), order(x.stride()), dtype=dtype or x.dtype, device=x.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_sure(dtype: torch.dtype, convolution: bool) -> bool:
+    """Whether no dense products on a CPU are faster in this dtype than they are in float32, computed in float32."""
+    if dtype == torch.float32 and torch.cpu._is_amx_tile_supported():
+        return precision("cpu").split()[convolution] not in ("bf16", "tf32")
+    return dtype in (torch.float32, torch.float64)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -170,7 +202,9 @@ def _faster(
             return None
 
 
-def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Ways:
+def sparse_ways(
+    x: Tensor, shape: Sequence[int], geometry: Sequence[Any], values_dtype: torch.dtype | None = None
+) -> Ways:
     """Sparse products at densities of 5 and 25 %, and dense products: written, and on a GPU fused too.
 
     Each computes the output and the input gradient of the weight phase. Their times decide for all phases.
@@ -179,12 +213,14 @@ def sparse_ways(x: Tensor, shape: Sequence[int], geometry: Sequence[Any]) -> Way
         x: The layer's input, (B, I) or (N, C, H, W).
         shape: The weight's shape.
         geometry: Stride, padding, dilation and groups of a convolution. Empty for a linear layer.
+        values_dtype: The dtype of the kept weights in sparse products. None is that of x.
 
     Returns:
         The candidates for `fastest`.
     """
     generator = torch.Generator(x.device).manual_seed(0)
-    images, filters = (x.new_empty(size).normal_(generator=generator) for size in (x.shape, shape))
+    of = (x.shape, x.dtype), (shape, values_dtype or x.dtype)
+    images, filters = (x.new_empty(size, dtype=dtype).normal_(generator=generator) for size, dtype in of)
     if channels_last(x):
         images = images.contiguous(memory_format=torch.channels_last)
     stored = images.movedim(0, -1).contiguous().movedim(-1, 0)

@@ -217,14 +217,12 @@ def test_a_disk_that_fails_to_sync_the_folder_is_told_as_it_is(tmp_path: Path) -
 
 def test_what_was_measured_survives_a_fault_at_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_file", lambda: tmp_path / "crossovers.json")
-    monkeypatch.setattr(autotune, "_limits", {"one": 0.1})
     count = At()
     with between(count):
-        autotune._write()
+        autotune._write({"one": 0.1})
     for number in range(len(count.names)):
-        autotune._limits["two"] = number / len(count.names)
         with between(At(number, fails_late)):
-            autotune._write()
+            autotune._write({"two": number / len(count.names)})
         assert autotune._read().keys() >= {"'one'"}
         assert alone(tmp_path / "crossovers.json")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty file, of which nothing is in memory; what is to be timed tells the limit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(autotune, "_limits", {})
-    monkeypatch.setattr(autotune, "measured_limit", lambda _, ways: ways())
+    monkeypatch.setattr(autotune, "measured_limit", lambda _, ways: (ways(), True))
     (tmp_path / "exssnet").mkdir()
     return tmp_path / "exssnet" / "crossovers.json"
 
@@ -76,7 +77,7 @@ def test_processes_of_one_number_in_two_containers_write_different_files(
     monkeypatch.setattr(os, "getpid", lambda: 7)
     monkeypatch.setattr(os, "replace", lambda part, file: parts.append(str(part)))
     for _ in range(2):
-        autotune._write()
+        autotune._write({})
     assert len(set(parts)) == 2
 
 
@@ -199,25 +200,53 @@ WAYS = "sparse at 0.1", "sparse at 0.3", "written", "fused"
 def test_the_limit_is_where_the_line_of_the_first_crosses_the_fastest_second(
     monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], limit: float
 ) -> None:
-    monkeypatch.setattr(autotune, "times", lambda _, *ways: [seconds[WAYS.index(way)] for way in ways])
+    monkeypatch.setattr(autotune, "times", lambda _, *ways: ([seconds[WAYS.index(way)] for way in ways], True))
     ways: Any = {0.1: WAYS[0], 0.3: WAYS[1]}, WAYS[2:]
-    assert autotune.measured_limit(KEY, lambda: ways) == pytest.approx(limit)
+    assert autotune.measured_limit(KEY, lambda: ways)[0] == pytest.approx(limit)
 
 
 @pytest.mark.parametrize(("first", "limit"), [(1, 1.0), (2, 1.0), (3, 0.0), (math.inf, 0.0)])
 def test_without_density_the_first_is_faster_at_all_or_none(
     monkeypatch: pytest.MonkeyPatch, first: float, limit: float
 ) -> None:
-    monkeypatch.setattr(autotune, "times", lambda _, *ways: ways)
+    monkeypatch.setattr(autotune, "times", lambda _, *ways: (ways, True))
     ways: Any = {1.0: first}, [2]
-    assert autotune.measured_limit(KEY, lambda: ways) == limit
+    assert autotune.measured_limit(KEY, lambda: ways) == (limit, True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ((1.0,), (1.0, True, 3)), ((3.0, 1.0, 2.0, 1.05), (1.0, True, 4)), ((1.0, 2.0, 3.0), (1.0, False, 12)),
+        ((1.0, 1e-3, 1e-3), (1e-3, True, 10)), ((1e-3, 2e-3, 2e-3), (1e-3, False, 40)),
+    ],
+    ids=["long", "long, disturbed", "long, never met twice", "short, disturbed", "short, never met twice"],
+)  # fmt: skip
+def test_a_time_is_certain_if_it_was_met_twice_and_rounds_go_on_until_it_is(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], expected: tuple[float, bool, int]
+) -> None:
+    """The last of the seconds repeats. Waiting for a core does not reduce the number of rounds of short calls."""
+    clock = itertools.chain([9.0], seconds, itertools.repeat(seconds[-1]))  # the first call warms up
+    rounds: list[float] = []
+    monkeypatch.setattr(autotune, "_seconds", lambda *_: rounds.append(next(clock)) or rounds[-1])
+    (shortest,), certain = autotune.times(torch.device("cpu"), lambda: None)
+    assert (shortest, certain, len(rounds) - 1) == expected
+
+
+def test_what_was_disturbed_decides_in_this_run_alone(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    assert chosen(lambda: 0.7, OTHER) == 0.7
+    monkeypatch.setattr(autotune, "measured_limit", lambda _, ways: (ways(), False))
+    assert ask(0.3) == ask(0.9) == 0.3
+    assert held(cache) == {repr(OTHER): 0.7}
+    monkeypatch.setattr(autotune, "_limits", {})  # another process
+    assert ask(0.9) == 0.9
 
 
 def test_what_the_memory_does_not_hold_takes_forever() -> None:
     def too_large() -> None:
         raise torch.OutOfMemoryError
 
-    held_by, too_much = autotune.times(torch.device("cpu"), lambda: None, too_large)
+    (held_by, too_much), _ = autotune.times(torch.device("cpu"), lambda: None, too_large)
     assert held_by < too_much == math.inf
 
 
@@ -240,7 +269,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("head start"))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    assert autotune.times(torch.device("cuda"), lambda: calls.append("way")) == [0.002]
+    assert autotune.times(torch.device("cuda"), lambda: calls.append("way")) == ([0.002], True)
     assert calls[:5] == ["head start", "record", "way", "record", "wait"]
 
 

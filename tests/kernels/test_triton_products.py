@@ -342,9 +342,9 @@ def test_masked_products_are_the_faster_of_the_kernel_and_of_a_written_weight(
     monkeypatch.setattr(triton_layers, "_can_be_timed", lambda x: True)
     timed: list[object] = []
 
-    def times(device: torch.device, *ways: Callable[[], object]) -> list[float]:
+    def times(device: torch.device, *ways: Callable[[], object]) -> tuple[list[float], bool]:
         timed.append([way() for way in ways])
-        return [ratio, 1.0]
+        return [ratio, 1.0], True
 
     monkeypatch.setattr(autotune, "times", times)
     for masks in ((), ("mask", "free")):

@@ -24,7 +24,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     keys: list[Any] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(autotune, "_limits", {})
-    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: keys.append(key) or 0.3)
+    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: (keys.append(key) or 0.3, True))
     return keys
 
 
@@ -51,9 +51,11 @@ def test_products_are_measured_in_the_dtype_and_layout_that_they_have(
         choice.sparse_is_faster(x, W, 0.2, GEOMETRY)
     with torch.autocast("cpu", torch.bfloat16):
         choice.sparse_is_faster(X, W, 0.2, GEOMETRY)
+    choice.sparse_is_faster(X.bfloat16(), W.bfloat16(), 0.2, GEOMETRY)
+    assert [key.arguments[1].dtype for key in measured] == [torch.float32] * 3 + [torch.bfloat16]  # of the values
     inputs = [key.arguments[0] for key in measured]
-    expected = [((0, 1, 2, 3), torch.float32), ((0, 2, 3, 1), torch.float32), ((0, 1, 2, 3), torch.bfloat16)]
-    assert [(x.layout or (0, 1, 2, 3), x.dtype) for x in inputs] == expected
+    expected = [((), torch.float32), ((0, 2, 3, 1), torch.float32), ((), torch.bfloat16), ((), torch.bfloat16)]
+    assert [(x.layout, x.dtype) for x in inputs] == expected
     seen: list[tuple[bool, torch.dtype]] = []
     monkeypatch.setattr(choice, "_dense_step", lambda x, *_: seen.append((x.is_contiguous(), x.dtype)))
     for x in (X, inner, last, X.bfloat16()):
@@ -75,6 +77,37 @@ def test_low_density_of_a_large_layer_is_measured_in_half_precision_alone(
     assert [key.arguments[0].dtype for key in measured] == [dtype]
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("amx", [False, True])
+def test_low_density_is_measured_in_float32_where_amx_may_multiply_it_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, measured: list[Any], amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    of_linear = torch.zeros(64, 512), torch.zeros(512, 512)
+    of_images = torch.zeros(64, 32, 9, 9), torch.zeros(64, 32, 3, 3), 0.1, GEOMETRY
+    for setting in ("ieee ieee", "bf16 ieee", "ieee bf16", "no mkldnn"):  # of matrix products, and of convolutions
+        for module in (autotune, choice):
+            monkeypatch.setattr(module, "precision", lambda device, setting=setting: setting)
+        choice.sparse_is_faster(*of_linear, 0.1)
+        choice.sparse_is_faster(*of_images)
+    expected = [("sparse_linear", "bf16 ieee"), ("sparse_conv2d", "ieee bf16")]
+    assert [(key.operator, key.precision) for key in measured] == (expected if amx else [])
+
+
+@pytest.mark.usefixtures("native")
+def test_a_batch_is_measured_as_the_size_that_stands_for_it(
+    monkeypatch: pytest.MonkeyPatch, measured: list[Any]
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(autotune, "measured_limit", lambda key, ways: (ways() and 0.3, True))
+    monkeypatch.setattr(choice, "sparse_ways", lambda x, *_: seen.append(x) or True)
+    for size in (3, 40, 1, 17, 2, 9, 1000, 64, 5):
+        images = torch.zeros(size, 32, 9, 9).to(memory_format=torch.channels_last)
+        choice.sparse_is_faster(images, W, 0.2, GEOMETRY)
+    assert [x.shape for x in seen] == [(size, 32, 9, 9) for size in (4, 64, 1, 16)]
+    assert all(choice.channels_last(x) for x in seen)
+
+
 def products_of(layer: nn.Module, x: Tensor) -> list[str]:
     """The names of the operators of the mask phase that a call of a layer runs, once it has chosen."""
     layer(x)
@@ -88,7 +121,7 @@ def products_of(layer: nn.Module, x: Tensor) -> list[str]:
 def test_scores_on_a_cpu_are_fused_or_written_as_measured_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, measured: list[Any], limit: float, expected: str
 ) -> None:
-    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: measured.append(key) or limit)
+    monkeypatch.setattr(autotune, "measured_limit", lambda key, _: (measured.append(key) or limit, True))
     layer = convert(nn.Sequential(nn.Conv2d(4, 6, 3)), density=0.5, products="dense")[0]
     x = torch.randn(2, 4, 9, 7)
     for images in (x, x.to(memory_format=torch.channels_last)):

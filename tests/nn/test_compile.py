@@ -132,19 +132,22 @@ def test_a_smaller_batch_is_compiled_once_for_all_sizes() -> None:
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("open_batch", [False, True])
 @pytest.mark.parametrize(("crossover", "sparse"), [(0.9, True), (0.1, False), (None, False)])
 def test_what_is_known_of_a_shape_decides_and_nothing_is_measured(
-    monkeypatch: pytest.MonkeyPatch, crossover: float | None, sparse: bool
+    monkeypatch: pytest.MonkeyPatch, crossover: float | None, sparse: bool, open_batch: bool
 ) -> None:
-    model, x = in_phase(convert(nn.Sequential(nn.Linear(64, 48)), 0.3), "fixed").model, torch.randn(9, 64)
+    model, x = in_phase(convert(nn.Sequential(nn.Linear(64, 48)), 0.3), "fixed").model, torch.randn(19, 64)
     operators: list[str] = []
     monkeypatch.setattr(autotune, "_limits", {})
     monkeypatch.setattr(autotune, "_read", dict)
-    monkeypatch.setattr(autotune, "_write", lambda: None)
+    monkeypatch.setattr(autotune, "_write", lambda _: None)
     if crossover is not None:
-        monkeypatch.setattr(autotune, "measured_limit", lambda *_: crossover)
-        model(x)
+        monkeypatch.setattr(autotune, "measured_limit", lambda *_: (crossover, True))
+        model(torch.randn(64, 64))  # one measurement for all batches from 17 on
     monkeypatch.setattr(autotune, "measured_limit", lambda *_: pytest.fail("measured"))
+    if open_batch:
+        torch._dynamo.mark_dynamic(x, 0)
 
     def backend(graph: Any, inputs: Any) -> Any:
         operators.extend(str(node.target) for node in graph.graph.nodes)
