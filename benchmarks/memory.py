@@ -18,7 +18,7 @@ import torch
 from exssnet.kernels.memory import peak, resident, restart_peak
 
 from .networks import NETWORKS, Start, state_bytes
-from .timing import table, tick
+from .timing import table
 
 WAYS = {"mask": ("ours", "sort"), "weight": ("ours", "cached mask")}
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for phase, ways in WAYS.items():
                 for density, way in itertools.product(options.densities, ways):
                     rows.append(measure(network, phase, density, way, threads))
-                    tick()
+                    print(".", end="", flush=True, file=sys.stderr)
     print("\n" + table(
         ["network", "phase", "density", "threads", "way", "trained values", "Adam's state MB", "setup MB", "step MB"],
         [

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from exssnet import Phases, convert
 from exssnet.nn.models import LeNet300100, ResNet18
 
 from . import plain
-from .timing import check_error, error, seconds_of
+from .timing import autocast, check_error, error, fastest
 
 LEARNING_RATE = 1e-3
 Batch = tuple[Tensor, Tensor]
@@ -66,18 +66,13 @@ class Way:
     def results(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """Gradients of all trained tensors or, for evaluation, the logits."""
         if self.optimizer is None:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), autocast(self.dtype):
                 return [self.model(x)]
         self.optimizer.zero_grad()
-        with self._autocast():
+        with autocast(self.dtype):
             loss = F.cross_entropy(self.model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         return [t.grad for t in self.trained if t.grad is not None]
-
-    def _autocast(self) -> Any:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(torch.get_default_device().type, self.dtype)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One step on a batch that went through `input`."""
@@ -149,11 +144,19 @@ class Start:
         ways = [self.peer(how)] + ([self.peer(how, channels_last=True)] if len(self.network.shape) == 3 else [])
         if len(ways) == 1:
             return ways[0]
-        best = []
-        for way in ways:
-            step = way.steps(itertools.islice(self.network.batches(), 1))
-            best.append(min(seconds_of(step) for _ in range(3)))
-        return self.peer(how, channels_last=best[1] < best[0])  # a new one: those have been trained
+        best = fastest([way.steps(itertools.islice(self.network.batches(), 1)) for way in ways])
+        return self.peer(how, channels_last=best == 1)  # a new one: those have been trained
+
+    def peers(self, phase: str, channels_last: bool = False) -> dict[str, Way]:
+        """The baselines of a phase. In half precision also dense networks that are stored in it, without autocast.
+
+        channels_last: of those; the others have the faster layout.
+        """
+        ways = {how: self.fastest_peer(how) for how in PEERS[phase]}
+        if phase == "inference" and self.dtype != torch.float32:
+            stored = f"stored in {str(self.dtype).removeprefix('torch.')}"
+            ways |= {f"{how}, {stored}": self.peer(how, self.dtype, channels_last) for how in PEERS[phase]}
+        return ways
 
     def check(self, phase: str, ours: Way) -> None:
         """Check our gradients, or logits, of one batch against the first baseline in float64 and in our dtype.
