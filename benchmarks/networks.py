@@ -139,23 +139,20 @@ class Start:
         products = self.dtype if dtype == torch.float32 else torch.float32
         return Way(f"{how}, channels_last" if channels_last else how, model, trained, channels_last, products)
 
-    def fastest_peer(self, how: str) -> Way:
+    def fastest_peer(self, how: str, dtype: torch.dtype = torch.float32) -> Way:
         """The baseline in the memory layout with the faster step."""
-        ways = [self.peer(how)] + ([self.peer(how, channels_last=True)] if len(self.network.shape) == 3 else [])
-        if len(ways) == 1:
-            return ways[0]
-        best = fastest([way.steps(itertools.islice(self.network.batches(), 1)) for way in ways])
-        return self.peer(how, channels_last=best == 1)  # a new one: those have been trained
+        layouts = (False, True) if len(self.network.shape) == 3 else (False,)
+        steps = [
+            self.peer(how, dtype, last).steps(itertools.islice(self.network.batches(), 1)) for last in layouts
+        ]  # fmt: skip
+        return self.peer(how, dtype, layouts[fastest(steps)])  # a new one: those have been trained
 
-    def peers(self, phase: str, channels_last: bool = False) -> dict[str, Way]:
-        """The baselines of a phase. In half precision also dense networks that are stored in it, without autocast.
-
-        channels_last: of those; the others have the faster layout.
-        """
+    def peers(self, phase: str) -> dict[str, Way]:
+        """The baselines of a phase. In half precision also dense networks that are stored in it, without autocast."""
         ways = {how: self.fastest_peer(how) for how in PEERS[phase]}
         if phase == "inference" and self.dtype != torch.float32:
             stored = f"stored in {str(self.dtype).removeprefix('torch.')}"
-            ways |= {f"{how}, {stored}": self.peer(how, self.dtype, channels_last) for how in PEERS[phase]}
+            ways |= {f"{how}, {stored}": self.fastest_peer(how, self.dtype) for how in PEERS[phase]}
         return ways
 
     def check(self, phase: str, ours: Way) -> None:

@@ -35,7 +35,7 @@ def measure(phase: str, network: str, density: float, precision: str, mode: str,
         start = Start(NETWORKS[network], density, dtype)
         ours = start.ours(phase, channels_last)
         start.check(phase, ours)
-        ways = {"ours": ours} | start.peers(phase, channels_last)
+        ways = {"ours": ours} | start.peers(phase)
         variants = [VARIANTS[mode](way, start.network.batches()) for way in ways.values()]
         timed = dict(zip(ways, alternate(variants, 0.1 if quick else 3.0, turn=0.05), strict=True))
     rows = [

@@ -83,11 +83,15 @@ def measure(
         ours = start.ours(phase)
         start.check(phase, ours)
         ways[dtype, "ours"] = ours
-        ways |= {(dtype, way.name if how in PEERS[phase] else how): way for how, way in start.peers(phase).items()}
+        ways |= {(dtype, how): way for how, way in start.peers(phase).items()}
     variants = [way.steps(starts[dtype].network.batches()) for (dtype, _), way in ways.items()]
     timed = dict(zip(ways, alternate(variants, 0.1 if quick else 5.0, turn=0.05), strict=True))
     for dtype, start in starts.items():
-        baselines = {how: t for (of, how), t in timed.items() if of == dtype and how != "ours"}
+        baselines = {
+            how + ", channels_last" * ways[of, how].channels_last: t
+            for (of, how), t in timed.items()
+            if of == dtype and how != "ours"
+        }
         if dtype != "float32" and "float32" in starts:
             baselines["ours in float32"] = timed["float32", "ours"]
         shape = f"{network}, batch {start.network.batch}"
