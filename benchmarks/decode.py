@@ -10,7 +10,7 @@ from exssnet import ops
 
 from . import plain
 from .layer import Layer, accurate
-from .timing import Case, Cases, Variant, Work, autocast, check_close, fastest
+from .timing import Case, Cases, Variant, Work, autocast, check_close, fastest, name_of
 
 
 def decode(
@@ -43,7 +43,7 @@ def _decode(x: Tensor, weight: Tensor, mask: Tensor, dtype: torch.dtype, density
     ours = {"sparse": sparse(inputs, values["sparse"])}
     if dtype != torch.float32:
         baselines["ours in float32"] = sparse(x, values["sparse"])
-        stored = f"sparse, stored in {str(dtype).removeprefix('torch.')}"
+        stored = f"sparse, stored in {name_of(dtype)}"
         values[stored] = weight[mask].to(dtype)
         ours[stored] = sparse(inputs, values[stored])
     index = dict.fromkeys(ours, 4 * pattern.col.numel())

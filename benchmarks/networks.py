@@ -15,7 +15,7 @@ from exssnet import Phases, convert
 from exssnet.nn.models import LeNet300100, ResNet18
 
 from . import plain
-from .timing import autocast, check_error, error, fastest
+from .timing import autocast, check_error, error, fastest, name_of
 
 LEARNING_RATE = 1e-3
 Batch = tuple[Tensor, Tensor]
@@ -151,8 +151,9 @@ class Start:
         """The baselines of a phase. In half precision also dense networks that are stored in it, without autocast."""
         ways = {how: self.fastest_peer(how) for how in PEERS[phase]}
         if phase == "inference" and self.dtype != torch.float32:
-            stored = f"stored in {str(self.dtype).removeprefix('torch.')}"
-            ways |= {f"{how}, {stored}": self.fastest_peer(how, self.dtype) for how in PEERS[phase]}
+            ways |= {
+                f"{how}, stored in {name_of(self.dtype)}": self.fastest_peer(how, self.dtype) for how in PEERS[phase]
+            }
         return ways
 
     def check(self, phase: str, ours: Way) -> None:

@@ -5,10 +5,10 @@ the gradients of their input and their parameters. Of sparse layers each product
 
 With --dtype bfloat16 the operators that multiply, norms and the written weights run under autocast, and so do their
 baselines. Activations are then stored in bfloat16, weights and scores in float32. Such a row has "ours in float32" as
-one more baseline. The other operators are measured in float32 alone. Other libraries' kernels are float32 alone.
+one more baseline. The other operators, and the kernels of other libraries, are measured in float32 alone.
 
 "decode" is the forward of linear layers on 1, 4 and 16 samples. Its baselines in each dtype are the dense layer with
-weights stored in float32 and in bfloat16, and torch's CSR with the faster one of two index types.
+weights stored in float32 and in bfloat16, and torch's CSR in its fastest form.
 
 "rate" counts the necessary work: one read of the scores and one write of the mask, or the FLOPs of the three products
 of a layer (for sparse layers: of the kept weights). Taps in the padding are counted, so a kernel that skips them can
@@ -53,6 +53,7 @@ from .timing import (
     check_accurate,
     check_close,
     check_equal,
+    name_of,
     tell,
     timings,
 )
@@ -358,10 +359,9 @@ def measure(operator: str, case: Case, threads: int, quick: bool, calls: int = 1
     rate = (work.flops or work.bytes) / ours.median
     share = rate / (peak.multiplying(work) if work.flops else peak.bandwidth)
     baselines = dict(zip(case.baselines, others, strict=True))
-    dtype = str(work.dtype).removeprefix("torch.")
     return Row(
         operator, case.shape, case.density, threads, ours, rate / 1e9, case.unit, share, baselines,
-        *floors(work, quick), dtype,
+        *floors(work, quick), name_of(work.dtype),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from exssnet import Phases, Served, convert
 from exssnet.nn import evaluation
 
 from .networks import NETWORKS
-from .timing import Row, alternate, autocast, check_equal, check_error, error, fastest, tell, timings
+from .timing import Row, alternate, autocast, check_equal, check_error, error, fastest, name_of, tell, timings
 
 Answer = Callable[[], Tensor]
 Layout = torch.memory_format
@@ -83,9 +83,7 @@ def measure(
     ours, *others = alternate(list(answers.values()), 0.1 if quick else 5.0)
     baselines = dict(zip(list(answers)[1:], others, strict=True))
     shape = f"{name}, {batch} of {tasks} tasks"
-    return Row(
-        "served", shape, density, threads, ours, baselines=baselines, dtype=str(dtype).removeprefix("torch.")
-    )  # fmt: skip
+    return Row("served", shape, density, threads, ours, baselines=baselines, dtype=name_of(dtype))
 
 
 def served(phases: Phases, x: Tensor, ids: Tensor, dtype: torch.dtype) -> Answer:

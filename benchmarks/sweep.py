@@ -8,6 +8,7 @@ plot with logarithmic axes.
 
 import argparse
 import itertools
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"a line needs two densities, got {options.densities}")
     network = options.network or ("resnet18-4" if options.quick else "resnet18-20")
     densities, settings = sorted(set(options.densities)), itertools.product(options.threads, options.dtype)
-    runs = [measure(network, densities, dtype, threads, options.quick) for threads, dtype in settings]
-    if options.plot:
+    runs: list[dict[str, Any]] = []
+    with suppress(KeyboardInterrupt):  # then the finished runs are written
+        for threads, dtype in settings:
+            runs.append(measure(network, densities, dtype, threads, options.quick))
+    if options.plot and runs:
         with secondary(f"{options.plot} was not written"):
             plot(network, runs, options.plot)
     return {"network": network, "runs": runs}

@@ -124,6 +124,10 @@ def autocast(dtype: torch.dtype) -> Any:
     return torch.autocast(torch.get_default_device().type, dtype) if half else nullcontext()
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def fastest(variants: Sequence[Variant]) -> int:
     """Index of the fastest variant, by the least time of 3 rounds, or of as many as begin within a second."""
     rounds: list[list[float]] = []
