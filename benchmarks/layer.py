@@ -21,7 +21,7 @@ class Layer:
     """
 
     def __init__(
-        self, batch: int, width: int, out: int, image: int = 0, stride: int = 1, dtype: torch.dtype = torch.float32
+        self, batch: int, width: int, out: int, image: int = 0, stride: int = 1, *, dtype: torch.dtype = torch.float32
     ) -> None:
         torch.manual_seed(0)
         self.stride, self.is_linear, self.dtype = stride, image == 0, dtype
