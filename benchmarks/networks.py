@@ -15,7 +15,7 @@ from exssnet import Phases, convert
 from exssnet.nn.models import LeNet300100, ResNet18
 
 from . import plain
-from .timing import autocast, check_error, error, fastest, name_of
+from .timing import autocast, check_equal, check_error, error, fastest, name_of
 
 LEARNING_RATE = 1e-3
 Batch = tuple[Tensor, Tensor]
@@ -167,17 +167,22 @@ class Start:
         everything but rounding errors in some layers, and an ill-conditioned network amplifies them. In bfloat16 the
         memory layout matters as much, so both count.
 
+        The masks of the mask phase are checked first, so that the baseline need not sort in every draw.
+
         The hooks that read the signs separate norms from ReLUs, which are fused when timed. tests/nn/test_blocks.py
         compares the two.
         """
         # Convolutions in float64 are slow. 16 images fill vectors and registers; a whole batch is not needed.
         x, y = (t[:16] for t in next(self.network.batches()))
         signs: dict[str, Tensor] = {}
+        for name, mask in self.masks.items() if phase == "mask" else ():
+            sorted_mask = plain.sort_mask(self.scores[name].abs(), self.density)
+            check_equal(f"mask phase: the mask of {name}", mask, sorted_mask.bool())
         with _recorded(ours.model, self._relus(), signs):
             got = ours.results(ours.input(x), y)
 
         def peer(dtype: torch.dtype, first: int = 0, channels_last: bool = False) -> list[Tensor]:
-            way = self.peer(PEERS[phase][0], dtype, channels_last)
+            way = self.peer("given mask" if phase == "mask" else PEERS[phase][0], dtype, channels_last)
             for name, positive in signs.items():
                 way.model.get_submodule(name).forward = _pinned(positive.roll(first, 0))  # type: ignore[method-assign]
             results = way.results(way.input(x.roll(first, 0)), y.roll(first, 0))
