@@ -64,10 +64,9 @@ class Budget:
 def budget(case: str, phase: str, start: Start, way: Way, threads: int, quick: bool) -> Budget:
     """Profile a variant. It must be checked before, and has had its warm-up."""
     step = way.steps(start.network.batches())
-    step()
     began = time.perf_counter()
     step()
-    rounds = 2 if quick else max(3, min(100, int(0.5 / (time.perf_counter() - began))))
+    rounds = 2 if quick else max(1, min(100, int(0.5 / (time.perf_counter() - began))))
     before, began = _faults(), time.perf_counter()
     for _ in range(rounds):
         step()

@@ -125,45 +125,51 @@ def _convolutions(quick: bool) -> list[Tensor]:
     return [torch.randn(width, width, 3, 3) for width in widths]
 
 
-def supermask_weights(quick: bool) -> Cases:
+def supermask_weights(quick: bool, dtype: torch.dtype = torch.float32) -> Cases:
     """Convolutions of a ResNet-18 of width 20, packed masks. Bytes: reads weights and masks, writes weights."""
     weights = _convolutions(quick)
     scores = [torch.randn_like(w) for w in weights]
     masks = ops.topk_masks(scores, [ops.density_to_k(s.numel(), 0.1) for s in scores], packed=True).masks
     factors = [reference.unpack_mask(m, list(w.shape)).to(w.dtype) for m, w in zip(masks, weights, strict=True)]
 
+    def ours() -> list[Tensor]:
+        return ops.supermask_weights(weights, scores, masks, dtype)
+
+    def plainly() -> list[Tensor]:
+        return [(w * f).to(dtype) for w, f in zip(weights, factors, strict=True)]
+
     def check() -> None:
-        for got, w, f in zip(ops.supermask_weights(weights, scores, masks), weights, factors, strict=True):
-            check_equal("a weight", got, w * f)
+        for got, expected in zip(ours(), plainly(), strict=True):
+            check_equal("a weight", got, expected)
 
     n = sum(w.numel() for w in weights)
     yield Case(
         shape=f"{n:,} in {len(weights)} layers",
-        ours=lambda: ops.supermask_weights(weights, scores, masks),
-        baselines={"cached masks": lambda: [w * f for w, f in zip(weights, factors, strict=True)]},
+        ours=ours,
+        baselines={"cached masks": plainly},
         check=check,
-        work=Work(n * (8 + 1 / 8)),
+        work=Work(n * (4 + 1 / 8 + dtype.itemsize), dtype=dtype),
         density=0.1,
     )
 
 
-def write_values(quick: bool) -> Cases:
+def write_values(quick: bool, dtype: torch.dtype = torch.float32) -> Cases:
     """Convolutions of a ResNet-18 of width 20. Bytes: reads values and places, writes single entries of weights."""
-    weights = _convolutions(quick)
+    weights = [w.to(dtype) for w in _convolutions(quick)]
     masks = [torch.rand_like(w) < 0.1 for w in weights]
     indices = [m.reshape(-1).nonzero().squeeze(1) for m in masks]
     places, values = [i.int() for i in indices], [torch.randn(i.shape) for i in indices]
 
     def anew() -> list[Tensor]:
         of_layers = zip(weights, indices, values, strict=True)
-        return [torch.zeros(w.numel()).index_put((i,), v).view(w.shape) for w, i, v in of_layers]
+        return [torch.zeros(w.numel(), dtype=dtype).index_put((i,), v.to(dtype)).view(w.shape) for w, i, v in of_layers]
 
     def check() -> None:
         torch.ops.exssnet.write_values(values, places, weights)
         gathered = torch.ops.exssnet.write_values_backward(weights, values, places)
         for w, m, v, g in zip(weights, masks, values, gathered, strict=True):
-            check_equal("a weight", w[m], v)
-            check_equal("a gradient", g, v)
+            check_equal("a weight", w[m], v.to(dtype))
+            check_equal("a gradient", g.to(dtype), v.to(dtype))
 
     n = sum(v.numel() for v in values)
     yield Case(
@@ -171,7 +177,7 @@ def write_values(quick: bool) -> Cases:
         ours=lambda: torch.ops.exssnet.write_values(values, places, weights),
         baselines={"dense weights made anew": anew},
         check=check,
-        work=Work(n * 12),
+        work=Work(n * (8 + dtype.itemsize), dtype=dtype),
         density=0.1,
     )
 

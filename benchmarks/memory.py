@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from exssnet.kernels.memory import peak, resident, restart_peak
 
 from .networks import NETWORKS, Start, state_bytes
-from .timing import table, tick
+from .timing import table
 
 WAYS = {"mask": ("ours", "sort"), "weight": ("ours", "cached mask")}
 
@@ -31,12 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     networks = options.networks or (["resnet18-4"] if options.quick else ["resnet18-20", "resnet18-64"])
-    for threads in options.threads:
-        for network in networks:
-            for phase, ways in WAYS.items():
-                for density, way in itertools.product(options.densities, ways):
-                    rows.append(measure(network, phase, density, way, threads))
-                    tick()
+    settings = itertools.product(options.threads, networks, WAYS, options.densities)
+    with suppress(KeyboardInterrupt):  # then the finished rows are shown
+        for threads, network, phase, density in settings:
+            for way in WAYS[phase]:
+                rows.append(measure(network, phase, density, way, threads))
+                print(".", end="", flush=True, file=sys.stderr)
     print("\n" + table(
         ["network", "phase", "density", "threads", "way", "trained values", "Adam's state MB", "setup MB", "step MB"],
         [

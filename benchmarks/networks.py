@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from exssnet import Phases, convert
 from exssnet.nn.models import LeNet300100, ResNet18
 
 from . import plain
-from .timing import check_error, error, seconds_of
+from .timing import autocast, check_equal, check_error, error, fastest, name_of
 
 LEARNING_RATE = 1e-3
 Batch = tuple[Tensor, Tensor]
@@ -66,18 +66,13 @@ class Way:
     def results(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """Gradients of all trained tensors or, for evaluation, the logits."""
         if self.optimizer is None:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), autocast(self.dtype):
                 return [self.model(x)]
         self.optimizer.zero_grad()
-        with self._autocast():
+        with autocast(self.dtype):
             loss = F.cross_entropy(self.model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         return [t.grad for t in self.trained if t.grad is not None]
-
-    def _autocast(self) -> Any:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(torch.get_default_device().type, self.dtype)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One step on a batch that went through `input`."""
@@ -144,16 +139,22 @@ class Start:
         products = self.dtype if dtype == torch.float32 else torch.float32
         return Way(f"{how}, channels_last" if channels_last else how, model, trained, channels_last, products)
 
-    def fastest_peer(self, how: str) -> Way:
+    def fastest_peer(self, how: str, dtype: torch.dtype = torch.float32) -> Way:
         """The baseline in the memory layout with the faster step."""
-        ways = [self.peer(how)] + ([self.peer(how, channels_last=True)] if len(self.network.shape) == 3 else [])
-        if len(ways) == 1:
-            return ways[0]
-        best = []
-        for way in ways:
-            step = way.steps(itertools.islice(self.network.batches(), 1))
-            best.append(min(seconds_of(step) for _ in range(3)))
-        return self.peer(how, channels_last=best[1] < best[0])  # a new one: those have been trained
+        layouts = (False, True) if len(self.network.shape) == 3 else (False,)
+        steps = [
+            self.peer(how, dtype, last).steps(itertools.islice(self.network.batches(), 1)) for last in layouts
+        ]  # fmt: skip
+        return self.peer(how, dtype, layouts[fastest(steps)])  # a new one: those have been trained
+
+    def peers(self, phase: str) -> dict[str, Way]:
+        """The baselines of a phase. In half precision also dense networks that are stored in it, without autocast."""
+        ways = {how: self.fastest_peer(how) for how in PEERS[phase]}
+        if phase == "inference" and self.dtype != torch.float32:
+            ways |= {
+                f"{how}, stored in {name_of(self.dtype)}": self.fastest_peer(how, self.dtype) for how in PEERS[phase]
+            }
+        return ways
 
     def check(self, phase: str, ours: Way) -> None:
         """Check our gradients, or logits, of one batch against the first baseline in float64 and in our dtype.
@@ -164,7 +165,10 @@ class Start:
         Our error may be at most twice the error of the baseline in our dtype. That error is the largest one of all
         layers and of several orders of the batch, because a single order depends on chance: batch norm cancels
         everything but rounding errors in some layers, and an ill-conditioned network amplifies them. In bfloat16 the
-        memory layout matters as much, so both count.
+        order changes hardly any rounding. There the draws are of images that differ by up to a quarter of an ulp, in
+        both memory layouts.
+
+        The masks of the mask phase are checked first, so that the baseline need not sort in every draw.
 
         The hooks that read the signs separate norms from ReLUs, which are fused when timed. tests/nn/test_blocks.py
         compares the two.
@@ -172,21 +176,28 @@ class Start:
         # Convolutions in float64 are slow. 16 images fill vectors and registers; a whole batch is not needed.
         x, y = (t[:16] for t in next(self.network.batches()))
         signs: dict[str, Tensor] = {}
+        for name, mask in self.masks.items() if phase == "mask" else ():
+            sorted_mask = plain.sort_mask(self.scores[name].abs(), self.density)
+            check_equal(f"mask phase: the mask of {name}", mask, sorted_mask.bool())
         with _recorded(ours.model, self._relus(), signs):
             got = ours.results(ours.input(x), y)
 
-        def peer(dtype: torch.dtype, first: int = 0, channels_last: bool = False) -> list[Tensor]:
-            way = self.peer(PEERS[phase][0], dtype, channels_last)
+        def peer(dtype: torch.dtype, first: int = 0, channels_last: bool = False, noise: float = 0.0) -> list[Tensor]:
+            way = self.peer("given mask" if phase == "mask" else PEERS[phase][0], dtype, channels_last)
             for name, positive in signs.items():
                 way.model.get_submodule(name).forward = _pinned(positive.roll(first, 0))  # type: ignore[method-assign]
-            results = way.results(way.input(x.roll(first, 0)), y.roll(first, 0))
+            images = x * (1 + noise * (torch.rand_like(x) - 0.5)) if noise else x
+            results = way.results(way.input(images.roll(first, 0)), y.roll(first, 0))
             if phase == "weight":
                 return [r[mask] for r, mask in zip(results, self.masks.values(), strict=True)]
             return [results[0].roll(-first, 0)] if phase == "inference" else results
 
         truths = peer(torch.float64)
-        layouts = (False, True) if self.dtype != torch.float32 and x.dim() == 4 else (False,)
-        draws = [peer(torch.float32, first, layout) for first in range(4) for layout in layouts]
+        if self.dtype == torch.float32:
+            draws = [peer(torch.float32, first) for first in range(4)]
+        else:
+            noise = torch.finfo(self.dtype).eps / 2
+            draws = [peer(torch.float32, 0, i % 2 == 1 and x.dim() == 4, noise) for i in range(4)]
         budget = max(error(p, truth) for draw in draws for p, truth in zip(draw, truths, strict=True))
         if phase == "inference":  # the timed network has no hooks, and its norms are folded
             folded = error(ours.results(ours.input(x), y)[0], truths[0])

@@ -3,6 +3,13 @@
 Every result is checked against the operator's reference before it is timed. Layers are timed forward and backward, with
 the gradients of their input and their parameters. Of sparse layers each product is also timed alone.
 
+With --dtype bfloat16 the operators that multiply, norms and the written weights run under autocast, and so do their
+baselines. Activations are then stored in bfloat16, weights and scores in float32. Such a row has "ours in float32" as
+one more baseline. The other operators, and the kernels of other libraries, are measured in float32 alone.
+
+"decode" is the forward of linear layers on 1, 4 and 16 samples. Its baselines in each dtype are the dense layer with
+weights stored in float32 and in bfloat16, and torch's CSR in its fastest form.
+
 "rate" counts the necessary work: one read of the scores and one write of the mask, or the FLOPs of the three products
 of a layer (for sparse layers: of the kept weights). Taps in the padding are counted, so a kernel that skips them can
 exceed 100 %. "of peak" is the rate as a share of the machine's peak: multiply-adds, or bytes of a copy.
@@ -17,8 +24,9 @@ each other directly. Their tensors stay in the L2 cache if they fit into it.
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -31,6 +39,8 @@ from exssnet.kernels.registry import OPERATORS
 
 from . import masks, peers, plain
 from .ceilings import floors, machine_peak
+from .decode import decode
+from .layer import Layer, accurate, alone, cached_mask, no_mask, of_weights, step
 from .timing import (
     Case,
     Cases,
@@ -39,41 +49,14 @@ from .timing import (
     Variant,
     Work,
     alternate,
+    autocast,
     check_accurate,
     check_close,
     check_equal,
-    tick,
+    name_of,
+    tell,
     timings,
 )
-
-
-class Layer:
-    """Tensors of a linear layer or, if `image` is not 0, of a 3 x 3 convolution of image x image pixels; seed 0."""
-
-    def __init__(self, batch: int, width: int, out: int, image: int = 0, stride: int = 1) -> None:
-        torch.manual_seed(0)
-        self.stride, self.is_linear = stride, image == 0
-        self.x = torch.randn(batch, width) if self.is_linear else torch.randn(batch, width, image, image)
-        self.weight = torch.randn(out, width) if self.is_linear else torch.randn(out, width, 3, 3)
-        self.scores = torch.randn(self.weight.shape)
-        self.grad = torch.randn(plain.layer(self.x, self.weight, stride).shape)
-        self.geometry: dict[str, Any] = {} if self.is_linear else {"stride": stride, "padding": 1}
-        size = "" if self.is_linear else f", {image}x{image}" + (f", stride {stride}" if stride > 1 else "")
-        self.name = f"{batch} x {width} to {out}{size}"
-
-    def mask(self, density: float) -> Tensor:
-        return plain.sort_mask(self.scores.abs(), density).bool()
-
-    def work(self, stored: float, kept: int | None = None, products: int = 3) -> Work:
-        """Work of output and gradients, with all weights or, for sparse products, with `kept` weights.
-
-        stored: bytes of weights, masks, indices and their gradients, summed over all products.
-        """
-        weights = self.weight.numel() if kept is None else kept
-        adds = products * weights * (self.grad.numel() // self.weight.shape[0])
-        moved = products * 4 * (self.x.numel() + self.grad.numel()) + stored
-        return Work(moved, 2 * adds, 0 if kept is None else 4 * adds, tiles=kept is None)
-
 
 LINEAR = [(64, 784, 300), (64, 300, 100), (128, 1024, 1024)]
 IMAGES = [
@@ -84,40 +67,17 @@ IMAGES = [
 
 def layers(
     cases_of: Callable[[Layer, float], Cases], linear: bool, densities: tuple[float, ...]
-) -> Callable[[bool], Cases]:
+) -> Callable[..., Cases]:
     """A function that generates the cases for layers of one kind."""
 
-    def cases(quick: bool) -> Cases:
+    def cases(quick: bool, dtype: torch.dtype = torch.float32) -> Cases:
         small = (64, 40, 30) if linear else (8, 5, 6, 8)
         for shape in [small] if quick else LINEAR if linear else IMAGES:
-            layer = Layer(*shape)
+            layer = Layer(*shape, dtype=dtype)
             for density in densities[:1] if quick else densities:
                 yield from cases_of(layer, density)
 
     return cases
-
-
-def step(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Variant:
-    """Forward and backward pass. A call returns the output and the gradients of all leaves."""
-    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
-
-    def run() -> tuple[Tensor, ...]:
-        output = function(*leaves)
-        return output, *torch.autograd.grad(output, leaves, grad)
-
-    return run
-
-
-def accurate(
-    ours: Variant, peer: Callable[[torch.dtype], Variant], dtype: torch.dtype = torch.float32
-) -> Callable[[], None]:
-    """A check of ours against plain PyTorch in float64 and in our dtype."""
-
-    def check() -> None:
-        for i, results in enumerate(zip(ours(), peer(torch.float64)(), peer(dtype)(), strict=True)):
-            check_accurate("the output" if i == 0 else f"gradient {i}", *results)
-
-    return check
 
 
 def supermask(layer: Layer, density: float) -> Cases:
@@ -125,10 +85,10 @@ def supermask(layer: Layer, density: float) -> Cases:
     k = ops.density_to_k(layer.weight.numel(), density)
 
     def peer(dtype: torch.dtype, select: plain.Selection = plain.sort_mask) -> Variant:
-        weight = layer.weight.to(dtype)
+        grad, x, weight = layer.tensors(dtype)
         return step(
             lambda x, s: plain.layer(x, plain.supermask_weight(weight, s, density, select), layer.stride),
-            layer.grad.to(dtype), layer.x.to(dtype), layer.scores.to(dtype),
+            grad, x, layer.scores.to(weight.dtype),
         )  # fmt: skip
 
     ours = step(lambda x, s: operator(x, layer.weight, s, k, **layer.geometry), layer.grad, layer.x, layer.scores)
@@ -136,19 +96,19 @@ def supermask(layer: Layer, density: float) -> Cases:
     others = peers.supermask_linear(layer.x, layer.weight, magnitudes, k, layer.grad) if layer.is_linear else {}
 
     def check() -> None:
-        accurate(ours, peer)()
+        accurate(ours, peer, layer.dtype)()
         for name, other in others.items():
             output, grad_x, grad_weight = other()
             got = output, grad_x, grad_weight * layer.weight * layer.scores.sign()
-            for result, expected in zip(got, peer(torch.float32)(), strict=True):
-                check_close(name, result, expected.double())
+            for result, expected in zip(got, peer(layer.dtype)(), strict=True):
+                check_close(name, result, expected.double(), layer.dtype)
 
     yield Case(
         shape=layer.name,
         ours=ours,
         baselines={
-            "sort": peer(torch.float32),
-            "kthvalue": peer(torch.float32, plain.kthvalue_mask),
+            "sort": peer(layer.dtype),
+            "kthvalue": peer(layer.dtype, plain.kthvalue_mask),
             "no mask": no_mask(layer),
             **others,
         },
@@ -159,19 +119,6 @@ def supermask(layer: Layer, density: float) -> Cases:
     )
 
 
-def no_mask(layer: Layer) -> Variant:
-    return step(lambda x, w: plain.layer(x, w, layer.stride), layer.grad, layer.x, layer.weight)
-
-
-def cached_mask(layer: Layer, mask: Tensor, dtype: torch.dtype = torch.float32) -> Variant:
-    """Baseline for a fixed mask: the mask is stored as floats and multiplied with the weight."""
-    factors = mask.to(dtype)
-    return step(
-        lambda x, w: plain.layer(x, w * factors, layer.stride),
-        layer.grad.to(dtype), layer.x.to(dtype), layer.weight.to(dtype),
-    )  # fmt: skip
-
-
 def masked(layer: Layer, density: float) -> Cases:
     operator = ops.masked_linear if layer.is_linear else ops.masked_conv2d
     mask = layer.mask(density)
@@ -180,7 +127,7 @@ def masked(layer: Layer, density: float) -> Cases:
         shape=layer.name,
         ours=ours,
         baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
-        check=accurate(ours, lambda dtype: cached_mask(layer, mask, dtype)),
+        check=accurate(ours, lambda dtype: cached_mask(layer, mask, dtype), layer.dtype),
         work=layer.work(layer.weight.numel() * 15),
         density=density,
     )
@@ -204,7 +151,7 @@ def bitmap(layer: Layer, density: float) -> Cases:
         shape=layer.name,
         ours=ours,
         baselines={"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer)},
-        check=accurate(ours, lambda dtype: partial(at_kept, layer, mask, dtype)),
+        check=accurate(ours, lambda dtype: partial(at_kept, layer, mask, dtype), layer.dtype),
         work=layer.work(3 * (layer.weight.numel() / 4 + 4 * pattern.kept)),
         density=density,
     )
@@ -225,21 +172,23 @@ def sparse(layer: Layer, density: float) -> Cases:
     # Inside a network, the neighbouring layers produce activations and gradients with the batch innermost.
     x, grad = layouts.batch_last(layer.x), layouts.batch_last(layer.grad)
     ours = step(product, grad, x, layer.weight[mask])
-    others = (
-        peers.linear(x, layer.weight, mask, grad)
-        if layer.is_linear
-        else peers.conv2d(x, layer.weight, mask, grad, layer.stride)
-    )
+    others = {}
+    if layer.dtype == torch.float32:  # which other libraries have
+        others = (
+            peers.linear(x, layer.weight, mask, grad)
+            if layer.is_linear
+            else peers.conv2d(x, layer.weight, mask, grad, layer.stride)
+        )
 
     def check(ours: Variant, others: dict[str, Variant]) -> None:
-        accurate(ours, lambda dtype: lambda: plainly(dtype))()
+        accurate(ours, lambda dtype: lambda: plainly(dtype), layer.dtype)()
         for name, peer in others.items():
             for got, truth in zip(peer(), plainly(torch.float64), strict=True):
                 check_close(name, got[mask] if got.shape == mask.shape != truth.shape else got, truth)
 
     baselines = {"cached mask": cached_mask(layer, mask), "no mask": no_mask(layer), **others}
     yield Case(layer.name, ours, baselines, partial(check, ours, others), work, density)
-    if layer.is_linear and (others := peers.linear_kernels(x, layer.weight, mask, grad)):
+    if layer.is_linear and others and (others := peers.linear_kernels(x, layer.weight, mask, grad)):
         kernels = partial(sparse_kernels, x, layer.weight[mask], none, pattern, grad)
         check_kernels = partial(check, kernels, others)
         yield Case(f"{layer.name}, kernels alone", kernels, others, check_kernels, work, density)
@@ -248,7 +197,7 @@ def sparse(layer: Layer, density: float) -> Cases:
     dense = alone(lambda x, w: plain.layer(x, w * factors, layer.stride), layer.grad, layer.x, layer.weight)
 
     def check_part(i: int, part: str) -> None:
-        check_accurate(f"the {part}", single[i](), plainly(torch.float64)[i], plainly(torch.float32)[i])
+        check_accurate(f"the {part}", single[i](), plainly(torch.float64)[i], plainly(layer.dtype)[i])
 
     for i, part in enumerate(("forward", "input gradient", "value gradient")):
         baselines = {"cached mask": dense[i]}
@@ -266,17 +215,6 @@ def sparse_kernels(
         return output, *torch.ops.exssnet.sparse_linear_backward.default(grad, x, *weights, [True, True])
 
 
-def alone(function: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> list[Variant]:
-    """The parts of `step` as separate variants: the output, and each leaf's gradient from a retained graph."""
-
-    def gradient(i: int) -> Variant:
-        own = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
-        output = function(*own)
-        return lambda: torch.autograd.grad(output, own[i], grad, retain_graph=True)[0]
-
-    return [lambda: function(*leaves), *map(gradient, range(len(leaves)))]
-
-
 def folded(layer: Layer, density: float) -> Cases:
     """Inference: convolution with scale and bias of a norm, residual and ReLU, against separate operations."""
     mask = layer.mask(density)
@@ -286,13 +224,14 @@ def folded(layer: Layer, density: float) -> Cases:
     x, residual, values = layouts.batch_last(layer.x), layouts.batch_last(layer.grad), layer.weight[mask]
 
     def ours() -> tuple[Tensor, ...]:
-        return (
-            ops.sparse_conv2d_folded(x, values, none, pattern, 3, scale, bias, residual, True, **layer.geometry),
-        )  # fmt: skip
+        with autocast(layer.dtype):
+            return (
+                ops.sparse_conv2d_folded(x, values, none, pattern, 3, scale, bias, residual, True, **layer.geometry),
+            )  # fmt: skip
 
-    def peer(dtype: torch.dtype) -> Variant:
+    def peer(dtype: torch.dtype) -> Variant:  # stored in this dtype, which is faster than autocast
         images, past, weight = (t.to(dtype) for t in (layer.x, layer.grad, layer.weight * mask))
-        a, b = scale.to(dtype), bias.to(dtype)
+        a, b = (t.to(of_weights(dtype)) for t in (scale, bias))
 
         def run() -> tuple[Tensor, ...]:
             y = plain.layer(images, weight, layer.stride)
@@ -304,56 +243,32 @@ def folded(layer: Layer, density: float) -> Cases:
     yield Case(
         shape=layer.name,
         ours=ours,
-        baselines={"dense": peer(torch.float32)},
-        check=accurate(ours, peer),
-        work=layer.work(8 * kept + 4 * layer.grad.numel(), kept, 1),
+        baselines={"dense": peer(layer.dtype)},
+        check=accurate(ours, peer, layer.dtype),
+        work=layer.work(8 * kept + layer.grad.nbytes, kept, 1),
         density=density,
     )
 
 
-def decode(quick: bool, dtype: torch.dtype) -> Cases:
-    """Forward of linear layers on few rows, where reading the weights takes the time."""
-    for n, batch in [(40, 1)] if quick else itertools.product((1024, 4096), (1, 4, 16)):
-        yield from _decode(Layer(batch, n, n), dtype, 0.05)
-
-
-def _decode(layer: Layer, dtype: torch.dtype, density: float) -> Cases:
-    mask = layer.mask(density)
-    x, values = layer.x.to(dtype), layer.weight[mask].to(dtype)
-    variants = {"sparse": partial(ops.sparse_linear, x, values, values[:0], ops.sparse_pattern(mask))}
-    index = {"sparse": 4 * len(values), "bitmap": mask.numel() / 4}
-    if x.is_cuda:  # on a CPU it is the reference
-        variants["bitmap"] = partial(ops.bitmap_linear, x, values, values[:0], ops.bitmap_pattern(mask))
-
-    def dense(dtype: torch.dtype) -> Variant:
-        inputs, weight = layer.x.to(dtype), (layer.weight * mask).to(dtype)
-        return lambda: (plain.layer(inputs, weight),)
-
-    for how, product in variants.items():
-        check = accurate(lambda product=product: (product(),), dense, dtype)  # type: ignore[misc]
-        moved = values.nbytes + index[how] + 2 * x.nbytes
-        work = Work(moved, 2 * len(values) * len(x), dtype=dtype)
-        yield Case(f"{layer.name}, {how}", product, {"dense": dense(dtype)}, check, work, density)
-
-
-def batch_norm_act(quick: bool) -> Cases:
+def batch_norm_act(quick: bool, dtype: torch.dtype = torch.float32) -> Cases:
+    """Images with the batch innermost, as beside sparse products, and channels_last. The former not in bfloat16 on a
+    GPU, whose products in bfloat16 are channels_last."""
+    only_last = dtype != torch.float32 and torch.get_default_device().type == "cuda"
     for shape in [(8, 6, 8, 8)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]:
-        for residual in (False, True):
-            yield _batch_norm_act(shape, residual)
-        if torch.get_default_device().type == "cuda":
-            yield _batch_norm_act(shape, True, torch.bfloat16)
+        for residual, channels_last in itertools.product((False, True), (False, True)[only_last:]):
+            yield _batch_norm_act(shape, residual, dtype, channels_last)
 
 
 def _batch_norm_act(
-    shape: tuple[int, int, int, int], with_residual: bool, dtype: torch.dtype = torch.float32
+    shape: tuple[int, int, int, int], with_residual: bool, dtype: torch.dtype, channels_last: bool
 ) -> Case:  # fmt: skip
-    """Training, with ReLU; the batch innermost, or channels_last in bfloat16. Bytes: forward reads x and residual and
-    writes y. Backward reads the gradient and x, with a residual also y, and writes the gradients."""
+    """Training, with ReLU. Bytes: forward reads x and residual and writes y. Backward reads the gradient and x, with a
+    residual also y, and writes the gradients."""
     torch.manual_seed(0)
 
     def stored() -> Tensor:
         x = torch.randn(shape).to(dtype)
-        return layouts.batch_last(x) if dtype == torch.float32 else x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else layouts.batch_last(x)
 
     leaves, grad = [stored() for _ in range(2 if with_residual else 1)], stored()
 
@@ -365,12 +280,12 @@ def _batch_norm_act(
 
     ours = step(lambda x, residual=None: ops.batch_norm_act(x, residual, relu=True)[0], grad, *leaves)
     other = (
-        {"in place": peer(dtype, plain.batch_norm_innermost)}
-        if dtype == torch.float32
-        else {"with weight and bias": peer(dtype, plain.affine_batch_norm)}
+        {"with weight and bias": peer(dtype, plain.affine_batch_norm)}
+        if channels_last
+        else {"in place": peer(dtype, plain.batch_norm_innermost)}
     )
     return Case(
-        shape=" x ".join(map(str, shape)) + (", residual" if with_residual else ""),
+        shape=" x ".join(map(str, shape)) + ", residual" * with_residual + ", channels_last" * channels_last,
         ours=ours,
         baselines={"batch norm, ReLU": peer(dtype), **other},
         check=accurate(ours, peer, dtype),
@@ -400,7 +315,7 @@ def _knn_classify(n: int, m: int, width: int, k: int) -> Case:
     )
 
 
-CASES: dict[str, Callable[[bool], Cases]] = {
+CASES: dict[str, Callable[..., Cases]] = {
     "topk_masks": masks.topk_masks,
     "adam_topk": masks.adam_topk,
     "pack_mask": masks.pack_mask,
@@ -421,12 +336,15 @@ CASES: dict[str, Callable[[bool], Cases]] = {
     "knn_classify": knn_classify,
 }
 """Generates the rows of each operator. The argument selects one small shape (`--quick`)."""
+IN_HALF = tuple(name for name in CASES if name.endswith(("linear", "conv2d", "folded", "weights", "values", "act")))
+"""Operators whose rows may be in bfloat16: their `CASES` have a second argument, the dtype."""
 SELECTION = ("topk_masks", "sparse_linear", "sparse_conv2d")
 """Operators that `exssnet bench` measures if no kind is given."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="NAME", help="operators")
+    names = [*OPERATORS, "decode"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="operators, or decode")
     parser.add_argument("--densities", type=float, nargs="+", help="only rows of these densities (default: all)")
 
 
@@ -441,11 +359,29 @@ def measure(operator: str, case: Case, threads: int, quick: bool, calls: int = 1
     rate = (work.flops or work.bytes) / ours.median
     share = rate / (peak.multiplying(work) if work.flops else peak.bandwidth)
     baselines = dict(zip(case.baselines, others, strict=True))
-    dtype = str(work.dtype).removeprefix("torch.")
     return Row(
         operator, case.shape, case.density, threads, ours, rate / 1e9, case.unit, share, baselines,
-        *floors(work, quick), dtype,
+        *floors(work, quick), name_of(work.dtype),
     )  # fmt: skip
+
+
+def cases(operator: str, dtypes: Sequence[str], quick: bool) -> Cases:
+    """The rows of an operator in all of these dtypes. Those in bfloat16 have ours in float32 as one more baseline."""
+    if operator not in IN_HALF and operator != "decode":
+        yield from CASES[operator](quick)
+        return
+    generate = CASES.get(operator, decode)
+    for dtype in dtypes:
+        in_dtype = generate(quick, getattr(torch, dtype))
+        beside = dtype != "float32" and operator in CASES
+        yield from _beside(in_dtype, generate(quick)) if beside else in_dtype
+
+
+def _beside(half: Cases, single: Cases) -> Cases:
+    """The cases of `half`. Ours in the same case of `single`, which has the same order, is one more baseline."""
+    for case in half:
+        ours = next(c.ours for c in single if (c.shape, c.density) == (case.shape, case.density))
+        yield replace(case, baselines={**case.baselines, "ours in float32": ours})
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -456,10 +392,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with suppress(KeyboardInterrupt):  # then the finished rows are shown
         for threads, operator in itertools.product(options.threads, options.only):
             torch.set_num_threads(threads)
-            for case in CASES[operator](options.quick):
+            for case in cases(operator, options.dtype, options.quick):
                 if options.densities and case.density is not None and case.density not in options.densities:
                     continue
                 rows.append(measure(operator, case, threads, options.quick))
-                tick()
+                tell(rows[-1])
     print("\n" + timings(rows))
     return {"rows": [row.as_dict() for row in rows]}

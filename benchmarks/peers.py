@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .timing import Variant
+from .timing import Variant, autocast
 
 INSTALLED = {name: find_spec(name) is not None for name in ("sparselab", "sparseprop", "torchao")}
 
@@ -44,7 +44,8 @@ def supermask_linear(x: Tensor, weight: Tensor, magnitudes: Tensor, k: int, grad
     x = x.detach().requires_grad_()
 
     def torchao() -> tuple[Tensor, ...]:
-        output = layer(x)
+        with autocast(x.dtype):
+            output = layer(x)
         return output, *torch.autograd.grad(output, (x, layer.scores), grad)
 
     return {"torchao": torchao}

@@ -55,8 +55,8 @@ def supermask_weight(weight: Tensor, scores: Tensor, density: float, select: Sel
 def reweight(layer: nn.Module, how: str, factors: Tensor, scores: Tensor, density: float) -> Tensor:
     """Let a layer compute with an effective weight, and return the trained tensor: its weight or its scores.
 
-    "no mask" uses the weight, "cached mask" weight * factors, "sort" a mask selected in every forward. There is no
-    parametrization, because its property and cache cost time.
+    "no mask" uses the weight, "cached mask" weight * factors, "sort" a mask selected in every forward, "given mask" the
+    same with `factors` as the mask. There is no parametrization, because its property and cache cost time.
     """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
@@ -64,11 +64,12 @@ def reweight(layer: nn.Module, how: str, factors: Tensor, scores: Tensor, densit
     if how == "no mask":
         return weight
     trained = weight.requires_grad_(how == "cached mask")
-    if how == "sort":
+    if how in ("sort", "given mask"):
         trained = layer.scores = nn.Parameter(scores.clone())
+    select: Selection = sort_mask if how == "sort" else lambda *_: factors
 
     def effective() -> Tensor:
-        return weight * factors if how == "cached mask" else supermask_weight(weight, trained, density)
+        return weight * factors if how == "cached mask" else supermask_weight(weight, trained, density, select)
 
     if isinstance(layer, nn.Conv2d):
         layer.forward = lambda x: layer._conv_forward(x, effective(), None)  # type: ignore

@@ -27,8 +27,9 @@ from exssnet.tasks import Labelled, split_by_class
 
 from . import ceilings, serving, steps, summary, timing
 from .agenda import Item, opened, other_process, work_off
+from .decode import decode
 from .networks import NETWORKS, Start
-from .ops import CASES, decode
+from .ops import CASES
 from .ops import measure as measure_operator
 from .timing import Case, Variant, alternate
 
@@ -161,7 +162,8 @@ def operator(name: str, density: float | None, quick: bool) -> dict[str, Any]:
     There the rows of one gradient alone are left out: their forward ran on another stream than that of a capture.
     """
     rows, on_gpu = [], torch.get_default_device().type == "cuda"
-    for case in CASES[name](quick):
+    in_half = [CASES[name](quick, torch.bfloat16)] if name == "batch_norm_act" else []
+    for case in itertools.chain(CASES[name](quick), *in_half):
         asked = quick or density is None or case.density in (None, density)
         if asked and not (on_gpu and case.shape.endswith(" gradient")):
             rows.append(timed(name, case, quick))
@@ -191,7 +193,7 @@ def repeated(variant: Variant) -> Variant:
 
 
 def decoding(dtype: str, quick: bool) -> dict[str, Any]:
-    return {"rows": [timed("decode", case, quick) for case in decode(quick, getattr(torch, dtype))]}
+    return {"rows": [timed("decode", case, quick) for case in decode(quick, getattr(torch, dtype), (0.05,))]}
 
 
 def serve(network: str, quick: bool) -> dict[str, Any]:

@@ -6,9 +6,10 @@ The baselines are:
 "dense kept": keeps the products for every task in memory.
 "sparse kept": keeps the converted network of every task in memory.
 
-All run in evaluation mode without gradients. Each baseline uses the faster one of two memory layouts (NCHW,
-channels_last). The samples are spread evenly over the tasks. The statistics of the norms are per-task. Logits are
-checked before anything is timed.
+All run in evaluation mode without gradients. With --dtype bfloat16 all run under autocast, and such a row has "ours in
+float32" as one more baseline. Each baseline uses the faster one of two memory layouts (NCHW, channels_last). The
+samples are spread evenly over the tasks. The statistics of the norms are per-task. Logits are checked before anything
+is timed.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from exssnet import Phases, Served, convert
 from exssnet.nn import evaluation
 
 from .networks import NETWORKS
-from .timing import Row, alternate, check_equal, check_error, error, seconds_of, tick, timings
+from .timing import Row, alternate, autocast, check_equal, check_error, error, fastest, name_of, tell, timings
 
 Answer = Callable[[], Tensor]
 Layout = torch.memory_format
@@ -47,30 +48,52 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     names = options.networks or (["resnet18-4"] if options.quick else ["lenet-300-100", "resnet18-20", "resnet18-64"])
     tasks, batch = (3, 6) if options.quick else (options.tasks, options.batch)
     with suppress(KeyboardInterrupt):  # then the finished rows are shown
-        for threads, name, density in itertools.product(options.threads, names, options.densities):
-            rows.append(measure(name, density, tasks, batch, threads, options.quick))
-            tick()
+        settings = itertools.product(options.threads, names, options.densities, options.dtype)
+        for threads, name, density, dtype in settings:
+            rows.append(measure(name, density, tasks, batch, threads, options.quick, getattr(torch, dtype)))
+            tell(rows[-1])
     print("\n" + timings(rows))
     return {"rows": [row.as_dict() for row in rows]}
 
 
-def measure(name: str, density: float, tasks: int, batch: int, threads: int, quick: bool) -> Row:
+def measure(
+    name: str, density: float, tasks: int, batch: int, threads: int, quick: bool, dtype: torch.dtype = torch.float32
+) -> Row:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     phases = learned(name, density, tasks)
     x, ids = torch.randn(batch, *NETWORKS[name].shape), torch.arange(batch) % tasks
-    served = Served(phases)
     plain = [phases.fold(task).eval() for task in range(tasks)]
     layouts = [torch.contiguous_format] + ([torch.channels_last] if x.dim() == 4 else [])
-    peers = {
-        "rebuilt": fastest([by_task(rebuilt(phases, plain, layout), x, ids, layout) for layout in layouts]),
-        "dense kept": fastest([by_task([laid(p, layout) for p in plain], x, ids, layout) for layout in layouts]),
-        "sparse kept": by_task([alone(phases, task) for task in range(tasks)], x, ids),
+
+    def in_layouts(networks: Callable[[Layout], list[nn.Module]]) -> Answer:
+        answers = [by_task(networks(layout), x, ids, dtype, layout) for layout in layouts]
+        return answers[fastest(answers)]
+
+    answers = {
+        "ours": served(phases, x, ids, dtype),
+        "rebuilt": in_layouts(lambda layout: rebuilt(phases, plain, layout)),
+        "dense kept": in_layouts(lambda layout: [laid(p, layout) for p in plain]),
+        "sparse kept": by_task([alone(phases, task) for task in range(tasks)], x, ids, dtype),
     }
-    check(served(x, ids), {name: peer() for name, peer in peers.items()}, phases, plain, x, ids)
-    ours, *others = alternate([lambda: served(x, ids), *peers.values()], 0.1 if quick else 5.0)
-    baselines = dict(zip(peers, others, strict=True))
-    return Row("served", f"{name}, {batch} of {tasks} tasks", density, threads, ours, baselines=baselines)
+    check({name: answer() for name, answer in answers.items()}, phases, plain, x, ids, dtype)
+    if dtype != torch.float32:
+        answers["ours in float32"] = single = served(phases, x, ids, torch.float32)
+        check({"ours": single()}, phases, plain, x, ids, torch.float32)
+    ours, *others = alternate(list(answers.values()), 0.1 if quick else 5.0)
+    baselines = dict(zip(list(answers)[1:], others, strict=True))
+    shape = f"{name}, {batch} of {tasks} tasks"
+    return Row("served", shape, density, threads, ours, baselines=baselines, dtype=name_of(dtype))
+
+
+def served(phases: Phases, x: Tensor, ids: Tensor, dtype: torch.dtype) -> Answer:
+    networks = Served(phases)
+
+    def answer() -> Tensor:
+        with autocast(dtype):
+            return networks(x, ids)
+
+    return answer
 
 
 def learned(name: str, density: float, tasks: int) -> Phases:
@@ -85,24 +108,20 @@ def learned(name: str, density: float, tasks: int) -> Phases:
     return phases
 
 
-def by_task(networks: list[nn.Module], x: Tensor, ids: Tensor, layout: Layout = torch.contiguous_format) -> Answer:
+def by_task(
+    networks: list[nn.Module], x: Tensor, ids: Tensor, dtype: torch.dtype, layout: Layout = torch.contiguous_format
+) -> Answer:
     """A loop over the tasks, as a user would write it."""
     rows = [(ids == task).nonzero().squeeze(1) for task in range(len(networks))]
 
     def answer() -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(dtype):
             parts = [n(x[of_task].contiguous(memory_format=layout)) for n, of_task in zip(networks, rows, strict=True)]
             logits: Tensor = parts[0].new_empty(len(x), *parts[0].shape[1:])
             logits[torch.cat(rows)] = torch.cat(parts)
         return logits
 
     return answer
-
-
-def fastest(answers: list[Answer]) -> Answer:
-    for answer in answers:
-        answer()
-    return min(answers, key=seconds_of)
 
 
 def laid(network: nn.Module, layout: Layout) -> nn.Module:
@@ -140,15 +159,16 @@ def alone(phases: Phases, task: int) -> nn.Module:
 
 
 def check(
-    ours: Tensor, peers: dict[str, Tensor], phases: Phases, plain: list[nn.Module], x: Tensor, ids: Tensor
+    answers: dict[str, Tensor], phases: Phases, plain: list[nn.Module], x: Tensor, ids: Tensor, dtype: torch.dtype
 ) -> None:
     """Our logits equal those of each task alone, bit for bit. Ours and the baselines are accurate enough."""
-    truth = torch.empty_like(ours, dtype=torch.float64)
+    ours = answers["ours"]
+    truth, plainly = torch.empty_like(ours, dtype=torch.float64), by_task(plain, x, ids, dtype)()
     for task, network in enumerate(plain):
-        with phases.using(task) as model, evaluation(model):
+        with phases.using(task) as model, evaluation(model), autocast(dtype):
             check_equal(f"served: the logits of task {task}", ours[ids == task], model(x[ids == task]))
         with torch.no_grad():
             truth[ids == task] = copy.deepcopy(network).double()(x[ids == task].double())
-    budget = error(peers["dense kept"], truth)
-    for name, logits in ({"ours": ours} | peers).items():
-        check_error(f"served: the logits of {name}", error(logits, truth), budget, truth)
+    budget = error(plainly, truth)
+    for name, logits in answers.items():
+        check_error(f"served: the logits of {name}", error(logits, truth), budget, truth, dtype)

@@ -35,18 +35,17 @@ def measure(phase: str, network: str, density: float, precision: str, mode: str,
         start = Start(NETWORKS[network], density, dtype)
         ours = start.ours(phase, channels_last)
         start.check(phase, ours)
-        ways = {"ours": ours} | {how: start.fastest_peer(how) for how in PEERS[phase]}
-        stored = PEERS[phase] if phase == "inference" and dtype != torch.float32 else ()
-        also = {f"{how}, stored in {precision}": how for how in stored}
-        ways |= {name: start.peer(how, dtype, channels_last) for name, how in also.items()}
+        ways = {"ours": ours} | start.peers(phase)
         variants = [VARIANTS[mode](way, start.network.batches()) for way in ways.values()]
         timed = dict(zip(ways, alternate(variants, 0.1 if quick else 3.0, turn=0.05), strict=True))
     rows = [
         {"way": how, "channels_last": ways[how].channels_last, "seconds": t.median, "spread": t.spread}
         for how, t in timed.items()
     ]
-    seconds = {how: timed[how].median for how in PEERS[phase]}
-    seconds |= {how: min(seconds[how], timed[name].median) for name, how in also.items()}
+    seconds = {
+        how: min(t.median for name, t in timed.items() if name in (how, f"{how}, stored in {precision}"))
+        for how in PEERS[phase]
+    }
     return {"rows": rows, "ratios": {how: peer / timed["ours"].median for how, peer in seconds.items()}}
 
 

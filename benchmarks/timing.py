@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,6 +53,17 @@ class Row:
     def ratio(self, baseline: str) -> float:
         """How many times faster than this baseline ours is."""
         return self.baselines[baseline].median / self.timing.median
+
+    @property
+    def faster(self) -> str:
+        """ "sort 2.0" means: 2.0 times faster than the baseline "sort"."""
+        return ", ".join(f"{name} {self.ratio(name):.1f}" for name in self.baselines)
+
+    def __str__(self) -> str:
+        density = "" if self.density is None else f", density {self.density:g}"
+        setting = f"{self.dtype}, {self.threads} thread{'s' * (self.threads > 1)}"
+        ms = milliseconds(self.timing.median)
+        return f"{self.name}, {self.shape}{density}, {setting}: {ms} ms, times faster than {self.faster or 'nothing'}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ratios": {name: self.ratio(name) for name in self.baselines}}
@@ -106,19 +118,40 @@ def seconds_of(call: Variant) -> float:
     return time.perf_counter() - begin
 
 
+def autocast(dtype: torch.dtype) -> Any:
+    """The context of products in this dtype: autocast on the default device for half precision, else none."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(torch.get_default_device().type, dtype) if half else nullcontext()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def fastest(variants: Sequence[Variant]) -> int:
+    """Index of the fastest variant, by the least time of 3 rounds, or of as many as begin within a second."""
+    rounds: list[list[float]] = []
+    while len(rounds) < 3 and sum(map(sum, rounds)) < 1:
+        rounds.append([seconds_of(variant) for variant in variants])
+    best = [min(times) for times in zip(*rounds, strict=True)]
+    return best.index(min(best))
+
+
 def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) -> list[Timing]:
-    """Time all variants round by round, at least 5 rounds, so that a drift of the machine affects all of them equally.
+    """Time all variants round by round, so that a drift of the machine affects all of them equally.
+
+    Rounds are made for `seconds`. There are at least 5, or at least 3 where 5 take longer than twice `seconds`.
 
     In each round a variant is repeated for `turn` seconds, so that the caches hold its own data. By default it is
     called once, and the caches hold the data of the other variants. The device is synchronized at the end of a turn.
     """
     for variant in variants:
         variant()
-    counts = [max(1, math.ceil(turn / seconds_of(variant))) if turn else 1 for variant in variants]
-    finish()
     start = time.perf_counter()
-    rounds: list[list[float]] = []
-    while len(rounds) < 5 or time.perf_counter() - start < seconds:
+    once = [seconds_of(variant) for variant in variants]
+    counts = [max(1, math.ceil(turn / t)) if turn else 1 for t in once]
+    rounds = [once] if max(counts) == 1 else []
+    while (took := time.perf_counter() - start) < seconds or len(rounds) < (5 if took < 2 * seconds else 3):
         times = []
         for variant, count in zip(variants, counts, strict=True):
             begin = time.perf_counter()
@@ -159,10 +192,10 @@ def check_error(what: str, deviation: float, plain: float, truth: Tensor, dtype:
         raise WrongResult(f"{what} errs by {deviation:.3g}, plain PyTorch by {plain:.3g}: it is not timed")
 
 
-def check_close(what: str, got: Tensor, truth: Tensor) -> None:
-    """Check another library's kernel: its error is at most 1e-4 of the largest value, for any order of sums."""
+def check_close(what: str, got: Tensor, truth: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Check another library's kernel, for any order of sums: at most 1e-4 of the largest value, or 8 of its ulps."""
     deviation = error(got, truth)
-    if not deviation <= 1e-4 * truth.abs().max().item():
+    if not deviation <= max(1e-4, 8 * torch.finfo(dtype).eps) * truth.abs().max().item():
         raise WrongResult(f"{what} errs by {deviation:.3g}: it is not timed")
 
 
@@ -177,6 +210,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "exssnet": exssnet.__version__,
         "kernels": "native" if native.missing is None else f"reference ({native.missing})",
+        "instructions": native.instructions(),
+        "oneDNN": native.onednn_instructions(),
     }
 
 
@@ -197,7 +232,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def timings(rows: Sequence[Row]) -> str:
-    """The rows as a table. "sort 2.0" means: 2.0 times faster than the baseline "sort"."""
+    """The rows as a table."""
     floored, rated = any(row.floor for row in rows), any(row.unit for row in rows)
     paper = next((list(row.paper) for row in rows), [])
     head = ["what", "shape", "density", "dtype", "threads", "median ms", "spread ms"]
@@ -214,13 +249,13 @@ def timings(rows: Sequence[Row]) -> str:
             milliseconds(row.timing.spread),
             *(map(milliseconds, [row.floor, *row.paper.values()]) if floored else ()),
             *([f"{row.rate:.3g} {row.unit}", percent(row.peak)] if rated else ()),
-            ", ".join(f"{name} {row.ratio(name):.1f}" for name in row.baselines),
+            row.faster,
         ]
         for row in rows
     ]
     return table([*head, "times faster than"], lines)
 
 
-def tick() -> None:
-    """Print a dot: one more case is done."""
-    print(".", end="", flush=True, file=sys.stderr)
+def tell(row: Row) -> None:
+    """Print a row that is finished, before the table of all."""
+    print(row, flush=True, file=sys.stderr)

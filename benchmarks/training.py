@@ -10,13 +10,17 @@ finished task, in evaluation mode without gradients. The baselines are:
 "dense, folded": the same, with its norms folded into the convolutions.
 
 Each baseline uses the faster one of two memory layouts (NCHW, channels_last). With --dtype bfloat16 all of them, ours
-too, run under autocast. Gradients and logits are checked before
-anything is timed. Short steps are repeated for 50 ms before the next variant runs, so that the caches are in the same
-state as in a training loop. "floor" is the time of our products at the machine's peak.
+too, run under autocast; dense networks are also measured stored in bfloat16. With --dtype float32 bfloat16 all variants
+of both alternate, and a row in bfloat16 has "ours in float32" as one more baseline.
+
+Gradients and logits are checked before anything is timed. Short steps are repeated for 50 ms before the next variant
+runs, so that the caches are in the same state as in a training loop. "floor" is the time of our products at the
+machine's peak.
 """
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +28,8 @@ import torch
 
 from . import budget
 from .ceilings import floors
-from .networks import NETWORKS, PEERS, Start
-from .timing import Row, Work, alternate, tick, timings
+from .networks import NETWORKS, PEERS, Start, Way
+from .timing import Row, Work, alternate, tell, timings
 
 CASES = (
     "weight/resnet18-64", "weight/resnet18-20", "weight/lenet-300-100",
@@ -50,10 +54,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         f"phases: {', '.join(PEERS)}; networks: {', '.join(NETWORKS)}",
     )  # fmt: skip
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.05, 0.02])
-    parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"],
-        help="of the products, by autocast (default: float32)",
-    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -62,9 +62,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     names = options.cases or (QUICK if options.quick else CASES)
     densities = options.densities[: 1 if options.quick else None]
     with suppress(KeyboardInterrupt):  # then the finished rows are shown
-        for threads, name, density, dtype in itertools.product(options.threads, names, densities, options.dtype):
-            measure(name, density, dtype, threads, options.quick, rows, budgets)
-            tick()
+        for threads, name, density in itertools.product(options.threads, names, densities):
+            measure(name, density, options.dtype, threads, options.quick, rows, budgets)
     print("\n" + timings(rows))
     if budgets:
         print("\n" + budget.show(budgets, options.quick))
@@ -72,21 +71,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    name: str, density: float, dtype: str, threads: int, quick: bool, rows: list[Row], budgets: list[budget.Budget]
-) -> None:
+    name: str, density: float, dtypes: Sequence[str], threads: int, quick: bool, rows: list[Row],
+    budgets: list[budget.Budget],
+) -> None:  # fmt: skip
+    """Add a row for each dtype; in float32 on a CPU also the budgets of ours and of the first baseline."""
     torch.set_num_threads(threads)
     phase, _, network = name.partition("/")
-    start = Start(NETWORKS[network], density, getattr(torch, dtype))
-    ours = start.ours(phase)
-    start.check(phase, ours)
-    ways = [ours, *(start.fastest_peer(how) for how in PEERS[phase])]
-    timed = alternate([way.steps(start.network.batches()) for way in ways], 0.1 if quick else 5.0, turn=0.05)
-    baselines = {way.name: timing for way, timing in zip(ways[1:], timed[1:], strict=True)}
-    shape = f"{network}, batch {start.network.batch}"
-    floor, paper = floors(Work(0, start.flops(phase, dense=False), tiles=True, dtype=start.dtype), quick)
-    rows.append(
-        Row(f"{phase} phase", shape, density, threads, timed[0], baselines=baselines, floor=floor, paper=paper,
-            dtype=dtype)
-    )  # fmt: skip
-    if torch.get_default_device().type == "cpu" and dtype == "float32":
-        budgets += [budget.budget(name, phase, start, way, threads, quick) for way in ways[:2]]
+    starts = {dtype: Start(NETWORKS[network], density, getattr(torch, dtype)) for dtype in dtypes}
+    ways: dict[tuple[str, str], Way] = {}
+    for dtype, start in starts.items():
+        ours = start.ours(phase)
+        start.check(phase, ours)
+        ways[dtype, "ours"] = ours
+        ways |= {(dtype, how): way for how, way in start.peers(phase).items()}
+    variants = [way.steps(starts[dtype].network.batches()) for (dtype, _), way in ways.items()]
+    timed = dict(zip(ways, alternate(variants, 0.1 if quick else 5.0, turn=0.05), strict=True))
+    for dtype, start in starts.items():
+        baselines = {
+            how + ", channels_last" * ways[of, how].channels_last: t
+            for (of, how), t in timed.items()
+            if of == dtype and how != "ours"
+        }
+        if dtype != "float32" and "float32" in starts:
+            baselines["ours in float32"] = timed["float32", "ours"]
+        shape = f"{network}, batch {start.network.batch}"
+        floor, paper = floors(Work(0, start.flops(phase, dense=False), tiles=True, dtype=start.dtype), quick)
+        rows.append(
+            Row(f"{phase} phase", shape, density, threads, timed[dtype, "ours"], baselines=baselines, floor=floor,
+                paper=paper, dtype=dtype)
+        )  # fmt: skip
+        tell(rows[-1])
+    if torch.get_default_device().type == "cpu" and "float32" in starts:
+        two = [way for (dtype, _), way in ways.items() if dtype == "float32"][:2]
+        budgets += [budget.budget(name, phase, starts["float32"], way, threads, quick) for way in two]

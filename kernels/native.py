@@ -1,6 +1,8 @@
 """Loads the compiled kernels and tells which file serves an operator."""
 
+import ctypes
 import os
+import platform
 import warnings
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def load() -> None:
 
 def _load(name: str, remedy: str) -> str | None:
     """Load a compiled library, which registers its kernels; returns why it could not, or None."""
-    libraries = sorted(Path(__file__).parent.glob(f"{name}*"))
+    libraries = _libraries(name)
     if not libraries:
         return f"the package was installed without it; {remedy}"
     try:
@@ -56,6 +58,38 @@ def _load(name: str, remedy: str) -> str | None:
     except OSError as error:
         return f"{libraries[0].name} does not load in torch {torch.__version__}: {error}"
     return None
+
+
+def _libraries(name: str) -> list[Path]:
+    return sorted(Path(__file__).parent.glob(f"{name}*"))
+
+
+def instructions() -> str:
+    """The instruction set of the compiled CPU kernels on this machine: "AVX512", "AVX2" or "baseline"; else "none"."""
+    if missing is not None:
+        return "none"
+    told = ctypes.CDLL(str(_libraries("_native")[0])).exssnet_instructions
+    told.restype = ctypes.c_char_p
+    return str(told().decode())
+
+
+ONEDNN = ("SSE41", "AVX", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "AVX512_CORE_AMX")
+"""Instruction sets of oneDNN that matter in float32 and bfloat16, ascending, as ONEDNN_MAX_CPU_ISA names them."""
+
+
+def onednn_instructions() -> str:
+    """The most of `ONEDNN` that this CPU and ONEDNN_MAX_CPU_ISA allow; on other CPUs than x86 what torch says of it."""
+    if not torch.backends.mkldnn.is_available():
+        return "none"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return torch.backends.cpu.get_cpu_capability()
+    has = {
+        name: getattr(torch.cpu, f"_is_{probe}_supported", bool)()
+        for name, probe in zip(ONEDNN[2:], ("avx2", "avx512", "avx512_bf16", "amx_tile"), strict=True)
+    }
+    best = max((ONEDNN.index(name) for name, here in has.items() if here), default=0)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return ONEDNN[min(best, ONEDNN.index(limit))] if limit in ONEDNN else ONEDNN[best]
 
 
 def serving(operator: str, device: str) -> str:

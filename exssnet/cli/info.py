@@ -31,6 +31,7 @@ def describe() -> str:
     lines = [
         f"exssnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"CPU     {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
+        f"uses    {native.instructions()} in the native kernels, {native.onednn_instructions()} in oneDNN",
         f"GPU     {gpu} (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU alone'})",
         f"native  {_state(native.missing)}",
         f"cuda    {_state(native.missing_cuda)}",

@@ -1,8 +1,11 @@
 """Benchmarks: every kind runs on tiny shapes, its numbers are in the JSON, and a wrong result is not timed."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exssnet import Served, ops
-from exssnet.bench import ceilings, command, memory, networks, peers, sweep, timing, training
+from exssnet.bench import ceilings, command, decode, memory, networks, peers, sweep, timing, training
 from exssnet.bench.budget import GROUPS, group
 from exssnet.bench.networks import NETWORKS, PEERS, Start
 from exssnet.bench.timing import Row, Timing, WrongResult
@@ -42,11 +45,24 @@ def timed(row: dict[str, Any]) -> bool:
 
 def test_ops_times_every_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench(tmp_path, "ops")["ops"]["rows"]
-    assert set(OPERATORS) == {row["name"] for row in rows}
+    assert {*OPERATORS, "decode"} == {row["name"] for row in rows}
+    assert {row["dtype"] for row in rows} == {"float32"}
     assert all(timed(row) and row["rate"] > 0 and row["peak"] > 0 and row["floor"] > 0 for row in rows)
     said = capsys.readouterr().out
     assert all(f"| {operator} " in said for operator in OPERATORS)
     assert "times faster than" in said
+
+
+def test_ops_in_bfloat16_stand_beside_ours_in_float32(tmp_path: Path) -> None:
+    names = ["topk_masks", "supermask_linear", "write_values", "sparse_conv2d", "batch_norm_act", "decode"]
+    rows = bench(tmp_path, "ops", "--dtype", "bfloat16", "--only", *names)["ops"]["rows"]
+    assert {(row["name"], row["dtype"]) for row in rows} == {
+        (name, "float32" if name == "topk_masks" else "bfloat16") for name in names
+    }
+    assert all(timed(row) and ("ours in float32" in row["ratios"]) == (row["name"] != "topk_masks") for row in rows)
+    decoded = [row for row in rows if row["name"] == "decode"]
+    assert [row["shape"] for row in decoded] == ["1 x 40 to 40, sparse", "1 x 40 to 40, sparse, stored in bfloat16"]
+    assert all({"dense float32", "dense bfloat16"} <= row["ratios"].keys() for row in decoded)
 
 
 def test_ops_times_each_sparse_product_alone(tmp_path: Path) -> None:
@@ -107,14 +123,19 @@ def test_training_times_each_phase_and_its_budget(tmp_path: Path) -> None:
         assert (b["seconds"]["optimizer"] > 0) == (not b["case"].startswith("inference"))
 
 
-def test_training_in_bfloat16_says_so_and_has_no_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("training", "--cases", "weight/resnet18-4", "--densities", "0.1", "--dtype", "bfloat16")
+def test_training_in_both_dtypes_compares_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("training", "--cases", "inference/resnet18-4", "--densities", "0.1", "--dtype", "float32", "bfloat16")
     found = bench(tmp_path, *asked)["training"]
-    (row,) = found["rows"]
-    assert row["dtype"] == "bfloat16"
-    assert timed(row)
-    assert found["budgets"] == []
-    assert "| 0.1     | bfloat16 |" in capsys.readouterr().out
+    single, half = found["rows"]
+    assert [row["dtype"] for row in (single, half)] == ["float32", "bfloat16"]
+    assert timed(half)
+    assert half["baselines"]["ours in float32"] == single["timing"]
+    forms = [name.replace(", channels_last", "") for name in half["baselines"]]
+    assert forms[2:4] == [f"{form}, stored in bfloat16" for form in forms[:2]]
+    assert {b["step"] for b in found["budgets"]}.isdisjoint({half["timing"]["median"]})
+    said = capsys.readouterr()
+    assert "| 0.1     | bfloat16 |" in said.out
+    assert "inference phase, resnet18-4, batch 16, density 0.1, bfloat16, 1 thread: " in said.err
 
 
 @pytest.mark.parametrize("how", ["cached mask", "no mask"])
@@ -129,8 +150,9 @@ def test_a_baseline_in_bfloat16_multiplies_in_bfloat16_and_trains_float32(how: s
 
 def test_sweep_fits_a_line_and_draws_it(tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
-    found = bench(tmp_path, "sweep", "--densities", "0.1", "0.05", "0.2", "--plot", str(tmp_path / "sweep.png"))
-    (run,) = found["sweep"]["runs"]
+    asked = ("--densities", "0.1", "0.05", "0.2", "--dtype", "bfloat16", "--plot", str(tmp_path / "sweep.png"))
+    (run,) = bench(tmp_path, "sweep", *asked)["sweep"]["runs"]
+    assert run["dtype"] == "bfloat16"
     assert run["densities"] == [0.05, 0.1, 0.2]
     assert len(run["seconds"]) == 3
     assert run["layers"] == 21
@@ -153,18 +175,21 @@ def test_memory_measures_ours_and_the_peer_in_both_phases(tmp_path: Path) -> Non
 
 
 def test_serving_times_ours_and_each_other_way(tmp_path: Path) -> None:
-    (row,) = bench(tmp_path, "serving")["serving"]["rows"]
-    assert timed(row)
-    assert list(row["baselines"]) == ["rebuilt", "dense kept", "sparse kept"]
-    assert row["shape"] == "resnet18-4, 6 of 3 tasks"
+    rows = bench(tmp_path, "serving", "--dtype", "float32", "bfloat16")["serving"]["rows"]
+    ways = ["rebuilt", "dense kept", "sparse kept"]
+    assert [(row["dtype"], list(row["baselines"])) for row in rows] == [
+        ("float32", ways), ("bfloat16", [*ways, "ours in float32"]),
+    ]  # fmt: skip
+    assert all(timed(row) and row["shape"] == "resnet18-4, 6 of 3 tasks" for row in rows)
 
 
 def test_without_a_kind_a_selection_of_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     for kind in command.KINDS.values():
         monkeypatch.setattr(kind, "run", lambda options: asked.append(options) or {"rows": []})
-    assert set(bench(tmp_path, "--threads", "2")) == {"machine", "ceilings", *command.SELECTION}
-    assert {(tuple(o.threads), o.quick) for o in asked} == {((2,), True)}
+    found = bench(tmp_path, "--threads", "2", "--dtype", "float32", "bfloat16")
+    assert set(found) == {"machine", "ceilings", *command.SELECTION}
+    assert {(*o.threads, *o.dtype, o.quick) for o in asked} == {(2, "float32", "bfloat16", True)}
     assert main(["bench"]) == 0
     assert [(tuple(o.threads), o.quick) for o in asked[len(command.SELECTION) :]] == [((1,), False)] * len(asked[3:])
     assert asked[3].only == list(command.ops.SELECTION)
@@ -183,6 +208,25 @@ def test_what_was_measured_before_ctrl_c_is_shown(kind: Any, tmp_path: Path, mon
     monkeypatch.setattr(kind, "measure", measure)
     name = kind.__name__.rpartition(".")[2]
     assert len(bench(tmp_path, name)[name]["rows"]) == 1
+
+
+def test_a_time_limit_shows_what_was_measured_and_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, before, done = command.ops.measure, signal.getsignal(signal.SIGTERM), []
+
+    def measure(*arguments: Any) -> Any:
+        if done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(arguments)
+        return whole(*arguments)
+
+    monkeypatch.setattr(command.ops, "measure", measure)
+    found = bench(tmp_path)
+    assert found.keys() == {"machine", "ceilings", "ops"}
+    assert len(found["ops"]["rows"]) == 1
+    assert "| topk_masks |" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_busy_machine_is_told(
@@ -270,6 +314,10 @@ def test_refusals_are_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         return capsys.readouterr().err
 
     assert refusal("ops", "--threads", "0") == "exssnet: threads must be at least 1, got 0\n"
+    sentence = "memory is measured in float32 alone, got --dtype bfloat16"
+    assert refusal("memory", "--dtype", "bfloat16") == f"exssnet: {sentence}\n"
+    sentence = "a report is made in every dtype, got --dtype float32 bfloat16"
+    assert refusal("report", "--out", "x", "--dtype", "float32", "bfloat16") == f"exssnet: {sentence}\n"
     assert refusal("serving", "--tasks", "65") == "exssnet: tasks must be in [1, 64], a sample for each, got 65\n"
     assert refusal("sweep", "--densities", "0.1") == "exssnet: a line needs two densities, got [0.1]\n"
     with pytest.raises(SystemExit):
@@ -297,6 +345,54 @@ def test_peers_with_a_fixed_mask_agree_with_the_dense_product(batch: int) -> Non
         torch.testing.assert_close(output, x @ (weight * mask).t())
         torch.testing.assert_close(grad_x, expected[0])
         torch.testing.assert_close(grad_values[mask] if grad_values.dim() == 2 else grad_values, expected[1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_form_of_torchs_csr_is_the_dense_product(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(batch, 24), torch.randn(32, 24) * (torch.rand(32, 24) < 0.3)
+    forms: list[timing.Variant] = []
+    if not decode._csr(x, weight):
+        pytest.skip("this torch multiplies no CSR")
+    monkeypatch.setattr(decode, "fastest", lambda variants: forms.extend(variants) or 0)
+    decode._csr(x, weight)
+    assert len(forms) == (4 if batch == 1 else 2)
+    for form in forms:
+        torch.testing.assert_close(form(), x @ weight.t())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Callable[[], None]]:
+    """A clock that only variants move. Makes a variant that takes so many seconds and counts its calls."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def variant(seconds: float) -> Any:
+        def call() -> None:
+            now[0] += seconds
+            call.count += 1  # type: ignore[attr-defined]
+
+        call.count = 0  # type: ignore[attr-defined]
+        return call
+
+    return variant
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls"),
+    [(7.0, 1 + 3), (0.7, 1 + 5), (0.3, 1 + 9), (0.03, 1 + 1 + 2 * 33)],
+    ids=["at least 3 rounds", "5 in a third more time", "as many as fit", "repeated in each round"],
+)
+def test_long_steps_have_few_rounds_and_short_ones_many(clock: Any, seconds: float, calls: int) -> None:
+    step, other = clock(seconds), clock(seconds / 2)
+    timings = timing.alternate([step, other], 4.0, turn=0.05)
+    assert [t.median for t in timings] == pytest.approx([seconds, seconds / 2])
+    assert step.count == calls
+
+
+def test_the_fastest_of_long_variants_is_found_in_one_round(clock: Any) -> None:
+    long, short = [clock(3.0), clock(2.0)], [clock(0.01), clock(0.02)]
+    assert (timing.fastest(long), timing.fastest(short)) == (1, 0)
+    assert [variant.count for variant in long + short] == [1, 1, 3, 3]
 
 
 def test_torchaos_layer_agrees_with_plain_pytorch() -> None:
