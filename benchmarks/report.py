@@ -27,9 +27,8 @@ from exssnet.tasks import Labelled, split_by_class
 
 from . import ceilings, serving, steps, summary, timing
 from .agenda import Item, opened, other_process, work_off
-from .decode import decode
 from .networks import NETWORKS, Start
-from .ops import CASES
+from .ops import CASES, decode
 from .ops import measure as measure_operator
 from .timing import Case, Variant, alternate
 
