@@ -37,6 +37,7 @@ from torch import Tensor
 from exssnet import ops
 from exssnet.kernels import layouts, reference
 from exssnet.kernels.registry import OPERATORS
+from exssnet.ops.sparse import is_few
 
 from . import masks, peers, plain
 from .ceilings import floors, machine_peak
@@ -265,6 +266,8 @@ def decode(
 
 def _decode(x: Tensor, weight: Tensor, mask: Tensor, dtype: torch.dtype, density: float) -> Cases:
     pattern, kept, inputs = ops.sparse_pattern(mask), weight * mask, x.to(dtype)
+    if is_few(x):  # as a layer of a finished task has it
+        pattern = pattern.compact()
 
     def sparse(x: Tensor, values: Tensor) -> Variant:
         def run() -> Tensor:
@@ -284,7 +287,7 @@ def _decode(x: Tensor, weight: Tensor, mask: Tensor, dtype: torch.dtype, density
         stored = f"sparse, stored in {name_of(dtype)}"
         values[stored] = weight[mask].to(dtype)
         ours[stored] = sparse(inputs, values[stored])
-    index = dict.fromkeys(ours, 4 * pattern.col.numel())
+    index = dict.fromkeys(ours, pattern.col.nbytes)
     if x.is_cuda:  # on a CPU it is the reference
         values["bitmap"], index["bitmap"] = weight[mask].to(dtype), mask.numel() // 4
         ours["bitmap"] = partial(
