@@ -22,7 +22,7 @@ constexpr int64_t kGrain = 1 << 15;  // entries per thread, at least
 constexpr int64_t kParts = 8;        // of the input's gradient, at most: each has sums of its own
 constexpr int64_t kRun = 256;        // entries of a row that are treated together
 constexpr int64_t kAhead = 768;      // entries between what is used and what is prefetched
-constexpr int64_t kChecked = 512;    // entries of a compact pattern that are checked together
+constexpr int64_t kChecked = 512;    // entries of a compact pattern that are checked together, all of them prefetched
 
 // The loops over rows [begin, end), for lines of `width` elements of which the first `columns` are used.
 template <class T, class S>

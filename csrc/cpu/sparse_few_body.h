@@ -59,8 +59,7 @@ inline bool follow(const Pattern& pattern, int64_t first, int64_t count, int64_t
 
 inline int64_t slot_of(const Pattern& pattern, int64_t entry) { return pattern.narrow ? entry : pattern.slot[entry]; }
 
-// Prefetches `count` elements that follow kAhead elements later. An address past the end is harmless. Compact patterns
-// need no help, and loops of as many steps as a row asks for are mispredicted.
+// Prefetches `count` elements that follow kAhead elements later. An address past the end is harmless.
 template <class T>
 [[gnu::always_inline]] inline void prefetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i + kAhead);
@@ -76,7 +75,7 @@ const T* values_as(const Pattern& pattern, int64_t first, int64_t count, const V
   };
   if (follow(pattern, first, count, values.free_count)) {
     const V* const from = at(slot_of(pattern, first));
-    if (!pattern.narrow) prefetch(from, count);
+    prefetch(from, count);
     if constexpr (std::is_same_v<V, T>) {
       return from;
     } else if (constexpr int lanes = Vector<T>::lanes; count >= lanes) {
@@ -109,10 +108,8 @@ template <class I, class Body>
 inline void in_runs(const Pattern& pattern, int64_t row, const Body& body) {
   for (int64_t k = pattern.ptr[row], last = pattern.ptr[row + 1]; k < last; k += kRun) {
     const int64_t count = std::min(kRun, last - k);
-    if constexpr (std::is_same_v<I, int32_t>) {
-      prefetch(pattern.index + k, count);
-      prefetch(pattern.slot + k, count);
-    }
+    prefetch(indices<I>(pattern) + k, count);
+    if constexpr (std::is_same_v<I, int32_t>) prefetch(pattern.slot + k, count);
     body(k, indices<I>(pattern) + k, count);
   }
 }
