@@ -199,11 +199,11 @@ def test_the_documentation_has_the_table_of_operators() -> None:
 
 @pytest.mark.parametrize("operator", ["_".join((family, "linear")) for family in ("masked", "bitmap", "sparse")])
 def test_one_word_finds_an_operator(operator: str) -> None:
-    """Its row, definition, reference, kernels, tests and benchmark; the layers that call it are not counted."""
+    """Its row, definition, reference, kernels, two files of tests and benchmark; layers that call it do not count."""
     folders = {ROOT / name for name in ("benchmarks", "csrc", "exssnet/ops", "kernels", "tests")}
     files = [f for f in tracked() if f.suffix in SOURCES and folders & set(f.parents)]
     naming = [str(f.relative_to(ROOT)) for f in files if re.search(rf"\b{operator}\b", f.read_text())]
-    assert len(naming) <= 8, naming
+    assert len(naming) <= 9, naming
 
 
 RUNS = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
