@@ -41,7 +41,9 @@ def test_every_test_that_a_promise_names_exists(page: str) -> None:
     tests = Path(__file__).parent
     named = set(re.findall(r"`(test_\w+)`", (tests.parent / page).read_text()))
     defined = {
-        name for file in tests.rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        name
+        for file in tests.rglob("test_*.py")
+        for name in re.findall(r"^ *(?:def )?(test_\w+)(?:\(| = )", file.read_text(), re.M)
     }
     assert len(named) > 10
     assert named - defined == set()

@@ -195,6 +195,8 @@ def _faster(
     """The faster candidate, see `fastest`. None also if a kernel refuses the layer."""
     operands = Operand(rounded(x), order(stride), dtype), Operand(tuple(weight), (), weight_dtype)
     key = Key.of(operator, device, *operands, *geometry, density=density)
+    if ways is None:  # a change of autograd's mode would be traced
+        return fastest(key, candidates, None, at)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             return fastest(key, candidates, ways, at)

@@ -221,7 +221,7 @@ class Fixed(Mode):
             self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
             free, frozen, pattern = self.values(layer)
-            if not geometry and is_few(x) and not (traced() or (len(free) and len(frozen))):
+            if not geometry and not traced() and is_few(x) and not (len(free) and len(frozen)):
                 pattern = self._once_a_pattern(layer, "compact", SparsePattern.compact)
             y = layer.sparse_product(x, free, frozen, pattern, *kernel, layer.bias, *geometry[:3])
         elif self._fuses(layer, x, padding):

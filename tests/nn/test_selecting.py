@@ -177,7 +177,7 @@ def packed(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> li
     return topk_masks(scores, k, hint, packed=True).masks
 
 
-def as_on_a_gpu(layer: SupermaskLayer, x: Tensor, padding: Any = None) -> bool:
+def as_on_a_gpu(layer: SupermaskLayer, x: Tensor, padding: Any = None, sparse: bool = False) -> bool:
     """`SupermaskLayer._fused` as on a GPU, with the environment's choice."""
     return os.environ["EXSSNET_MASKING"] == "fused"
 
