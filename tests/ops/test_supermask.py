@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import Results, assert_exact, representable, run
+from accuracy import Results, assert_accurate, assert_exact, representable, run
 from cases import DTYPES, FEW, Layer, dtypes, layers
 from products import Family, LayerFunction, Problem, ProductTests, dense, geometry, problem
 from refusals import FAR, IMAGES, KERNELS, LINES, RAW, ROW, STEPS, TAPS, Calls, W, X, guarded, refused
@@ -47,6 +47,14 @@ class Supermask(Family):
     def raw(self, p: Problem, t: Results) -> tuple[Any, ...]:
         convolution = () if p.layer.kind == "linear" else (*geometry(p.layer), p.layer.groups)
         return t["x"], t["weight"], t["scores"], row(p), t.get("bias"), *convolution, self.sparse
+
+
+PADDED = (  # at least 2^26 multiply-adds, so that the score gradient is computed tap by tap
+    Layer("conv2d-4x4", (33, 130, 4, 4), (120, 130, 3, 3), padding=1),
+    Layer("conv2d-taps-outside", (40, 300, 1, 2), (400, 300, 3, 4), padding=(1, 2)),
+    Layer("conv2d-steps", (35, 200, 5, 6), (210, 200, 3, 3), stride=(2, 1), padding=2, dilation=(1, 2)),
+    Layer("conv1d-2", (64, 500, 2), (700, 500, 3), padding=1),
+)
 
 
 class SparseSupermask(Supermask):
@@ -131,6 +139,18 @@ class TestSparseSupermask(ProductTests):
         p = problem(layer, integers=True)
         SparseSupermask().check_exact(p, lambda name, t: layouts.batch_last(t) if name in ("x", "grad") else t)
 
+    @layers(PADDED)
+    def test_exact_where_most_of_an_image_is_padding(self, layer: Layer) -> None:
+        self.family.check_exact(problem(layer, integers=True, density=0.1))
+
+    @dtypes("bfloat16", "float16")
+    @layers(PADDED[:1])
+    def test_half_precision_where_most_of_an_image_is_padding(self, layer: Layer, dtype: torch.dtype) -> None:
+        p = problem(layer, dtype)
+        plain = run(self.family.plain(p), self.family.leaves(p), p.grad)
+        assert_accurate(self.family.kernel(p), plain, self.family.truth(p))
+
+    @pytest.mark.usefixtures("native")
     @layers(FEW)
     def test_autocast_does_not_round_the_weight(self, layer: Layer) -> None:
         p = problem(layer, integers=True, density=0.1)

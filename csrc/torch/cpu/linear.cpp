@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> supermask_linear_backward(const Tensor& grad,
   Tensor grad_x = !output_mask[0] ? none_like(x)
                   : sparse        ? sparse_gradient()
                                   : input_gradient(grad, effective(weight, mask, kWho));
-  const ScalarType dtype = factor_dtype(x);
   const bool need_weight = output_mask[1] || output_mask[2];
+  const ScalarType dtype = need_weight ? factor_dtype(x) : x.scalar_type();
   auto [grad_scores, grad_weight] =
       supermask_gradients(need_weight ? weight_gradient(to_dtype(grad, dtype), to_dtype(x, dtype)) : weight, weight,
                           scores, mask, output_mask, kWho);
