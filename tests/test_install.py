@@ -41,7 +41,7 @@ def execute(command: list[str], cwd: Path, path: list[Path] | None = None, **env
     found = [*map(str, path or []), *outside]
     inherited = {n: v for n, v in os.environ.items() if n not in ("EXSSNET_BACKEND", "EXSSNET_NATIVE", "FORCE_CUDA")}
     environment = inherited | {"PYTHONPATH": os.pathsep.join(found)} | environment
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout, done.stderr
 
 
