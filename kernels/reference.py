@@ -127,11 +127,16 @@ def _stored(t: Tensor, batch_innermost: bool) -> Tensor:
     return batch_last(t) if batch_innermost else t.contiguous()
 
 
+def of_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, and a weight and a bias in its dtype."""
+    return x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
 def supermask_linear(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
 ) -> Tensor:
-    effective = weight.where(mask_of(scores, selection), 0).to(x.dtype)
-    return _stored(F.linear(x, effective, None if bias is None else bias.to(x.dtype)), sparse)
+    effective = weight.where(mask_of(scores, selection), 0)
+    return _stored(F.linear(*of_dtype(x, effective, bias)), sparse)
 
 
 def _supermask_gradients(
@@ -199,9 +204,8 @@ def supermask_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,
 ) -> Tensor:  # fmt: skip
-    effective = weight.where(mask_of(scores, selection), 0).to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    return _stored(F.conv2d(x, effective, bias, stride, padding, dilation, groups), sparse)
+    effective = weight.where(mask_of(scores, selection), 0)
+    return _stored(F.conv2d(*of_dtype(x, effective, bias), stride, padding, dilation, groups), sparse)
 
 
 def supermask_conv2d_backward(
@@ -334,8 +338,8 @@ def sparse_linear(
     x: Tensor, free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor,
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1]).to(x.dtype)
-    return batch_last(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+    weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1])
+    return batch_last(F.linear(*of_dtype(x, weight, bias)))
 
 
 def sparse_linear_backward(
@@ -356,8 +360,8 @@ def sparse_conv2d(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     weight = dense_weight(free_values, frozen_values, row_ptr, col, slot, x.shape[1] * math.prod(kernel_size))
-    weight = weight.to(x.dtype).reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
-    return batch_last(F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation))
+    weight = weight.reshape(row_ptr.numel() - 1, x.shape[1], *kernel_size)
+    return batch_last(F.conv2d(*of_dtype(x, weight, bias), stride, padding, dilation))
 
 
 def sparse_conv2d_folded(

@@ -9,6 +9,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/sparse_few.h"
 #include "cpu/sparse_tile.h"
 
@@ -45,16 +46,13 @@ Tiling make_tiling(const Product& p) {
   return Tiling(p, lanes_of_vector<T>(), isa() == Isa::avx512 ? 16 : 8);
 }
 
-// Buffers that a thread keeps between calls, because new memory costs a page fault every 4 KB.
+// Buffers that a thread keeps, see scratch.h.
 enum Scratch { kPatches, kSums, kLaneSums, kStarts, kOffsets, kWalkValues, kSlots, kScratches };
 
 template <class T>
-T* scratch(Scratch which, int64_t count) {  // aligned to 64 bytes
+T* scratch(Scratch which, int64_t count) {
   thread_local std::vector<std::byte> kept[kScratches];
-  std::vector<std::byte>& buffer = kept[which];
-  const size_t size = count * sizeof(T) + 64;
-  if (buffer.size() < size) buffer = std::vector<std::byte>(size);
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+  return room_in<T>(kept[which], count);
 }
 
 bool in_range_of(const Pattern& pattern, int64_t row, int64_t slots) {

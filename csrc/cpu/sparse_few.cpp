@@ -9,6 +9,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 #if EXSSNET_X86
 #include <immintrin.h>
@@ -37,13 +38,10 @@ struct FewLoops {
 #define EXSSNET_BODY "cpu/sparse_few_body.h"
 #include "cpu/each_isa.h"
 
-// Memory that a thread keeps between calls, because new memory costs a page fault every 4 KB. Aligned to 64 bytes.
 template <class T>
 T* scratch(int64_t count) {
   thread_local std::vector<std::byte> kept;
-  const size_t size = count * sizeof(T) + 64;
-  if (kept.size() < size) kept = std::vector<std::byte>(size);
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
+  return room_in<T>(kept, count);
 }
 
 // Whether lines of `columns` elements are used in place.

@@ -19,7 +19,7 @@ from ..ops import (
     supermask_conv2d,
     supermask_linear,
 )
-from ..ops.library import FLOATS, product_dtype, transforming
+from ..ops.library import FLOATS, product_dtype, transforming, wide_dtypes
 from .choice import channels_last, symbolic
 from .layers import SupermaskLayer
 from .modes import Fixed, Values
@@ -144,10 +144,10 @@ class SupermaskConv2d(_SupermaskConv, nn.Conv2d):  # type: ignore[override]
         # the number of batches too: `F.batch_norm` changes running statistics without a new version
         sources = [norm.num_batches_tracked, *(t for t in of_norm if t is not None)]
         if self._sparse(x, padding):
-            narrow = dtype == torch.bfloat16 and x.device.type == "cpu"  # there, what is not an image may be float32
-            if values.dtype != dtype and not (narrow and values.dtype == torch.float32):
+            wide = wide_dtypes(x)
+            if values.dtype not in (dtype, *wide):
                 return None
-            folded = torch.float32 if narrow else dtype
+            folded = wide[0] if wide else dtype
             scale, bias = mode.once(self, (norm, norm.eps, folded), lambda: self._folded(norm, folded), sources)
             return sparse_conv2d_folded(
                 x.to(dtype), *mode.values(self), self.kernel_size, scale, bias, residual, relu, self.stride, padding,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.layouts import empty_batch_last
-from ..kernels.reference import dense_weight
+from ..kernels.reference import dense_weight, of_dtype
 from .geometry import check_bias, check_linear, conv1d_as_2d, conv_geometry, conv_shape, in_rows
 from .library import autocast, define, differentiable, pair, refuse_derivative, same_kind, single, wide_dtypes
 
@@ -74,7 +74,7 @@ def _plain_linear(
     row_ptr_t: Tensor, col_t: Tensor, slot_t: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     weight = dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, x.shape[1])
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(*of_dtype(x, weight, bias))
 
 
 def _plain_conv2d(
@@ -83,9 +83,9 @@ def _plain_conv2d(
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     columns = x.shape[1] * math.prod(kernel_size)
-    weight = dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, columns).to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, weight.reshape(-1, x.shape[1], *kernel_size), bias, stride, padding, dilation)
+    weight = dense_weight(free_values, frozen_values.detach(), row_ptr, col, slot, columns)
+    weight = weight.reshape(-1, x.shape[1], *kernel_size)
+    return F.conv2d(*of_dtype(x, weight, bias), stride, padding, dilation)
 
 
 _linear = differentiable("sparse_linear", gradients=(0, 1), bias=9, plain=_plain_linear)

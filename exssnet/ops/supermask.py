@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.layouts import empty_batch_last
-from ..kernels.reference import mask_of
+from ..kernels.reference import mask_of, of_dtype
 from .geometry import CONV, check_bias, check_groups, check_linear, conv1d_as_2d, conv_geometry, fake_conv2d, in_rows
 from .library import FLOATS, autocast, define, differentiable, same_kind, wide_dtypes
 from .selection import topk_select
@@ -69,15 +69,15 @@ def plain_weight(weight: Tensor, scores: Tensor, selection: Tensor) -> Tensor:
 def _plain_linear(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None, sparse: bool
 ) -> Tensor:
-    return F.linear(x, plain_weight(weight, scores, selection).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(*of_dtype(x, plain_weight(weight, scores, selection), bias))
 
 
 def _plain_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, selection: Tensor, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, sparse: bool,
 ) -> Tensor:  # fmt: skip
-    weight = plain_weight(weight, scores, selection).to(x.dtype)
-    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+    weight = plain_weight(weight, scores, selection)
+    return F.conv2d(*of_dtype(x, weight, bias), stride, padding, dilation, groups)
 
 
 _linear = differentiable("supermask_linear", gradients=(0, 2, 1), bias=4, plain=_plain_linear)
