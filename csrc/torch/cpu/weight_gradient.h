@@ -7,8 +7,8 @@
 
 namespace exssnet {
 
-// Whether ATen multiplies bfloat16 faster than float32. With AMX it does, six times, and without it some CPUs take twice
-// as long. Measured once in a process.
+// Whether ATen multiplies bfloat16 faster than float32. It depends on the CPU: some without AMX take twice as long.
+// Measured once in a process.
 inline bool bfloat16_is_faster(const Tensor& like_this) {
   static const bool faster = [&] {
     double best[2] = {1e9, 1e9};
