@@ -1,14 +1,14 @@
 """Saves and loads a run at any step, or a finished multi-task model, as one safetensors file.
 
-Keys of the tensors: weight/LAYER; mask/TASK/LAYER (see `exssnet.checkpoint.mask_coding`); state/TASK/NAME;
-scores/TASK/LAYER; initial/NAME and frozen/NAME for parameters without a mask.
+Keys of the tensors: weight/LAYER; mask/TASK/LAYER and trained/TASK/LAYER (see `exssnet.io.mask_coding`);
+state/TASK/NAME; scores/TASK/LAYER; initial/NAME and frozen/NAME for parameters without a mask; base, see
+`exssnet.continual.stored.finished`.
 """
 
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from torch import Tensor
 from ..continual import state, stored
 from ..continual.learner import Learner
 from ..continual.phases import Phases
-from ..io.values import printable, shown, typed
+from ..io import container
+from ..io.container import CHECKSUM, Container
+from ..io.mask_coding import decode, encode
+from ..io.values import printable, typed
 from ..kernels.autotune import cpu_model
 from ..tasks import Task
-from . import container
-from .container import CHECKSUM, Container
-from .mask_coding import decode, encode
 
 FORMAT, FIRST = "exssnet-2", "exssnet-1"
+CODED = ("mask/", "trained/")
 
 
 @dataclass
@@ -85,7 +86,7 @@ def load(phases: Phases, path: str | Path) -> Any:
         RuntimeError: If `phases` has finished tasks.
     """
     tensors, meta = read(path)
-    with _named(path):
+    with container.named("load", path):
         stored.check_layers(meta.k, phases)
         pieces = stored.Pieces(tensors if meta.learner is None else _of_finished_tasks(tensors))
         phases.put_finished(pieces, meta.tasks, complete=True)
@@ -128,7 +129,7 @@ def load_run(learner: Learner, path: str | Path, tasks: Sequence[Task]) -> Any:
         RuntimeError: If the learner has learned or open tasks.
     """
     tensors, meta = read(path)
-    with _named(path):
+    with container.named("load", path):
         if meta.learner is None:
             raise ValueError("it holds a finished model, no run that could go on")
         learner.restore(tensors, meta.learner, tasks)
@@ -147,13 +148,13 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Meta]:
     Raises:
         ValueError: If the file is damaged or is no checkpoint.
     """
-    with _named(path), container.opened(path) as file:
+    with container.named("load", path), container.opened(path) as file:
         meta = _meta(file)
         try:
             tensors = file.tensors()
         except ValueError as error:
             raise ValueError(f"it is damaged: {error}") from error
-        for key in [key for key in tensors if key.startswith("mask/") and file.metadata["format"] == FORMAT]:
+        for key in [key for key in tensors if key.startswith(CODED) and file.metadata["format"] == FORMAT]:
             weight = tensors.get(f"weight/{key.split('/', 2)[-1]}")
             if weight is None or tensors[key].dtype != torch.uint8 or tensors[key].dim() != 1:
                 raise ValueError(f"it holds {key[:99]!r}, which is no mask of a layer")
@@ -173,7 +174,7 @@ def header(path: str | Path) -> Meta:
     Raises:
         ValueError: If the header is damaged, or the file is no checkpoint.
     """
-    with _named(path), container.opened(path) as file:
+    with container.named("load", path), container.opened(path) as file:
         return _meta(file)
 
 
@@ -190,7 +191,7 @@ def describe(path: str | Path, verify: bool = False) -> str:
     Raises:
         ValueError: If the file is damaged or is no checkpoint.
     """
-    with _named(path), container.opened(path) as file:
+    with container.named("load", path), container.opened(path) as file:
         meta = _meta(file)
     if verify:
         read(path)
@@ -236,17 +237,8 @@ def _size(count: int) -> str:
 
 
 def _of_finished_tasks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    kinds = ("weight", "mask", "state", "scores", "initial", "frozen")
+    kinds = ("weight", "mask", "trained", "base", "state", "scores", "initial", "frozen")
     return {key: t for key, t in tensors.items() if key.partition("/")[0] in kinds}
-
-
-@contextmanager
-def _named(path: str | Path) -> Iterator[None]:
-    """Put the file's name in front of the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"load: {shown(Path(path))}: {shown(error, 1000)}") from error
 
 
 def _meta(file: Container) -> Meta:
@@ -292,7 +284,7 @@ def versions() -> dict[str, str]:
 def _write(path: Path, tensors: Mapping[str, Tensor], meta: Meta, coded: dict[str, Tensor]) -> None:
     flat: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if key.startswith("mask/"):
+        if key.startswith(CODED):
             if key not in coded:
                 coded[key] = encode(tensor, tensors[f"weight/{key.split('/', 2)[2]}"].numel())
             tensor = coded[key]

@@ -104,9 +104,9 @@ def transfer(
 ) -> Transfer:  # fmt: skip
     """Choose the initial scores of a new task from the scores of all finished tasks.
 
-    Each finished task is a source: its network computes features of the new task's data, and K nearest neighbours
-    classify them (see `knn_accuracy`). Nothing of the sources is changed. Several processes share the sources, and
-    process 0 decides.
+    Each finished task with scores is a source: its network computes features of the new task's data, and K nearest
+    neighbours classify them (see `knn_accuracy`). Nothing of the sources is changed. Several processes share the
+    sources, and process 0 decides.
 
     Source: arXiv 2210.10209, section 3.3. The rule "rescaled" is ours.
 
@@ -136,12 +136,14 @@ def transfer(
         raise ValueError(f"kkt must be one of {', '.join(RULES)}, got {rule!r}")
     if classes < 1:
         raise ValueError(f"KKT needs at least 1 class, got {classes}")
-    tasks = len(phases.bank)
-    if len(phases.scores) != tasks:
-        raise RuntimeError(f"KKT needs the scores of {tasks} finished tasks, but keep_scores=None dropped them")
+    known = [task for task, scores in enumerate(phases.scores) if scores]
+    if len(phases.bank) and not known:
+        raise RuntimeError(
+            f"KKT needs the scores of {len(phases.bank)} finished tasks, but keep_scores=None dropped them"
+        )
     labels = labels.cpu()
     measured = {}
-    for task in range(distributed.rank(), tasks, distributed.size()):
+    for task in known[distributed.rank() :: distributed.size()]:
         with phases.using(task) as model, evaluation(model):
             parts = x.split(batch_size) if isinstance(x, Tensor) else x()
             features = torch.cat([penultimate_features(model, part, head) for part in parts])
@@ -149,10 +151,11 @@ def transfer(
         generator = torch.Generator().manual_seed(seed)
         measured[task] = knn_accuracy(features.float().cpu(), labels, classes, generator)
     by_task = {task: accuracy for part in distributed.gathered(measured) for task, accuracy in part.items()}
-    accuracies = distributed.of_first([by_task[task] for task in range(tasks)])
+    accuracies = distributed.of_first([by_task[task] for task in known])
     chance = 1 / classes
-    above = [task for task in range(tasks) if accuracies[task] > chance]
-    best = max(range(tasks), key=lambda task: accuracies[task], default=None)
+    reached = dict(zip(known, accuracies, strict=True))
+    above = [task for task in known if reached[task] > chance]
+    best = max(known, key=lambda task: reached[task], default=None)
     if best is None or (rule != "always" and not above):
         return Transfer(accuracies, chance)
     sources = above if rule == "all" else [best]

@@ -1,25 +1,24 @@
 """Takes a converted model through the phases of its tasks: start, train, finish, activate, open again."""
 
-import copy
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import memory
-from ..nn import stale, unconvert
+from ..nn import stale
 from ..nn.modes import NoMask, Values
 from ..ops import unpack_mask
 from . import owners, stored
+from .finished import FinishedTasks
 from .mask_bank import FreeRule
-from .task_model import PHASES, Phase, TaskModel
-from .undo import held, undone_on_failure
+from .task_model import PHASES, Phase
+from .trained import Trained
+from .undo import undone_on_failure
 
 
-class Phases(TaskModel):
+class Phases(FinishedTasks):
     """Takes a converted model from task to task: ``start_task`` -> ``start_weight_phase`` -> ``finish_task``.
 
     All tasks share the dense weights of the supermask layers. Everything else that may change is per-task: the
@@ -90,6 +89,7 @@ class Phases(TaskModel):
         if not len(self.bank):
             self._check_finite("start_task")
             self.own.capture()
+            self.trained = Trained()
         if scores is None:
             scores = self.random_scores(len(self.bank))
         if set(scores) != set(self.layers):
@@ -159,6 +159,7 @@ class Phases(TaskModel):
         """
         self.require("prune", "weight")
         self._ended(f"values of task {self.active} from before pruning")
+        self.trained = self.trained.writing(self._open_free, self._present_sha256)
         for name, layer in self.layers.items():
             free = self._open_free[name]
             layer.store_values(free)
@@ -185,14 +186,16 @@ class Phases(TaskModel):
         self._weights.put_back_used("finish_task", self.bank)
         if self.phase != "weight":
             self._fix_masks()
-        kept = self.keep_scores is not None and len(self.scores) == len(self.bank)  # all earlier tasks have scores
-        scores = {name: s.to(self.keep_scores) for name, s in self._open_scores.items()} if kept else {}
+        kept = self.keep_scores
+        scores = {} if kept is None else {name: s.to(kept) for name, s in self._open_scores.items()}
         bank, states, all_scores = stored.adopted(self, [(self._open_masks, self.own.changed(), scores)])
+        trained = self.trained.writing(self._open_free | self._weights.changed(), self._present_sha256).finished()
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, free in self._open_free.items():
             self.layers[name].store_values(free)
         self._weights.end(store=True)
-        self.states, self.scores, self.bank = states, all_scores, bank  # the bank last: other threads may serve
+        self.trained, self.states, self.scores = trained, states, all_scores
+        self.bank = bank  # last: other threads may serve
         self.phase, self.active = "idle", None
         self._close()
         self._activate(len(bank) - 1)
@@ -209,132 +212,12 @@ class Phases(TaskModel):
         self._ended(f"parameters of task {self.active}, which was abandoned")
         self._clear_modes()
         self._weights.end(store=False)
+        self.trained = self.trained.abandoned()
         self._close()
         self.phase, self.active = "idle", None
         self.own.write({})
         if len(self.bank):
             self._activate(len(self.bank) - 1)
-
-    def adopt(self, masks: Mapping[str, Tensor], state: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> int:
-        """Append a task that was learned elsewhere, and activate it. All tensors are copied.
-
-        Args:
-            masks: Layer name -> mask, bool of the weight's shape or packed: uint8 of (ceil(n / 8),).
-            state: Name -> per-task tensor. The others have their initial values.
-            scores: Layer name -> scores of the weight's shape. Empty if they were not kept.
-
-        Returns:
-            The task's number.
-
-        Raises:
-            RuntimeError: If a task is open.
-            ValueError: If a tensor does not fit the model. Nothing is changed then.
-        """
-        return self.adopt_all([(masks, state, scores)])
-
-    @torch.inference_mode(False)
-    def adopt_all(self, tasks: Sequence[stored.Learned]) -> int:
-        """Append tasks that were learned elsewhere, and activate the last. All tensors are copied.
-
-        Args:
-            tasks: For each task its (masks, state, scores), see `adopt`.
-
-        Returns:
-            The number of the last finished task.
-
-        Raises:
-            RuntimeError: If a task is open.
-            ValueError: If a tensor does not fit the model. Nothing is changed then.
-        """
-        self.require("adopt", "idle")
-        bank, states, scores = stored.adopted(self, tasks)
-        with undone_on_failure(self):
-            self.states, self.scores, self.bank = states, scores, bank
-            if tasks:
-                self._activate(len(bank) - 1)
-        return len(self.bank) - 1
-
-    @torch.inference_mode(False)
-    def activate(self, task: int) -> None:
-        """Make the model the network of a finished task: its masks, batch norms and biases.
-
-        Args:
-            task: The task's number.
-
-        Raises:
-            RuntimeError: If a task is open.
-            IndexError: If the task is not finished.
-        """
-        self.require("activate", "idle")
-        self._activate(task)
-
-    def _activate(self, task: int) -> None:
-        with undone_on_failure(self):
-            self._use_masks(task)
-            self.own.write(self.states[task])
-        self.active = task
-
-    def _use_masks(self, task: int) -> None:
-        masks = {name: self.bank.mask(task, name).to(layer.dense_weight.device) for name, layer in self.layers.items()}
-        with torch.inference_mode(False):
-            for name, layer in self.layers.items():
-                layer.use_values(masks[name], torch.zeros_like(masks[name]))
-
-    @contextmanager
-    def using(self, task: int) -> Iterator[nn.Module]:
-        """Within a block, the model is the network of a finished task. Afterwards everything is as it was.
-
-        It may be called in any phase. Within the block, only `using` and `fold` may be called, by the same thread. Use
-        `exssnet.Served` for several threads. A backward pass after the block still works for a forward pass before it.
-
-        Args:
-            task: The task's number.
-
-        Yields:
-            The model.
-
-        Raises:
-            RuntimeError: If another thread is in such a block.
-            IndexError: If the task is not finished.
-
-        Example::
-
-            with phases.using(0) as model:
-                logits = model.eval()(x)
-        """
-        self.require("using", *PHASES, looking=True)
-        put_back = held(self.layers.values())
-        phase, active = self.phase, self.active
-        self.looking.append(threading.get_ident())
-        try:
-            for name, weight in self.weights_before().items():
-                self.layers[name].dense_weight = weight
-            self._use_masks(task)
-            with self.own.showing(self.states[task]):
-                self.phase, self.active = "idle", task
-                yield self.model
-        finally:
-            put_back()
-            self.phase, self.active = phase, active
-            self.looking.pop()
-
-    def fold(self, task: int) -> nn.Module:
-        """A copy of a finished task's network as plain dense PyTorch modules, which need no exssnet.
-
-        Args:
-            task: The task's number.
-
-        Returns:
-            The copy. Its weights are ``weight * mask``.
-
-        Raises:
-            IndexError: If the task is not finished.
-        """
-        with self.using(task):
-            plain = copy.deepcopy(self.model)
-        unconvert(plain)
-        owners.disown(plain)
-        return plain
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all tasks in any phase, for `torch.save`.
@@ -383,7 +266,7 @@ class Phases(TaskModel):
         if self.phase != "idle":
             self.abandon_task()
         self._ended("parameters from before load_state_dict")
-        self.bank, self.states, self.scores = self._empty_bank(), [], []
+        self.bank, self.states, self.scores, self.trained = self._empty_bank(), [], [], Trained()
         self._put_finished(*finished)
         if active is None:
             self.active = None
@@ -430,7 +313,9 @@ class Phases(TaskModel):
         shapes = self.bank.shapes
         scores = {n: pieces.take(f"open/scores/{n}", s, torch.float32, finite=True) for n, s in shapes.items()}
         called = pieces.take("open/called", (len(shapes),), torch.bool)
+        trained = self.trained
         self.start_task(scores, joint=phase == "joint")
+        self.trained = trained
         for layer, was_called in zip(self.layers.values(), called.tolist(), strict=True):
             layer.mode.called = was_called
         if phase == "weight":
@@ -444,12 +329,13 @@ class Phases(TaskModel):
 
     # Inside
 
-    def _put_finished(self, values: stored.Shared, tasks: Sequence[stored.Learned]) -> None:
+    def _put_finished(self, values: stored.Shared, tasks: Sequence[stored.Learned], trained: Trained) -> None:
         with torch.no_grad():
             for target, value in values:
                 target.copy_(value)
         self.reset_state()
         self.adopt_all(tasks)
+        self.trained = trained
 
     def _prune_to(self, free: Mapping[str, Tensor]) -> None:
         """Bring a weight phase to these free masks. ValueError if they are not inside the present ones."""

@@ -61,6 +61,11 @@ class SharedWeights:
             )
         return used
 
+    def changed(self) -> dict[str, Tensor]:
+        """Layer name -> bool mask of the entries of the copies that differ from the originals. Empty without copies."""
+        weights = self.tensors() if self._originals else {}
+        return {name: self._layers[name].dense_weight.detach() != weight for name, weight in weights.items()}
+
     def end(self, store: bool) -> None:
         """End the training of copies: the layers get their weights back. store: first write the copies into them."""
         weights = self.tensors() if self._originals else {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops import pack_mask, topk_mask, unpack_mask
 from .mask_bank import MaskBank
 from .task_model import PHASES, Phase, TaskModel
+from .trained import Trained
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -65,13 +66,18 @@ def finished(phases: TaskModel) -> dict[str, Tensor]:
 
     Returns:
         The shared weights ("weight/LAYER"; while a task is open, those before it), and of each task the packed masks
-        ("mask/TASK/LAYER"), its own tensors ("state/TASK/NAME") and its scores ("scores/TASK/LAYER"). Then the initial
-        values of per-task tensors ("initial/NAME") and the frozen parameters ("frozen/NAME").
+        ("mask/TASK/LAYER"), those of the weights that it trained ("trained/TASK/LAYER"), its own tensors
+        ("state/TASK/NAME") and its scores ("scores/TASK/LAYER"). Then the initial values of per-task tensors
+        ("initial/NAME"), the frozen parameters ("frozen/NAME"), and the SHA-256 of the base weights ("base"; empty if
+        no task has trained weights; absent if it is not known).
     """
     tensors = {f"weight/{n}": weight for n, weight in phases.weights_before().items()}
     for task in range(len(phases.bank)):
         tensors |= {f"mask/{task}/{n}": phases.bank.packed(task, n) for n in phases.layers}
         tensors |= {f"state/{task}/{n}": t for n, t in phases.states[task].items()}
+        tensors |= {f"trained/{task}/{n}": t for n, t in phases.trained.tasks[task].items()}
+    if (base := phases.trained.base) is not None:
+        tensors["base"] = torch.tensor(list(bytes.fromhex(base)), dtype=torch.uint8)
     for task, scores in enumerate(phases.scores):
         tensors |= {f"scores/{task}/{n}": s for n, s in scores.items()}
     stored = {n for state in phases.states for n in state}
@@ -121,8 +127,8 @@ def parse(phases: TaskModel, state: Any) -> tuple[Phase, int | None, int]:
 Shared = list[tuple[Tensor, Tensor]]  # what all tasks share: (tensor of the model, its new value)
 
 
-def take_finished(phases: TaskModel, pieces: Pieces, tasks: int) -> tuple[Shared, list[Learned]]:
-    """Take the finished tasks from the pieces. ValueError if a tensor does not fit."""
+def take_finished(phases: TaskModel, pieces: Pieces, tasks: int) -> tuple[Shared, list[Learned], Trained]:
+    """Take the finished tasks, and which weights they trained, from the pieces. ValueError if a tensor does not fit."""
     targets = {f"weight/{n}": layer.dense_weight for n, layer in phases.layers.items()}
     targets |= {f"frozen/{n}": p for n, p in phases.frozen_parameters().items()}
     targets |= {f"initial/{n}": t for n, t in phases.initial.items()}
@@ -135,7 +141,21 @@ def take_finished(phases: TaskModel, pieces: Pieces, tasks: int) -> tuple[Shared
         for key, target in targets.items()
         if key in pieces.left or key not in transient
     ]
-    return values, [_task(phases, pieces, task) for task in range(tasks)]
+    return values, [_task(phases, pieces, task) for task in range(tasks)], _trained(phases, pieces, tasks)
+
+
+def _trained(phases: TaskModel, pieces: Pieces, tasks: int) -> Trained:
+    """Take which weights the finished tasks trained. States of earlier versions do not say it."""
+    shapes, base = phases.bank.shapes, None if tasks else ""
+    if "base" in pieces.left:
+        base = bytes(pieces.take("base", (0 if pieces.left["base"].shape == (0,) else 32,), torch.uint8).tolist()).hex()
+    masks = tuple(
+        {n: pieces.mask(f"trained/{task}/{n}", shapes[n]) for n in shapes if f"trained/{task}/{n}" in pieces.left}
+        for task in range(tasks)
+    )
+    if any(masks) and not base:
+        raise ValueError("the state says which weights its tasks trained, but not the SHA-256 of those before")
+    return Trained(base, masks)
 
 
 def _task(phases: TaskModel, pieces: Pieces, task: int) -> Learned:
@@ -197,9 +217,10 @@ def adopted(
             pieces = Pieces(dict(task_scores))
             taken = {n: pieces.take(n, shape, *FLOATS, finite=True) for n, shape in bank.shapes.items()}
             pieces.end()
+            scores += [{} for _ in range(number - len(scores))]
             scores.append({n: t.detach().to(device, copy=True) for n, t in taken.items()})
-        if scores and len(scores) != len(bank):
-            raise ValueError(f"adopt: {len(scores)} of {len(bank)} tasks have scores, task {number} must have them too")
+        elif scores:
+            scores.append({})
     return bank, states, scores
 
 

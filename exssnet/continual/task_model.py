@@ -13,6 +13,7 @@ from .freezing import freeze_weights
 from .mask_bank import MaskBank
 from .shared_weights import SharedWeights
 from .task_state import TaskState
+from .trained import Trained, sha256
 
 Phase = Literal["idle", "mask", "weight", "joint"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -27,7 +28,9 @@ class TaskModel:
         bank: The masks of the finished tasks.
         phase: The present phase: "idle", "mask", "weight" or "joint".
         active: The task whose network the model is, or the open task. None if there is neither.
-        scores: Of each finished task, its scores by layer name, if they are kept.
+        scores: Of each finished task, its scores by layer name; empty if they were not kept. An empty list if no task
+            has any.
+        trained: Which weights each finished task has trained.
         states: Of each finished task, the per-task tensors that differ from their initial values.
         looking: Identifiers of the threads that are in a block of `using`.
         own: The per-task tensors of the model.
@@ -45,6 +48,7 @@ class TaskModel:
         self.active: int | None = None
         self.scores: list[dict[str, Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
+        self.trained = Trained()
         self._open_masks: dict[str, Tensor] = {}
         self._open_free: dict[str, Tensor] = {}
         self._open_scores: dict[str, Tensor] = {}
@@ -201,6 +205,19 @@ class TaskModel:
         """The dense weights that finished tasks use, by layer name, without copies. Any thread may ask in any phase."""
         return self._weights.tensors()
 
+    def base_sha256(self) -> str:
+        """The SHA-256 of the base weights: those before any task trained some, and the frozen parameters.
+
+        Raises:
+            RuntimeError: If it is not known, because the tasks are from a state of an earlier version.
+        """
+        if self.trained.base is None:
+            raise RuntimeError(
+                f"the {len(self.bank)} finished tasks are from a state of an earlier exssnet, which does not say which "
+                "weights they trained"
+            )
+        return self.trained.base or self._present_sha256()
+
     def open_tensors(self) -> dict[str, Tensor]:
         """The tensors of the open task by name, without copies.
 
@@ -226,6 +243,9 @@ class TaskModel:
         return tensors | self.own.named(self.own.live(), "state/")
 
     # Inside
+
+    def _present_sha256(self) -> str:
+        return sha256(sorted((self.weights_before() | self.frozen_parameters()).items()))
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})

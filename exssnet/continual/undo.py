@@ -23,7 +23,7 @@ def undone_on_failure(phases: TaskModel) -> Iterator[None]:
     """If the block raises, restore the layers' modes, the per-task tensors and the attributes of `phases`."""
     put_back = held(phases.layers.values())
     state = {name: t.clone() for name, t in phases.own.live().items()}
-    known = {name: getattr(phases, name) for name in ("phase", "active", "bank", "states", "scores")}
+    known = {name: getattr(phases, name) for name in ("phase", "active", "bank", "states", "scores", "trained")}
     try:
         yield
     except BaseException:

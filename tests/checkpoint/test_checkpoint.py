@@ -17,7 +17,7 @@ from torch import nn
 
 import exssnet
 from exssnet import Learner, Phases, checkpoint, convert
-from exssnet.checkpoint.mask_coding import decode
+from exssnet.io.mask_coding import decode
 from exssnet.continual import stored
 from exssnet.nn import plain_state_dict
 

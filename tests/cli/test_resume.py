@@ -22,7 +22,7 @@ from learning import acting
 
 import exssnet
 from exssnet import checkpoint
-from exssnet.checkpoint import container
+from exssnet.io import container
 from exssnet.cli import saving, terminal
 from exssnet.cli.commands import main
 from exssnet.continual.learner import Learner

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..io import writing
-from ..io.values import typed
+from . import writing
+from .values import shown, typed
 
 CHECKSUM = "checksum"
 """Name of the last tensor: the SHA-256 of all bytes before it."""
@@ -88,6 +88,15 @@ class Container:
             raise ValueError(f"it ends after {self.size} bytes")
         self._hash.update(data)
         return data
+
+
+@contextmanager
+def named(call: str, path: str | Path) -> Iterator[None]:
+    """Put the caller's and the file's name in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{call}: {shown(Path(path))}: {shown(error, 1000)}") from error
 
 
 @contextmanager

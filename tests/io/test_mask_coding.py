@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from exssnet import pack_mask
-from exssnet.checkpoint.mask_coding import GAPS, decode, encode
+from exssnet.io.mask_coding import GAPS, decode, encode
 
 
 def random_mask(n: int, kept: int, seed: int = 0) -> Tensor:
@@ -34,7 +34,7 @@ def test_gaps_about_the_escape_come_back(gap: int) -> None:
     assert torch.equal(decode(encode(pack_mask(mask), 5000), 5000), pack_mask(mask))
 
 
-@pytest.mark.parametrize("density", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.8, 0.95])
 def test_a_random_mask_takes_at_most_a_tenth_more_than_its_entropy(density: float) -> None:
     n = 1 << 20
     entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)  # bits a weight
@@ -47,6 +47,7 @@ def test_a_dense_mask_takes_no_more_than_its_bits(density: float) -> None:
 
 
 CODED = encode(pack_mask(random_mask(3000, 150)), 3000)
+DENSE = encode(pack_mask(random_mask(3000, 2850)), 3000)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2000])
@@ -55,10 +56,10 @@ def test_a_mask_of_a_smaller_layer_is_refused(n: int) -> None:
         decode(CODED, n)
 
 
-@given(some.integers(0, 2**32), some.sampled_from(["cut", "flip", "more", "count", "kind"]))
-def test_damaged_bytes_are_refused_or_a_mask(seed: int, how: str) -> None:
+@given(some.integers(0, 2**32), some.sampled_from(["cut", "flip", "more", "count", "kind"]), some.booleans())
+def test_damaged_bytes_are_refused_or_a_mask(seed: int, how: str, dense: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    data = bytearray(CODED.numpy().tobytes())
+    data = bytearray((DENSE if dense else CODED).numpy().tobytes())
     at = int(torch.randint(len(data), (1,), generator=generator))
     if how == "cut":
         del data[at:]

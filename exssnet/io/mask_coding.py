@@ -1,4 +1,4 @@
-"""Compresses masks: Huffman codes of the gaps between kept weights, a few per cent larger than their entropy."""
+"""Compresses masks: Huffman codes of the gaps between kept, or dropped, weights, a tenth above the entropy at most."""
 
 import zlib
 
@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-BITS, GAPS = 0, 1
-"""First byte of a coded mask: it holds packed bits, or gaps."""
+BITS, GAPS, DROPPED = 0, 1, 2
+"""First byte of a coded mask: it holds packed bits, gaps between kept weights, or gaps between dropped weights."""
 ESCAPE = 255
 HEAD = 9  # bytes before the code: the first byte, and 8 bytes with the number of kept weights
 
@@ -16,9 +16,10 @@ HEAD = 9  # bytes before the code: the first byte, and 8 bytes with the number o
 def encode(bits: Tensor, n: int) -> Tensor:
     """Compress a packed mask. `decode` restores it.
 
-    A gap is the number of weights between a kept weight and the next kept one. It is written as one byte 255 for every
-    255 weights of it, and a last byte below 255. zlib codes these bytes by Huffman codes. If the packed bits are not
-    longer than the code, they are stored instead.
+    A gap is the number of weights between a kept weight and the next kept one. If more than half of the weights are
+    kept, the gaps are those between dropped weights. A gap is written as one byte 255 for every 255 weights of it, and
+    a last byte below 255. zlib codes these bytes by Huffman codes. If the packed bits are not longer than the code,
+    they are stored instead.
 
     Args:
         bits: Packed mask (see `pack_mask`), uint8.
@@ -28,15 +29,18 @@ def encode(bits: Tensor, n: int) -> Tensor:
         The compressed mask, uint8.
     """
     packed = bits.cpu().numpy()
-    where = np.flatnonzero(np.unpackbits(packed, count=n, bitorder="little"))
+    ones = np.unpackbits(packed, count=n, bitorder="little")
+    kept = int(ones.sum(dtype=np.int64))
+    rare = DROPPED if 2 * kept > n else GAPS
+    where = np.flatnonzero(ones == (rare == GAPS))
     gaps = np.diff(where, prepend=-1) - 1
     ends = np.cumsum(gaps // ESCAPE + 1) - 1
     symbols = np.full(ends[-1] + 1 if len(ends) else 0, ESCAPE, np.uint8)
     symbols[ends] = gaps % ESCAPE
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     coded = packer.compress(symbols.tobytes()) + packer.flush()
-    kind, body = (GAPS, coded) if len(coded) < len(packed) else (BITS, packed.tobytes())
-    return torch.frombuffer(bytearray([kind, *len(where).to_bytes(8, "little"), *body]), dtype=torch.uint8)
+    kind, body = (rare, coded) if len(coded) < len(packed) else (BITS, packed.tobytes())
+    return torch.frombuffer(bytearray([kind]) + kept.to_bytes(8, "little") + body, dtype=torch.uint8)
 
 
 def decode(coded: Tensor, n: int) -> Tensor:
@@ -56,25 +60,27 @@ def decode(coded: Tensor, n: int) -> Tensor:
     kept = int.from_bytes(data[1:HEAD], "little")
     if len(data) < HEAD or kept > n:
         raise ValueError(f"a mask of {n} weights cannot be coded in {len(data)} bytes that keep {kept}")
-    read = {BITS: _ones, GAPS: _positions}.get(data[0])
-    where = None if read is None else read(data, kept, n)
-    if where is None or len(where) != kept or (kept and where[-1] >= n):
+    read = {BITS: _ones, GAPS: _positions, DROPPED: _positions}.get(data[0])
+    count = n - kept if data[0] == DROPPED else kept
+    where = None if read is None else read(data, count, n)
+    if where is None or len(where) != count or (count and where[-1] >= n):
         raise ValueError(f"a mask of {n} weights that keeps {kept} is damaged")
     flags = np.zeros(-(-n // 8) * 8, np.uint8)
-    flags[where] = 1
+    flags[:n] = data[0] == DROPPED
+    flags[where] = data[0] != DROPPED
     return torch.from_numpy(np.packbits(flags, bitorder="little"))
 
 
-def _ones(data: bytes, kept: int, n: int) -> npt.NDArray[np.int64] | None:
+def _ones(data: bytes, count: int, n: int) -> npt.NDArray[np.int64] | None:
     """Ascending indices of the kept weights, from packed bits; None if their number is wrong."""
     mask = np.frombuffer(data, np.uint8, offset=HEAD)
     return np.flatnonzero(np.unpackbits(mask, bitorder="little")) if len(mask) == -(-n // 8) else None
 
 
-def _positions(data: bytes, kept: int, n: int) -> npt.NDArray[np.int64] | None:
-    """Ascending indices of the kept weights, from gaps; None if the bytes are no complete code."""
+def _positions(data: bytes, count: int, n: int) -> npt.NDArray[np.int64] | None:
+    """Ascending indices of `count` weights, from the gaps between them; None if the bytes are no complete code."""
     unpacker = zlib.decompressobj(-15)
-    longest = kept + n // ESCAPE + 1  # more symbols would exceed n weights
+    longest = count + n // ESCAPE + 1  # more symbols would exceed n weights
     try:
         symbols = np.frombuffer(unpacker.decompress(data[HEAD:], longest), np.uint8)
     except zlib.error:

@@ -1,0 +1,212 @@
+"""The networks of finished tasks: they are added, looked at, copied, and written to files of their own."""
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import unconvert
+from . import owners, stored, task_file
+from .task_model import PHASES, TaskModel
+from .trained import Trained
+from .undo import held, undone_on_failure
+
+
+class FinishedTasks(TaskModel):
+    """The part of `Phases` that works on finished tasks."""
+
+    def adopt(self, masks: Mapping[str, Tensor], state: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> int:
+        """Append a task that was learned elsewhere, and activate it. All tensors are copied.
+
+        Args:
+            masks: Layer name -> mask, bool of the weight's shape or packed: uint8 of (ceil(n / 8),).
+            state: Name -> per-task tensor. The others have their initial values.
+            scores: Layer name -> scores of the weight's shape. Empty if they were not kept.
+
+        Returns:
+            The task's number.
+
+        Raises:
+            RuntimeError: If a task is open.
+            ValueError: If a tensor does not fit the model. Nothing is changed then.
+        """
+        return self.adopt_all([(masks, state, scores)])
+
+    @torch.inference_mode(False)
+    def adopt_all(self, tasks: Sequence[stored.Learned]) -> int:
+        """Append tasks that were learned elsewhere, and activate the last. All tensors are copied.
+
+        Args:
+            tasks: For each task its (masks, state, scores), see `adopt`.
+
+        Returns:
+            The number of the last finished task.
+
+        Raises:
+            RuntimeError: If a task is open.
+            ValueError: If a tensor does not fit the model. Nothing is changed then.
+        """
+        self.require("adopt", "idle")
+        bank, states, scores = stored.adopted(self, tasks)
+        with undone_on_failure(self):
+            self.trained = replace(self.trained, tasks=(*self.trained.tasks, *({} for _ in tasks)))
+            self.states, self.scores, self.bank = states, scores, bank
+            if tasks:
+                self._activate(len(bank) - 1)
+        return len(self.bank) - 1
+
+    @torch.inference_mode(False)
+    def activate(self, task: int) -> None:
+        """Make the model the network of a finished task: its masks, batch norms and biases.
+
+        Args:
+            task: The task's number.
+
+        Raises:
+            RuntimeError: If a task is open.
+            IndexError: If the task is not finished.
+        """
+        self.require("activate", "idle")
+        self._activate(task)
+
+    def _activate(self, task: int) -> None:
+        with undone_on_failure(self):
+            self._use_masks(task)
+            self.own.write(self.states[task])
+        self.active = task
+
+    def _use_masks(self, task: int) -> None:
+        masks = {name: self.bank.mask(task, name).to(layer.dense_weight.device) for name, layer in self.layers.items()}
+        with torch.inference_mode(False):
+            for name, layer in self.layers.items():
+                layer.use_values(masks[name], torch.zeros_like(masks[name]))
+
+    @contextmanager
+    def using(self, task: int) -> Iterator[nn.Module]:
+        """Within a block, the model is the network of a finished task. Afterwards everything is as it was.
+
+        It may be called in any phase. Within the block, only `using` and `fold` may be called, by the same thread. Use
+        `exssnet.Served` for several threads. A backward pass after the block still works for a forward pass before it.
+
+        Args:
+            task: The task's number.
+
+        Yields:
+            The model.
+
+        Raises:
+            RuntimeError: If another thread is in such a block.
+            IndexError: If the task is not finished.
+
+        Example::
+
+            with phases.using(0) as model:
+                logits = model.eval()(x)
+        """
+        self.require("using", *PHASES, looking=True)
+        put_back = held(self.layers.values())
+        phase, active = self.phase, self.active
+        self.looking.append(threading.get_ident())
+        try:
+            for name, weight in self.weights_before().items():
+                self.layers[name].dense_weight = weight
+            self._use_masks(task)
+            with self.own.showing(self.states[task]):
+                self.phase, self.active = "idle", task
+                yield self.model
+        finally:
+            put_back()
+            self.phase, self.active = phase, active
+            self.looking.pop()
+
+    def fold(self, task: int) -> nn.Module:
+        """A copy of a finished task's network as plain dense PyTorch modules, which need no exssnet.
+
+        Args:
+            task: The task's number.
+
+        Returns:
+            The copy. Its weights are ``weight * mask``.
+
+        Raises:
+            IndexError: If the task is not finished.
+        """
+        with self.using(task):
+            plain = copy.deepcopy(self.model)
+        unconvert(plain)
+        owners.disown(plain)
+        return plain
+
+    def save_task(self, task: int, path: str | Path) -> None:
+        """Write a finished task to a safetensors file, for a model with the same base weights. See `load_task`.
+
+        The file holds the mask at about its entropy, the per-task tensors that differ from the model's initial ones
+        (head, biases, norms, statistics), and the values of the weights that the task trained. It has the SHA-256 of
+        the base weights, and neither these nor the scores. The file is replaced atomically.
+
+        Args:
+            task: The task's number.
+            path: The file.
+
+        Raises:
+            IndexError: If the task is not finished.
+            RuntimeError: If a file of an earlier version gave the tasks, without the weights that they trained.
+            OSError: If the file cannot be written. An old file stays.
+
+        Example:
+            >>> phases.save_task(0, "sst2.safetensors")
+        """
+        self.require("save_task", *PHASES)
+        task_file.write(self, task, Path(path), self.base_sha256(), self.trained)
+
+    @torch.inference_mode(False)
+    def load_task(self, path: str | Path) -> int:
+        """Append a task from a file of `save_task`, and activate it. Its network is bit for bit the one that was saved.
+
+        The finished tasks stay bitwise the same. The weights of the task's mask are not free for later tasks. Files may
+        be loaded in any order, except that a task whose mask uses weights that other tasks trained comes after them. A
+        loaded task has no scores, so KKT does not use it. Nothing in the file is run.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The task's number here.
+
+        Raises:
+            RuntimeError: If a task is open.
+            ValueError: If the file is damaged; if the model has other layers, base weights or initial per-task tensors;
+                if the task needs weights that other tasks trained and that are not here; or if finished tasks need
+                other values of its weights. Nothing is changed then.
+            OSError: If the file cannot be read.
+
+        Example:
+            >>> task = phases.load_task("sst2.safetensors")
+        """
+        self.require("load_task", "idle")
+        if not len(self.bank):
+            self.own.capture()
+            self.trained = Trained()
+        loaded = task_file.read(self, Path(path))
+        bank, states, scores = stored.adopted(self, [(loaded.masks, loaded.state, {})])
+        trained = self.trained.writing(loaded.trained, self.base_sha256).finished()
+        before = {n: self.layers[n].dense_weight[where] for n, where in loaded.trained.items()}
+        try:
+            with undone_on_failure(self):
+                self._write_values(loaded.trained, loaded.values)
+                self.trained, self.states, self.scores, self.bank = trained, states, scores, bank
+                self._activate(len(bank) - 1)
+        except BaseException:
+            self._write_values(loaded.trained, before)
+            raise
+        return len(bank) - 1
+
+    def _write_values(self, masks: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, where in masks.items():
+                self.layers[name].dense_weight[where] = values[name]
