@@ -17,8 +17,8 @@ from torch import nn
 
 import exssnet
 from exssnet import Learner, Phases, checkpoint, convert
-from exssnet.io.mask_coding import decode
 from exssnet.continual import stored
+from exssnet.io.mask_coding import decode
 from exssnet.nn import plain_state_dict
 
 NOTES = {"classes": [2, 2], "shape": [1, 8, 8], "text": "ü", "nothing": None}

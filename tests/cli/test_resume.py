@@ -22,10 +22,10 @@ from learning import acting
 
 import exssnet
 from exssnet import checkpoint
-from exssnet.io import container
 from exssnet.cli import saving, terminal
 from exssnet.cli.commands import main
 from exssnet.continual.learner import Learner
+from exssnet.io import container
 
 pytest.importorskip("sklearn", reason="the runs here learn scikit-learn's digits")
 
