@@ -1,5 +1,6 @@
 """Sparse supermasks for PyTorch: operators, layers, and continual learning without forgetting (ExSSNeT)."""
 
+from .checkpoint.rebuild import load
 from .continual.freezing import freeze_weights
 from .continual.kkt import transfer
 from .continual.learner import Learner, PhaseOptions
@@ -49,6 +50,7 @@ __all__ = [
     "freeze_weights",
     "graphed",
     "keep_freed_memory",
+    "load",
     "summary",
     "transfer",
     *_operators,

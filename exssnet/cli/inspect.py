@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .. import checkpoint
-from .resume import CHECKPOINT
+from ..checkpoint.rebuild import CHECKPOINT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

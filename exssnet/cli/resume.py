@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint
+from ..checkpoint.rebuild import CHECKPOINT, MODEL
 from ..continual import distributed
 from ..continual.learner import Learner
 from ..io.console import warn
@@ -15,9 +16,6 @@ from ..io.values import printable
 from ..tasks import Task
 from .options import FREE, TrainOptions, checked
 from .threads import cores
-
-CHECKPOINT = "checkpoint.safetensors"
-MODEL = "model.safetensors"
 
 
 def run_to_resume(text: str, chosen: dict[str, Any]) -> tuple[TrainOptions, Path]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint
+from ..checkpoint.rebuild import CHECKPOINT, MODEL
 from ..continual import distributed
 from ..continual.learner import Learner, PhaseOptions
 from ..experiments import report
@@ -70,8 +71,8 @@ def train(options: TrainOptions, source: Path | None = None) -> int:
     keep_freed_memory()
     out, first = Path(options.out), distributed.rank() == 0
     with alone_in(out) if first else nullcontext(), threads.restored():
-        if resume.was_restarted(out / resume.CHECKPOINT, options):
-            source = out / resume.CHECKPOINT
+        if resume.was_restarted(out / CHECKPOINT, options):
+            source = out / CHECKPOINT
         if first:
             resume.check_replaceable(out, source)
         job = _build(options, source)
@@ -137,7 +138,7 @@ def _build(options: TrainOptions, source: Path | None) -> Job:
     elif options.threads is None:
         options = replace(options, threads=threads.chosen(learner, tasks))
     run_notes = {**notes, "options": asdict(options), "threads": torch.get_num_threads()}
-    saver = Saver(Path(options.out) / resume.CHECKPOINT, run_notes, options.every, options.every_minutes)
+    saver = Saver(Path(options.out) / CHECKPOINT, run_notes, options.every, options.every_minutes)
     saver.learner, learner.observer = learner, saver
     if source is not None and saver.path.exists() and saver.path.samefile(source):
         saver.tasks = len(learner.reports)
@@ -196,7 +197,7 @@ def _save(job: Job, stopped: BaseException | None) -> Exception | None:
             saver.rescue()
         if learner.reports:
             notes = job.notes | {"classes": [r.classes for r in learner.reports]}
-            checkpoint.save(learner.phases, job.out / resume.MODEL, notes)
+            checkpoint.save(learner.phases, job.out / MODEL, notes)
     except Exception as error:
         unsaved = error
     if stopped is None and (saver.path.exists() or saver.every or unsaved):
