@@ -13,9 +13,11 @@ from ..experiments.reproduce import RunFailed
 from ..io.console import COMMANDS, results_are_files, warn
 from ..io.console import main as main
 from ..io.values import shown
-from . import info, inspect, reproduce, train
+from . import export, info, inspect, reproduce, train
 
-MODULES: dict[str, Any] = {"train": train, "inspect": inspect, "bench": bench, "reproduce": reproduce, "info": info}
+MODULES: dict[str, Any] = {
+    "train": train, "inspect": inspect, "export": export, "bench": bench, "reproduce": reproduce, "info": info,
+}  # fmt: skip
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import unconvert
-from . import owners, stored, task_file
+from . import export, owners, stored, task_file
+from .export import Example, Format
 from .task_model import PHASES, TaskModel
 from .trained import Trained
 from .undo import held, undone_on_failure
@@ -141,6 +142,38 @@ class FinishedTasks(TaskModel):
         unconvert(plain)
         owners.disown(plain)
         return plain
+
+    def export(self, task: int, path: str | Path, format: Format, example: Example) -> float:
+        """Write a finished task's network as plain dense PyTorch to a file that needs no exssnet.
+
+        Any batch size may be given to the file's network. It is read back and compared with `using`, on the example and
+        on its first row.
+
+        Args:
+            task: The task's number.
+            path: The file. It is replaced atomically.
+            format: "pt2" for `torch.export.load`; "onnx", which needs onnx and onnxscript; "aoti" for
+                `torch._inductor.aoti_load_package`, a compiled network, which needs a C++ compiler; "safetensors" for
+                the tensors of the network's state dict.
+            example: Inputs of the network, on its device: a tensor (N, ...), a sequence of positional arguments or a
+                mapping of named ones. The first dimension of each tensor is the batch.
+
+        Returns:
+            The largest absolute difference between the outputs of the file's network and those of the task's.
+
+        Raises:
+            IndexError: If the task is not finished.
+            ValueError: For an unknown format or example; and if a difference is larger than the square root of the
+                dtype's epsilon, times the largest output (float32: 3.5e-4 of it). An old file stays then.
+            ModuleNotFoundError: If the format needs a package that is not installed.
+            RuntimeError: If the network cannot be written in the format, or no compiler is found.
+
+        Example:
+            >>> phases.export(0, "task0.pt2", "pt2", torch.randn(2, 3, 32, 32))
+        """
+        plain = self.fold(task)
+        with self.using(task) as live:
+            return export.export(live, plain, Path(path), format, example)
 
     def save_task(self, task: int, path: str | Path) -> None:
         """Write a finished task to a safetensors file, for a model with the same base weights. See `load_task`.

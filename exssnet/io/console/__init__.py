@@ -16,6 +16,7 @@ VERSION = "0.1.0"
 COMMANDS = {
     "train": "learn a stream of tasks and report",
     "inspect": "describe a checkpoint or a saved model without loading it",
+    "export": "write the network of one task as a file that needs no exssnet",
     "bench": "measure speed and memory against plain PyTorch and other peers",
     "reproduce": "run an experiment of the literature from a recipe, and report",
     "info": "versions, hardware, and which kernel serves each operator",

@@ -1,0 +1,35 @@
+"""``exssnet export``: write the network of one task of a run as a file that needs no exssnet."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.rebuild import rebuilt
+from ..continual.export import FORMATS
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``exssnet export`` to a parser."""
+    parser.add_argument("run", help="folder of a run of `exssnet train`, or a checkpoint or model in it")
+    parser.add_argument("--task", type=int, required=True, help="number of the task, from 0")
+    parser.add_argument("--format", choices=FORMATS, default="pt2", help="see the how-to page (default: pt2)")
+    parser.add_argument("--out", help="the file (default: task-N.FORMAT in the folder of the run)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``exssnet export``; returns the exit status."""
+    phases, shape = rebuilt(arguments.run)
+    tasks = len(phases.bank)
+    if not 0 <= arguments.task < tasks:
+        raise ValueError(f"--task {arguments.task}: {tasks} tasks are finished, numbered from 0")
+    suffix = "aoti.pt2" if arguments.format == "aoti" else arguments.format
+    folder = Path(arguments.run)
+    folder = folder if folder.is_dir() else folder.parent
+    out = Path(arguments.out) if arguments.out else folder / f"task-{arguments.task}.{suffix}"
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    if len(shape) == 2:  # a text, whose last feature tells tokens from padding
+        example[..., -1] = 1
+    difference = phases.export(arguments.task, out, arguments.format, example)
+    print(f"{out}: {out.stat().st_size:,} bytes; its logits differ by {difference:.3g} at most from the network's.")
+    return 0
