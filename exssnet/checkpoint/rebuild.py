@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..continual.phases import Phases
+from ..continual.pretrained import DESCRIPTION
 from ..io import container
 from ..io.values import shown, typed
 from ..nn import convert, supermask_layers
@@ -23,7 +24,8 @@ def load(path: str | Path) -> Phases:
     """The finished tasks of a run of `exssnet train`, with its network, on the CPU. The last task is active.
 
     Args:
-        path: The folder of a run, finished or not, or a checkpoint or model in it.
+        path: The folder of a run, finished or not, or a checkpoint or model in it. Or a folder of
+            `Phases.save_pretrained`.
 
     Returns:
         The `Phases` of the rebuilt network. To go on with the run instead, use ``exssnet train --resume``.
@@ -36,6 +38,8 @@ def load(path: str | Path) -> Phases:
         >>> phases = exssnet.load("runs/train")
         >>> logits = phases.fold(0).eval()(x)
     """
+    if (Path(path) / DESCRIPTION).is_file():
+        return Phases.from_pretrained(path)
     return rebuilt(path)[0]
 
 

@@ -1,21 +1,25 @@
 """The networks of finished tasks: they are added, looked at, copied, and written to files of their own."""
 
 import copy
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import unconvert
-from . import export, owners, stored, task_file
+from . import export, owners, pretrained, stored, task_file
 from .export import Example, Format
 from .task_model import PHASES, TaskModel
 from .trained import Trained
 from .undo import held, undone_on_failure
+
+FinishedT = TypeVar("FinishedT", bound="FinishedTasks")
 
 
 class FinishedTasks(TaskModel):
@@ -238,6 +242,67 @@ class FinishedTasks(TaskModel):
             self._write_values(loaded.trained, before)
             raise
         return len(bank) - 1
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a model of transformers and all finished tasks to a folder. See `from_pretrained`.
+
+        The plain model is written by `transformers`, with the shared weights as they are now and the initial per-task
+        tensors. Beside it are ``tasks/0.safetensors``, ..., as from `save_task`, and ``exssnet.json``. Scores are not
+        written.
+
+        Args:
+            folder: The folder. It is made if it does not exist.
+
+        Raises:
+            RuntimeError: If a task is open.
+            ValueError: If the model is none of transformers.
+            OSError: If a file cannot be written.
+        """
+        self.require("save_pretrained", "idle")
+        pretrained.save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls: type[FinishedT], folder: str | Path, model: nn.Module | None = None) -> FinishedT:
+        """The model and the tasks of a folder of `save_pretrained`. The last task is active.
+
+        Args:
+            folder: The folder, or the name of a repository on the Hugging Face Hub that `push_to_hub` wrote.
+            model: The plain model that was read from the folder. None: a model of the class in the folder's
+                description, which must be one of `transformers`.
+
+        Returns:
+            The `Phases` of the converted model. Every task's network is bit for bit the one that was saved.
+
+        Raises:
+            ValueError: If a file is damaged, or does not fit the model.
+            OSError: If a file cannot be read.
+
+        Example:
+            >>> phases = exssnet.Phases.from_pretrained("bert-with-tasks")
+        """
+        converted, files = pretrained.converted(pretrained.fetched(folder), model)
+        phases = cls(converted, None, 0)
+        for file in files:
+            phases.load_task(file)
+        return phases
+
+    def push_to_hub(self, name: str, **options: Any) -> None:
+        """Write the folder of `save_pretrained` to a repository on the Hugging Face Hub, which is made if needed.
+
+        Args:
+            name: The repository's name.
+            options: Further arguments of `huggingface_hub.upload_folder`, for example ``commit_message``.
+
+        Raises:
+            RuntimeError: If a task is open.
+            ValueError: If the model is none of transformers.
+        """
+        import huggingface_hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            huggingface_hub.create_repo(name, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=name, folder_path=folder, **options)
 
     def _write_values(self, masks: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

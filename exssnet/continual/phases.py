@@ -159,7 +159,7 @@ class Phases(FinishedTasks):
         """
         self.require("prune", "weight")
         self._ended(f"values of task {self.active} from before pruning")
-        self.trained = self.trained.writing(self._open_free, self._present_sha256)
+        self.trained = self.trained.writing(self._open_free, self.present_sha256)
         for name, layer in self.layers.items():
             free = self._open_free[name]
             layer.store_values(free)
@@ -189,7 +189,7 @@ class Phases(FinishedTasks):
         kept = self.keep_scores
         scores = {} if kept is None else {name: s.to(kept) for name, s in self._open_scores.items()}
         bank, states, all_scores = stored.adopted(self, [(self._open_masks, self.own.changed(), scores)])
-        trained = self.trained.writing(self._open_free | self._weights.changed(), self._present_sha256).finished()
+        trained = self.trained.writing(self._open_free | self._weights.changed(), self.present_sha256).finished()
         self._ended(f"parameters of task {self.active}'s {self.phase} phase")
         for name, free in self._open_free.items():
             self.layers[name].store_values(free)

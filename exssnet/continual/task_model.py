@@ -216,7 +216,11 @@ class TaskModel:
                 f"the {len(self.bank)} finished tasks are from a state of an earlier exssnet, which does not say which "
                 "weights they trained"
             )
-        return self.trained.base or self._present_sha256()
+        return self.trained.base or self.present_sha256()
+
+    def present_sha256(self) -> str:
+        """The SHA-256 of the shared weights as they are, and of the frozen parameters."""
+        return sha256(sorted((self.weights_before() | self.frozen_parameters()).items()))
 
     def open_tensors(self) -> dict[str, Tensor]:
         """The tensors of the open task by name, without copies.
@@ -243,9 +247,6 @@ class TaskModel:
         return tensors | self.own.named(self.own.live(), "state/")
 
     # Inside
-
-    def _present_sha256(self) -> str:
-        return sha256(sorted((self.weights_before() | self.frozen_parameters()).items()))
 
     def _empty_bank(self) -> MaskBank:
         return MaskBank({name: layer.dense_weight.shape for name, layer in self.layers.items()})

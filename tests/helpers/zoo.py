@@ -323,11 +323,11 @@ def missing(case: Case) -> str | None:
     if importlib.util.find_spec(case.needs) is None:
         return f"{case.needs} is not installed"
     if case.needs == "transformers":
-        _import_transformers()
+        import_transformers()
     return None
 
 
-def _import_transformers() -> None:
+def import_transformers() -> None:
     """It asks for a package `kernels`, and finds our folder of this name where the tests start in the checkout."""
     root, path = Path(__file__).parents[2], list(sys.path)
     sys.path[:] = [p for p in path if Path(p).resolve() != root]

@@ -1,0 +1,125 @@
+"""Folders with a model of transformers and all of its tasks: the plain model, and a file of each task beside it.
+
+The plain model, which `transformers` writes and reads, has the shared weights as they are now. So the files of the
+tasks hold no values of these, and need no other task.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..io.values import shown, typed
+from ..io.writing import write_text
+from ..nn import TENSORS, convert, full_name, supermask_layers
+from . import task_file
+from .task_model import TaskModel
+from .trained import Trained
+
+DESCRIPTION = "exssnet.json"
+FORMAT = "exssnet-folder-1"
+
+
+@dataclass
+class Description:
+    """What the folder says beside the model and the tasks.
+
+    Args:
+        format: `FORMAT`.
+        model: Name of the model's class in `transformers`.
+        tasks: Number of tasks.
+        k: Number of weights that a mask keeps, by masked layer.
+        frozen: Names of the parameters without a mask that do not train.
+    """
+
+    format: str
+    model: str
+    tasks: int
+    k: dict[str, int]
+    frozen: list[str]
+
+
+def save(phases: TaskModel, folder: Path) -> None:
+    """Write the model and all finished tasks to a folder. ValueError if the model is none of transformers."""
+    write_model = getattr(type(phases.model), "save_pretrained", None)
+    if write_model is None:
+        raise ValueError(
+            f"save_pretrained: {type(phases.model).__name__} is no model of transformers: use exssnet.checkpoint.save"
+        )
+    write_model(phases.model, folder, state_dict=_plain(phases))
+    (folder / "tasks").mkdir(exist_ok=True)
+    base = phases.present_sha256()
+    for task in range(len(phases.bank)):
+        task_file.write(phases, task, _file(folder, task), base, Trained())
+    k = {name: layer.k for name, layer in phases.layers.items()}
+    told = Description(FORMAT, type(phases.model).__name__, len(phases.bank), k, sorted(phases.own.frozen))
+    write_text(folder / DESCRIPTION, json.dumps(asdict(told), indent=1) + "\n")
+
+
+def converted(folder: Path, model: nn.Module | None) -> tuple[nn.Module, list[Path]]:
+    """The converted model of a folder, and the files of its tasks.
+
+    Args:
+        folder: The folder.
+        model: The plain model. None: `transformers` reads it from the folder.
+
+    Raises:
+        ValueError: If the folder's description is damaged, or does not fit the model.
+        OSError: If the folder has no description.
+    """
+    try:
+        read = json.loads((folder / DESCRIPTION).read_text())
+        told: Description = typed(Description, read, "it")
+        if told.format != FORMAT:
+            raise ValueError(f"it is of format {told.format}, this version reads {FORMAT}")
+        plain = _read_model(folder, told.model) if model is None else model
+        parameters = dict(plain.named_parameters())
+        if missing := sorted({*told.frozen} - parameters.keys()):
+            raise ValueError(f"it names {missing[0]}, which is no parameter of {type(plain).__name__}")
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name not in told.frozen)
+        convert(plain, include=list(told.k))
+        for name, layer in supermask_layers(plain):
+            if not 0 <= told.k.get(name, -1) <= layer.dense_weight.numel():
+                raise ValueError(f"it keeps {told.k.get(name)} of {layer.dense_weight.numel()} weights of {name}")
+            layer.k = told.k[name]
+            layer.kept.fill_(layer.k)
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {shown(folder / DESCRIPTION)}: {shown(error, 500)}") from error
+    return plain, [_file(folder, task) for task in range(told.tasks)]
+
+
+def fetched(name: str | Path) -> Path:
+    """A folder, or the local copy of a repository on the Hugging Face Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name)))
+
+
+# Inside
+
+
+def _file(folder: Path, task: int) -> Path:
+    return folder / "tasks" / f"{task}.safetensors"
+
+
+def _plain(phases: TaskModel) -> dict[str, Tensor]:
+    """The state dict of the plain model with the shared weights, and the initial values of per-task tensors."""
+    own = {full_name(name, key) for name in phases.layers for key in TENSORS}
+    state: dict[str, Tensor] = {
+        n: phases.initial.get(n, t) for n, t in phases.model.state_dict().items() if n not in own
+    }
+    return state | {full_name(name, "weight"): weight for name, weight in phases.weights_before().items()}
+
+
+def _read_model(folder: Path, name: str) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"{shown(name)} is no model of transformers: read it yourself and pass it as `model`")
+    model: nn.Module = kind.from_pretrained(folder)
+    return model
