@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..io.values import shown, typed
 from ..io.writing import write_text
-from ..nn import TENSORS, convert, full_name, supermask_layers
+from ..nn import TENSORS, convert, full_name
 from . import task_file
 from .task_model import TaskModel
 from .trained import Trained
@@ -29,7 +29,7 @@ class Description:
         format: `FORMAT`.
         model: Name of the model's class in `transformers`.
         tasks: Number of tasks.
-        k: Number of weights that a mask keeps, by masked layer.
+        k: Number of weights that a mask keeps, by name of the plain model's parameter.
         frozen: Names of the parameters without a mask that do not train.
     """
 
@@ -52,7 +52,7 @@ def save(phases: TaskModel, folder: Path) -> None:
     base = phases.present_sha256()
     for task in range(len(phases.bank)):
         task_file.write(phases, task, _file(folder, task), base, Trained())
-    k = {name: layer.k for name, layer in phases.layers.items()}
+    k = {name: layer.k for name, layer in _masked(phases.model).items()}
     told = Description(FORMAT, type(phases.model).__name__, len(phases.bank), k, sorted(phases.own.frozen))
     write_text(folder / DESCRIPTION, json.dumps(asdict(told), indent=1) + "\n")
 
@@ -79,8 +79,8 @@ def converted(folder: Path, model: nn.Module | None) -> tuple[nn.Module, list[Pa
             raise ValueError(f"it names {missing[0]}, which is no parameter of {type(plain).__name__}")
         for name, parameter in parameters.items():
             parameter.requires_grad_(name not in told.frozen)
-        convert(plain, include=list(told.k))
-        for name, layer in supermask_layers(plain):
+        convert(plain, include=[name.removesuffix(".weight") for name in told.k])
+        for name, layer in _masked(plain).items():
             if not 0 <= told.k.get(name, -1) <= layer.dense_weight.numel():
                 raise ValueError(f"it keeps {told.k.get(name)} of {layer.dense_weight.numel()} weights of {name}")
             layer.k = told.k[name]

@@ -102,8 +102,8 @@ WRONG: dict[str, Callable[[Path], None]] = {
     "it is of format exssnet-folder-2": lambda f: edit(f, format="exssnet-folder-2"),
     "'os.system' is no model of transformers": lambda f: edit(f, model="os.system"),
     "it names nothing, which is no parameter of": lambda f: edit(f, frozen=["nothing"]),
-    "it keeps 9999999 of": lambda f: edit(f, k={"bert.pooler.dense": 9_999_999}),
-    "matches no layer": lambda f: edit(f, k={"nothing": 1}),
+    "it keeps 9999999 of": lambda f: edit(f, k={"bert.pooler.dense.weight": 9_999_999}),
+    "matches no layer": lambda f: edit(f, k={"nothing.weight": 1}),
     "Expecting value": lambda f: (f / "exssnet.json").write_text("x") and None,
     "needs the base weights with the SHA-256": lambda f: bert(1).save_pretrained(f),  # type: ignore[operator]
 }
