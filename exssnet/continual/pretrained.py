@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..io.values import shown, typed
 from ..io.writing import write_text
-from ..nn import TENSORS, convert, full_name
+from ..nn import TENSORS, SupermaskLayer, convert, full_name
 from . import task_file
 from .task_model import TaskModel
 from .trained import Trained
@@ -108,11 +108,18 @@ def _file(folder: Path, task: int) -> Path:
 
 def _plain(phases: TaskModel) -> dict[str, Tensor]:
     """The state dict of the plain model with the shared weights, and the initial values of per-task tensors."""
-    own = {full_name(name, key) for name in phases.layers for key in TENSORS}
-    state: dict[str, Tensor] = {
-        n: phases.initial.get(n, t) for n, t in phases.model.state_dict().items() if n not in own
-    }
-    return state | {full_name(name, "weight"): weight for name, weight in phases.weights_before().items()}
+    named = phases.model.named_modules(remove_duplicate=False)
+    own = {full_name(name, key) for name, module in named if isinstance(module, SupermaskLayer) for key in TENSORS}
+    state: dict[str, Tensor] = phases.model.state_dict()
+    state = {name: phases.initial.get(name, t) for name, t in state.items() if name not in own}
+    weights = {phases.layers[name]: weight for name, weight in phases.weights_before().items()}
+    return state | {name: weights[layer] for name, layer in _masked(phases.model).items()}
+
+
+def _masked(model: nn.Module) -> dict[str, SupermaskLayer]:
+    """Name of the plain model's parameter -> the layer that masks it. A shared layer has several names."""
+    named = model.named_modules(remove_duplicate=False)
+    return {full_name(name, "weight"): layer for name, layer in named if isinstance(layer, SupermaskLayer)}
 
 
 def _read_model(folder: Path, name: str) -> nn.Module:
@@ -121,5 +128,5 @@ def _read_model(folder: Path, name: str) -> nn.Module:
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{shown(name)} is no model of transformers: read it yourself and pass it as `model`")
-    model: nn.Module = kind.from_pretrained(folder)
+    model: nn.Module = kind.from_pretrained(folder)  # type: ignore[attr-defined]
     return model
