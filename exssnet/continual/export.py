@@ -47,7 +47,7 @@ def export(live: nn.Module, plain: nn.Module, path: Path, form: Format, example:
         raise ModuleNotFoundError(f"export: {form} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     args, kwargs = _inputs(example)
     with evaluation(live), evaluation(plain), tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / ("network.pt2" if form == "aoti" else "network")
+        part = Path(folder) / "network.pt2"  # torch wants this ending
         written = WRITERS[form](plain, args, kwargs, part)
         worst = 0.0
         for rows in (slice(None), slice(0, 1)):  # the batch dimension is open
@@ -124,10 +124,8 @@ def _program(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _pt2(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Run:
-    with path.open("wb") as file:
-        torch.export.save(_program(plain, args, kwargs), file)
-    with path.open("rb") as file:
-        return _called(torch.export.load(file).module())
+    torch.export.save(_program(plain, args, kwargs), str(path))
+    return _called(torch.export.load(str(path)).module())
 
 
 def _aoti(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Run:
