@@ -51,9 +51,7 @@ def same_network(a: Phases, task: int, b: Phases, other: int) -> bool:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=str)
-def test_tasks_of_frozen_weights_load_in_any_order_and_none_is_forgotten(
-    order: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_tasks_of_frozen_weights_load_in_any_order_and_stay(order: tuple[int, ...], tmp_path: Path) -> None:
     sources = [learned(seed, weights=False) for seed in range(3)]  # three people with the same base weights
     phases = Phases(small_net(), keep_scores=None)
     for number, which in enumerate(order):
