@@ -63,7 +63,7 @@ def with_notes(notes: Any, source: Path, path: Path) -> Path:
         ({**NOTES, "shape": "3"}, "its shape of an input must be"),
         ({**NOTES, "shape": [1 << 40, 8, 8]}, "of its network has the shape|its network cannot be built"),
         ({**NOTES, "shape": [-3, 8, 8]}, "its network cannot be built"),
-        ({**NOTES, "model": "resnet18"}, "of its network has the shape .*, the file"),
+        ({**NOTES, "model": "resnet18"}, "of its network has the shape .*, it holds"),
     ],
 )
 def test_a_network_that_cannot_be_rebuilt_is_told(
