@@ -240,6 +240,21 @@ def test_a_state_of_an_earlier_version_does_not_say_what_was_trained(tmp_path: P
         phases.save_task(1, tmp_path / "task")
 
 
+def test_what_an_abandoned_task_has_written_is_known_after_reloading(tmp_path: Path) -> None:
+    source, phases = learned(0), Phases(small_net())
+    source.start_task()
+    source.start_weight_phase()
+    for values in source.masked_parameters():
+        values.data.add_(1.0)
+    source.prune({name: torch.zeros(layer.dense_weight.shape).bool() for name, layer in source.layers.items()})
+    source.abandon_task()
+    phases.load_state_dict(copy.deepcopy(source.state_dict()))
+    for each, name in ((source, "one"), (phases, "again")):
+        train(each, weights=False, seed=2)
+        each.save_task(1, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "again").read_bytes()
+
+
 def test_an_open_phase_comes_back_with_what_it_has_written(tmp_path: Path) -> None:
     phases = Phases(small_net())
     phases.start_task()
