@@ -23,7 +23,7 @@ from ..ops import (
 )
 from ..ops.bitmap import as_bitmap
 from ..ops.library import transforming
-from ..ops.sparse import is_few
+from ..ops.sliced import SlicedWeight, sliced_linear, sliced_weight, takes_sliced
 from ..ops.weights import WrittenWeight, written_weights
 from .choice import symbolic, traced
 from .selector import in_backward, recomputable, select
@@ -220,10 +220,10 @@ class Fixed(Mode):
         if sparse:
             self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
-            free, frozen, pattern = self.values(layer)
-            if not geometry and not traced() and is_few(x) and not (len(free) and len(frozen)):
-                pattern = self._once_a_pattern(layer, "compact", SparsePattern.compact)
-            y = layer.sparse_product(x, free, frozen, pattern, *kernel, layer.bias, *geometry[:3])
+            if not geometry and takes_sliced(x, layer.bias) and _free_values(layer) is None and not traced():
+                y = sliced_linear(x, self._sliced(layer), layer.bias)
+            else:
+                y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
         elif self._fuses(layer, x, padding):
             self._note_form(None)
             y = layer.bitmap_product(x, *self._bitmap_values(layer), layer.bias, *geometry)
@@ -239,6 +239,12 @@ class Fixed(Mode):
 
     def mask(self, layer: Layer) -> Tensor:
         return unpack_mask(layer.packed_mask, layer.dense_weight.shape)
+
+    def _sliced(self, layer: Layer) -> SlicedWeight:
+        """The frozen values for inference with few samples."""
+        frozen = layer._buffers["frozen_values"]
+        tensors = self.once(layer, "sliced", lambda: sliced_weight(frozen, self._pattern(layer)[0])[:-1], (frozen,))
+        return SlicedWeight(*tensors, layer.in_features)
 
     def values(self, layer: Layer) -> tuple[Tensor, Tensor, SparsePattern]:
         """Free values, frozen values and the pattern: the arguments of the sparse products."""
@@ -416,12 +422,6 @@ class Constant(Fixed):
             self._kept[layer, key] = compute()
         folded: Folded = self._kept[layer, key]
         return folded
-
-    def _once_a_pattern(self, layer: Layer, name: Hashable, compute: Callable[[SparsePattern], Any]) -> Any:
-        result = super()._once_a_pattern(layer, name, compute)
-        if name == "compact":
-            self._kept.setdefault((layer, name), (result.col,))  # counts in the network's size
-        return result
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         return False  # the masked weight is cached
