@@ -11,7 +11,7 @@
 
 #include "core/floats.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(EXSSNET_BASELINE_ALONE)
 #define EXSSNET_X86 1
 
 #define EXSSNET_PRAGMA(text) _Pragma(#text)
