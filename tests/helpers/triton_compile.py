@@ -112,9 +112,7 @@ def _report(name: str, kernel: Any, launch: dict[str, Any]) -> Compiled:
     blocks = [f"{n.removeprefix('BLOCK_')} {v}" for n, v in launch.items() if n.startswith("BLOCK")]
     configuration = ", ".join([*blocks, f"{kernel.metadata.num_warps} warps, {kernel.metadata.num_stages} stages"])
     binary = kernel.asm["cubin"] if nvidia else assembly.encode()
-    return Compiled(
-        name, configuration, registers, spilled, kernel.metadata.shared, "+".join(used), launch, binary
-    )
+    return Compiled(name, configuration, registers, spilled, kernel.metadata.shared, "+".join(used), launch, binary)
 
 
 @contextmanager
