@@ -79,6 +79,10 @@ class Mode:
         """The masked weight, ``dense_weight * mask``, with its gradient."""
         raise RuntimeError(NO_MASK)
 
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        """The masked weight as PyTorch's product with x wants it, computed once for all uses of a forward pass."""
+        raise RuntimeError(NO_MASK)
+
     def mask(self, layer: Layer) -> Tensor:
         """The mask, bool of the weight's shape."""
         raise RuntimeError(NO_MASK)
@@ -146,13 +150,15 @@ class Scores(Mode):
                 x, layer.dense_weight, layer.scores, None, layer.bias, *geometry, selection=selection, sparse=sparse
             )
         else:
-            form = layer._form(x)
-            self._note_form(form)
-            weight = None if recomputable() else self._given(form)
-            if weight is None:
-                weight = self._weight(layer, *form)
-            y = layer.dense_product(x, weight, layer.bias, *geometry)
+            y = layer.dense_product(x, self._dense_weight(layer, x), layer.bias, *geometry)
         return y
+
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        self._note_call()
+        form = layer._form(x)
+        self._note_form(form)
+        weight = None if recomputable() else self._given(form)
+        return self._weight(layer, *form) if weight is None else weight
 
     def weight(self, layer: Layer) -> Tensor:
         self._note_call()

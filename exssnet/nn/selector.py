@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.nan_flag import capturing
 from ..ops import topk_masks, topk_select
-from ..ops.library import product_dtype, transforming
+from ..ops.library import transforming
 from ..ops.selection import new_hint
 from ..ops.weights import WrittenWeight, unchecked_weights, written_weights
 from . import stale
@@ -99,10 +99,13 @@ class Selector:
             handed = select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
         for layer, selection in zip(layers, handed, strict=True):
             layer.mode.selection = selection
-        written = [layer for layer in layers if layer.mode.written is not None and not recomputable()]
-        if written:  # one pass for all these layers
+        of_dtypes: dict[torch.dtype, list[Any]] = {}
+        for layer in layers:
+            if layer.mode.written is not None and not recomputable():
+                of_dtypes.setdefault(layer.written_dtype(), []).append(layer)
+        for dtype, written in of_dtypes.items():  # one pass for all these layers
             weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
-            selections, dtype = [layer.mode.selection for layer in written], product_dtype(weights[0])
+            selections = [layer.mode.selection for layer in written]
             forms = [layer.mode.written._replace(dtype=dtype) for layer in written]
             last = [form.channels_last for form in forms]
             masked = unchecked_weights(weights, scores, selections, dtype, last)  # each was checked alone before
@@ -224,15 +227,21 @@ def selecting(kind: Any) -> Any:
 
 
 def own_class(kind: Any) -> Any:
-    """The class that `selecting` made a class of. Any other class is returned unchanged."""
-    return kind.__bases__[1] if Selecting in kind.__bases__ else kind
+    """A module's own class, of which `convert` may have made another one."""
+    while any(issubclass(base, Generated) for base in kind.__bases__):
+        kind = kind.__bases__[1]
+    return kind
 
 
-class Selecting:
-    """The first base of all classes that `selecting` makes."""
+class Generated:
+    """A base of all classes that `convert` makes of a module's own class, which is the second base."""
 
     def __init_subclass__(cls) -> None:
-        """Skip the method of the model's own class, which may register its subclasses."""
+        """Skip the method of the module's own class, which may register its subclasses."""
+
+
+class Selecting(Generated):
+    """The first base of all classes that `selecting` makes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Name the model's own class in copies and pickles. This one cannot be imported."""
