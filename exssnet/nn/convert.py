@@ -139,8 +139,10 @@ def convert(
         raise ValueError(f"convert: products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     if weights not in ("keep", "signed_constant"):
         raise ValueError(f'convert: weights must be "keep" or "signed_constant", got {weights!r}')
-    include, exclude = ([by] if isinstance(by, str) else by for by in (include, exclude))
-    chosen, passed_over = _choose(model, None if include is None else list(include), list(exclude or ()))
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError("convert: the model has lazy parameters, whose shapes are known after a first forward pass")
+    wanted, left = ([by] if isinstance(by, str) else by for by in (include, exclude))
+    chosen, passed_over = _choose(model, None if wanted is None else list(wanted), list(left or ()))
     shapes = [getattr(place.module, place.key).shape for place, *_ in chosen]
     densities = allocate_density(shapes, density, allocation)
     weights_before = [p for place, *_ in chosen for p in _parameters(place.tensor)]
@@ -190,8 +192,8 @@ def _choose(
         else:
             chosen.setdefault(id(place.tensor), []).append(place)
     if not chosen:
-        why = [f"{f'{name}: ' if name else ''}{reason}" for name, reason in reasons.items()]
-        raise ValueError(f"convert: the model has no weight to mask{': ' if why else ''}{'; '.join(why[:5])}")
+        told = [f"{f'{name}: ' if name else ''}{reason}" for name, reason in reasons.items()]
+        raise ValueError(f"convert: the model has no weight to mask{': ' if told else ''}{'; '.join(told[:5])}")
     for taken in chosen.values():
         owners = _owners_of(model, taken[0].tensor)
         if left := [name for name in owners if name not in {place.full for place in taken}]:
@@ -208,8 +210,7 @@ def _weights(name: str, module: nn.Module, include: Iterable[Chosen]) -> Iterato
     for key in (*parametrized, *(key for key, p in module._parameters.items() if p is not None)):  # type: ignore[misc]
         place = Place(name, module, key)
         asked = any(isinstance(p, str) and p.rpartition(".")[2] == key and fnmatch(place.full, p) for p in include)
-        matrix = is_lazy(place.tensor) or getattr(module, key).dim() > 1
-        if matrix and (asked or ("weight" in key and not _is_norm(module))):
+        if getattr(module, key).dim() > 1 and (asked or ("weight" in key and not _is_norm(module))):
             yield place
 
 
@@ -231,8 +232,6 @@ def _unmaskable(place: Place) -> str:
         return "its weight is computed (old weight_norm or spectral_norm, prune, ...)"
     if not any(p.requires_grad for p in _parameters(tensor)):
         return "its weight requires no gradient"
-    if is_lazy(tensor):
-        return "the shape of its weight is not known before its first forward pass"
     if (dtype := getattr(module, place.key).dtype) not in FLOATS:
         return f"its weight is {dtype}"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.sparse or module.max_norm is not None):
@@ -258,9 +257,7 @@ def _mask(places: Sequence[Place], density: float, products: Products) -> Superm
     return weight
 
 
-def _check_patterns(
-    what: str, patterns: Iterable[Chosen], known: Iterable[str], reasons: Mapping[str, str]
-) -> None:
+def _check_patterns(what: str, patterns: Iterable[Chosen], known: Iterable[str], reasons: Mapping[str, str]) -> None:
     """Raise ValueError for a name pattern that matches no known module or tensor."""
     for pattern in patterns:
         if not isinstance(pattern, str) or any(fnmatch(name, pattern) for name in known):
