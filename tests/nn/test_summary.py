@@ -100,7 +100,7 @@ def test_a_model_that_was_not_converted_is_refused() -> None:
 
 
 def test_the_warning_names_the_largest_copies() -> None:
-    told = r"masks cover \d+ % of the parameters that train; every task keeps a dense copy of the others, .*: Embedding"
+    told = r"masks cover \d+ % of the parameters that train; every task keeps a dense copy of the others, .* MB: Linear"
     with pytest.warns(UserWarning, match=told):
         convert(Mixed(), 0.3)
 
