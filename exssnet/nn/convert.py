@@ -251,7 +251,7 @@ def _mask(places: Sequence[Place], density: float, products: Products) -> Superm
         parametrize.remove_parametrizations(module, key, leave_parametrized=True)
     if not others and key == "weight" and type(module) in MASKED:
         return MASKED[type(module)].from_plain(module, density, products)
-    weight = SupermaskWeight(module._parameters[key], density, products)  # type: ignore[arg-type]
+    weight = SupermaskWeight(module._parameters[key], density)  # type: ignore[arg-type]
     for place in places:
         host(place.module, place.key, weight)
     return weight

@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .choice import Products
 from .layers import SupermaskLayer
 from .modes import Form
 from .selector import Generated, forwards, own_class
@@ -23,13 +22,12 @@ class SupermaskWeight(SupermaskLayer):
     Args:
         weight: The tensor, a parameter with at least two dimensions.
         density: Share of the weights kept, in [0, 1].
-        products: Ignored: the host has its own product.
     """
 
-    def __init__(self, weight: nn.Parameter, density: float, products: Products = "auto") -> None:
+    def __init__(self, weight: nn.Parameter, density: float) -> None:
         super().__init__()
         self._parameters["weight"] = weight
-        self._own_weight(density, products)
+        self._own_weight(density, "dense")
         self.dense_weight = self.dense_weight.contiguous()
 
     def forward(self) -> Tensor:  # type: ignore[override]

@@ -1,0 +1,67 @@
+"""Mask tuning of a pretrained model: each task learns which weights to keep, one bit per weight."""
+
+from torch import nn
+
+from ..nn import SupermaskLayer, convert
+from . import heads
+from .phases import Phases
+
+
+def mask_tuning(model: nn.Module, density: float = 0.95, head: str | None = None, seed: int = 0) -> Phases:
+    """Prepare a pretrained model for mask tuning: masks over frozen weights, instead of fine-tuned weights.
+
+    The pretrained weights never change, so no task is forgotten. A task adds one bit per masked weight, its head, and
+    its biases and norms. The scores of a task start as the magnitudes of the weights, so the first mask drops the
+    smallest weights and hardly changes the model. Embeddings and other tables that are looked up or added stay frozen,
+    shared by all tasks. End a task with `finish_task` right after its mask phase. A weight phase is possible too; it
+    changes the weights that no earlier task keeps, for all later tasks.
+
+    Sources: Piggyback (Mallya, Davis & Lazebnik, ECCV 2018); "Masking as an Efficient Alternative to Finetuning for
+    Pretrained Language Models" (Zhao et al., EMNLP 2020).
+
+    Args:
+        model: A model with pretrained weights. It is converted in place, see `convert`.
+        density: Share of the weights kept, in (0, 1]. Pretrained models lose accuracy below about 0.5.
+        head: Name of the layer that each task has of its own. None takes the last `nn.Linear`.
+        seed: See `Phases`; magnitudes do not depend on it.
+
+    Returns:
+        The phases of the converted model, without tasks. Scores of finished tasks are not kept.
+
+    Raises:
+        ValueError: If the model has no module of the head's name, if the head has no parameters, and for what
+            `convert` refuses. Nothing is changed then.
+
+    Example::
+
+        phases = exssnet.mask_tuning(model, density=0.95, head="classifier")
+        phases.start_task()
+        optimizer = phases.optimizer(torch.optim.AdamW, lr=1e-4)
+        ...                     # train phases.model as usual
+        phases.finish_task()    # the model is now the network of this task
+    """
+    if head is None:
+        head = next(reversed(heads.linear_layers(model)), "")
+        if not head:
+            raise ValueError("mask_tuning: the model has no nn.Linear to be the head: name the head")
+    heads.check_name(model, head)
+    of_head = set(model.get_submodule(head).modules())
+    if not any(module._parameters for module in of_head):
+        raise ValueError(f"mask_tuning: head={head!r} has no parameters, which each task would have its own of")
+    products = "dense" if density >= 0.5 else "auto"
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    trained = [p for m in embeddings for p in m.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        convert(model, density, exclude=[head, f"{head}.*"], products=products)
+    except ValueError:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
+    for module in model.modules():
+        if module not in of_head and not isinstance(module, SupermaskLayer) and "Norm" not in type(module).__name__:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.dim() > 1:
+                    parameter.requires_grad_(False)
+    return Phases(model, keep_scores=None, seed=seed, scores="magnitude")
