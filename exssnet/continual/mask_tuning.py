@@ -48,20 +48,18 @@ def mask_tuning(model: nn.Module, density: float = 0.95, head: str | None = None
     of_head = set(model.get_submodule(head).modules())
     if not any(module._parameters for module in of_head):
         raise ValueError(f"mask_tuning: head={head!r} has no parameters, which each task would have its own of")
-    products = "dense" if density >= 0.5 else "auto"
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     trained = [p for m in embeddings for p in m.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        convert(model, density, exclude=[head, f"{head}.*"], products=products)
+        convert(model, density, exclude=f"{head}.*", products="dense" if density >= 0.5 else "auto")
     except ValueError:
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
     for module in model.modules():
         if module not in of_head and not isinstance(module, SupermaskLayer) and "Norm" not in type(module).__name__:
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.dim() > 1:
-                    parameter.requires_grad_(False)
+            for table in module.parameters(recurse=False):
+                table.requires_grad_(table.requires_grad and table.dim() < 2)
     return Phases(model, keep_scores=None, seed=seed, scores="magnitude")

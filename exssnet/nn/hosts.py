@@ -42,6 +42,9 @@ class SupermaskWeight(SupermaskLayer):
         weight: Tensor = self._mode._dense_weight(self, self.dense_weight)
         return weight
 
+    def needs_pattern(self) -> bool:
+        return False
+
     def plain_key(self, name: str) -> str:
         return name
 

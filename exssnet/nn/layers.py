@@ -292,6 +292,10 @@ class SupermaskLayer(nn.Module):
         """The dtype in which PyTorch's product wants the masked weight."""
         return product_dtype(self.dense_weight)
 
+    def needs_pattern(self) -> bool:
+        """Whether a product may use the pattern of a fixed mask, which takes 16 bytes per kept weight."""
+        return self.products != "dense" or self.density <= 0.5
+
     def plain_key(self, name: str) -> str:
         """The full name of the plain network's parameter that this layer masks. name: that of the layer."""
         return full_name(name, "weight")

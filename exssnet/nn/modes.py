@@ -198,7 +198,7 @@ class Scores(Mode):
 class Fixed(Mode):
     """A fixed mask without trainable values: `frozen_values`, the packed masks and the pattern are buffers.
 
-    Layers whose products are always dense have no pattern, which takes 16 bytes per kept weight.
+    A layer that needs no pattern has none, see `SupermaskLayer.needs_pattern`.
 
     Args:
         layer: The layer that will enter the mode.
@@ -216,7 +216,7 @@ class Fixed(Mode):
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
         check_masks("sparse_pattern", mask, free_mask)
         tensors = {"packed_mask": pack_mask(mask), "packed_free_mask": pack_mask(free_mask)}
-        if layer.products != "dense":
+        if layer.needs_pattern():
             pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
             tensors |= dict(zip(PATTERN, pattern.tensors, strict=True))
         super().__init__(layer, frozen_values=layer.dense_weight[mask & ~free_mask], **tensors)
