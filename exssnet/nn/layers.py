@@ -294,7 +294,7 @@ class SupermaskLayer(nn.Module):
 
     def needs_pattern(self) -> bool:
         """Whether a product may use the pattern of a fixed mask, which takes 16 bytes per kept weight."""
-        return self.products != "dense" or self.density <= 0.5
+        return self.products != "dense" or 2 * self.k <= self.dense_weight.numel() + 1
 
     def plain_key(self, name: str) -> str:
         """The full name of the plain network's parameter that this layer masks. name: that of the layer."""

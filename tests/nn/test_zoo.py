@@ -16,6 +16,7 @@ from exssnet.nn import evaluation, plain_state_dict
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     pytest.mark.filterwarnings("ignore:convert. masks cover"),  # tests/nn/test_summary.py
 ]
 
