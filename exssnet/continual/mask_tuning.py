@@ -1,13 +1,17 @@
 """Mask tuning of a pretrained model: each task learns which weights to keep, one bit per weight."""
 
+import math
+
 from torch import nn
 
-from ..nn import SupermaskLayer, convert
+from ..nn import SupermaskLayer, convert, supermask_layers
 from . import heads
 from .phases import Phases
 
 
-def mask_tuning(model: nn.Module, density: float = 0.95, head: str | None = None, seed: int = 0) -> Phases:
+def mask_tuning(
+    model: nn.Module, density: float = 0.95, head: str | None = None, seed: int = 0, threshold: float | None = None
+) -> Phases:
     """Prepare a pretrained model for mask tuning: masks over frozen weights, instead of fine-tuned weights.
 
     The pretrained weights never change, so no task is forgotten. A task adds one bit per masked weight, its head, and
@@ -24,13 +28,16 @@ def mask_tuning(model: nn.Module, density: float = 0.95, head: str | None = None
         density: Share of the weights kept, in (0, 1]. Pretrained models lose accuracy below about 0.5.
         head: Name of the layer that each task has of its own. None takes the last `nn.Linear`.
         seed: See `Phases`; magnitudes do not depend on it.
+        threshold: Positive. Masks keep the weights whose score exceeds it in magnitude, instead of a share of each
+            layer, and `density` is ignored. Scores start at twice the threshold, so all weights are kept at first.
+            Piggyback has 5e-3.
 
     Returns:
         The phases of the converted model, without tasks. Scores of finished tasks are not kept.
 
     Raises:
-        ValueError: If the model has no module of the head's name, if the head has no parameters, and for what
-            `convert` refuses. Nothing is changed then.
+        ValueError: If the threshold is not positive, if the model has no module of the head's name, if the head has no
+            parameters, and for what `convert` refuses. Nothing is changed then.
 
     Example::
 
@@ -40,6 +47,9 @@ def mask_tuning(model: nn.Module, density: float = 0.95, head: str | None = None
         ...                     # train phases.model as usual
         phases.finish_task()    # the model is now the network of this task
     """
+    if threshold is not None and not 0 < threshold < math.inf:
+        raise ValueError(f"mask_tuning: threshold must be positive and finite, got {threshold}")
+    density = density if threshold is None else 1.0
     if head is None:
         head = next(reversed(heads.linear_layers(model)), "")
         if not head:
@@ -62,4 +72,6 @@ def mask_tuning(model: nn.Module, density: float = 0.95, head: str | None = None
         if module not in of_head and not isinstance(module, SupermaskLayer) and "Norm" not in type(module).__name__:
             for table in module.parameters(recurse=False):
                 table.requires_grad_(table.requires_grad and table.dim() < 2)
+    for _, layer in supermask_layers(model):
+        layer.threshold = threshold
     return Phases(model, keep_scores=None, seed=seed, scores="magnitude")

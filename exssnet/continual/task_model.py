@@ -162,6 +162,8 @@ class TaskModel:
     def initial_scores(self, task: int) -> dict[str, Tensor]:
         """The scores that a task starts with: random ones, or the magnitudes of the present weights.
 
+        Instead of magnitudes, a layer with a threshold starts with scores of twice the threshold.
+
         Args:
             task: The task's number.
 
@@ -170,7 +172,9 @@ class TaskModel:
         """
         if self.initial_kind == "random":
             return self.random_scores(task)
-        return {name: layer.dense_weight.detach().abs().float() for name, layer in self.layers.items()}
+        weights = {name: layer.dense_weight.detach().abs().float() for name, layer in self.layers.items()}
+        thresholds = {name: layer.threshold for name, layer in self.layers.items()}
+        return {n: w if (t := thresholds[n]) is None else torch.full_like(w, 2 * t) for n, w in weights.items()}
 
     def random_scores(self, task: int) -> dict[str, Tensor]:
         """The random initial scores of a task, which depend on the seed and the task's number alone.

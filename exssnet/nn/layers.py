@@ -21,7 +21,7 @@ TENSORS = (
     "dense_weight", *PARAMETERS, "frozen_values", "packed_mask", "packed_free_mask", "kept", *PATTERN,
 )  # fmt: skip
 """Names of all parameters and buffers that replace the plain layer's weight."""
-ATTRIBUTES = ("k", "products", "_mode", "choices", "_read")
+ATTRIBUTES = ("k", "threshold", "products", "_mode", "choices", "_read")
 """Names of all further attributes that the plain layer does not have."""
 
 # One compiled graph serves the weight phases of all tasks. By default the compiler treats parameter sizes as constants.
@@ -54,7 +54,8 @@ class SupermaskLayer(nn.Module):
         frozen_values: Buffer of the kept weights that are not free, (their number,). None in the mask phase.
         packed_mask: Buffer of the fixed mask: uint8 of (ceil(n / 8),). None in the mask phase.
         packed_free_mask: Buffer of the free mask: uint8 of (ceil(n / 8),). None in the mask phase.
-        k: Number of weights that a mask keeps.
+        k: Number of weights that a mask keeps, at most if there is a threshold.
+        threshold: A mask keeps the scores whose magnitude exceeds it, instead of the top k. None means the top k.
         products: "sparse", "dense" or "auto", see `exssnet.nn.choice.sparse_is_faster`.
     """
 
@@ -64,6 +65,7 @@ class SupermaskLayer(nn.Module):
     bitmap_product: Callable[..., Tensor]
     dense_product: Callable[..., Tensor]
 
+    threshold: float | None = None
     products: Products
     dense_weight: Tensor
     scores: nn.Parameter | None

@@ -26,7 +26,7 @@ from ..ops.library import transforming
 from ..ops.sparse import check_masks, is_few
 from ..ops.weights import WrittenWeight, written_weights
 from .choice import symbolic, traced
-from .selector import in_backward, recomputable, select
+from .selector import above, in_backward, recomputable, select
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
 Folded = tuple[Tensor, ...]
@@ -165,6 +165,8 @@ class Scores(Mode):
         return self._weight(layer)
 
     def mask(self, layer: Layer) -> Tensor:
+        if layer.threshold is not None:
+            return layer.scores.detach().abs() > layer.threshold  # type: ignore[no-any-return]
         return topk_mask(layer.scores, layer.k)
 
     def used(self, layer: Layer) -> bool:
@@ -189,6 +191,12 @@ class Scores(Mode):
             if in_backward():
                 return self.recent
             self.recent = None  # what is recomputed next may be this call
+        return self.own_selection(layer)
+
+    def own_selection(self, layer: Layer) -> Tensor:
+        """The selection of this layer alone: the scores above its threshold, or its top k."""
+        if layer.threshold is not None:
+            return above(layer.scores, layer.threshold)
         return select([layer.scores], [layer.k])[0]
 
     def __getstate__(self) -> dict[str, Any]:

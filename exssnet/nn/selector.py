@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.nan_flag import capturing
-from ..ops import topk_masks, topk_select
+from ..ops import pack_mask, topk_masks, topk_select
 from ..ops.library import transforming
 from ..ops.selection import new_hint
 from ..ops.weights import WrittenWeight, unchecked_weights, written_weights
@@ -96,7 +96,7 @@ class Selector:
             )
         handed = self._handed(model, layers)
         if handed is None:
-            handed = select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
+            handed = self._select(layers)
         for layer, selection in zip(layers, handed, strict=True):
             layer.mode.selection = selection
         of_dtypes: dict[torch.dtype, list[Any]] = {}
@@ -111,6 +111,12 @@ class Selector:
             masked = unchecked_weights(weights, scores, selections, dtype, last)  # each was checked alone before
             for layer, form, weight in zip(written, forms, masked, strict=True):
                 layer.mode.masked = form, weight
+
+    def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
+        """The selections of all layers, in one call unless there are thresholds."""
+        if any(layer.threshold is not None for layer in layers):
+            return [layer.mode.own_selection(layer) for layer in layers]
+        return select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
 
     def _write_values(self) -> None:
         """Write the free values into the dense weights of all layers that keep one, in one pass for each device."""
@@ -164,6 +170,13 @@ def select(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> Se
     if scores[0].device.type == "cpu":
         return topk_select(scores, k, hint)[0].unbind()
     return topk_masks(scores, k, hint, packed=True).masks  # packed, or a GPU's products would read the scores again
+
+
+def above(scores: Tensor, threshold: float) -> Tensor:
+    """The selection of the scores whose magnitude exceeds a threshold, in the form of `select`."""
+    if scores.device.type == "cpu":
+        return torch.tensor([int(torch.tensor(threshold).view(torch.int32)), -1])
+    return pack_mask(scores.detach().abs() > threshold)
 
 
 def forwards() -> int:

@@ -82,6 +82,41 @@ def test_pretrained_weights_never_change_and_nothing_is_forgotten() -> None:
     assert all(torch.equal(p, frozen[name]) for name, p in phases.frozen_parameters().items())
 
 
+@pytest.mark.parametrize("adam", ["AdamW", "ScoreAdam"])
+def test_a_threshold_keeps_what_exceeds_it_and_its_gradient_is_that_of_the_mask(adam: str) -> None:
+    torch.manual_seed(0)
+    phases = exssnet.mask_tuning(Pretrained(), head="classifier", threshold=5e-3)
+    phases.start_task()
+    x = nn.functional.one_hot(torch.arange(5), 16).float()[:, None]
+    plain, layer = Pretrained(), phases.layers["layer.linear1"]
+    with evaluation(phases.model), torch.no_grad():
+        plain.load_state_dict(exssnet.nn.plain_state_dict(phases.model))
+        torch.testing.assert_close(phases.model(TOKENS), plain.eval()(TOKENS))
+    with torch.no_grad():
+        layer.scores.copy_(torch.randn(layer.scores.shape) / 100)
+        layer.scores[0, :2] = torch.tensor([5e-3, -5e-3])  # not above
+    assert torch.equal(layer.mask(), layer.scores.detach().abs() > 5e-3)
+    masked = (layer.dense_weight * layer.mask()).requires_grad_()
+    out = layer(x)
+    torch.testing.assert_close(out, nn.functional.linear(x, masked, layer.bias))
+    out.square().sum().backward()
+    nn.functional.linear(x, masked, layer.bias).square().sum().backward()
+    expected = masked.grad * layer.dense_weight * layer.scores.detach().sign()
+    torch.testing.assert_close(layer.scores.grad, expected)
+    parameters = phases.parameters()
+    optimizer = exssnet.ScoreAdam(parameters, phases.model, lr=4e-3) if adam == "ScoreAdam" else torch.optim.AdamW(
+        parameters, lr=4e-3
+    )  # fmt: skip
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(phases.model.train()(TOKENS), torch.arange(5) % 3).backward()
+        optimizer.step()
+    expected = {name: layer.scores.detach().abs() > 5e-3 for name, layer in phases.layers.items()}
+    phases.finish_task()
+    assert all(torch.equal(phases.bank.mask(0, name), mask) for name, mask in expected.items())
+    assert any(not mask.all() for mask in expected.values())
+
+
 def test_a_weight_phase_is_possible() -> None:
     phases = tuned()
     before = []
@@ -143,6 +178,11 @@ def test_what_cannot_be_tuned_is_refused_and_stays_as_it_was(model: nn.Module, h
     with pytest.raises(ValueError, match=sentence):
         exssnet.mask_tuning(model, head=head)
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
+
+
+def test_a_threshold_is_positive() -> None:
+    with pytest.raises(ValueError, match="mask_tuning: threshold must be positive and finite, got 0"):
+        exssnet.mask_tuning(Pretrained(), threshold=0)
 
 
 def test_an_unknown_start_of_scores_is_refused() -> None:
