@@ -157,9 +157,11 @@ def test_moving_a_dense_layer_replaces_what_was_made_of_its_mask() -> None:
     phases = Phases(exssnet.convert(nn.Linear(6, 4), 0.6, products="dense"))
     phases.start_task()
     phases.start_weight_phase()
-    x = torch.ones(2, 6)
-    before = phases.model(x)
+    x, mode = torch.ones(2, 6), phases.model.mode
+    before, known = phases.model(x), mode._pattern(phases.model)
     phases.model.double()
+    phases.model.packed_mask = phases.model.packed_mask.clone()  # as another device does
+    assert mode._pattern(phases.model) is not known
     assert phases.model(x.double()).dtype == torch.float64
     torch.testing.assert_close(phases.model(x.double()).float(), before)
 
