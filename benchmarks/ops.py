@@ -7,8 +7,8 @@ With --dtype bfloat16 the operators that multiply, norms and the written weights
 baselines. Activations are then stored in bfloat16, weights and scores in float32. Such a row has "ours in float32" as
 one more baseline. The other operators, and the kernels of other libraries, are measured in float32 alone.
 
-"decode" is the forward of linear layers on 1, 4 and 16 samples. Its baselines in each dtype are the dense layer with
-weights stored in float32 and in bfloat16, and torch's CSR in its fastest form.
+"sliced_linear" is the forward of linear layers on 1, 4 and 16 samples. Its baselines in each dtype are the dense layer
+with weights stored in float32 and in bfloat16, and torch's CSR in its fastest form.
 
 "rate" counts the necessary work: one read of the scores and one write of the mask, or the FLOPs of the three products
 of a layer (for sparse layers: of the kept weights). Taps in the padding are counted, so a kernel that skips them can
@@ -37,7 +37,7 @@ from torch import Tensor
 from exssnet import ops
 from exssnet.kernels import layouts, reference
 from exssnet.kernels.registry import OPERATORS
-from exssnet.ops.sparse import is_few
+from exssnet.ops.sliced import takes_sliced
 
 from . import masks, peers, plain
 from .ceilings import floors, machine_peak
@@ -266,10 +266,12 @@ def decode(
 
 def _decode(x: Tensor, weight: Tensor, mask: Tensor, dtype: torch.dtype, density: float) -> Cases:
     pattern, kept, inputs = ops.sparse_pattern(mask), weight * mask, x.to(dtype)
-    if is_few(x):  # as a layer of a finished task has it
-        pattern = pattern.compact()
+    sliced = takes_sliced(x, None)  # as in a layer of a finished task
 
     def sparse(x: Tensor, values: Tensor) -> Variant:
+        if sliced:
+            return partial(ops.sliced_linear, x, ops.sliced_weight(values, pattern))
+
         def run() -> Tensor:
             with autocast(x.dtype):
                 return ops.sparse_linear(x, values, values[:0], pattern)
@@ -280,14 +282,15 @@ def _decode(x: Tensor, weight: Tensor, mask: Tensor, dtype: torch.dtype, density
         return partial(plain.layer, x.to(dtype), kept.to(dtype))
 
     baselines = {"dense float32": dense(torch.float32), "dense bfloat16": dense(torch.bfloat16)} | _csr(x, kept)
-    values = {"sparse": weight[mask]}
-    ours = {"sparse": sparse(inputs, values["sparse"])}
+    form = "sliced" if sliced else "sparse"
+    values = {form: weight[mask]}
+    ours = {form: sparse(inputs, values[form])}
     if dtype != torch.float32:
-        baselines["ours in float32"] = sparse(x, values["sparse"])
-        stored = f"sparse, stored in {name_of(dtype)}"
+        baselines["ours in float32"] = sparse(x, values[form])
+        stored = f"{form}, stored in {name_of(dtype)}"
         values[stored] = weight[mask].to(dtype)
         ours[stored] = sparse(inputs, values[stored])
-    index = dict.fromkeys(ours, pattern.col.nbytes)
+    index = dict.fromkeys(ours, (2 if sliced else 8) * pattern.col.numel())
     if x.is_cuda:  # on a CPU it is the reference
         values["bitmap"], index["bitmap"] = weight[mask].to(dtype), mask.numel() // 4
         ours["bitmap"] = partial(
@@ -410,6 +413,7 @@ CASES: dict[str, Callable[..., Cases]] = {
     "bitmap_linear": layers(bitmap, linear=True, densities=(0.1,)),
     "bitmap_conv2d": layers(bitmap, linear=False, densities=(0.1,)),
     "sparse_linear": layers(sparse, linear=True, densities=(0.1, 0.05, 0.02)),
+    "sliced_linear": decode,
     "sparse_conv2d": layers(sparse, linear=False, densities=(0.1, 0.05, 0.02)),
     "sparse_conv2d_folded": layers(folded, linear=False, densities=(0.1, 0.02)),
     "batch_norm_act": batch_norm_act,
@@ -423,8 +427,8 @@ SELECTION = ("topk_masks", "sparse_linear", "sparse_conv2d")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    names = [*OPERATORS, "decode"]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="operators, or decode")
+    names = list(OPERATORS)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="operators")
     parser.add_argument("--densities", type=float, nargs="+", help="only rows of these densities (default: all)")
 
 
@@ -447,14 +451,13 @@ def measure(operator: str, case: Case, threads: int, quick: bool, calls: int = 1
 
 def cases(operator: str, dtypes: Sequence[str], quick: bool) -> Cases:
     """The rows of an operator in all of these dtypes. Those in bfloat16 have ours in float32 as one more baseline."""
-    if operator not in IN_HALF and operator != "decode":
+    if operator not in IN_HALF:
         yield from CASES[operator](quick)
         return
-    generate = CASES.get(operator, decode)
     for dtype in dtypes:
-        in_dtype = generate(quick, getattr(torch, dtype))
-        beside = dtype != "float32" and operator in CASES
-        yield from _beside(in_dtype, generate(quick)) if beside else in_dtype
+        in_dtype = CASES[operator](quick, getattr(torch, dtype))
+        beside = dtype != "float32" and CASES[operator] is not decode  # which has that baseline already
+        yield from _beside(in_dtype, CASES[operator](quick)) if beside else in_dtype
 
 
 def _beside(half: Cases, single: Cases) -> Cases:

@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -143,8 +144,10 @@ def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) ->
     Rounds are made for `seconds`. There are at least 5, or at least 3 where 5 take longer than twice `seconds`.
 
     In each round a variant is repeated for `turn` seconds, so that the caches hold its own data. By default it is
-    called once, and the caches hold the data of the other variants. The device is synchronized at the end of a turn.
+    called once, and the caches hold the data of the other variants. Each round has an order of its own, because a small
+    variant is faster after one that runs the same code. The device is synchronized at the end of a turn.
     """
+    orders = random.Random(0)
     for variant in variants:
         variant()
     start = time.perf_counter()
@@ -152,13 +155,13 @@ def alternate(variants: Sequence[Variant], seconds: float, turn: float = 0.0) ->
     counts = [max(1, math.ceil(turn / t)) if turn else 1 for t in once]
     rounds = [once] if max(counts) == 1 else []
     while (took := time.perf_counter() - start) < seconds or len(rounds) < (5 if took < 2 * seconds else 3):
-        times = []
-        for variant, count in zip(variants, counts, strict=True):
+        times = list(once)
+        for i in orders.sample(range(len(variants)), len(variants)):
             begin = time.perf_counter()
-            for _ in range(count):
-                variant()
+            for _ in range(counts[i]):
+                variants[i]()
             finish()
-            times.append((time.perf_counter() - begin) / count)
+            times[i] = (time.perf_counter() - begin) / counts[i]
         rounds.append(times)
     quartiles = torch.tensor(rounds, dtype=torch.float64, device="cpu").quantile(
         torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu"), dim=0

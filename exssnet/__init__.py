@@ -5,6 +5,7 @@ from .continual.freezing import freeze_weights
 from .continual.kkt import transfer
 from .continual.learner import Learner, PhaseOptions
 from .continual.mask_bank import MaskBank
+from .continual.mask_tuning import mask_tuning
 from .continual.methods import METHODS, Method
 from .continual.phases import Phases
 from .continual.serving import Served
@@ -51,6 +52,7 @@ __all__ = [
     "graphed",
     "keep_freed_memory",
     "load",
+    "mask_tuning",
     "summary",
     "transfer",
     *_operators,

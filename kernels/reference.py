@@ -319,9 +319,8 @@ def _rows(row_ptr: Tensor, nnz: int) -> Tensor:
 def dense_weight(
     free_values: Tensor, frozen_values: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, columns: int
 ) -> Tensor:
-    """The dense weight (O, columns) of a pattern and its values. A pattern without slots has them in walking order."""
-    values = torch.cat([free_values, frozen_values])
-    values = values[slot.long()] if slot.numel() or not col.numel() else values
+    """The dense weight (O, columns) of a pattern and its values."""
+    values = torch.cat([free_values, frozen_values])[slot.long()]
     weight = values.new_zeros(row_ptr.numel() - 1, columns)
     return weight.index_put((_rows(row_ptr, col.numel()), col.long()), values)
 
@@ -329,8 +328,6 @@ def dense_weight(
 def _at_free(gradient: Tensor, row_ptr: Tensor, col: Tensor, slot: Tensor, values: Tensor) -> Tensor:
     """Entries of a dense (O, columns) gradient at the free values, like these. Does not synchronise a GPU."""
     at = gradient[_rows(row_ptr, col.numel()), col.long()].to(values.dtype)
-    if not slot.numel():
-        return at[: values.numel()]
     return torch.empty_like(at).index_put((slot.long(),), at)[: values.numel()].clone()
 
 
@@ -352,6 +349,14 @@ def sparse_linear_backward(
         batch_last(grad_x) if output_mask[0] else grad_x,
         _at_free(effective, row_ptr, col, slot, free_values) if output_mask[1] else effective,
     )
+
+
+def sliced_linear(x: Tensor, ptr: Tensor, row: Tensor, col: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    of_line = torch.arange(ptr.numel() - 1, device=ptr.device).repeat_interleave(ptr.diff(), output_size=len(col))
+    rank = of_line[:, None] * col.shape[1] + torch.arange(col.shape[1], device=ptr.device)
+    weight = values.new_zeros((ptr.numel() - 1) * col.shape[1], x.shape[1] + 1).index_put((rank, col.long()), values)
+    rows = values.new_zeros(row.numel(), x.shape[1]).index_put((row.long(),), weight[: row.numel(), :-1])
+    return batch_last(F.linear(*of_dtype(x, rows, bias)))
 
 
 def sparse_conv2d(

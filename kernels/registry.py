@@ -87,6 +87,10 @@ OPERATORS = {
         "linear layer that multiplies the kept weights of a fixed mask only; gradient of the free values only",
         "csrc/torch/cpu/sparse.cpp", "csrc/torch/cuda/sparse.cpp",
     ),
+    "sliced_linear": Operator(
+        "linear layer with the kept weights of a fixed mask in slices of 16 rows, for inference with few samples",
+        "csrc/torch/cpu/sliced.cpp",
+    ),
     "sparse_conv2d": Operator(
         "convolution that multiplies the kept weights of a fixed mask only; gradient of the free values only",
         "csrc/torch/cpu/sparse.cpp", "csrc/torch/cuda/sparse.cpp",

@@ -24,13 +24,10 @@ struct Convolution {
   Window h, w;
 };
 
-// A sparse matrix of `rows` x (channels * taps) in CSR. slot is an entry's index in [free values; frozen values]. A
-// compact pattern has `narrow` indices, and no slots: the values are in the order of the entries. Only cpu/sparse_few.h
-// takes it.
+// A sparse matrix of `rows` x (channels * taps) in CSR. slot is an entry's index in [free values; frozen values].
 struct Pattern {
   const int32_t *ptr, *index, *slot;
   int64_t rows, columns, entries;
-  const uint16_t* narrow = nullptr;
 };
 
 // Whether a pattern has these numbers of rows and columns, and its pointers ascend from 0 to the number of entries.

@@ -4,14 +4,14 @@
 //   #include "cpu/each_isa.h"
 //
 // EXSSNET_PICK(f) is then the f of the best set that this machine supports. A body may only call functions in the body,
-// because a callee does not inherit the set, or code of the baseline set.
+// because a callee does not inherit the set, or code of the baseline set. EXSSNET_BASELINE_ALONE leaves out the others.
 #pragma once
 
 #include <cstring>
 
 #include "core/floats.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(EXSSNET_BASELINE_ALONE)
 #define EXSSNET_X86 1
 
 #define EXSSNET_PRAGMA(text) _Pragma(#text)

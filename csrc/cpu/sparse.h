@@ -24,7 +24,6 @@ template <class T>
 struct Values {
   const T *free, *frozen;
   int64_t free_count, count;  // count: free and frozen
-  bool narrow = false;        // the pointers are to bfloat16. Only cpu/sparse_few.h takes them.
 };
 
 // Applied to a finished sum of channel o: sum * scale[o] + bias[o] + residual (stored like the output), then ReLU. All

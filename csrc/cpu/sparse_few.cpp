@@ -23,7 +23,6 @@ constexpr int64_t kGrain = 1 << 15;  // entries per thread, at least
 constexpr int64_t kParts = 8;        // of the input's gradient, at most: each has sums of its own
 constexpr int64_t kRun = 256;        // entries of a row that are treated together
 constexpr int64_t kAhead = 768;      // entries between what is used and what is prefetched
-constexpr int64_t kChecked = 512;    // entries of a compact pattern that are checked together, all of them prefetched
 
 // The loops over rows [begin, end), for lines of `width` elements of which the first `columns` are used.
 template <class T, class S>
@@ -63,11 +62,6 @@ const T* padded(const S* from, int64_t lines, int64_t columns, int64_t width, T*
   return to;
 }
 
-// Whether the loops can use this pattern for products of these values.
-bool fits(const Convolution& c, const Pattern& pattern, int64_t values) {
-  return has_rows(pattern, c.out_channels, c.in_channels) && (!pattern.narrow || pattern.entries <= values);
-}
-
 // The length of the lines for this number of columns.
 int64_t line_width(int64_t columns) { return columns == 1 ? 1 : columns <= 4 ? 4 : columns <= 8 ? 8 : 16; }
 
@@ -96,9 +90,9 @@ bool in_parts(const Pattern& pattern, int64_t parts, const Body& body) {
 template <class T, class S>
 bool few_forward(const Convolution& c, const Pattern& pattern, const Values<T>& values, const Epilogue<T, S>& epilogue,
                  const S* x, S* y) {
-  if (!fits(c, pattern, values.count)) return false;
+  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
   const int64_t columns = few_columns(c), width = line_width(columns);
-  const auto multiply = EXSSNET_PICK(few_loops<T, S>)(width, pattern).multiply;
+  const auto multiply = EXSSNET_PICK(few_loops<T, S>)(width).multiply;
   const int64_t copied = in_place<T, S>(columns, width) ? 0 : c.in_channels * width;
   const T* const lines = padded(x, c.in_channels, columns, width, scratch<T>(copied));
   return in_parts(pattern, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
@@ -109,12 +103,12 @@ bool few_forward(const Convolution& c, const Pattern& pattern, const Values<T>& 
 template <class T, class S>
 bool few_input_gradient(const Convolution& c, const Pattern& pattern, const Values<T>& values, const S* grad,
                         S* grad_x) {
-  if (!fits(c, pattern, values.count)) return false;
+  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
   const int64_t columns = few_columns(c), width = line_width(columns), size = c.in_channels * width;
   const int64_t parts = std::clamp<int64_t>(pattern.entries / std::max(kGrain, 16 * c.in_channels), 1, kParts);
   const int64_t copied = in_place<T, S>(columns, width) ? 0 : c.out_channels * width;
   T* const sums = scratch<T>(parts * size + copied);
-  const auto spread = EXSSNET_PICK(few_loops<T, S>)(width, pattern).spread;
+  const auto spread = EXSSNET_PICK(few_loops<T, S>)(width).spread;
   const T* const lines = padded(grad, c.out_channels, columns, width, sums + parts * size);
   const bool good = in_parts(pattern, parts, [&](int64_t part, int64_t begin, int64_t end) {
     T* const of_part = sums + part * size;
@@ -133,9 +127,9 @@ bool few_input_gradient(const Convolution& c, const Pattern& pattern, const Valu
 template <class T, class S>
 bool few_value_gradient(const Convolution& c, const Pattern& pattern, int64_t free_count, int64_t count, const S* x,
                         const S* grad, T* grad_values) {
-  if (!fits(c, pattern, count)) return false;
+  if (!has_rows(pattern, c.out_channels, c.in_channels)) return false;
   const int64_t columns = few_columns(c), width = line_width(columns);
-  const auto sample = EXSSNET_PICK(few_loops<T, S>)(width, pattern).sample;
+  const auto sample = EXSSNET_PICK(few_loops<T, S>)(width).sample;
   const int64_t copied = in_place<T, S>(columns, width) ? 0 : (c.in_channels + c.out_channels) * width;
   T* const room = scratch<T>(copied);
   const T* const lines = padded(x, c.in_channels, columns, width, room);

@@ -3,8 +3,7 @@
 // The columns do not fill the vectors of cpu/sparse.h, and the time goes into reading the pattern. So the pattern and
 // the values are read once, row by row, in place. A line, the elements of one feature, is padded to 1, 4, 8 or 16. The
 // input's gradient adds each row's products to the lines of the result, for which no transposed pattern is needed: its
-// values would be read in random order. Arguments and results are those of cpu/sparse.h. The pattern may be compact.
-// Then nothing checks that its indices ascend.
+// values would be read in random order. Arguments and results are those of cpu/sparse.h.
 #pragma once
 
 #include "cpu/sparse.h"

@@ -24,23 +24,15 @@ struct Line<T, 1> {
 template <class T>
 constexpr bool gathers_with_masks = EXSSNET_X86 && kVectorBytes == 64 && sizeof(T) == sizeof(float);
 
-#if EXSSNET_X86
-// The first 8 indices, as int32.
-template <class I>
-__m256i eight(const I* index) {
-  if constexpr (sizeof(I) == 4) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
-  else return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
-}
-#endif
-
 // x[index[i]] for as many i as a register has lanes.
-template <class T, class I>
-typename Vector<T>::type gather(const T* x, const I* index) {
+template <class T>
+typename Vector<T>::type gather(const T* x, const int32_t* index) {
 #if EXSSNET_X86
   if constexpr (kVectorBytes == 64 && sizeof(T) == 8)  // without a mask, GCC warns of memory that is not set
-    return _mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff, eight(index), x, 8);
+    return _mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff,
+                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), x, 8);
   else if constexpr (kVectorBytes == 32 && sizeof(T) == sizeof(float))
-    return _mm256_i32gather_ps(x, eight(index), 4);
+    return _mm256_i32gather_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
 #endif
   typename Vector<T>::type v = {};
   for (int i = 0; i < Vector<T>::lanes; ++i) v[i] = x[index[i]];
@@ -51,13 +43,9 @@ typename Vector<T>::type gather(const T* x, const I* index) {
 inline bool follow(const Pattern& pattern, int64_t first, int64_t count, int64_t free_count) {
   uint32_t apart = 0;
   const int32_t* const slot = pattern.slot + first;
-  if (!pattern.narrow)
-    for (int64_t i = 0; i < count; ++i) apart |= static_cast<uint32_t>(slot[i] - slot[0]) - static_cast<uint32_t>(i);
-  const int64_t at = pattern.narrow ? first : slot[0];
-  return apart == 0 && (at >= free_count || at + count <= free_count);
+  for (int64_t i = 0; i < count; ++i) apart |= static_cast<uint32_t>(slot[i] - slot[0]) - static_cast<uint32_t>(i);
+  return apart == 0 && (slot[0] >= free_count || slot[0] + count <= free_count);
 }
-
-inline int64_t slot_of(const Pattern& pattern, int64_t entry) { return pattern.narrow ? entry : pattern.slot[entry]; }
 
 // Prefetches `count` elements that follow kAhead elements later. An address past the end is harmless.
 template <class T>
@@ -65,71 +53,39 @@ template <class T>
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i + kAhead);
 }
 
-// The values of `count` entries, stored as V: in place if they follow one another and V is T, else copied to `to`.
-template <class V, class T>
-const T* values_as(const Pattern& pattern, int64_t first, int64_t count, const Values<T>& values, T* to) {
-  const V* const free = reinterpret_cast<const V*>(values.free);
-  const V* const frozen = reinterpret_cast<const V*>(values.frozen);
+// The values of `count` entries: in place if they follow one another, else copied to `to`.
+template <class T>
+const T* values_of(const Pattern& pattern, int64_t first, int64_t count, const Values<T>& values, T* to) {
   const auto at = [&](int64_t slot) {
-    return slot < values.free_count ? free + slot : frozen + (slot - values.free_count);
+    return slot < values.free_count ? values.free + slot : values.frozen + (slot - values.free_count);
   };
   if (follow(pattern, first, count, values.free_count)) {
-    const V* const from = at(slot_of(pattern, first));
+    const T* const from = at(pattern.slot[first]);
     prefetch(from, count);
-    if constexpr (std::is_same_v<V, T>) {
-      return from;
-    } else if (constexpr int lanes = Vector<T>::lanes; count >= lanes) {
-      for (int64_t i = 0; i < count; i += lanes) {
-        const int64_t j = std::min(i, count - lanes);  // the last vector overlaps
-        Vector<T>::store(Vector<T>::load(from + j), to + j);
-      }
-      return to;
-    }
+    return from;
   }
-  for (int64_t i = 0; i < count; ++i) to[i] = value(*at(slot_of(pattern, first + i)));
+  for (int64_t i = 0; i < count; ++i) to[i] = *at(pattern.slot[first + i]);
   return to;
 }
 
-template <class T>
-const T* values_of(const Pattern& pattern, int64_t first, int64_t count, const Values<T>& values, T* to) {
-  if constexpr (std::is_same_v<T, float>)
-    if (values.narrow) return values_as<BFloat16>(pattern, first, count, values, to);
-  return values_as<T>(pattern, first, count, values, to);
-}
-
-template <class I>
-const I* indices(const Pattern& pattern) {
-  if constexpr (std::is_same_v<I, uint16_t>) return pattern.narrow;
-  else return pattern.index;
-}
-
 // Calls body(first, index, count) for the runs of a row.
-template <class I, class Body>
+template <class Body>
 inline void in_runs(const Pattern& pattern, int64_t row, const Body& body) {
   for (int64_t k = pattern.ptr[row], last = pattern.ptr[row + 1]; k < last; k += kRun) {
     const int64_t count = std::min(kRun, last - k);
-    prefetch(indices<I>(pattern) + k, count);
-    if constexpr (std::is_same_v<I, int32_t>) prefetch(pattern.slot + k, count);
-    body(k, indices<I>(pattern) + k, count);
+    prefetch(pattern.index + k, count);
+    prefetch(pattern.slot + k, count);
+    body(k, pattern.index + k, count);
   }
 }
 
-// Calls body(row) for rows whose indices and slots are in range. Returns false at the first others.
-template <class I, class Body>
+// Calls body(row) for rows whose indices and slots are in range. Returns false at the first other.
+template <class Body>
 inline bool for_rows(const Pattern& pattern, int64_t begin, int64_t end, int64_t slots, const Body& body) {
-  const int32_t* const ptr = pattern.ptr;
-  for (int64_t row = begin, next = begin; row < end;) {
-    ++next;
-    if constexpr (std::is_same_v<I, uint16_t>) {
-      while (next < end && ptr[next + 1] - ptr[row] <= kChecked) ++next;
-      uint16_t last = 0;
-      for (int64_t k = ptr[row]; k < ptr[next]; ++k) last = std::max(last, pattern.narrow[k]);
-      if (ptr[row] < ptr[next] && last >= pattern.columns) return false;
-    } else {
-      const int64_t first = ptr[row], count = ptr[next] - first;
-      if (!in_range(pattern.index + first, pattern.slot + first, count, pattern.columns, slots)) return false;
-    }
-    for (; row < next; ++row) body(row);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = pattern.ptr[row], count = pattern.ptr[row + 1] - first;
+    if (!in_range(pattern.index + first, pattern.slot + first, count, pattern.columns, slots)) return false;
+    body(row);
   }
   return true;
 }
@@ -137,8 +93,8 @@ inline bool for_rows(const Pattern& pattern, int64_t begin, int64_t end, int64_t
 // sums (width) = the products of `count` entries with lines of x, added up. Entries take turns among several sums, which
 // shortens the chains of dependent additions and reduces rounding errors. A value minus zeros is broadcast as it is
 // loaded; zeros plus a value would be an addition, because -0 + 0 is 0.
-template <class T, int width, class I>
-void multiply_run(const I* index, const T* value, int64_t count, const T* x, T* sums) {
+template <class T, int width>
+void multiply_run(const int32_t* index, const T* value, int64_t count, const T* x, T* sums) {
   using L = Line<T, width>;
   using V = typename L::V;
   constexpr int vectors = L::vectors, turns = vectors * 4 <= kVectors ? 4 : 2;
@@ -167,15 +123,13 @@ void multiply_run(const I* index, const T* value, int64_t count, const T* x, T* 
 }
 
 // The same for lines of one element: a register holds as many entries as it has lanes.
-template <class T, class I>
-[[gnu::always_inline]] inline T gather_run(const I* index, const T* value, int64_t count, const T* x) {
+template <class T>
+[[gnu::always_inline]] inline T gather_run(const int32_t* index, const T* value, int64_t count, const T* x) {
 #if EXSSNET_X86
   if constexpr (gathers_with_masks<T>) {
     __m256 sum[2] = {};
     const auto add = [&](__m256& to, int64_t i, __mmask8 used) {
-      __m256i places;
-      if constexpr (std::is_same_v<I, int32_t>) places = _mm256_maskz_loadu_epi32(used, index + i);
-      else places = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(used, index + i));
+      const __m256i places = _mm256_maskz_loadu_epi32(used, index + i);
       const __m256 from = _mm256_mmask_i32gather_ps(_mm256_setzero_ps(), used, places, x, 4);
       to = _mm256_fmadd_ps(_mm256_maskz_loadu_ps(used, value + i), from, to);
     };
@@ -211,13 +165,13 @@ template <class T, class I>
 }
 
 // y (rows, columns) = the product with x. Each run of entries has its own sum.
-template <class T, class S, int width, class I>
+template <class T, class S, int width>
 bool multiply_few(const Pattern& pattern, const Values<T>& values, const Epilogue<T, S>& then, int64_t begin,
                   int64_t end, const T* x, int64_t columns, S* y) {
   T kept[kRun], sums[width], total[width];
-  return for_rows<I>(pattern, begin, end, values.count, [&](int64_t row) {
+  return for_rows(pattern, begin, end, values.count, [&](int64_t row) {
     for (int j = 0; j < width; ++j) total[j] = T(0);
-    in_runs<I>(pattern, row, [&](int64_t first, const I* index, int64_t count) {
+    in_runs(pattern, row, [&](int64_t first, const int32_t* index, int64_t count) {
       const T* const kept_values = values_of(pattern, first, count, values, kept);
       if constexpr (width == 1) sums[0] = gather_run(index, kept_values, count, x);
       else multiply_run<T, width>(index, kept_values, count, x, sums);
@@ -232,17 +186,17 @@ bool multiply_few(const Pattern& pattern, const Values<T>& values, const Epilogu
 }
 
 // Adds the products of the rows' entries with grad (rows, width) to sums (columns of the pattern, width).
-template <class T, int width, class I>
+template <class T, int width>
 bool spread_few(const Pattern& pattern, const Values<T>& values, int64_t begin, int64_t end, const T* grad, T* sums) {
   using L = Line<T, width>;
   using V = typename L::V;
   constexpr int vectors = L::vectors;
   T kept[kRun];
-  return for_rows<I>(pattern, begin, end, values.count, [&](int64_t row) {
+  return for_rows(pattern, begin, end, values.count, [&](int64_t row) {
     V g[vectors];
 #pragma GCC unroll 8
     for (int b = 0; b < vectors; ++b) g[b] = L::load(grad + row * width + b * L::lanes);
-    in_runs<I>(pattern, row, [&](int64_t first, const I* index, int64_t count) {
+    in_runs(pattern, row, [&](int64_t first, const int32_t* index, int64_t count) {
       const T* const value = values_of(pattern, first, count, values, kept);
       for (int64_t i = 0; i < count; ++i) {
         T* const to = sums + static_cast<int64_t>(index[i]) * width;
@@ -256,20 +210,20 @@ bool spread_few(const Pattern& pattern, const Values<T>& values, int64_t begin, 
 
 // grad_values[slot] of the rows' free entries: inner products of lines of x and of grad. One step computes as many as a
 // line has lanes.
-template <class T, int width, class I>
+template <class T, int width>
 bool sample_few(const Pattern& pattern, int64_t free_count, int64_t count, int64_t begin, int64_t end, const T* x,
                 const T* grad, T* grad_values) {
   using L = Line<T, width>;
   using V = typename L::V;
   constexpr int vectors = L::vectors, lanes = L::lanes;
   T kept[kRun];
-  return for_rows<I>(pattern, begin, end, count, [&](int64_t row) {
+  return for_rows(pattern, begin, end, count, [&](int64_t row) {
     V g[vectors];
 #pragma GCC unroll 8
     for (int b = 0; b < vectors; ++b) g[b] = L::load(grad + row * width + b * lanes);
-    in_runs<I>(pattern, row, [&](int64_t first, const I* index, int64_t entries) {
+    in_runs(pattern, row, [&](int64_t first, const int32_t* index, int64_t entries) {
       const bool in_place = follow(pattern, first, entries, free_count);
-      const int64_t slot = slot_of(pattern, first);
+      const int64_t slot = pattern.slot[first];
       if (in_place && slot >= free_count) return;
       T* const to = in_place ? grad_values + slot : kept;
       int64_t i = 0;
@@ -294,22 +248,18 @@ bool sample_few(const Pattern& pattern, int64_t free_count, int64_t count, int64
       }
       if (in_place) return;
       for (int64_t k = 0; k < entries; ++k)
-        if (const int64_t at = slot_of(pattern, first + k); at < free_count) grad_values[at] = kept[k];
+        if (const int64_t at = pattern.slot[first + k]; at < free_count) grad_values[at] = kept[k];
     });
   });
 }
 
-template <class T, class S, int width>
-FewLoops<T, S> loops_of_width(const Pattern& pattern) {
-  if (pattern.narrow)
-    return {multiply_few<T, S, width, uint16_t>, spread_few<T, width, uint16_t>, sample_few<T, width, uint16_t>};
-  return {multiply_few<T, S, width, int32_t>, spread_few<T, width, int32_t>, sample_few<T, width, int32_t>};
-}
-
 template <class T, class S>
-FewLoops<T, S> few_loops(int64_t width, const Pattern& pattern) {
-  return width == 1   ? loops_of_width<T, S, 1>(pattern)
-         : width == 4 ? loops_of_width<T, S, 4>(pattern)
-         : width == 8 ? loops_of_width<T, S, 8>(pattern)
-                      : loops_of_width<T, S, 16>(pattern);
+FewLoops<T, S> few_loops(int64_t width) {
+  const auto of_width = []<int width>(std::integral_constant<int, width>) -> FewLoops<T, S> {
+    return {multiply_few<T, S, width>, spread_few<T, width>, sample_few<T, width>};
+  };
+  return width == 1   ? of_width(std::integral_constant<int, 1>())
+         : width == 4 ? of_width(std::integral_constant<int, 4>())
+         : width == 8 ? of_width(std::integral_constant<int, 8>())
+                      : of_width(std::integral_constant<int, 16>());
 }

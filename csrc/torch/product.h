@@ -55,8 +55,8 @@ inline Convolution linear(const char* who, const Tensor& x, int64_t features, in
   return {x.size(0), x.size(1), out_features, one, one};
 }
 
-// A sparse weight: its pattern, and the tensors with its values, of dtype `dtype` or, for few columns, bfloat16. The
-// caller's free values, and so their gradient, may have another dtype, `of_gradient`.
+// A sparse weight: its pattern, and the tensors with its values, of dtype `dtype`. The caller's free values, and so their
+// gradient, may have another dtype, `of_gradient`.
 struct SparseWeight {
   const char* who;
   ScalarType dtype, of_gradient;
@@ -65,8 +65,7 @@ struct SparseWeight {
 
   template <class T>
   cpu::Values<T> values() const {
-    return {static_cast<const T*>(free.const_data_ptr()), static_cast<const T*>(frozen.const_data_ptr()), free.numel(),
-            free.numel() + frozen.numel(), free.scalar_type() == ScalarType::BFloat16};
+    return {free.const_data_ptr<T>(), frozen.const_data_ptr<T>(), free.numel(), free.numel() + frozen.numel()};
   }
   void followed(bool good) const {
     check(good, who,

@@ -1,8 +1,8 @@
 // The operators sparse_linear, sparse_conv2d and their variants, for any device: checks of their arguments.
 //
-// A Device has `dtype(x)`, the dtype of a layer's values in a product with x; `check_place(who, x, tensors)`;
-// `few(c)`, whether it takes compact patterns and bfloat16 values for products of this size; and the products
-// `output(weight, c, x, then)`, `input_gradient(weight, c, x, grad)` and `value_gradient(weight, c, x, grad)`.
+// A Device has `dtype(x)`, the dtype of a layer's values in a product with x; `check_place(who, x, tensors)`; and the
+// products `output(weight, c, x, then)`, `input_gradient(weight, c, x, grad)` and
+// `value_gradient(weight, c, x, grad)`.
 #pragma once
 
 #include <array>
@@ -22,9 +22,8 @@ struct Weights {
 
   Weights(const char* who, ScalarType dtype, const Tensors& t)
       : who(who), dtype(dtype), of_gradient(t[0]->scalar_type()), free(row_major(*t[0])), frozen(row_major(*t[1])),
-        row_ptr(indices(*t[2])), col(is_compact(*t[3]) ? row_major(*t[3]) : indices(*t[3])),
-        slot(indices(*t[4])), row_ptr_t(indices(*t[5])), col_t(indices(*t[6])), slot_t(indices(*t[7])) {
-    check(row_ptr.numel() > 0 && row_ptr_t.numel() > 0 && slot.numel() == (is_compact(col) ? 0 : col.numel()) &&
+        row_ptr(indices(*t[2])), col(indices(*t[3])), slot(indices(*t[4])), row_ptr_t(indices(*t[5])), col_t(indices(*t[6])), slot_t(indices(*t[7])) {
+    check(row_ptr.numel() > 0 && row_ptr_t.numel() > 0 && slot.numel() == col.numel() &&
               col_t.numel() == slot_t.numel() && free.numel() + frozen.numel() < kMost,
           who, "a pattern with row pointers and a slot for every entry");
   }
@@ -32,15 +31,10 @@ struct Weights {
   int64_t rows() const { return row_ptr.numel() - 1; }
   int64_t channels() const { return row_ptr_t.numel() - 1; }
 
-  SparseWeight of(const Convolution& c, bool few) const {
+  SparseWeight of(const Convolution& c) const {
     const int64_t taps = c.h.taps * c.w.taps;
-    const auto is_narrow = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; };
-    const bool in_place = few && dtype == ScalarType::Float && is_narrow(free) && is_narrow(frozen);
-    check(!is_compact(col) || (few && col.dim() == 1), who,
-          "a pattern with int32 columns: a compact one is for up to 16 columns of a pointwise product on a CPU");
     return {who, dtype, of_gradient, view(row_ptr, col, slot, channels() * taps),
-            view(row_ptr_t, col_t, slot_t, rows() * taps), in_place ? free : to_dtype(free, dtype),
-            in_place ? frozen : to_dtype(frozen, dtype)};
+            view(row_ptr_t, col_t, slot_t, rows() * taps), to_dtype(free, dtype), to_dtype(frozen, dtype)};
   }
 
  private:
@@ -49,14 +43,9 @@ struct Weights {
     return row_major(t);
   }
 
-  static bool is_compact(const Tensor& index) { return index.scalar_type() == ScalarType::Short; }
-
   static Pattern view(const Tensor& ptr, const Tensor& index, const Tensor& slots, int64_t columns) {
-    const void* const at = index.const_data_ptr();
-    const bool narrow = is_compact(index);
-    return {ptr.const_data_ptr<int32_t>(), narrow ? nullptr : static_cast<const int32_t*>(at),
-            slots.const_data_ptr<int32_t>(), ptr.numel() - 1, columns, index.numel(),
-            narrow ? static_cast<const uint16_t*>(at) : nullptr};
+    return {ptr.const_data_ptr<int32_t>(), index.const_data_ptr<int32_t>(), slots.const_data_ptr<int32_t>(),
+            ptr.numel() - 1, columns, index.numel()};
   }
 };
 
@@ -82,7 +71,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& free_values, const Tensor& f
   const Weights w = weights_of<Device>(
       "sparse_linear", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   const Convolution c = linear(w.who, x, w.channels(), w.rows());
-  return Device::output(w.of(c, Device::few(c)), c, x, {{}, bias, {}});
+  return Device::output(w.of(c), c, x, {{}, bias, {}});
 }
 
 template <class Device>
@@ -93,7 +82,7 @@ std::tuple<Tensor, Tensor> sparse_linear_backward(const Tensor& grad, const Tens
   const Weights w = weights_of<Device>(
       "sparse_linear_backward", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   const Convolution c = linear(w.who, x, w.channels(), w.rows());
-  return gradients<Device>(w.of(c, Device::few(c)), c, grad, x, output_mask);
+  return gradients<Device>(w.of(c), c, grad, x, output_mask);
 }
 
 template <class Device>
@@ -104,7 +93,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& free_values, const Tensor& f
   const Weights w = weights_of<Device>(
       "sparse_conv2d", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
-  return Device::output(w.of(c, Device::few(c)), c, x, {{}, bias, {}});
+  return Device::output(w.of(c), c, x, {{}, bias, {}});
 }
 
 template <class Device>
@@ -116,7 +105,7 @@ Tensor sparse_conv2d_folded(const Tensor& x, const Tensor& free_values, const Te
   const Weights w = weights_of<Device>(
       "sparse_conv2d_folded", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
-  return Device::output(w.of(c, Device::few(c)), c, x, {scale, bias, residual, relu});
+  return Device::output(w.of(c), c, x, {scale, bias, residual, relu});
 }
 
 template <class Device>
@@ -128,7 +117,7 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad, const Tens
   const Weights w = weights_of<Device>(
       "sparse_conv2d_backward", x, {&free_values, &frozen_values, &row_ptr, &col, &slot, &row_ptr_t, &col_t, &slot_t});
   const Convolution c = convolution(w.who, x, w.channels(), w.rows(), kernel_size, stride, padding, dilation);
-  return gradients<Device>(w.of(c, Device::few(c)), c, grad, x, output_mask);
+  return gradients<Device>(w.of(c), c, grad, x, output_mask);
 }
 
 }  // namespace exssnet

@@ -72,6 +72,8 @@ def _check_mode(phases: TaskModel, given: Mapping[str, Any]) -> None:
     else:
         wanted = "packed_mask" if phases.phase == "weight" else "scores"
     kinds = [kind for kind in KINDS if any(full_name(layer, kind) in given for layer in phases.layers)]
+    if "weight" not in kinds and any(layer.plain_key(name) in given for name, layer in phases.layers.items()):
+        kinds.append("weight")
     if wanted is None and kinds in ([], ["weight"]):
         return
     if kinds != [wanted]:

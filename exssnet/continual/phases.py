@@ -13,7 +13,7 @@ from ..ops import unpack_mask
 from . import owners, stored
 from .finished import FinishedTasks
 from .mask_bank import FreeRule
-from .task_model import PHASES, Phase
+from .task_model import PHASES, InitialScores, Phase
 from .trained import Trained
 from .undo import undone_on_failure
 
@@ -38,6 +38,8 @@ class Phases(FinishedTasks):
         keep_scores: Dtype in which the scores of finished tasks are kept for KKT: float32, float16 or bfloat16. None
             drops them.
         seed: Seed of the random scores. Those of task t depend on the seed and t alone.
+        scores: Initial scores of each task: "random", or "magnitude", the magnitudes of the weights, for pretrained
+            models, see `mask_tuning`.
 
     Raises:
         ValueError: If the model has no supermask layers.
@@ -55,8 +57,11 @@ class Phases(FinishedTasks):
         phases.activate(0)                     # the model is now the network of task 0
     """
 
-    def __init__(self, model: nn.Module, keep_scores: torch.dtype | None = torch.float32, seed: int = 0) -> None:
-        super().__init__(model, keep_scores, seed)
+    def __init__(
+        self, model: nn.Module, keep_scores: torch.dtype | None = torch.float32, seed: int = 0,
+        scores: InitialScores = "random",
+    ) -> None:  # fmt: skip
+        super().__init__(model, keep_scores, seed, scores)
         owners.end_joint(self)
         owners.own(self)
         self._ended("scores from before Phases was made")
@@ -71,8 +76,8 @@ class Phases(FinishedTasks):
         """Start the mask phase, or a joint phase, of the next task.
 
         Args:
-            scores: Layer name -> initial scores of the weight's shape. They are copied to float32. None means random
-                scores, see `random_scores`.
+            scores: Layer name -> initial scores of the weight's shape. They are copied to float32. None means
+                `initial_scores`.
             joint: Whether copies of the dense weights train together with the scores (WSN, Kang et al. 2022). An
                 optimizer that was not made by `optimizer` must then be guarded, see `guard`.
 
@@ -91,7 +96,7 @@ class Phases(FinishedTasks):
             self.own.capture()
             self.trained = Trained()
         if scores is None:
-            scores = self.random_scores(len(self.bank))
+            scores = self.initial_scores(len(self.bank))
         if set(scores) != set(self.layers):
             raise ValueError(f"start_task: expected scores of the layers {sorted(self.layers)}, got {sorted(scores)}")
         for name, layer in self.layers.items():

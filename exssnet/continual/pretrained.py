@@ -119,7 +119,7 @@ def _plain(phases: TaskModel) -> dict[str, Tensor]:
 def _masked(model: nn.Module) -> dict[str, SupermaskLayer]:
     """Name of the plain model's parameter -> the layer that masks it. A shared layer has several names."""
     named = model.named_modules(remove_duplicate=False)
-    return {full_name(name, "weight"): layer for name, layer in named if isinstance(layer, SupermaskLayer)}
+    return {layer.plain_key(name): layer for name, layer in named if isinstance(layer, SupermaskLayer)}
 
 
 def _read_model(folder: Path, name: str) -> nn.Module:

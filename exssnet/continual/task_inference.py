@@ -49,7 +49,9 @@ class TaskInference:
             raise ValueError("task inference: no task is finished")
         self.phases, self.rule, self.samples = phases, rule, samples
         self._plain = phases.fold(0)
-        self._weights = {n: m for n, m in self._plain.named_modules() if n in phases.layers}
+        masked = {n: self._plain.get_parameter(layer.plain_key(n)) for n, layer in phases.layers.items()}
+        owning = [(m, key, p) for m in self._plain.modules() for key, p in m._parameters.items()]
+        self._places = {n: [(m, key) for m, key, p in owning if p is weight] for n, weight in masked.items()}
         for module in self._plain.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.track_running_stats, module.running_mean, module.running_var = False, None, None
@@ -79,22 +81,24 @@ class TaskInference:
         for name in parameters.keys() & self.phases.initial.keys():
             states = [self.phases.states[t].get(name, self.phases.initial[name]) for t in tasks]
             parameters[name].copy_(torch.stack([s.detach() for s in states]).mean(0))
-        weights = self.phases.weights_before()
-        for name, module in self._weights.items():
+        weights, effective = self.phases.weights_before(), {}
+        for name, places in self._places.items():
             weight = weights[name]
             mask_sum = torch.zeros_like(weight)
             for task in tasks:
                 mask_sum += bank.mask(task, name).to(weight.device)
-            module.weight = nn.Parameter(weight * mask_sum * alpha)
+            effective[name] = nn.Parameter(weight * mask_sum * alpha)
+            for module, key in places:
+                setattr(module, key, effective[name])
         try:
             with torch.enable_grad():
                 p = self._plain(x)[: self.samples].float().log_softmax(1)
                 entropy = -(p.exp() * p).sum(1).mean()
-                gradients = torch.autograd.grad(entropy, [m.weight for m in self._weights.values()])  # type: ignore[misc]
+                gradients = torch.autograd.grad(entropy, list(effective.values()))
         finally:
-            for module in self._weights.values():
-                module.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
-        products = {name: g * weights[name] for name, g in zip(self._weights, gradients, strict=True)}
+            for parameter in effective.values():
+                parameter.requires_grad_(False)
+        products = {name: g * weights[name] for name, g in zip(effective, gradients, strict=True)}
         return [
             sum(float(t[bank.mask(task, name).to(t.device)].sum(dtype=torch.float64)) for name, t in products.items())
             for task in tasks

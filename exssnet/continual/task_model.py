@@ -17,6 +17,7 @@ from .trained import Trained, sha256
 
 Phase = Literal["idle", "mask", "weight", "joint"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+InitialScores = Literal["random", "magnitude"]
 
 
 class TaskModel:
@@ -36,13 +37,17 @@ class TaskModel:
         own: The per-task tensors of the model.
     """
 
-    def __init__(self, model: nn.Module, keep_scores: torch.dtype | None, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, keep_scores: torch.dtype | None, seed: int, scores: InitialScores = "random"
+    ) -> None:
+        if scores not in get_args(InitialScores):
+            raise ValueError(f'Phases: scores must be "random" or "magnitude", got {scores!r}')
         self.model = model
         self.layers: dict[str, SupermaskLayer] = dict(supermask_layers(model))
         if not self.layers:
             raise ValueError("Phases: the model has no supermask layers: pass it through convert first")
         self.keep_scores = keep_scores
-        self.seed = seed
+        self.seed, self.initial_kind = seed, scores
         self.bank = self._empty_bank()
         self.phase: Phase = "idle"
         self.active: int | None = None
@@ -157,6 +162,23 @@ class TaskModel:
         """
         self.require("guard", "joint")
         freeze_weights(optimizer, self._weights.put_back_used("guard", self.bank))
+
+    def initial_scores(self, task: int) -> dict[str, Tensor]:
+        """The scores that a task starts with: random ones, or the magnitudes of the present weights.
+
+        Instead of magnitudes, a layer with a threshold starts with scores of twice the threshold.
+
+        Args:
+            task: The task's number.
+
+        Returns:
+            Layer name -> float32 scores of the weight's shape.
+        """
+        if self.initial_kind == "random":
+            return self.random_scores(task)
+        weights = {name: layer.dense_weight.detach().abs().float() for name, layer in self.layers.items()}
+        thresholds = {name: layer.threshold for name, layer in self.layers.items()}
+        return {n: w if (t := thresholds[n]) is None else torch.full_like(w, 2 * t) for n, w in weights.items()}
 
     def random_scores(self, task: int) -> dict[str, Tensor]:
         """The random initial scores of a task, which depend on the seed and the task's number alone.

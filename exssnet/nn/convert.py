@@ -5,12 +5,17 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
+from ..ops.library import FLOATS
 from . import blocks, norms, stale
 from .choice import PRODUCTS, Products
+from .hosts import SupermaskWeight, host, hosts, release
 from .init import allocate_density, signed_constant_
 from .layers import TENSORS, SupermaskLayer, full_name
 from .linear_conv import SupermaskConv1d, SupermaskConv2d, SupermaskLinear
@@ -24,7 +29,35 @@ FEW = 0.8
 """`convert` warns below this share of masked parameters, because each task has a dense copy of the others."""
 FAST_PATHS = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
 """Module -> attribute that turns PyTorch's fused inference off. It uses dense weights and never calls the layers."""
+TIED = "tied"
+"""The pattern of all tensors that several modules share."""
 Chosen = str | type[nn.Module]
+
+
+class Place(NamedTuple):
+    """A tensor of a module that may be masked: the module's name, the module, the tensor's key in it."""
+
+    name: str
+    module: nn.Module
+    key: str
+
+    @property
+    def full(self) -> str:
+        """The tensor's full name."""
+        return full_name(self.name, self.key)
+
+    @property
+    def tensor(self) -> Any:
+        """The parameter, or what computes a parametrized tensor."""
+        parameter = self.module._parameters.get(self.key)
+        return self.module.parametrizations[self.key] if parameter is None else parameter  # type: ignore[union-attr, index]
+
+    def matches(self, by: Iterable[Chosen]) -> bool:
+        """Whether the module's type, the module's name or the tensor's name matches."""
+        return any(
+            fnmatch(self.name, p) or fnmatch(self.full, p) if isinstance(p, str) else isinstance(self.module, p)
+            for p in by
+        )
 
 
 def swaps() -> Mapping[type[nn.Module], type[nn.Module]]:
@@ -52,8 +85,8 @@ def supermask_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLayer]]:
 def convert(
     model: nn.Module,
     density: float = 0.1,
-    include: Iterable[Chosen] | None = None,
-    exclude: Iterable[Chosen] = (),
+    include: str | Iterable[Chosen] | None = None,
+    exclude: str | Iterable[Chosen] = (),
     weights: Literal["keep", "signed_constant"] = "keep",
     init_scale: Literal["official", "density"] = "official",
     allocation: Literal["uniform", "er"] = "uniform",
@@ -61,13 +94,19 @@ def convert(
 ) -> nn.Module:
     """Put supermasks into any torch model, in place.
 
-    `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers. Batch norms get per-task statistics. Batch norms
-    and pools keep the layout of the sparse kernels. In residual blocks (`exssnet.nn.models`, torchvision) and in an
-    `nn.Sequential`, a batch norm is fused with the sum and the ReLU after it, unless they have hooks. All modules keep
-    their identity, name and hooks.
+    Every tensor with "weight" in its name and at least two dimensions gets a mask, whatever module it belongs to.
+    `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` become supermask layers, with sparse kernels. Of any other module
+    (attention, recurrent layers, transposed and three-dimensional convolutions, embeddings, subclasses of the three),
+    the tensor becomes a child, see `exssnet.nn.hosts.SupermaskWeight`, and the module's own forward multiplies by the
+    masked tensor. A parametrized tensor (`torch.nn.utils.parametrize`) keeps its present value, to which the mask
+    applies, and loses the parametrization. A tensor that several modules share has one mask.
 
-    A layer whose weight requires no gradient stays as it is, frozen. Other parameters without a mask (biases, affine
-    norms, embeddings) are per-task under `Phases` if they require a gradient, and frozen otherwise.
+    Batch norms get per-task statistics. Batch norms and pools keep the layout of the sparse kernels. In residual blocks
+    (`exssnet.nn.models`, torchvision) and in an `nn.Sequential`, a batch norm is fused with the sum and the ReLU after
+    it, unless they have hooks. All modules keep their identity, name and hooks.
+
+    A tensor that requires no gradient stays as it is, frozen. Other parameters without a mask (biases, affine norms,
+    position tables) are per-task under `Phases` if they require a gradient, and frozen otherwise.
     `exssnet.summary` lists them with the reasons. A warning follows if masks cover less than 80 % of the parameters
     that train. The model's class becomes a subclass of its own class, with the same name, whose `forward` selects the
     masks of all layers at once. `unconvert` undoes that.
@@ -75,10 +114,12 @@ def convert(
     Args:
         model: The model.
         density: Share of the weights kept, in (0, 1].
-        include: Layers to mask, by name pattern ("encoder.*") or by type. None means all of the three types.
-        exclude: Layers not to mask, by name pattern or by type.
+        include: What to mask: by type, or by pattern of the module's name ("encoder.*") or the tensor's name
+            ("*.in_proj_weight"). A pattern that ends in a tensor's own name ("*.experts.gate_up_proj") also takes
+            tensors without "weight" in their name. None means all.
+        exclude: What not to mask, in the same way. "tied" means all tensors that several modules share.
         weights: "keep" keeps the model's weights, for a pretrained model. "signed_constant" is for training from
-            scratch, see `signed_constant_`.
+            scratch, see `signed_constant_`; embeddings keep their weights.
         init_scale: Scale of signed constants, see `signed_constant_`.
         allocation: How the density is distributed over the layers, see `allocate_density`.
         products: "sparse" or "dense" kernels in all layers. "auto" takes the faster kernels for each layer on this
@@ -88,8 +129,8 @@ def convert(
         The model.
 
     Raises:
-        ValueError: If there is no layer to mask, if a pattern matches no layer, if a weight to be masked is tied to
-            another module's, and for an argument outside its range.
+        ValueError: If there is no weight to mask, if a pattern matches no layer, if only a part of the modules that
+            share a tensor is to be masked, and for an argument outside its range.
 
     Example:
         >>> model = exssnet.convert(torchvision.models.resnet18(), density=0.1)
@@ -98,21 +139,28 @@ def convert(
         raise ValueError(f"convert: products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     if weights not in ("keep", "signed_constant"):
         raise ValueError(f'convert: weights must be "keep" or "signed_constant", got {weights!r}')
-    layers, passed_over = _choose(model, None if include is None else list(include), list(exclude))
-    densities = allocate_density([m.weight.shape for m in layers.values()], density, allocation)  # type: ignore[misc]
-    weights_before: list[Any] = [m.weight for m in layers.values()]
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError("convert: the model has lazy parameters, whose shapes are known after a first forward pass")
+    wanted, left = ([by] if isinstance(by, str) else by for by in (include, exclude))
+    chosen, passed_over = _choose(model, None if wanted is None else list(wanted), list(left or ()))
+    shapes = [getattr(place.module, place.key).shape for place, *_ in chosen]
+    densities = allocate_density(shapes, density, allocation)
+    weights_before = [p for place, *_ in chosen for p in _parameters(place.tensor)]
     stale.phase_changes(None, weights_before, "weights of a model from before convert")
-    for layer, layer_density in zip(layers.values(), densities, strict=True):
-        masked = MASKED[type(layer)].from_plain(layer, layer_density, products)
-        if weights == "signed_constant":
-            signed_constant_(masked.dense_weight, layer_density, init_scale)
+    for places, layer_density in zip(chosen, densities, strict=True):
+        masked = _mask(places, layer_density, products)
+        if weights == "signed_constant" and not isinstance(places[0].module, nn.Embedding | nn.EmbeddingBag):
+            inputs_first = isinstance(places[0].module, _ConvTransposeNd) or type(places[0].module).__name__ == "Conv1D"
+            weight = masked.dense_weight.transpose(0, 1) if inputs_first else masked.dense_weight
+            signed_constant_(weight, layer_density, init_scale)
     for module in model.modules():
         module.__class__ = _swapped(module)
         for kind, switch in FAST_PATHS.items():
             if isinstance(module, kind) and switch in module.__dict__:
                 module.__dict__[f"_{switch}"] = module.__dict__[switch]
                 module.__dict__[switch] = 0
-    every = [m for m in model.modules() if isinstance(m, SupermaskLayer)]
+    every, names = [m for m in model.modules() if isinstance(m, SupermaskLayer)], dict(model.named_modules())
+    passed_over = {name: why for name, why in passed_over.items() if name in names}  # parametrizations are gone
     model._selector = Selector(every, passed_over)  # type: ignore[assignment]
     model.__class__ = selecting(type(model))  # type: ignore[arg-type]
     if "forward" in vars(model):
@@ -125,62 +173,98 @@ def convert(
 
 def _choose(
     model: nn.Module, include: list[Chosen] | None, exclude: list[Chosen]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers to mask by name, and the reasons why other modules with parameters have no mask. Nothing is changed."""
+) -> tuple[list[list[Place]], dict[str, str]]:
+    """Tensors to mask, each with all its places, and the reasons why other modules have no mask. Nothing is changed."""
     owning = {name: m for name, m in model.named_modules() if m._parameters}
-    reasons = {name: _unmaskable(m) for name, m in owning.items()}
-    maskable = {name: m for name, m in owning.items() if not reasons[name]}
-    _check_patterns("include", include or (), maskable, reasons)
-    _check_patterns("exclude", exclude, owning, {})
-    wanted: Sequence[Chosen] = tuple(MASKED) if include is None else include
-    layers = {}
-    for name, module in maskable.items():
-        if not _matches(name, module, wanted):
-            reasons[name] = "not included"
-        elif _matches(name, module, exclude):
-            reasons[name] = "excluded"
+    places = [place for name, m in owning.items() for place in _weights(name, m, include or ())]
+    reasons = {place.name: why for place in places if (why := _unmaskable(place))}
+    maskable = [place for place in places if not _unmaskable(place)]
+    reasons |= {name: _no_weight(m) for name, m in owning.items() if name not in {place.name for place in places}}
+    every = [*owning, *(full_name(name, key) for name, m in owning.items() for key in m._parameters), TIED]
+    _check_patterns("include", include or (), [n for place in maskable for n in (place.name, place.full)], reasons)
+    _check_patterns("exclude", exclude, every, {})
+    chosen: dict[int, list[Place]] = {}
+    for place in maskable:
+        if include is not None and not place.matches(include):
+            reasons[place.name] = "not included"
+        elif place.matches(exclude) or (TIED in exclude and len(_owners_of(model, place.tensor)) > 1):
+            reasons[place.name] = "excluded"
         else:
-            layers[name] = module
-    tied = {name: names for name, m in layers.items() if len(names := _owners_of(model, m.weight)) > 1}
-    if len(tied) == len(layers):
-        why = [f"{' and '.join(names)} are one tensor" for names in tied.values()]
-        why += [f"{f'{name}: ' if name else ''}{reason}" for name, reason in reasons.items() if reason]
-        told = f": {'; '.join(why[:5])}" if why else ""
-        raise ValueError(f"convert: the model has no nn.Linear, nn.Conv1d or nn.Conv2d layer to mask{told}")
-    for names in tied.values():
-        raise ValueError(f"convert: {' and '.join(names)} are one tensor; exclude tied layers or untie them")
-    return layers, {name: why for name, why in reasons.items() if why}
+            chosen.setdefault(id(place.tensor), []).append(place)
+    if not chosen:
+        told = [f"{f'{name}: ' if name else ''}{reason}" for name, reason in reasons.items()]
+        raise ValueError(f"convert: the model has no weight to mask{': ' if told else ''}{'; '.join(told[:5])}")
+    for taken in chosen.values():
+        owners = _owners_of(model, taken[0].tensor)
+        if left := [name for name in owners if name not in {place.full for place in taken}]:
+            raise ValueError(
+                f"convert: {' and '.join(owners)} are one tensor, and {left[0]} is not to be masked: include or "
+                'exclude all of them (exclude="tied"), or untie them'
+            )
+    return list(chosen.values()), reasons
 
 
-def _matches(name: str, module: nn.Module, by: Iterable[Chosen]) -> bool:
-    """Whether a module matches a name pattern or a type."""
-    return any(fnmatch(name, p) if isinstance(p, str) else isinstance(module, p) for p in by)
+def _weights(name: str, module: nn.Module, include: Iterable[Chosen]) -> Iterator[Place]:
+    """The tensors of a module that may get a mask: its weights of two or more dimensions, and what was asked for."""
+    parametrized = module.parametrizations if parametrize.is_parametrized(module) else ()
+    for key in (*parametrized, *(key for key, p in module._parameters.items() if p is not None)):  # type: ignore[misc]
+        place = Place(name, module, key)
+        asked = any(isinstance(p, str) and p.rpartition(".")[2] == key and fnmatch(place.full, p) for p in include)
+        if getattr(module, key).dim() > 1 and (asked or ("weight" in key and not _is_norm(module))):
+            yield place
 
 
-def _unmaskable(module: nn.Module) -> str:
-    """The reason why a module with parameters cannot be masked, or ""."""
-    kind = type(module).__name__
-    if type(module) not in MASKED:
-        if isinstance(module, SupermaskLayer):
-            return "it is a supermask layer already"
-        if isinstance(module, tuple(MASKED)):
-            return f"{kind} is a subclass"
-        return "a norm" if "Norm" in kind else f"{kind} has no masked form"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (weight_norm, prune, ...)"
-    return "" if weight.requires_grad else "its weight requires no gradient"
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not isinstance(module, tuple(MASKED))
 
 
-def _check_patterns(
-    what: str, patterns: Iterable[Chosen], known: Mapping[str, nn.Module], reasons: Mapping[str, str]
-) -> None:
-    """Raise ValueError for a name pattern that matches no known layer."""
+def _no_weight(module: nn.Module) -> str:
+    """The reason why a module with parameters has no weight to mask."""
+    if isinstance(module, SupermaskLayer):
+        return "it is a supermask layer already"
+    return "a norm" if _is_norm(module) else f"{type(module).__name__} has no weight of two or more dimensions"
+
+
+def _unmaskable(place: Place) -> str:
+    """The reason why a tensor cannot be masked, or ""."""
+    module, tensor = place.module, place.tensor
+    if any("weight" in key and isinstance(t, Tensor) for key, t in vars(module).items()):
+        return "its weight is computed (old weight_norm or spectral_norm, prune, ...)"
+    if not any(p.requires_grad for p in _parameters(tensor)):
+        return "its weight requires no gradient"
+    if (dtype := getattr(module, place.key).dtype) not in FLOATS:
+        return f"its weight is {dtype}"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.sparse or module.max_norm is not None):
+        return "its forward writes to its weight (max_norm)" if module.max_norm else "its gradient is sparse"
+    return ""
+
+
+def _parameters(tensor: nn.Parameter | nn.Module) -> list[nn.Parameter]:
+    """The parameters of `Place.tensor`."""
+    return list(tensor.parameters()) if isinstance(tensor, nn.Module) else [tensor]
+
+
+def _mask(places: Sequence[Place], density: float, products: Products) -> SupermaskLayer:
+    """Give a tensor its mask, in place. Returns the layer that owns it now."""
+    (_, module, key), *others = places
+    if parametrize.is_parametrized(module, key):
+        parametrize.remove_parametrizations(module, key, leave_parametrized=True)
+    if not others and key == "weight" and type(module) in MASKED:
+        return MASKED[type(module)].from_plain(module, density, products)
+    weight = SupermaskWeight(module._parameters[key], density)  # type: ignore[arg-type]
+    for place in places:
+        host(place.module, place.key, weight)
+    return weight
+
+
+def _check_patterns(what: str, patterns: Iterable[Chosen], known: Iterable[str], reasons: Mapping[str, str]) -> None:
+    """Raise ValueError for a name pattern that matches no known module or tensor."""
     for pattern in patterns:
         if not isinstance(pattern, str) or any(fnmatch(name, pattern) for name in known):
             continue
         why = [f"{name}: {reason}" for name, reason in reasons.items() if reason and fnmatch(name, pattern)]
-        names = ", ".join(list(known)[:5]) + (", ..." if len(known) > 5 else "")
+        listed = [name for name in dict.fromkeys(known) if name.rpartition(".")[0] not in known]
+        names = ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
         told = f"{why[0]}" if why else f'the layers are {names}; "encoder.*" names all within encoder'
         raise ValueError(f"convert: {what} pattern {pattern!r} matches no layer ({told})")
 
@@ -232,12 +316,14 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     Example:
         >>> plain_model.load_state_dict(plain_state_dict(phases.model))
     """
-    state = model.state_dict()
-    for name, layer in supermask_layers(model):
-        prefix = f"{name}." if name else ""
-        for key in TENSORS:
-            state.pop(prefix + key, None)
-        state[f"{prefix}weight"] = layer.weight.detach()
+    state, weights = model.state_dict(), {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, SupermaskLayer):
+            for key in TENSORS:
+                state.pop(full_name(name, key), None)
+            if layer not in weights:
+                weights[layer] = layer.weight.detach()
+            state[layer.plain_key(name)] = weights[layer]
     return state
 
 
@@ -257,6 +343,7 @@ def unconvert(model: nn.Module) -> None:
         RuntimeError: If a layer has neither scores nor a mask.
     """
     backward = {new: old for old, new in swaps().items()}
+    release(hosts(model))
     for _, layer in supermask_layers(model):
         layer.to_plain()
     for module in model.modules():

@@ -21,7 +21,7 @@ TENSORS = (
     "dense_weight", *PARAMETERS, "frozen_values", "packed_mask", "packed_free_mask", "kept", *PATTERN,
 )  # fmt: skip
 """Names of all parameters and buffers that replace the plain layer's weight."""
-ATTRIBUTES = ("k", "products", "_mode", "choices", "_read")
+ATTRIBUTES = ("k", "threshold", "products", "_mode", "choices", "_read")
 """Names of all further attributes that the plain layer does not have."""
 
 # One compiled graph serves the weight phases of all tasks. By default the compiler treats parameter sizes as constants.
@@ -54,7 +54,8 @@ class SupermaskLayer(nn.Module):
         frozen_values: Buffer of the kept weights that are not free, (their number,). None in the mask phase.
         packed_mask: Buffer of the fixed mask: uint8 of (ceil(n / 8),). None in the mask phase.
         packed_free_mask: Buffer of the free mask: uint8 of (ceil(n / 8),). None in the mask phase.
-        k: Number of weights that a mask keeps.
+        k: Number of weights that a mask keeps, at most if there is a threshold.
+        threshold: A mask keeps the scores whose magnitude exceeds it, instead of the top k. None means the top k.
         products: "sparse", "dense" or "auto", see `exssnet.nn.choice.sparse_is_faster`.
     """
 
@@ -64,6 +65,7 @@ class SupermaskLayer(nn.Module):
     bitmap_product: Callable[..., Tensor]
     dense_product: Callable[..., Tensor]
 
+    threshold: float | None = None
     products: Products
     dense_weight: Tensor
     scores: nn.Parameter | None
@@ -219,7 +221,7 @@ class SupermaskLayer(nn.Module):
         Returns:
             Float scores of the weight's shape, on the weight's device.
         """
-        scores = torch.empty(self.dense_weight.shape, device="cpu")
+        scores = torch.empty(self.dense_weight.shape, device="meta" if self.dense_weight.is_meta else "cpu")
         if scores.numel():
             nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
         return scores.to(self.dense_weight.device)
@@ -286,7 +288,19 @@ class SupermaskLayer(nn.Module):
     def _form(self, x: Tensor) -> Form:
         """How PyTorch's product with x wants the masked weight."""
         last = self.dense_weight.dim() == 4 and not recorded() and channels_last(x)
-        return Form(product_dtype(self.dense_weight), last)
+        return Form(self.written_dtype(), last)
+
+    def written_dtype(self) -> torch.dtype:
+        """The dtype in which PyTorch's product wants the masked weight."""
+        return product_dtype(self.dense_weight)
+
+    def needs_pattern(self) -> bool:
+        """Whether a product may use the pattern of a fixed mask, which takes 16 bytes per kept weight."""
+        return self.products != "dense" or 2 * self.k <= self.dense_weight.numel() + 1
+
+    def plain_key(self, name: str) -> str:
+        """The full name of the plain network's parameter that this layer masks. name: that of the layer."""
+        return full_name(name, "weight")
 
     def _decided(self, decide: Callable[[], bool], x: Tensor, what: str, *more: Any) -> bool:
         """The layer's decision for such an x, from earlier or made now. A run and its checkpoint keep it."""
@@ -310,7 +324,8 @@ class SupermaskLayer(nn.Module):
         with torch.no_grad():
             super()._apply(*how)  # type: ignore[no-untyped-call]
             for t in (self.dense_weight, self.scores):  # channels_last is for what the products read
-                if t is not None and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last):
+                orders = () if t is None or t.is_contiguous() else (torch.channels_last, torch.channels_last_3d)
+                if t is not None and any(t.is_contiguous(memory_format=order) for order in orders):
                     t.data = t.contiguous()
         self.dense_weight.requires_grad_(trains)
         self._mode.moved(self)
@@ -376,4 +391,4 @@ class SupermaskLayer(nn.Module):
     def extra_repr(self) -> str:
         of_mask = "no mask" if self.frozen_values is None else "fixed mask"
         phase = "scores" if self.scores is not None else "values" if self.free_values is not None else of_mask
-        return f"{super().extra_repr()}, k={self.k} of {self.dense_weight.numel()}, {phase}"
+        return f"{super().extra_repr()}, k={self.k} of {self.dense_weight.numel()}, {phase}".removeprefix(", ")

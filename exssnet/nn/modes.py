@@ -23,10 +23,11 @@ from ..ops import (
 )
 from ..ops.bitmap import as_bitmap
 from ..ops.library import transforming
-from ..ops.sparse import is_few
+from ..ops.sliced import SlicedWeight, sliced_linear, sliced_weight, takes_sliced
+from ..ops.sparse import check_masks
 from ..ops.weights import WrittenWeight, written_weights
 from .choice import symbolic, traced
-from .selector import in_backward, recomputable, select
+from .selector import above, in_backward, recomputable, select
 
 Layer = Any  # a SupermaskLayer, whose module imports this one
 Folded = tuple[Tensor, ...]
@@ -77,6 +78,10 @@ class Mode:
 
     def weight(self, layer: Layer) -> Tensor:
         """The masked weight, ``dense_weight * mask``, with its gradient."""
+        raise RuntimeError(NO_MASK)
+
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        """The masked weight as PyTorch's product with x wants it, computed once for all uses of a forward pass."""
         raise RuntimeError(NO_MASK)
 
     def mask(self, layer: Layer) -> Tensor:
@@ -146,19 +151,23 @@ class Scores(Mode):
                 x, layer.dense_weight, layer.scores, None, layer.bias, *geometry, selection=selection, sparse=sparse
             )
         else:
-            form = layer._form(x)
-            self._note_form(form)
-            weight = None if recomputable() else self._given(form)
-            if weight is None:
-                weight = self._weight(layer, *form)
-            y = layer.dense_product(x, weight, layer.bias, *geometry)
+            y = layer.dense_product(x, self._dense_weight(layer, x), layer.bias, *geometry)
         return y
+
+    def _dense_weight(self, layer: Layer, x: Tensor) -> Tensor:
+        self._note_call()
+        form = layer._form(x)
+        self._note_form(form)
+        weight = None if recomputable() else self._given(form)
+        return self._weight(layer, *form) if weight is None else weight
 
     def weight(self, layer: Layer) -> Tensor:
         self._note_call()
         return self._weight(layer)
 
     def mask(self, layer: Layer) -> Tensor:
+        if layer.threshold is not None:
+            return layer.scores.detach().abs() > layer.threshold  # type: ignore[no-any-return]
         return topk_mask(layer.scores, layer.k)
 
     def used(self, layer: Layer) -> bool:
@@ -183,6 +192,12 @@ class Scores(Mode):
             if in_backward():
                 return self.recent
             self.recent = None  # what is recomputed next may be this call
+        return self.own_selection(layer)
+
+    def own_selection(self, layer: Layer) -> Tensor:
+        """The selection of this layer alone: the scores above its threshold, or its top k."""
+        if layer.threshold is not None:
+            return above(layer.scores, layer.threshold)
         return select([layer.scores], [layer.k])[0]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,6 +206,8 @@ class Scores(Mode):
 
 class Fixed(Mode):
     """A fixed mask without trainable values: `frozen_values`, the packed masks and the pattern are buffers.
+
+    A layer that needs no pattern has none, see `SupermaskLayer.needs_pattern`.
 
     Args:
         layer: The layer that will enter the mode.
@@ -202,17 +219,16 @@ class Fixed(Mode):
     """
 
     _derived: tuple[SparsePattern, dict[Hashable, Any]] | None = None  # the pattern, and what was computed from it
+    _source: Tensor | None = None  # a tensor of the mask that `_derived` is from
     _memory: tuple[Hashable, WrittenWeight, Tensor, SparsePattern] | None = None  # a weight, and what it is made of
 
     def __init__(self, layer: Layer, mask: Tensor, free_mask: Tensor) -> None:
-        pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
-        super().__init__(
-            layer,
-            frozen_values=layer.dense_weight[mask & ~free_mask],
-            packed_mask=pack_mask(mask),
-            packed_free_mask=pack_mask(free_mask),
-            **dict(zip(PATTERN, pattern.tensors, strict=True)),
-        )
+        check_masks("sparse_pattern", mask, free_mask)
+        tensors = {"packed_mask": pack_mask(mask), "packed_free_mask": pack_mask(free_mask)}
+        if layer.needs_pattern():
+            pattern = sparse_pattern(mask, free_mask, getattr(layer, "groups", 1))
+            tensors |= dict(zip(PATTERN, pattern.tensors, strict=True))
+        super().__init__(layer, frozen_values=layer.dense_weight[mask & ~free_mask], **tensors)
 
     def product(self, layer: Layer, x: Tensor, padding: Any) -> Tensor:
         sparse, geometry = layer._sparse(x, padding), layer._geometry(padding)
@@ -220,10 +236,10 @@ class Fixed(Mode):
         if sparse:
             self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
-            free, frozen, pattern = self.values(layer)
-            if not geometry and not traced() and is_few(x) and not (len(free) and len(frozen)):
-                pattern = self._once_a_pattern(layer, "compact", SparsePattern.compact)
-            y = layer.sparse_product(x, free, frozen, pattern, *kernel, layer.bias, *geometry[:3])
+            if not geometry and takes_sliced(x, layer.bias) and _free_values(layer) is None and not traced():
+                y = sliced_linear(x, self._sliced(layer), layer.bias)
+            else:
+                y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
         elif self._fuses(layer, x, padding):
             self._note_form(None)
             y = layer.bitmap_product(x, *self._bitmap_values(layer), layer.bias, *geometry)
@@ -233,12 +249,26 @@ class Fixed(Mode):
 
     def weight(self, layer: Layer) -> Tensor:
         where = None
+        if layer._buffers["row_ptr"] is None:
+            free, mask, free_mask = _free_values(layer), self.mask(layer), self._free_mask(layer)
+            frozen: Any = layer._buffers["frozen_values"]
+            weight = torch.zeros_like(mask, dtype=frozen.dtype).masked_scatter(mask & ~free_mask, frozen)
+            return weight if free is None else weight.masked_scatter(free_mask, free)
         if not symbolic() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
             where = self._once_a_pattern(layer, "where", lambda p: kept_weights(p, layer.dense_weight.shape))
         return masked_weight(*self.values(layer), layer.dense_weight.shape, where)
 
     def mask(self, layer: Layer) -> Tensor:
         return unpack_mask(layer.packed_mask, layer.dense_weight.shape)
+
+    def _sliced(self, layer: Layer) -> SlicedWeight:
+        """The frozen values for inference with few samples."""
+        frozen = layer._buffers["frozen_values"]
+        tensors = self.once(layer, "sliced", lambda: sliced_weight(frozen, self._pattern(layer)[0])[:-1], (frozen,))
+        return SlicedWeight(*tensors, layer.in_features)
+
+    def _free_mask(self, layer: Layer) -> Tensor:
+        return unpack_mask(layer.packed_free_mask, layer.dense_weight.shape)
 
     def values(self, layer: Layer) -> tuple[Tensor, Tensor, SparsePattern]:
         """Free values, frozen values and the pattern: the arguments of the sparse products."""
@@ -303,13 +333,14 @@ class Fixed(Mode):
 
     def _make(self, layer: Layer, form: Form) -> WrittenWeight:
         (free, frozen, pattern), shape = self.values(layer), layer.dense_weight.shape
-        kept = kept_weights(pattern, shape)
-        weight = masked_weight(free, frozen, pattern, shape, kept)
+        known = layer._buffers["row_ptr"] is not None
+        weight = masked_weight(free, frozen, pattern, shape) if known else self.weight(layer)
         weight = weight.to(form.dtype, memory_format=order_of(form.channels_last), copy=True)
-        place = torch.empty_like(kept).index_put_((pattern.slot,), kept)[: len(free)]  # in the order of the values
+        place = self._free_mask(layer).reshape(-1).nonzero().squeeze(1)  # in the order of the values
         if form.channels_last:
-            row = place % (shape[1] * pattern.taps)
-            place += row % pattern.taps * shape[1] + row // pattern.taps - row
+            taps = math.prod(shape[2:])
+            row = place % (shape[1] * taps)
+            place += row % taps * shape[1] + row // taps - row
         return WrittenWeight(weight, free, place.to(torch.int32))
 
     def in_graphs(self) -> object:
@@ -333,7 +364,7 @@ class Fixed(Mode):
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         """Whether dense products mask the weight while they read it."""
-        return bool(layer._fused(x, padding))
+        return layer._buffers["row_ptr"] is not None and bool(layer._fused(x, padding))
 
     def _bitmap_values(self, layer: Layer) -> tuple[Tensor, Tensor, BitmapPattern]:
         """Free values, frozen values and the bitmap: the arguments of the bitmap products."""
@@ -344,12 +375,13 @@ class Fixed(Mode):
     def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[Hashable, Any]]:
         """The pattern, and by name what was computed from it. Moving the layer replaces both."""
         buffers = layer._buffers
-        known = None if symbolic() else self._derived
-        if known is None or known[0].row_ptr is not buffers["row_ptr"]:
+        source = buffers["packed_mask"] if buffers["row_ptr"] is None else buffers["row_ptr"]
+        known = None if symbolic() or self._source is not source else self._derived
+        if known is None:
             taps = math.prod(layer.dense_weight.shape[2:])
             known = SparsePattern(*(buffers[name] for name in PATTERN), taps), {}  # type: ignore[arg-type, call-arg]
             if not traced():
-                self._derived = known
+                self._derived, self._source = known, source
         return known
 
     def _once_a_pattern(self, layer: Layer, name: Hashable, compute: Callable[[SparsePattern], Any]) -> Any:
@@ -363,7 +395,7 @@ class Fixed(Mode):
         return known[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_derived": None, "_memory": None}
+        return {**super().__getstate__(), "_derived": None, "_source": None, "_memory": None}
 
 
 def _free_values(layer: Layer) -> Tensor | None:
@@ -416,12 +448,6 @@ class Constant(Fixed):
             self._kept[layer, key] = compute()
         folded: Folded = self._kept[layer, key]
         return folded
-
-    def _once_a_pattern(self, layer: Layer, name: Hashable, compute: Callable[[SparsePattern], Any]) -> Any:
-        result = super()._once_a_pattern(layer, name, compute)
-        if name == "compact":
-            self._kept.setdefault((layer, name), (result.col,))  # counts in the network's size
-        return result
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         return False  # the masked weight is cached

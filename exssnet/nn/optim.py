@@ -16,10 +16,10 @@ class ScoreAdam(torch.optim.Adam):
 
     On a GPU, the step and the selection are one pass over the scores, so the forward pass does not read them again.
     Other parameters get the step of `torch.optim.Adam(fused=True)`. `ScoreAdam` falls back to this step for the scores
-    if they are not all in one group, if a gradient is missing, with a gradient scaler, with a learning rate that is a
-    tensor, during CUDA graph capture, and under `torch.compile`; on a GPU also without the compiled CUDA kernels, and
-    if the scores are not contiguous float32 tensors on one device. The state is that of Adam, and learning-rate
-    schedulers work as with Adam.
+    if they are not all in one group, if a layer has a threshold, if a gradient is missing, with a gradient scaler, with
+    a learning rate that is a tensor, during CUDA graph capture, and under `torch.compile`; on a GPU also without the
+    compiled CUDA kernels, and if the scores are not contiguous float32 tensors on one device. The state is that of
+    Adam, and learning-rate schedulers work as with Adam.
 
     Args:
         params: Parameters or parameter groups, as for every optimizer.
@@ -63,7 +63,7 @@ class ScoreAdam(torch.optim.Adam):
         layers = selector.scored()
         index = {id(p): i for i, p in enumerate(lists[0])}
         indices = [index.get(id(layer.scores)) for layer in layers]
-        if not indices or None in indices:
+        if not indices or None in indices or any(layer.threshold is not None for layer in layers):
             return
         scores, grads, exp_avg, exp_avg_sq, _, steps = ([t[i] for i in indices] if t else [] for t in lists)  # type: ignore[index]
         if not _has_kernel([*scores, *exp_avg, *exp_avg_sq, *steps]):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.nan_flag import capturing
-from ..ops import topk_masks, topk_select
-from ..ops.library import product_dtype, transforming
+from ..ops import pack_mask, topk_masks, topk_select
+from ..ops.library import transforming
 from ..ops.selection import new_hint
 from ..ops.weights import WrittenWeight, unchecked_weights, written_weights
 from . import stale
@@ -96,18 +96,27 @@ class Selector:
             )
         handed = self._handed(model, layers)
         if handed is None:
-            handed = select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
+            handed = self._select(layers)
         for layer, selection in zip(layers, handed, strict=True):
             layer.mode.selection = selection
-        written = [layer for layer in layers if layer.mode.written is not None and not recomputable()]
-        if written:  # one pass for all these layers
+        of_dtypes: dict[torch.dtype, list[Any]] = {}
+        for layer in layers:
+            if layer.mode.written is not None and not recomputable():
+                of_dtypes.setdefault(layer.written_dtype(), []).append(layer)
+        for dtype, written in of_dtypes.items():  # one pass for all these layers
             weights, scores = [layer.dense_weight for layer in written], [layer.scores for layer in written]
-            selections, dtype = [layer.mode.selection for layer in written], product_dtype(weights[0])
+            selections = [layer.mode.selection for layer in written]
             forms = [layer.mode.written._replace(dtype=dtype) for layer in written]
             last = [form.channels_last for form in forms]
             masked = unchecked_weights(weights, scores, selections, dtype, last)  # each was checked alone before
             for layer, form, weight in zip(written, forms, masked, strict=True):
                 layer.mode.masked = form, weight
+
+    def _select(self, layers: Sequence[Any]) -> Sequence[Tensor]:
+        """The selections of all layers, in one call unless there are thresholds."""
+        if any(layer.threshold is not None for layer in layers):
+            return [layer.mode.own_selection(layer) for layer in layers]
+        return select([layer.scores for layer in layers], [layer.k for layer in layers], self.hint_for(layers))
 
     def _write_values(self) -> None:
         """Write the free values into the dense weights of all layers that keep one, in one pass for each device."""
@@ -161,6 +170,13 @@ def select(scores: list[Tensor], k: list[int], hint: Tensor | None = None) -> Se
     if scores[0].device.type == "cpu":
         return topk_select(scores, k, hint)[0].unbind()
     return topk_masks(scores, k, hint, packed=True).masks  # packed, or a GPU's products would read the scores again
+
+
+def above(scores: Tensor, threshold: float) -> Tensor:
+    """The selection of the scores whose magnitude exceeds a threshold, in the form of `select`."""
+    if scores.device.type == "cpu":
+        return torch.tensor([int(torch.tensor(threshold).view(torch.int32)), -1])
+    return pack_mask(scores.detach().abs() > threshold)
 
 
 def forwards() -> int:
@@ -224,15 +240,21 @@ def selecting(kind: Any) -> Any:
 
 
 def own_class(kind: Any) -> Any:
-    """The class that `selecting` made a class of. Any other class is returned unchanged."""
-    return kind.__bases__[1] if Selecting in kind.__bases__ else kind
+    """A module's own class, of which `convert` may have made another one."""
+    while any(issubclass(base, Generated) for base in kind.__bases__):
+        kind = kind.__bases__[1]
+    return kind
 
 
-class Selecting:
-    """The first base of all classes that `selecting` makes."""
+class Generated:
+    """A base of all classes that `convert` makes of a module's own class, which is the second base."""
 
     def __init_subclass__(cls) -> None:
-        """Skip the method of the model's own class, which may register its subclasses."""
+        """Skip the method of the module's own class, which may register its subclasses."""
+
+
+class Selecting(Generated):
+    """The first base of all classes that `selecting` makes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Name the model's own class in copies and pickles. This one cannot be imported."""

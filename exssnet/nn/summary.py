@@ -6,6 +6,7 @@ from typing import Literal
 from torch import nn
 
 from ..io.values import aligned
+from .hosts import Hosting
 from .layers import SupermaskLayer
 
 Kind = Literal["masked", "per task", "frozen"]
@@ -93,6 +94,8 @@ def summary(model: nn.Module) -> Summary:
             count = module.dense_weight.numel()
             rows.append(Row(name, kind, "masked", count, module.k, -(-count // 8), ""))
             own, state, why = [module._parameters.get("bias")], [], "a bias"
+        elif isinstance(module, Hosting):
+            why = why or "a bias"
         trained = [p for p in own if p is not None and p.requires_grad]
         frozen = [p for p in own if p is not None and not p.requires_grad]
         if trained or state:

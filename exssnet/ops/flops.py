@@ -38,6 +38,10 @@ def _bitmap(free_values: Tensor, frozen_values: Tensor, pattern: Tensor, *rest: 
     return torch.Size(shape).numel(), torch.Size(shape).numel()
 
 
+def _sliced(ptr: Tensor, row: Tensor, col: Tensor, values: Tensor, *rest: Any) -> tuple[int, int]:
+    return values.numel(), 0
+
+
 def _places(t: Tensor) -> int:
     """The number of images times output pixels, from an output or its gradient (N, O, ...)."""
     return t.numel() // max(1, t.shape[1])
@@ -64,7 +68,9 @@ def _knn(features: Tensor, labels: Tensor, queries: Tensor, *rest: Any, out_val:
 
 def register() -> None:
     """Register the counts with `FlopCounterMode`; the operators must be defined."""
-    families: dict[str, Count] = {"supermask": _supermask, "masked": _masked, "sparse": _sparse, "bitmap": _bitmap}
+    families: dict[str, Count] = {
+        "supermask": _supermask, "masked": _masked, "sparse": _sparse, "sliced": _sliced, "bitmap": _bitmap,
+    }  # fmt: skip
     for operator in OPERATORS:
         family, _, kind = operator.partition("_")
         if kind.startswith(("linear", "conv2d")):

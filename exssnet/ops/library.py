@@ -115,8 +115,8 @@ def _has_tangents(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def refuse_derivative(name: str, why: str) -> None:
-    """Let an operator without a gradient raise when it is differentiated."""
+def refuse_derivative(name: str, why: str) -> Callable[..., Any]:
+    """Let an operator without a gradient raise when it is differentiated. Returns a callable for it."""
     op = getattr(torch.ops.exssnet, name).default
 
     def refuse(*args: Any) -> Any:
@@ -128,6 +128,14 @@ def refuse_derivative(name: str, why: str) -> None:
             return op(*args)
 
     _library.impl(name, refuse, "Autograd")
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # saves a trip into Python
+            return op(*args)
+
+    return call
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -26,8 +26,6 @@ __all__ = [
 
 _PATTERN = "Tensor row_ptr, Tensor col, Tensor slot, Tensor row_ptr_t, Tensor col_t, Tensor slot_t"
 _VALUES = f"Tensor free_values, Tensor frozen_values, {_PATTERN}"
-FEW = 16
-"""The number of columns up to which the products on a CPU have kernels of their own, `csrc/cpu/sparse_few.h`."""
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 
 
@@ -66,7 +64,7 @@ define(
     f"sparse_conv2d_backward(Tensor grad, Tensor x, {_VALUES}, {_CONV}, bool[] output_mask) -> (Tensor, Tensor)",
     _fake_backward,
 )
-refuse_derivative("sparse_conv2d_folded", "it is for inference")
+_folded = refuse_derivative("sparse_conv2d_folded", "it is for inference")
 
 
 def _plain_linear(
@@ -107,8 +105,6 @@ class SparsePattern(NamedTuple):
         col_t: (nnz,), the same for the transpose.
         slot_t: (nnz,), the same for the transpose.
         taps: R * S; 1 for a linear layer.
-
-    A compact pattern (see `compact`) has col in int16, and a slot of no entries.
     """
 
     row_ptr: Tensor
@@ -123,23 +119,6 @@ class SparsePattern(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """All fields but `taps`, for the operators. Compiled code slices: torch 2.10 cannot trace a property."""
         return self[:-1]
-
-    def compact(self) -> "SparsePattern":
-        """The same pattern with 2 bytes an entry instead of 8, for values in walking order: all free, or all frozen.
-
-        The products take it for up to `FEW` columns, see `is_few`. These are bound by what they read of the memory.
-
-        Returns:
-            The compact pattern. This pattern if a row has more than 32,768 columns.
-        """
-        if (self.row_ptr_t.numel() - 1) * self.taps > 2**15:
-            return self
-        return self._replace(col=self.col.to(torch.int16), slot=self.slot[:0])
-
-
-def is_few(x: Tensor) -> bool:
-    """Whether a linear layer takes a compact pattern for this x (..., I): on a CPU, for 1 to `FEW` samples."""
-    return x.device.type == "cpu" and 0 < x.numel() <= FEW * x.shape[-1]
 
 
 def check_masks(operator: str, mask: Tensor, free_mask: Tensor) -> None:
@@ -417,7 +396,5 @@ def sparse_conv2d_folded(
     of_sums = {"free_values": free_values, "frozen_values": frozen_values, "scale": scale, "bias": bias}
     same_kind("sparse_conv2d_folded", x, *also, **of_sums)
     same_kind("sparse_conv2d_folded", x, residual=residual)
-    y: Tensor = torch.ops.exssnet.sparse_conv2d_folded(
-        x, free_values, frozen_values, *pattern[:-1], scale, bias, residual, relu, taps, *geometry
-    )
+    y: Tensor = _folded(x, free_values, frozen_values, *pattern[:-1], scale, bias, residual, relu, taps, *geometry)
     return y

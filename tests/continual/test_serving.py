@@ -154,15 +154,18 @@ def test_a_network_larger_than_the_bound_answers_and_is_not_kept() -> None:
     assert served.nbytes == 0
 
 
-def test_a_kept_weight_takes_8_bytes_and_2_more_for_few_samples() -> None:
+def test_a_kept_weight_takes_8_bytes_and_6_more_for_few_samples() -> None:
     phases = Phases(convert(LeNet300100(784, 10), 0.1, products="sparse"))
     phases.start_task()
     phases.finish_task()
     served = Served(phases)
     kept, rows = phases.bank.total(0).kept, 784 + 300 + 300 + 100 + 100 + 10 + 6
-    for samples, each in ((17, 8), (1, 10), (2, 10)):
+    served(torch.randn(17, 784), [0] * 17)
+    many = served.nbytes
+    assert many == pytest.approx(8 * kept + 4 * rows, abs=100)
+    for samples in (1, 2):
         served(torch.randn(samples, 784), [0] * samples)
-        assert served.nbytes == pytest.approx(each * kept + 4 * rows, abs=100)
+        assert 6 <= (served.nbytes - many) / kept <= 7  # rows of a slice are filled to the length of the longest
 
 
 def test_dense_weights_are_made_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,7 +169,7 @@ class Finished:
         """What plain PyTorch makes of the record."""
         model = plain_network(kind).to(dtype)
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        given = self.state | {f"{n}.weight": w for n, w in self.weights.items()}
+        given = self.state | self.weights | {f"{n}.weight": w for n, w in self.weights.items()}
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])

@@ -28,7 +28,9 @@ class AnyUser(User):
             return
         finished, model = self.finished[task], folded[0]
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, expected in (finished.state | {f"{m}.weight": w for m, w in finished.weights.items()}).items():
+        for name, expected in (
+            finished.state | finished.weights | {f"{m}.weight": w for m, w in finished.weights.items()}
+        ).items():
             if name in own:
                 assert torch.equal(own[name], expected.to(own[name].dtype)), f"{name} of the folded copy"
         with torch.autocast("cpu", enabled=False):

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +38,8 @@ TARGETS = {
 }
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that a program can have."""
-TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
+TENSOR_CORES = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "v_mfma": "v_mfma"}
+"""Instructions of tensor cores: how the assembly of a kernel calls them (PTX, or AMD's), and their names."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -51,9 +52,17 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
-    instructions: int
     tensor_cores: str
     launch: dict[str, Any]
+    binary: bytes = field(repr=False)
+    """The code: of NVIDIA's chips a binary, of AMD's the assembly."""
+
+    def instructions(self) -> int:
+        """Their number. Disassembling takes longer than compiling, so that only a table asks for it."""
+        if not self.binary.startswith(b"\x7fELF"):
+            return len(re.findall(rb"^\t[a-z]+_\w+", self.binary, re.MULTILINE))
+        opcode = r"^ +/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?[A-Z]"
+        return len(re.findall(opcode, _dumped(self.binary, "-sass"), re.MULTILINE))
 
 
 class NoDevice:
@@ -72,39 +81,38 @@ class NoDevice:
         return 0
 
 
-def _nvidia(binary: bytes) -> tuple[int, int, str]:
-    """(registers, bytes on the stack, assembly)."""
+def _dumped(binary: bytes, option: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(binary)
-        usage, assembly = (
-            subprocess.run([CUOBJDUMP, option, file], check=True, capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        return subprocess.run([CUOBJDUMP, option, file], check=True, capture_output=True, text=True).stdout
+
+
+def _nvidia(binary: bytes) -> tuple[int, int]:
+    """(registers, bytes on the stack)."""
+    usage = _dumped(binary, "-res-usage")
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local, assembly
+    return registers, stack + local
 
 
-def _amd(assembly: str) -> tuple[int, int, str]:
-    """(vector registers, bytes of private memory, assembly); scalars spill into vectors, which costs no memory."""
+def _amd(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of private memory); scalars spill into vectors, which costs no memory."""
     registers, private, spilled = (
         int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
         for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
     )
-    return registers, private + 4 * spilled, assembly
+    return registers, private + 4 * spilled
 
 
 def _report(name: str, kernel: Any, launch: dict[str, Any]) -> Compiled:
     nvidia = "cubin" in kernel.asm
-    registers, spilled, assembly = _nvidia(kernel.asm["cubin"]) if nvidia else _amd(kernel.asm["amdgcn"])
-    opcode = r"^ +/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)" if nvidia else r"^\t([a-z]+_\w+)"
-    instructions = re.findall(opcode, assembly, re.MULTILINE)
-    used = [core for core in TENSOR_CORES if any(i.split(".")[0].startswith(core) for i in instructions)]
+    assembly = kernel.asm["ptx" if nvidia else "amdgcn"]
+    registers, spilled = _nvidia(kernel.asm["cubin"]) if nvidia else _amd(assembly)
+    used = [core for called, core in TENSOR_CORES.items() if called in assembly]
     blocks = [f"{n.removeprefix('BLOCK_')} {v}" for n, v in launch.items() if n.startswith("BLOCK")]
     configuration = ", ".join([*blocks, f"{kernel.metadata.num_warps} warps, {kernel.metadata.num_stages} stages"])
-    return Compiled(
-        name, configuration, registers, spilled, kernel.metadata.shared, len(instructions), "+".join(used), launch
-    )
+    binary = kernel.asm["cubin"] if nvidia else assembly.encode()
+    return Compiled(name, configuration, registers, spilled, kernel.metadata.shared, "+".join(used), launch, binary)
 
 
 @contextmanager

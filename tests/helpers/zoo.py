@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torchvision.models as tv
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchvision.models import efficientnet, inception, mobilenetv3, regnet, swin_transformer, vgg
 
 CLASSES = 4
@@ -160,6 +161,51 @@ class Recurrent(nn.Module):
         return out
 
 
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flatten(1)
+        weight = (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)
+        return self._conv_forward(x, weight.view_as(self.weight), self.bias)
+
+
+class Table(nn.Module):
+    """A product with a matrix that has its inputs first, as `Conv1D` of transformers."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(i, o) / i**0.5), nn.Parameter(torch.zeros(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Kinds(nn.Module):
+    """Modules that read their weights themselves, two of which share one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.tied = nn.Embedding(20, 12, padding_idx=0), nn.Linear(12, 20)
+        self.tied.weight = self.embedding.weight
+        self.rnn = nn.LSTM(12, 8, 2, batch_first=True, bidirectional=True, proj_size=6)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True, kdim=12, vdim=20, add_bias_kv=True)
+        self.cell, self.table, self.pair = nn.GRUCell(12, 16), Table(16, 16), nn.Bilinear(16, 16, 12)
+        self.up1, self.up3 = nn.ConvTranspose1d(7, 4, 2, 2), nn.ConvTranspose3d(4, 2, 2)
+        self.deep, self.up2 = nn.Conv3d(2, 4, 2, groups=2), nn.ConvTranspose2d(4, 4, 2, groups=2)
+        self.scaled, self.head = Standardised(4, 6, 3, padding=1), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded = self.embedding(x)
+        recurrent = self.rnn(embedded)[0]
+        attended = embedded + self.attention(embedded, recurrent, self.tied(recurrent), need_weights=False)[0]
+        last = self.table(self.cell(attended[:, -1], x.new_ones(len(x), 16, dtype=embedded.dtype))).tanh()
+        mixed = attended * self.pair(last, last)[:, None]
+        volume = self.deep(self.up3(self.up1(mixed).unflatten(2, (2, 3, 4))))
+        out: Tensor = self.head(self.scaled(self.up2(volume.mean(2))).relu().mean((2, 3)))
+        return out
+
+
 class Mixer(nn.Module):
     """A stem of patches, then products along patches and along channels."""
 
@@ -284,12 +330,14 @@ CASES: dict[str, Case] = {
     "encoder-norm-first": Case(lambda: Padded(norm_first=True), _padded),
     "lstm": Case(lambda: Recurrent(nn.LSTM), tokens(), compiled=True),
     "gru": Case(lambda: Recurrent(nn.GRU), tokens()),
+    "kinds": Case(Kinds, tokens()),
     "mixer": Case(Mixer, images(64)),
     "attention": Case(Attention, lambda n: {"x": torch.randn(n, 5, 12)}),
     "branches": Case(Branches, images(16)),
     "heads": Case(Heads, lambda n: {"x": torch.randn(n, 12)}, unused=("heads.news",)),
     "bert": Case(_hugging("BertConfig", "BertForSequenceClassification", vocab_size=20, **SIZES), _padded_tokens,
                  compiled=True, **ELSEWHERE),
+    "bert-tied": Case(_hugging("BertConfig", "BertForMaskedLM", vocab_size=20, **SIZES), _padded_tokens, **ELSEWHERE),
     "distilbert": Case(_hugging("DistilBertConfig", "DistilBertForSequenceClassification", vocab_size=20, dim=16,
                                 n_layers=2, n_heads=2, hidden_dim=32), _padded_tokens, **ELSEWHERE),
     "gpt2": Case(_hugging("GPT2Config", "GPT2ForSequenceClassification", vocab_size=20, n_embd=16, n_layer=2, n_head=2,
@@ -305,15 +353,15 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 FAMILIES = (
     "resnet-basic", "convnext", "mobilenet-v3", "vit", "swin", "densenet-checkpointed", "googlenet", "transformer",
-    "encoder-padding", "lstm", "attention", "branches", "heads", "gpt2", "t5-encoder",
+    "encoder-padding", "lstm", "kinds", "attention", "branches", "heads", "gpt2", "t5-encoder",
 )  # fmt: skip
 """One case for each way in which networks differ; proofs look at the others."""
 
 
 REFUSED: dict[str, tuple[Case, str]] = {
-    "attention-alone": (Case(lambda: nn.MultiheadAttention(16, 2), tokens()), "no nn.Linear, nn.Conv1d or nn.Conv2d"),
-    "bert-tied": (Case(_hugging("BertConfig", "BertForMaskedLM", vocab_size=20, **SIZES), tokens(),
-                       needs="transformers"), "are one tensor; exclude tied layers or untie them"),
+    "norm-alone": (Case(lambda: nn.LayerNorm(4), tokens()), "no weight to mask: a norm"),
+    "pruned-alone": (Case(lambda: prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5), tokens()),
+                     "its weight is computed"),
 }  # fmt: skip
 """What `convert` refuses, and words of the sentence."""
 

@@ -261,7 +261,7 @@ def table() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for architecture, found in compile_all().items():
         for case, k in found:
-            cells = case, k.kernel, k.configuration, architecture, k.registers, k.spilled, k.shared, k.instructions
+            cells = case, k.kernel, k.configuration, architecture, k.registers, k.spilled, k.shared, k.instructions()
             print("|", " | ".join(map(str, cells)), "|", k.tensor_cores or "none", "|")
 
 

@@ -1,5 +1,4 @@
 // sparse_linear, sparse_conv2d and their backward operators, for the kernels of csrc/cpu/sparse.
-#include "cpu/sparse_few.h"
 #include "torch/sparse_operators.h"
 
 namespace exssnet {
@@ -9,8 +8,6 @@ struct Cpu {
   static ScalarType dtype(const Tensor& x) { return compute_dtype(x); }
 
   static void check_place(const char*, const Tensor&, const Weights::Tensors&) {}
-
-  static bool few(const Convolution& c) { return cpu::few_columns(c) >= 0; }
 
   static Tensor output(const SparseWeight& w, const Convolution& c, const Tensor& x, const Following& then) {
     return sparse_output(w, c, x, then);

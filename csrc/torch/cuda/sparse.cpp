@@ -20,8 +20,6 @@ struct Cuda {
     for (const Tensor* t : tensors) check(same_device(*t, x), who, "values and a pattern on the device of x");
   }
 
-  static bool few(const Convolution&) { return false; }
-
   static Tensor output(const SparseWeight& w, const Convolution& c, const Tensor& x, const Following& then) {
     const OnDevice device(w.who, x);
     check_sizes(w, c);

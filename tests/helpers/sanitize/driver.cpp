@@ -4,6 +4,7 @@
 // are small whole numbers, so that sums are exact in any order. ISA is baseline, avx2, avx512 or best; the exit status
 // is 77 on a machine without it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -21,7 +22,6 @@
 #include "cpu/layout.h"
 #include "cpu/mask_pattern.h"
 #include "cpu/parallel.h"
-#include "cpu/sparse_few.h"
 #include "cpu/topk.h"
 #include "cpu/weights.h"
 #include "sparse_products.h"
@@ -289,9 +289,18 @@ void norms_of_type(bool large, bool channels_last) {
 
 template <class T, class S>
 void small_sparse_products() {
-  for (const Layer& layer : kLayers)
-    for (const bool compact : {false, true})
-      if (!compact || few_columns(Sparse(layer).c) > 0) in_thread([&] { sparse_products<T, S>(layer, compact); });
+  for (const Layer& layer : kLayers) in_thread([&] { sparse_products<T, S>(layer); });
+}
+
+template <class S>
+void all_sliced_products(bool large) {
+  if (large) {
+    in_thread([] { sliced_products<S>(2001, 300, 3, 60); });
+    return;
+  }
+  for (const int64_t samples : {1, 2, 4, 7, 8, 9, 16, 19})
+    for (const auto [rows, columns, longest] : {std::array{1, 1, 3}, {16, 20, 0}, {33, 65, 9}, {20, 700, 530}})
+      in_thread([=] { sliced_products<S>(rows, columns, samples, longest); });
 }
 
 template <class T>
@@ -346,6 +355,8 @@ int main(int count, char** arguments) {
     return 0;
   }
   if (!large) small_sparse_products<float, BFloat16>();
+  all_sliced_products<float>(large);
+  all_sliced_products<BFloat16>(large);
   for (const Layer& layer : kLargeLayers)
     if (large) in_thread([&] { sparse_products<float, BFloat16>(layer); });
   for (const int64_t n : {1, 33, 64})

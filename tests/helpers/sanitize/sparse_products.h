@@ -8,6 +8,7 @@
 
 #include "buffers.h"
 #include "cpu/mask_pattern.h"
+#include "cpu/sliced.h"
 #include "cpu/sparse.h"
 
 namespace {
@@ -81,9 +82,8 @@ struct Sparse {
 };
 
 template <class T, class S = T>
-void sparse_products(const Layer& layer, bool compact = false) {
+void sparse_products(const Layer& layer) {
   Sparse s(layer);
-  if (compact) std::iota(s.slot.begin(), s.slot.end(), 0);
   const int64_t count = static_cast<int64_t>(s.slot.size()), rows = s.c.out_channels, plane = s.out_size() / rows;
   const auto x = whole<S>(s.in_size()), grad = whole<S>(s.out_size()), residual = whole<S>(s.out_size());
   const auto free = whole<T>(s.free_count), frozen = whole<T>(count - s.free_count);
@@ -91,9 +91,7 @@ void sparse_products(const Layer& layer, bool compact = false) {
   const Buffer<int32_t> ptr(rows + 1, [&](int64_t i) { return s.ptr[i]; });
   const Buffer<int32_t> index(count, [&](int64_t i) { return s.index[i]; });
   const Buffer<int32_t> slot(count, [&](int64_t i) { return s.slot[i]; });
-  const Buffer<uint16_t> narrow(count, [&](int64_t i) { return s.index[i]; });
-  const Pattern pattern{ptr.data(), compact ? nullptr : index.data(), compact ? nullptr : slot.data(), rows,
-                        s.columns(), count, compact ? narrow.data() : nullptr};
+  const Pattern pattern{ptr.data(), index.data(), slot.data(), rows, s.columns(), count};
   const Values<T> values{free.data(), frozen.data(), s.free_count, count};
   const auto weight = [&](int32_t k) {
     return double(s.slot[k] < s.free_count ? free[s.slot[k]] : frozen[s.slot[k] - s.free_count]);
@@ -139,12 +137,6 @@ void sparse_products(const Layer& layer, bool compact = false) {
     of[at] = right;
     if (followed && s.out_size() > 0) fail("a bad pattern was followed");
   };
-  if (compact) {
-    refused(narrow, below(count), static_cast<int32_t>(s.columns()));
-    refused(narrow, below(count), -1);
-    refused(ptr, below(rows + 1), -1);
-    return;
-  }
   for (const int32_t wrong : {-1, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
     refused(index, below(count), wrong);
     refused(slot, below(count), wrong);
@@ -152,6 +144,49 @@ void sparse_products(const Layer& layer, bool compact = false) {
   }
   refused(slot, below(count), static_cast<int32_t>(count));
   refused(index, below(count), static_cast<int32_t>(s.columns()));
+}
+
+// A matrix of random slices, whose rows end anywhere, with samples whose distance is larger than their size.
+template <class S>
+void sliced_products(int64_t rows, int64_t columns, int64_t samples, int64_t longest) {
+  const int64_t slices = (rows + kSlice - 1) / kSlice, distance = columns + 3;
+  std::vector<int32_t> ptr{0}, row(rows);
+  for (int64_t s = 0; s < slices; ++s) ptr.push_back(static_cast<int32_t>(ptr.back() + below(longest + 1)));
+  std::iota(row.begin(), row.end(), 0);
+  std::shuffle(row.begin(), row.end(), generator);
+  const int64_t lines = ptr.back();
+  const Buffer<int32_t> ptrs(slices + 1, [&](int64_t i) { return ptr[i]; });
+  const Buffer<int32_t> order(rows, [&](int64_t i) { return row[i]; });
+  const Buffer<uint16_t> col(lines * kSlice, [&](int64_t) { return static_cast<uint16_t>(below(columns + 1)); });
+  const auto bias = whole<float>(rows), wide = whole<float>(lines * kSlice);
+  const Buffer<BFloat16> narrow(lines * kSlice, [&](int64_t i) { return wide[i]; });
+  const auto x = whole<S>(samples * distance - 3);
+  std::vector<double> expected(rows * samples);
+  for (int64_t s = 0; s < slices; ++s)
+    for (int64_t k = ptr[s] * kSlice; k < ptr[s + 1] * kSlice; ++k)
+      if (const int64_t place = s * kSlice + k % kSlice; place < rows && col[k] < columns)
+        for (int64_t j = 0; j < samples; ++j)
+          expected[row[place] * samples + j] += double(wide[k]) * number(x[j * distance + col[k]]);
+  for (int64_t i = 0; i < rows * samples; ++i) expected[i] += bias[i / samples];
+  for (const bool is_narrow : {false, true}) {
+    const void* const values = is_narrow ? static_cast<const void*>(narrow.data()) : wide.data();
+    const Sliced m{ptrs.data(), order.data(), col.data(), values, is_narrow, rows, columns, lines};
+    const auto multiply = [&](const Buffer<S>& y) {
+      return sliced_forward(m, bias.data(), samples, x.data(), 1, distance, y.data());
+    };
+    const Buffer<S> y(rows * samples);
+    if (!multiply(y)) fail("sliced_forward refused a good matrix");
+    expect_equal(y, expected, "sliced_forward");
+    const auto refused = [&](const auto& of, int64_t at, auto wrong) {
+      const auto right = std::exchange(of[at], wrong);
+      if (multiply(Buffer<S>(rows * samples))) fail("a bad sliced matrix was followed");
+      of[at] = right;
+    };
+    if (columns < 65535 && lines > 0) refused(col, below(lines * kSlice), uint16_t(65535));
+    refused(order, below(rows), static_cast<int32_t>(rows));
+    refused(order, below(rows), int32_t(-1));
+    refused(ptrs, slices, static_cast<int32_t>(lines + 1));
+  }
 }
 
 }  // namespace

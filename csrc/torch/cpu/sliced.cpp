@@ -1,0 +1,48 @@
+// sliced_linear, for the kernels of csrc/cpu/sliced.
+#include "cpu/sliced.h"
+
+#include "torch/product.h"
+
+namespace exssnet {
+namespace {
+
+template <class S>
+bool multiply(const cpu::Sliced& m, const float* bias, const Tensor& x, Tensor& y) {
+  return cpu::sliced_forward(m, bias, x.size(0), data<S>(x), x.stride(1), x.stride(0),
+                             static_cast<S*>(y.mutable_data_ptr()));
+}
+
+Tensor sliced_linear(const Tensor& x, const Tensor& ptr, const Tensor& row, const Tensor& col, const Tensor& values,
+                     const OptTensor& bias) {
+  constexpr auto kWho = "sliced_linear";
+  const auto is = [](const Tensor& t, ScalarType dtype, int64_t dims) {
+    return t.scalar_type() == dtype && t.dim() == dims && t.is_contiguous() && t.is_cpu();
+  };
+  const bool narrow = values.scalar_type() == ScalarType::BFloat16;
+  check(x.dim() == 2 && x.size(1) < 65535 && x.is_cpu(), kWho, "x (B, I) on a CPU with fewer than 65,535 features");
+  check(is(ptr, ScalarType::Int, 1) && is(row, ScalarType::Int, 1) && is(col, ScalarType::UInt16, 2) &&
+            is(values, narrow ? ScalarType::BFloat16 : ScalarType::Float, 2) && col.size(1) == cpu::kSlice &&
+            same_shape(col, values),
+        kWho, "a contiguous sliced weight of int32, uint16, and float32 or bfloat16");
+  const cpu::Sliced m{ptr.const_data_ptr<int32_t>(), row.const_data_ptr<int32_t>(),
+                      static_cast<const uint16_t*>(col.const_data_ptr()), values.const_data_ptr(), narrow, row.numel(),
+                      x.size(1), col.size(0)};
+  check(ptr.numel() == m.slices() + 1, kWho, "a pointer for every 16 rows, and one more");
+  check(!bias || (bias->dim() == 1 && bias->numel() == m.rows), kWho, "a bias for every output");
+  const bool half = stored_dtype(x) == ScalarType::BFloat16;
+  const Tensor from = half ? x : to_dtype(x, ScalarType::Float);
+  const Tensor added = bias ? row_major(to_dtype(*bias, ScalarType::Float)) : from;
+  const float* const b = bias ? data<float>(added) : nullptr;
+  const Ints shape{x.size(0), m.rows};
+  const ScalarType dtype = half ? ScalarType::BFloat16 : ScalarType::Float;
+  Tensor y = shape[0] == 1 ? torch::stable::new_empty(x, shape, dtype) : new_batch_last(x, shape, dtype);
+  check(half ? multiply<BFloat16>(m, b, from, y) : multiply<float>(m, b, from, y), kWho,
+        "pointers that rise from 0 to the number of lines, and rows and columns in range");
+  return to_dtype(y, x.scalar_type());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(exssnet, CPU, m) { m.impl("sliced_linear", TORCH_BOX(&sliced_linear)); }
+
+}  // namespace exssnet

@@ -1,0 +1,123 @@
+"""Products of a fixed mask's weights with a few samples, for inference on a CPU."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..kernels.layouts import empty_batch_last
+from .geometry import check_linear, in_rows
+from .library import autocast, define, refuse_derivative, same_kind, transforming
+from .sparse import SparsePattern
+
+__all__ = ["SlicedWeight", "sliced_linear", "sliced_weight"]
+
+SLICE = 16
+"""Rows of a slice."""
+FEW = 16
+"""The number of samples up to which no other product is faster."""
+MOST_COLUMNS = 2**16 - 2
+"""Columns are uint16, and one more is needed for rows that have ended."""
+
+define(
+    "sliced_linear(Tensor x, Tensor ptr, Tensor row, Tensor col, Tensor values, Tensor? bias) -> Tensor",
+    lambda x, ptr, row, *rest: empty_batch_last(x, x.shape[0], row.numel()),
+)
+_linear = refuse_derivative("sliced_linear", "it is for inference")
+
+
+class SlicedWeight(NamedTuple):
+    """The kept weights of a linear layer in slices of 16 rows (sliced ELLPACK, Kreutzer et al. 2014, arXiv 1307.6209).
+
+    Rows are sorted by their numbers of entries, the longest first. A line of a slice has the next entry of each of its
+    rows. A row that has ended has column `columns` there, and the value 0. So an entry takes 6 bytes, or 4 in bfloat16,
+    and lines are read as they are stored.
+
+    Attributes:
+        ptr: int32, (S + 1,), the first line of each of the S slices, and the number of lines L.
+        row: int32, (O,), the rows in the order of the slices.
+        col: uint16, (L, 16).
+        values: float32 or bfloat16, (L, 16).
+        columns: The number of input features, at most 65,534.
+    """
+
+    ptr: Tensor
+    row: Tensor
+    col: Tensor
+    values: Tensor
+    columns: int
+
+
+def sliced_weight(values: Tensor, pattern: SparsePattern) -> SlicedWeight:
+    """The kept weights of a linear layer, in the form that products of few samples read. Build it once per mask.
+
+    Args:
+        values: (K,), float32 or bfloat16: free values, then frozen values, as `sparse_pattern` describes.
+        pattern: The `sparse_pattern` of a mask (O, I) that keeps K weights.
+
+    Returns:
+        The weight, on the device of the values. It is a copy.
+
+    Raises:
+        ValueError: The values do not fit the pattern, or I is above 65,534.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> sliced_linear(torch.ones(1, 2), sliced_weight(weight[weight != 0], sparse_pattern(weight != 0)))
+        tensor([[1., 2.]])
+    """
+    columns, kept = pattern.row_ptr_t.numel() - 1, pattern.col.numel()
+    if values.shape != (kept,) or values.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"sliced_weight: the pattern keeps {kept} weights, which must be float32 or bfloat16, got values of shape "
+            f"{tuple(values.shape)} and {values.dtype}"
+        )
+    if pattern.taps != 1 or columns > MOST_COLUMNS:
+        raise ValueError(
+            f"sliced_weight: must be of a linear layer with at most {MOST_COLUMNS:,} features, got {columns:,} columns "
+            f"and {pattern.taps} taps"
+        )
+    counts = pattern.row_ptr.diff()
+    row = counts.argsort(descending=True, stable=True)
+    lines = counts[row[::SLICE]]  # the first row of a slice is its longest
+    ptr = torch.nn.functional.pad(lines.cumsum(0), (1, 0))
+    rank = torch.empty_like(row)
+    rank[row] = torch.arange(len(row), device=row.device)
+    of_entry = torch.arange(len(counts), device=row.device).repeat_interleave(counts, output_size=kept)
+    place = torch.arange(kept, device=row.device) - pattern.row_ptr[of_entry]  # within its row
+    place = (ptr[rank[of_entry] // SLICE] + place) * SLICE + rank[of_entry] % SLICE
+    size = int(ptr[-1]) * SLICE
+    col = torch.full((size,), columns, dtype=torch.int32, device=row.device).index_put((place,), pattern.col)
+    sliced = values.new_zeros(size).index_put((place,), values[pattern.slot])
+    return SlicedWeight(ptr.int(), row.int(), col.to(torch.uint16).view(-1, SLICE), sliced.view(-1, SLICE), columns)
+
+
+def takes_sliced(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a linear layer may compute its product with this x (..., I) by `sliced_linear`, and is faster so."""
+    few = x.device.type == "cpu" and 0 < x.numel() <= FEW * x.shape[-1] and x.shape[-1] <= MOST_COLUMNS
+    trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return few and not trains and x.dtype != torch.float64 and not transforming() and forward_ad._current_level < 0
+
+
+def sliced_linear(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None) -> Tensor:
+    """Linear layer with a `sliced_weight`: for inference with up to about 16 samples, which reading the weight bounds.
+
+    Args:
+        x: (..., I), float32, bfloat16 or float16, of any strides. Sums are float32.
+        weight: The weight, (O, I). Its values may be float32 or bfloat16 for every dtype of x.
+        bias: (O,), of any of these dtypes.
+
+    Returns:
+        (..., O), of x's dtype, stored with the batch innermost. It has no derivative.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match.
+        RuntimeError: A gradient is required.
+    """
+    check_linear("sliced_linear", x, weight.row.numel(), weight.columns, bias)
+    if x.dtype == torch.float64:
+        raise ValueError("sliced_linear: x must be float32, bfloat16 or float16, got torch.float64")
+    (x,) = autocast(x)
+    same_kind("sliced_linear", x, torch.float32, torch.bfloat16, torch.float16, values=weight.values, bias=bias)
+    return in_rows(_linear, x, *weight[:-1], bias)

@@ -1,0 +1,285 @@
+"""Products of few samples: sliced_linear for inference, and the sparse products of up to 16 columns."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from accuracy import Results, assert_accurate, assert_exact
+from refusals import Calls, guarded, refused
+from torch import Tensor
+from torch.nn import functional as F
+
+from exssnet import SupermaskLinear, ops
+from exssnet.kernels import reference
+from exssnet.nn.modes import Fixed
+from exssnet.ops.sliced import takes_sliced
+
+RAW = torch.ops.exssnet
+# rows with fewer entries than a register, with several registers, with more than a run of 256; empty rows; a last slice
+# of one row
+SIZES = pytest.mark.parametrize(
+    ("rows", "width", "density"), [(1, 1, 1.0), (9, 5, 0.5), (33, 65, 0.3), (70, 900, 0.5), (5, 40, 0.0)], ids=str
+)
+BATCHES = pytest.mark.parametrize("batch", [1, 3, 4, 8, 16, 21])
+KINDS = pytest.mark.parametrize(
+    ("dtype", "of_values"),
+    [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float16, torch.float32)],
+    ids=["float32", "bfloat16-float32", "bfloat16", "float16-float32"],
+)
+
+
+def layer(rows: int, width: int, density: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight of small integers, and a mask with an empty row in three."""
+    mask = torch.rand(rows, width) < density
+    mask[1::3] = False
+    return torch.randint(-4, 5, (rows, width)).to(dtype), mask
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-4, 5, shape)
+
+
+@KINDS
+@BATCHES
+@SIZES
+def test_sliced_products_are_exact(
+    rows: int, width: int, density: float, batch: int, dtype: torch.dtype, of_values: torch.dtype
+) -> None:
+    weight, mask = layer(rows, width, density, of_values)
+    x, bias = integers(batch, width).to(dtype), integers(rows).to(of_values)
+    sliced = ops.sliced_weight(weight[mask], ops.sparse_pattern(mask))
+    exact = F.linear(x.double(), (weight * mask).double(), bias.double()).to(dtype)
+    results = {
+        "rows": ops.sliced_linear(x, sliced, bias),
+        "columns": ops.sliced_linear(x.t().contiguous().t(), sliced, bias),
+        "reference": reference.sliced_linear(x, *sliced[:-1], bias),
+    }
+    assert_exact(results, dict.fromkeys(results, exact))
+    assert results["rows"].stride(0) == 1 or batch == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_values"),
+    [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2],
+    ids=["float32", "float64", "bfloat16-float32", "bfloat16"],
+)
+@BATCHES
+@SIZES
+def test_sparse_products_are_exact(
+    rows: int, width: int, density: float, batch: int, dtype: torch.dtype, of_values: torch.dtype
+) -> None:
+    weight, mask = layer(rows, width, density, of_values)
+    free = mask & (torch.rand(mask.shape) < 0.5) if batch == 3 else mask
+    x, grad, bias = integers(batch, width).to(dtype), integers(batch, rows).to(dtype), integers(rows).to(of_values)
+    pattern, values, dense = ops.sparse_pattern(mask, free), (weight[free], weight[mask & ~free]), weight * mask
+    got = ops.sparse_linear(x, *values, pattern, bias)
+    to_x, to_values = RAW.sparse_linear_backward(grad, x, *values, *pattern.tensors, [True, True])
+    exact = {
+        "y": F.linear(x.double(), dense.double(), bias.double()).to(dtype),
+        "x": (grad.double() @ dense.double()).to(dtype),
+        "values": (grad.double().t() @ x.double())[free].to(weight.dtype),
+    }
+    assert_exact({"y": got, "x": to_x, "values": to_values}, exact)
+
+
+@BATCHES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_errs_at_most_twice_as_much_as_plain_pytorch(batch: int, dtype: torch.dtype) -> None:
+    mask = torch.rand(33, 900) < 0.9
+    weight, x = torch.randn(33, 900).to(dtype), torch.randn(batch, 900).to(dtype)
+    pattern = ops.sparse_pattern(mask)
+
+    def ours(t: Results) -> Tensor:
+        return ops.sliced_linear(t["x"], ops.sliced_weight(t["values"], pattern))
+
+    def plain(t: Results) -> Tensor:
+        where = mask.nonzero(as_tuple=True)
+        return F.linear(t["x"], torch.zeros(33, 900, dtype=t["x"].dtype).index_put(where, t["values"]))
+
+    leaves = {"x": x, "values": weight[mask]}
+    results = (
+        {"y": product({name: t.to(kind) for name, t in leaves.items()})}
+        for product, kind in ((ours, dtype), (plain, dtype), (plain, torch.float64))
+    )
+    assert_accurate(*results)
+
+
+def test_infinities_and_nan_reach_the_rows_that_keep_their_column_alone() -> None:
+    mask = torch.ones(20, 3, dtype=torch.bool)
+    mask[::2, 0] = False  # shorter rows of the same slices
+    sliced = ops.sliced_weight(torch.ones(int(mask.sum())), ops.sparse_pattern(mask))
+    for value in (torch.inf, torch.nan):
+        y = ops.sliced_linear(torch.tensor([[value, 1.0, 1.0]]), sliced)[0]
+        expected = torch.where(mask[:, 0], torch.tensor(value), torch.tensor(2.0))
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_largest_layer_has_65534_columns() -> None:
+    width = 2**16 - 2
+    sliced = ops.sliced_weight(torch.ones(2), ops.sparse_pattern(torch.eye(2, width, dtype=torch.bool).flip(1)))
+    assert ops.sliced_linear(torch.arange(width).float()[None], sliced).tolist() == [[width - 1, width - 2]]
+    with pytest.raises(ValueError, match=r"at most 65,534 features, got 65,535 columns and 1 taps$"):
+        ops.sliced_weight(torch.ones(1), ops.sparse_pattern(torch.eye(1, width + 1, dtype=torch.bool)))
+
+
+def test_no_samples_no_rows_and_batches_of_several_dimensions() -> None:
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    sliced = ops.sliced_weight(torch.arange(6.0), ops.sparse_pattern(mask))
+    assert ops.sliced_linear(torch.ones(0, 2), sliced).shape == (0, 3)
+    assert ops.sliced_linear(torch.ones(2), sliced).tolist() == [1, 5, 9]
+    assert ops.sliced_linear(torch.ones(5, 1, 2), sliced).shape == (5, 1, 3)
+    empty = ops.sliced_weight(torch.ones(0), ops.sparse_pattern(mask[:0]))
+    assert ops.sliced_linear(torch.ones(2, 2), empty).shape == (2, 0)
+
+
+MASK = torch.ones(4, 5, dtype=torch.bool)
+PATTERN = ops.sparse_pattern(MASK)
+SLICED = ops.sliced_weight(torch.ones(20), PATTERN)
+X = torch.ones(3, 5)
+
+test_wrong_arguments_are_refused = refused(
+    {
+        "sliced_linear: expected x with 5 features in its last dimension, got shape (3, 4)": lambda: ops.sliced_linear(
+            X[:, :4], SLICED
+        ),
+        "sliced_linear: bias must have shape (4,), got (1,)": lambda: ops.sliced_linear(X, SLICED, torch.ones(1)),
+        "sliced_linear: x must be float32, bfloat16 or float16, got torch.float64": lambda: ops.sliced_linear(
+            X.double(), SLICED
+        ),
+        "sliced_linear: x is on cpu but values is on meta": lambda: ops.sliced_linear(
+            X, SLICED._replace(values=SLICED.values.to("meta"))
+        ),
+        "sliced_weight: the pattern keeps 20 weights, which must be float32 or bfloat16, got values of shape (19,) and "
+        "torch.float32": lambda: ops.sliced_weight(torch.ones(19), PATTERN),
+        "sliced_weight: the pattern keeps 20 weights, which must be float32 or bfloat16, got values of shape (20,) and "
+        "torch.float64": lambda: ops.sliced_weight(torch.ones(20).double(), PATTERN),
+        "sliced_weight: must be of a linear layer with at most 65,534 features, got 1 columns and 5 taps": lambda: (
+            ops.sliced_weight(torch.ones(20), ops.sparse_pattern(MASK[:, None]))
+        ),
+    }
+)
+
+
+def test_a_derivative_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"^exssnet::sliced_linear has no derivative: it is for inference"):
+        ops.sliced_linear(X.clone().requires_grad_(), SLICED)
+    torch.library.opcheck(RAW.sliced_linear.default, (X, *SLICED[:-1], torch.ones(4)))
+
+
+def sliced(batch: int) -> Calls:
+    def forward(**changed: Tensor) -> Callable[[], object]:
+        return lambda: RAW.sliced_linear(X[:1].expand(batch, 5), *SLICED._replace(**changed)[:-1], None)
+
+    beyond = SLICED.col.int().add(1).to(torch.uint16)
+    return {
+        "a column beyond the last": forward(col=beyond),
+        "the largest column": forward(col=torch.full_like(SLICED.col, 2**16 - 1)),
+        "pointers beyond the lines": forward(ptr=SLICED.ptr * 2),
+        "pointers that fall": forward(ptr=SLICED.ptr.flip(0)),
+        "a row beyond the last": forward(row=SLICED.row + 1),
+        "a negative row": forward(row=SLICED.row - 1),
+        "more lines than values": forward(values=SLICED.values[1:]),
+        "columns of another type": forward(col=SLICED.col.to(torch.int16)),
+        "values of another type": forward(values=SLICED.values.double()),
+    }
+
+
+def few(batch: int) -> Calls:
+    p, none, x, grad = PATTERN, torch.empty(0), torch.ones(batch, 5), torch.ones(batch, 4)
+
+    def forward(**changed: Tensor) -> Callable[[], object]:
+        return lambda: RAW.sparse_linear(x, torch.ones(20), none, *p._replace(**changed).tensors, None)
+
+    def backward(x_too: bool, **changed: Tensor) -> Callable[[], object]:
+        where = p._replace(**changed).tensors
+        return lambda: RAW.sparse_linear_backward(grad, x, torch.ones(20), none, *where, [x_too, not x_too])
+
+    return {
+        "a column beyond the last": forward(col=p.col + 1),
+        "a negative column": forward(col=p.col - 1),
+        "pointers beyond the entries": forward(row_ptr=p.row_ptr * 2),
+        "a slot beyond the values": forward(slot=p.slot + 1),
+        "a column beyond the gradient": backward(True, col=p.col + 1),
+        "a column beyond x": backward(False, col=p.col + 1),
+    }
+
+
+FOREIGN: Calls = {
+    f"{family.__name__}, {what}, batch {batch}": call
+    for batch in (1, 3)
+    for family in (sliced, few)
+    for what, call in family(batch).items()
+}
+FOREIGN["a transposed column beyond the last, batch 17"] = lambda: RAW.sparse_linear_backward(
+    torch.ones(17, 4), torch.ones(17, 5), torch.ones(20), torch.empty(0),
+    *PATTERN._replace(col_t=PATTERN.col_t + 1).tensors, [True, False],
+)  # fmt: skip
+test_native_kernels_touch_no_foreign_memory_given = guarded(FOREIGN)
+
+
+class TestLayer:
+    """A layer of a finished task, or of a task whose values train."""
+
+    @staticmethod
+    def fixed(trains: bool = False, bias: bool = True) -> SupermaskLinear:
+        made = SupermaskLinear(65, 33, density=0.2, bias=bias)
+        mask = made.mask()
+        made.products = "sparse"
+        made.use_values(mask, mask if trains else torch.zeros_like(mask))
+        return made
+
+    @staticmethod
+    def called(made: SupermaskLinear, x: Tensor) -> bool:
+        """Whether the layer computes its product with x by `sliced_linear`."""
+        with torch.autograd.profiler.profile() as profile:
+            made(x)
+        return any(event.name == "exssnet::sliced_linear" for event in profile.function_events)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("batch", [1, 16])
+    def test_inference_with_few_samples_is_sliced(self, batch: int, dtype: torch.dtype) -> None:
+        made, x = self.fixed().to(dtype), torch.randn(batch, 65).to(dtype)
+        mode = made.mode
+        assert isinstance(mode, Fixed)
+        with torch.no_grad():
+            assert self.called(made, x)
+            expected = F.linear(x.double(), made.weight.double(), made.bias.double())  # type: ignore[union-attr]
+            torch.testing.assert_close(made(x).double(), expected, rtol=2**-7, atol=1e-5)
+        assert self.called(self.fixed(bias=False), torch.randn(batch, 65))
+
+    def test_what_needs_a_gradient_or_has_other_samples_is_not(self) -> None:
+        x = torch.randn(4, 65)
+        assert not self.called(self.fixed(), x)  # the bias trains
+        assert not self.called(self.fixed(bias=False), x.clone().requires_grad_())
+        with torch.no_grad():
+            assert not self.called(self.fixed(trains=True), x)  # an optimizer may write through `.data`
+            assert not self.called(self.fixed(), torch.randn(17, 65))
+            assert not self.called(self.fixed(), torch.randn(0, 65))
+            assert not self.called(self.fixed().double(), x.double())
+
+    def test_the_slices_are_made_once_and_anew_when_values_change(self) -> None:
+        made, x = self.fixed(), torch.randn(1, 65)
+        with torch.no_grad():
+            made(x)
+            made(x)
+            before = made.mode._sliced(made)
+            assert before.values.data_ptr() == made.mode._sliced(made).values.data_ptr()
+            made.frozen_values.mul_(2)
+            torch.testing.assert_close(made(x), F.linear(x, made.weight, made.bias))
+
+    def test_other_features_are_refused(self) -> None:
+        with torch.no_grad(), pytest.raises(ValueError, match=r"^sliced_linear: expected x with 65 features"):
+            self.fixed()(torch.randn(1, 64))
+
+    def test_transforms_take_the_other_products(self) -> None:
+        made, x = self.fixed(bias=False), torch.randn(4, 65)
+        with torch.no_grad():
+            rows = torch.func.vmap(made)(x)
+        torch.testing.assert_close(rows, F.linear(x, made.weight))
+
+
+def test_few_samples_are_1_to_16() -> None:
+    sizes = (0, 1, 16, 17)
+    assert [takes_sliced(torch.ones(n, 5), None) for n in sizes] == [False, True, True, False]
+    assert takes_sliced(torch.ones(5), None)
+    assert not takes_sliced(torch.ones(1, 5, device="meta"), None)
