@@ -236,7 +236,7 @@ class Fixed(Mode):
         if sparse:
             self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
-            if not geometry and takes_sliced(x, layer.bias) and _free_values(layer) is None and not traced():
+            if not (geometry or traced()) and _free_values(layer) is None and takes_sliced(x, layer.bias):
                 y = sliced_linear(x, self._sliced(layer), layer.bias)
             else:
                 y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])
@@ -333,10 +333,13 @@ class Fixed(Mode):
 
     def _make(self, layer: Layer, form: Form) -> WrittenWeight:
         (free, frozen, pattern), shape = self.values(layer), layer.dense_weight.shape
-        known = layer._buffers["row_ptr"] is not None
-        weight = masked_weight(free, frozen, pattern, shape) if known else self.weight(layer)
+        if layer._buffers["row_ptr"] is None:
+            weight, place = self.weight(layer), self._free_mask(layer).reshape(-1).nonzero().squeeze(1)
+        else:  # on the meta device, the number of non-zeros is unknown
+            kept = kept_weights(pattern, shape)
+            weight = masked_weight(free, frozen, pattern, shape, kept)
+            place = torch.empty_like(kept).index_put_((pattern.slot,), kept)[: len(free)]  # in the order of the values
         weight = weight.to(form.dtype, memory_format=order_of(form.channels_last), copy=True)
-        place = self._free_mask(layer).reshape(-1).nonzero().squeeze(1)  # in the order of the values
         if form.channels_last:
             taps = math.prod(shape[2:])
             row = place % (shape[1] * taps)

@@ -101,7 +101,7 @@ def test_after_the_second_task_nothing_is_compiled_again(products: str) -> None:
 @pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("products", ["sparse", "dense"])
 def test_one_graph_evaluates_all_tasks(products: str, cast: bool) -> None:
-    phases, x = Phases(convert(Mixer(), 0.3, products=products)), torch.randn(2, 5, 16)
+    phases, x = Phases(convert(Mixer(), 0.3, products=products)), torch.randn(4, 5, 16)
     finish_tasks(phases)
     phases.model.eval()
     compiled = torch.compile(phases.model, fullgraph=True, backend="eager")
