@@ -264,8 +264,10 @@ class Fixed(Mode):
     def _sliced(self, layer: Layer) -> SlicedWeight:
         """The frozen values for inference with few samples."""
         frozen = layer._buffers["frozen_values"]
-        tensors = self.once(layer, "sliced", lambda: sliced_weight(frozen, self._pattern(layer)[0])[:-1], (frozen,))
-        return SlicedWeight(*tensors, layer.in_features)
+        ptr, row, col, values = self.once(
+            layer, "sliced", lambda: sliced_weight(frozen, self._pattern(layer)[0])[:-1], (frozen,)
+        )
+        return SlicedWeight(ptr, row, col, values, layer.in_features)
 
     def _free_mask(self, layer: Layer) -> Tensor:
         return unpack_mask(layer.packed_free_mask, layer.dense_weight.shape)
