@@ -12,14 +12,30 @@ namespace exssnet::cpu {
 namespace {
 constexpr int64_t kGrain = 1 << 15;  // weights per thread, at least
 
-// Calls visit(entry) for the kept entries in [begin, end), in ascending order.
+// Calls visit(at, kept, first, size) for blocks of the mask that cover [begin, end): entry at + i is kept if kept[i] is
+// not zero, for i in [first, size).
 template <class Visit>
-void for_each_kept(const Mask& mask, int64_t begin, int64_t end, const Visit& visit) {
+void for_each_block(const Mask& mask, int64_t begin, int64_t end, const Visit& visit) {
   uint8_t block[kMaskBlock];
   for (int64_t at = begin / 8 * 8; at < end; at += kMaskBlock) {  // a packed mask is read in whole bytes
     const int64_t size = std::min(kMaskBlock, end - at);
-    const uint8_t* kept = mask_bytes(mask, at, size, block);
-    int64_t i = std::max<int64_t>(begin - at, 0);
+    visit(at, mask_bytes(mask, at, size, block), std::max<int64_t>(begin - at, 0), size);
+  }
+}
+
+// The count needs no branches, which would be mispredicted for every second kept entry.
+int32_t count_kept(const Mask& mask, int64_t begin, int64_t end) {
+  int32_t count = 0;
+  for_each_block(mask, begin, end, [&](int64_t, const uint8_t* kept, int64_t first, int64_t size) {
+    for (int64_t i = first; i < size; ++i) count += kept[i] != 0;
+  });
+  return count;
+}
+
+// Calls visit(entry) for the kept entries in [begin, end), in ascending order.
+template <class Visit>
+void for_each_kept(const Mask& mask, int64_t begin, int64_t end, const Visit& visit) {
+  for_each_block(mask, begin, end, [&](int64_t at, const uint8_t* kept, int64_t i, int64_t size) {
     for (; i + 8 <= size; i += 8) {
       uint64_t eight;
       std::memcpy(&eight, kept + i, 8);
@@ -27,7 +43,7 @@ void for_each_kept(const Mask& mask, int64_t begin, int64_t end, const Visit& vi
     }
     for (; i < size; ++i)
       if (kept[i]) visit(at + i);
-  }
+  });
 }
 }  // namespace
 
@@ -37,11 +53,7 @@ OwnedPattern mask_pattern(const Mask& mask, int64_t rows, int64_t width, int64_t
   p.ptr.assign(rows + 1, 0);
   const int64_t grain = kGrain / (width + 1) + 1;
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      int32_t count = 0;
-      for_each_kept(mask, row * width, (row + 1) * width, [&](int64_t) { ++count; });
-      p.ptr[row + 1] = count;
-    }
+    for (int64_t row = begin; row < end; ++row) p.ptr[row + 1] = count_kept(mask, row * width, (row + 1) * width);
   });
   std::partial_sum(p.ptr.begin(), p.ptr.end(), p.ptr.begin());
   p.index.resize(p.ptr.back());
