@@ -1,4 +1,4 @@
-"""Avalanche: a plugin and a strategy that learn each experience as one task of `Phases`, with no forgetting."""
+"""Avalanche: a plugin and a strategy learn experiences as tasks of `Phases`, and benchmarks become task streams."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,6 +10,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
 from ..continual.phases import Phases
+from ..tasks import Relabelled, Task, in_one_task
 from .task_run import TaskRun
 
 MakeOptimizer = Callable[[Phases], torch.optim.Optimizer]
@@ -40,11 +41,15 @@ class SupermaskPlugin(SupervisedPlugin):
         self.tasks: dict[int, int] = {}
         self._shown = ExitStack()
 
-    def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Start the experience's task. Avalanche looks at the optimizer after this hook."""
+    def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Start the first experience's task, because Avalanche may evaluate the model next."""
         self._shown.close()
         if strategy.model is not self.phases.model:
             raise ValueError("SupermaskPlugin: the strategy must have the model of the phases")
+        self.run.begin()
+
+    def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Start the experience's task. Avalanche looks at the optimizer after this hook."""
         self.run.begin()
         self._new_optimizer(strategy)
 
@@ -105,3 +110,29 @@ class Supermask(SupervisedTemplate):
         own = SupermaskPlugin(phases, make_optimizer, mask_epochs)
         replaced = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)  # Avalanche needs one before the first task
         super().__init__(model=phases.model, optimizer=replaced, plugins=[own, *plugins], **kwargs)
+
+
+def tasks(benchmark: Any, validation: float = 0.0, seed: int = 0) -> list[Task]:
+    """Make the tasks of a benchmark, for `exssnet.Learner` with any of its methods.
+
+    Args:
+        benchmark: A benchmark of Avalanche with a train and a test stream of as many experiences.
+        validation: Share of each class's training data that is held out, in [0, 1).
+        seed: Draws the validation data.
+
+    Returns:
+        One task per experience. Its classes are those of the experience's training data, numbered from 0 in order.
+
+    Raises:
+        ValueError: If `validation` is invalid, or a class has too few items.
+    """
+
+    def labelled(experience: Any) -> Relabelled:
+        data = experience.dataset
+        return Relabelled(data, torch.arange(len(data)), torch.tensor(list(data.targets)))
+
+    streams = zip(benchmark.train_stream, benchmark.test_stream, strict=True)
+    return [
+        in_one_task(f"experience {number}", labelled(train), labelled(test), validation, seed)
+        for number, (train, test) in enumerate(streams)
+    ]

@@ -39,6 +39,9 @@ class PhaseTrainer(Trainer):
         trainer.train()
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self, phases: Phases, args: TrainingArguments | None = None, *, mask_epochs: int | None = None,
         make_optimizer: Callable[[Phases], torch.optim.Optimizer] | None = None, **kwargs: Any,
@@ -67,7 +70,8 @@ class PhaseTrainer(Trainer):
         """The optimizer of the present phase."""
         if self.make_optimizer is not None and self.optimizer is None:
             self.optimizer = self.make_optimizer(self.phases)
-        return super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The scheduler of the present phase."""

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and its dependenc
 benchmarks = pytest.importorskip("avalanche.benchmarks")
 from avalanche.training.supervised import Naive  # noqa: E402
 
-from exssnet.compat.avalanche import Supermask, SupermaskPlugin  # noqa: E402
+from exssnet.compat.avalanche import Supermask, SupermaskPlugin, tasks  # noqa: E402
+from exssnet.continual.methods import EWC, PackNet, Replay, Sequential  # noqa: E402
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 OPTIONS: dict[str, Any] = {"train_epochs": 4, "train_mb_size": 16, "eval_mb_size": 64, "evaluator": None}
@@ -56,6 +57,10 @@ def phases() -> exssnet.Phases:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
     return exssnet.Phases(exssnet.convert(model, density=0.3))
+
+
+def named(method: Any) -> str:
+    return method if isinstance(method, str) else type(method).__name__
 
 
 def naive(owner: exssnet.Phases, plugin: SupermaskPlugin) -> Any:
@@ -102,6 +107,26 @@ def test_evaluation_during_training_leaves_the_open_task_alone() -> None:
         strategy.train(stream.train_stream, eval_streams=[stream.test_stream], shuffle=False)
         ends.append(owner.state_dict()["tensors"])
     assert [n for n in ends[0] if not torch.equal(ends[0][n], ends[1][n])] == []
+
+
+@pytest.mark.parametrize("method", [*exssnet.METHODS, EWC(), Replay(), PackNet(tasks=2), Sequential()], ids=named)
+def test_every_method_learns_a_benchmark_with_labels_from_anywhere(method: Any) -> None:
+    data = [(X, (X[:, task] > 0).long() + 3 + 2 * task) for task in range(2)]
+    source = benchmarks.tensors_benchmark(train_tensors=data, test_tensors=data, task_labels=[0, 1])
+    stream = tasks(source, validation=0.25)
+    assert [task.labels for task in stream] == [(3, 4), (5, 6)]
+    assert [(len(task.train) + len(task.validation), len(task.test)) for task in stream] == [(64, 64)] * 2
+    item, label = stream[1].test[5]
+    assert torch.equal(item, X[5])
+    assert label == (X[5, 1] > 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    masked = isinstance(method, str)
+    options = exssnet.PhaseOptions(2, 0.03)
+    model = exssnet.convert(model, density=0.3) if masked else model
+    learner = exssnet.Learner(model, method, mask=options, weight=options, batch_size=16)
+    learner.run(stream)
+    assert learner.accuracy.shape == (2, 2)
 
 
 def test_another_model_is_refused() -> None:
