@@ -1,16 +1,19 @@
 """Hugging Face: a `Trainer` whose every `train` learns one task in the phases of `Phases`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..continual.phases import Phases
 from .task_run import TaskRun
 
-STATE = "phases.pt"
+STATE = "phases.safetensors"
 """File in a checkpoint's folder with the state of `Phases`."""
 
 
@@ -93,7 +96,9 @@ class PhaseTrainer(Trainer):
         """Save the model, and beside it the state of all tasks."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            torch.save(self.phases.state_dict(), Path(output_dir or self.args.output_dir) / STATE)
+            state = self.phases.state_dict()
+            tensors = {n: t.detach().clone().contiguous() for n, t in state.pop("tensors").items()}
+            save_file(tensors, Path(output_dir or self.args.output_dir) / STATE, {"phases": json.dumps(state)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._load_phases(resume_from_checkpoint)
@@ -108,7 +113,10 @@ class PhaseTrainer(Trainer):
         file = Path(folder) / STATE
         if not file.exists():
             raise ValueError(f"{folder} has no {STATE}: it was not saved by PhaseTrainer")
-        self.phases.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            state = json.loads(opened.metadata()["phases"])
+        self.phases.load_state_dict({**state, "tensors": tensors})
 
 
 class _EpochBegins(TrainerCallback):

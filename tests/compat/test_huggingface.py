@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,7 +117,7 @@ def test_best_checkpoint_of_another_phase_is_taken(tmp_path: Path) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.0])  # the second epoch, in the mask phase, is the best
     best.evaluate = lambda *a, **k: {"eval_runtime": next(losses)}
     best.train()
-    kept = torch.load(tmp_path / "checkpoint-4/phases.pt", weights_only=True)["tensors"]
+    kept = load_file(tmp_path / "checkpoint-4/phases.safetensors")
     assert torch.equal(tensors(owner)["scores/0/body.0"], kept["open/scores/body.0"])
     assert torch.equal(tensors(owner)["state/0/body.0.bias"], kept["open/state/body.0.bias"])
 
@@ -139,7 +140,7 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
     owner = phases()
     with pytest.raises(ValueError, match="pass make_optimizer"):
         PhaseTrainer(owner, optimizers=(None, None))
-    with pytest.raises(ValueError, match=r"has no phases\.pt"):
+    with pytest.raises(ValueError, match=r"has no phases\.safetensors"):
         trainer(owner, tmp_path).train(resume_from_checkpoint=str(tmp_path))
 
 
