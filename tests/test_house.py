@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("nn",),
     ("continual",),
-    ("checkpoint", "experiments"),
+    ("checkpoint", "compat", "experiments"),
     ("bench",),
     ("cli",),
 )
