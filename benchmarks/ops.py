@@ -266,7 +266,7 @@ def decode(
 
 def _decode(x: Tensor, weight: Tensor, mask: Tensor, dtype: torch.dtype, density: float) -> Cases:
     pattern, kept, inputs = ops.sparse_pattern(mask), weight * mask, x.to(dtype)
-    sliced = takes_sliced(x, None)  # as in a layer of a finished task
+    sliced = takes_sliced(x, weight, None)  # as in a layer of a finished task
 
     def sparse(x: Tensor, values: Tensor) -> Variant:
         if sliced:

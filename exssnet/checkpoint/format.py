@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..continual import state, stored
+from ..continual import state, stored, task_file
 from ..continual.learner import Learner
 from ..continual.phases import Phases
 from ..io import container
@@ -245,6 +245,10 @@ def _meta(file: Container) -> Meta:
     """The part of a checkpoint that is not tensors; ValueError if the file is no checkpoint."""
     form = file.metadata.get("format")
     if form not in (FIRST, FORMAT) or (form == FORMAT and list(file.entries)[-1:] != [CHECKSUM]):
+        if form == task_file.FORMAT:
+            raise ValueError(
+                "it holds one task and no model: Phases.load_task reads it for a model with its base weights"
+            )
         newer = form is not None and form.startswith("exssnet-") and form != FORMAT
         raise ValueError(
             f"it is of format {form}"

@@ -280,8 +280,8 @@ class FinishedTasks(TaskModel):
         Example:
             >>> phases = exssnet.Phases.from_pretrained("bert-with-tasks")
         """
-        converted, files = pretrained.converted(pretrained.fetched(folder), model)
-        phases = cls(converted, None, 0)
+        converted, scores, files = pretrained.converted(pretrained.fetched(folder), model)
+        phases = cls(converted, None, 0, scores)  # type: ignore[arg-type]
         for file in files:
             phases.load_task(file)
         return phases

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..io.values import shown, typed
 from ..io.writing import write_text
 from ..nn import TENSORS, SupermaskLayer, convert, full_name
+from ..nn.choice import PRODUCTS
 from . import task_file
 from .task_model import TaskModel
 from .trained import Trained
@@ -29,14 +30,20 @@ class Description:
         format: `FORMAT`.
         model: Name of the model's class in `transformers`.
         tasks: Number of tasks.
+        scores: The kind of each task's initial scores, see `exssnet.Phases`.
         k: Number of weights that a mask keeps, by name of the plain model's parameter.
+        products: The choice of products, likewise.
+        thresholds: The threshold of the scores, likewise, where a layer has one.
         frozen: Names of the parameters without a mask that do not train.
     """
 
     format: str
     model: str
     tasks: int
+    scores: str
     k: dict[str, int]
+    products: dict[str, str]
+    thresholds: dict[str, float]
     frozen: list[str]
 
 
@@ -52,13 +59,19 @@ def save(phases: TaskModel, folder: Path) -> None:
     base = phases.present_sha256()
     for task in range(len(phases.bank)):
         task_file.write(phases, task, _file(folder, task), base, Trained())
-    k = {name: layer.k for name, layer in _masked(phases.model).items()}
-    told = Description(FORMAT, type(phases.model).__name__, len(phases.bank), k, sorted(phases.own.frozen))
+    masked = _masked(phases.model)
+    told = Description(
+        FORMAT, type(phases.model).__name__, len(phases.bank), phases.initial_kind,
+        k={name: layer.k for name, layer in masked.items()},
+        products={name: layer.products for name, layer in masked.items()},
+        thresholds={name: layer.threshold for name, layer in masked.items() if layer.threshold is not None},
+        frozen=sorted(phases.own.frozen),
+    )  # fmt: skip
     write_text(folder / DESCRIPTION, json.dumps(asdict(told), indent=1) + "\n")
 
 
-def converted(folder: Path, model: nn.Module | None) -> tuple[nn.Module, list[Path]]:
-    """The converted model of a folder, and the files of its tasks.
+def converted(folder: Path, model: nn.Module | None) -> tuple[nn.Module, str, list[Path]]:
+    """The converted model of a folder, the kind of its tasks' initial scores, and the files of its tasks.
 
     Args:
         folder: The folder.
@@ -83,11 +96,14 @@ def converted(folder: Path, model: nn.Module | None) -> tuple[nn.Module, list[Pa
         for name, layer in _masked(plain).items():
             if not 0 <= told.k.get(name, -1) <= layer.dense_weight.numel():
                 raise ValueError(f"it keeps {told.k.get(name)} of {layer.dense_weight.numel()} weights of {name}")
-            layer.k = told.k[name]
+            layer.k, layer.threshold = told.k[name], told.thresholds.get(name)
+            if (products := told.products.get(name)) not in PRODUCTS:
+                raise ValueError(f"its products of {name} are {shown(products)}, not one of {', '.join(PRODUCTS)}")
+            layer.products = products
             layer.kept.fill_(layer.k)
     except ValueError as error:
         raise ValueError(f"from_pretrained: {shown(folder / DESCRIPTION)}: {shown(error, 500)}") from error
-    return plain, [_file(folder, task) for task in range(told.tasks)]
+    return plain, told.scores, [_file(folder, task) for task in range(told.tasks)]
 
 
 def fetched(name: str | Path) -> Path:

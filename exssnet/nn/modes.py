@@ -236,7 +236,9 @@ class Fixed(Mode):
         if sparse:
             self._note_form(None)
             kernel = (layer.kernel_size,) if geometry else ()
-            if not (geometry or traced()) and _free_values(layer) is None and takes_sliced(x, layer.bias):
+            frozen: Any = layer._buffers["frozen_values"]
+            fixed = not (geometry or traced()) and _free_values(layer) is None
+            if fixed and takes_sliced(x, frozen, layer.bias):
                 y = sliced_linear(x, self._sliced(layer), layer.bias)
             else:
                 y = layer.sparse_product(x, *self.values(layer), *kernel, layer.bias, *geometry[:3])

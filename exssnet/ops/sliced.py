@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from ..kernels.layouts import empty_batch_last
 from .geometry import check_linear, in_rows
-from .library import autocast, define, refuse_derivative, same_kind, transforming
+from .library import autocast, define, product_dtype, refuse_derivative, same_kind, transforming, wide_dtypes
 from .sparse import SparsePattern
 
 __all__ = ["SlicedWeight", "sliced_linear", "sliced_weight"]
@@ -17,6 +17,7 @@ SLICE = 16
 """Rows of a slice."""
 FEW = 16
 """The number of samples up to which no other product is faster."""
+DTYPES = (torch.float32, torch.bfloat16)
 MOST_COLUMNS = 2**16 - 2
 """Columns are uint16, and one more is needed for rows that have ended."""
 
@@ -68,7 +69,7 @@ def sliced_weight(values: Tensor, pattern: SparsePattern) -> SlicedWeight:
         tensor([[1., 2.]])
     """
     columns, kept = pattern.row_ptr_t.numel() - 1, pattern.col.numel()
-    if values.shape != (kept,) or values.dtype not in (torch.float32, torch.bfloat16):
+    if values.shape != (kept,) or values.dtype not in DTYPES:
         raise ValueError(
             f"sliced_weight: the pattern keeps {kept} weights, which must be float32 or bfloat16, got values of shape "
             f"{tuple(values.shape)} and {values.dtype}"
@@ -93,20 +94,26 @@ def sliced_weight(values: Tensor, pattern: SparsePattern) -> SlicedWeight:
     return SlicedWeight(ptr.int(), row.int(), col.to(torch.uint16).view(-1, SLICE), sliced.view(-1, SLICE), columns)
 
 
-def takes_sliced(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether a linear layer may compute its product with this x (..., I) by `sliced_linear`, and is faster so."""
+def takes_sliced(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    """Whether a linear layer with these values may compute its product with x (..., I) by `sliced_linear`.
+
+    It is the fastest product then.
+    """
     few = x.device.type == "cpu" and 0 < x.numel() <= FEW * x.shape[-1] and x.shape[-1] <= MOST_COLUMNS
     trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return few and not trains and x.dtype != torch.float64 and not transforming() and forward_ad._current_level < 0
+    if not few or trains or transforming() or forward_ad._current_level >= 0:
+        return False
+    dtype = product_dtype(x)
+    return dtype in DTYPES and values.dtype in (dtype, *wide_dtypes(x))
 
 
 def sliced_linear(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None) -> Tensor:
     """Linear layer with a `sliced_weight`: for inference with up to about 16 samples, which reading the weight bounds.
 
     Args:
-        x: (..., I), float32, bfloat16 or float16, of any strides. Sums are float32.
-        weight: The weight, (O, I). Its values may be float32 or bfloat16 for every dtype of x.
-        bias: (O,), of any of these dtypes.
+        x: (..., I), float32 or bfloat16, of any strides. Sums are float32.
+        weight: The weight, (O, I). On a CPU its values may be float32 if x is bfloat16.
+        bias: (O,), of a dtype that values may have.
 
     Returns:
         (..., O), of x's dtype, stored with the batch innermost. It has no derivative.
@@ -116,8 +123,9 @@ def sliced_linear(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None) -
         RuntimeError: A gradient is required.
     """
     check_linear("sliced_linear", x, weight.row.numel(), weight.columns, bias)
-    if x.dtype == torch.float64:
-        raise ValueError("sliced_linear: x must be float32, bfloat16 or float16, got torch.float64")
-    (x,) = autocast(x)
-    same_kind("sliced_linear", x, torch.float32, torch.bfloat16, torch.float16, values=weight.values, bias=bias)
+    also = wide_dtypes(x)
+    x, bias = autocast(x, bias, also=also)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"sliced_linear: x must be float32 or bfloat16, got {x.dtype}")
+    same_kind("sliced_linear", x, *also, values=weight.values, bias=bias)
     return in_rows(_linear, x, *weight[:-1], bias)

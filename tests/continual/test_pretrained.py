@@ -93,6 +93,21 @@ def test_a_task_of_frozen_weights_loads_into_the_original_model(tmp_path: Path) 
     assert torch.equal(logits(other, 0), logits(phases, 0))
 
 
+@pytest.mark.parametrize("threshold", [None, 5e-3], ids=["top-k", "threshold"])
+def test_later_tasks_of_a_tuned_model_start_as_the_first_did(threshold: float | None, tmp_path: Path) -> None:
+    phases = exssnet.mask_tuning(bert(), 0.8, head="classifier", threshold=threshold)
+    train(phases, weights=False)
+    phases.save_pretrained(tmp_path)
+    again = Phases.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, 0), logits(phases, 0))
+    for each in (phases, again):
+        each.start_task()
+    for name, layer in phases.layers.items():
+        other = again.layers[name]
+        assert torch.equal(layer.scores, other.scores)
+        assert (layer.k, layer.products, layer.threshold) == (other.k, other.products, other.threshold)
+
+
 def edit(folder: Path, **changed: Any) -> None:
     told = json.loads((folder / "exssnet.json").read_text())
     (folder / "exssnet.json").write_text(json.dumps(told | changed))
@@ -102,6 +117,10 @@ WRONG: dict[str, Callable[[Path], None]] = {
     "it is of format exssnet-folder-2": lambda f: edit(f, format="exssnet-folder-2"),
     "'os.system' is no model of transformers": lambda f: edit(f, model="os.system"),
     "it names nothing, which is no parameter of": lambda f: edit(f, frozen=["nothing"]),
+    "its products of .* are None, not one of sparse, dense, auto": lambda f: edit(
+        f, products={"bert.pooler.dense.weight": "fast"}
+    ),
+    'scores must be "random" or "magnitude"': lambda f: edit(f, scores="best"),
     "it keeps 9999999 of": lambda f: edit(f, k={"bert.pooler.dense.weight": 9_999_999}),
     "matches no layer": lambda f: edit(f, k={"nothing.weight": 1}),
     "Expecting value": lambda f: (f / "exssnet.json").write_text("x") and None,
