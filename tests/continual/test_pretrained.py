@@ -117,7 +117,7 @@ WRONG: dict[str, Callable[[Path], None]] = {
     "it is of format exssnet-folder-2": lambda f: edit(f, format="exssnet-folder-2"),
     "'os.system' is no model of transformers": lambda f: edit(f, model="os.system"),
     "it names nothing, which is no parameter of": lambda f: edit(f, frozen=["nothing"]),
-    "its products of .* are None, not one of sparse, dense, auto": lambda f: edit(
+    "its products of .* are None, not one of auto, sparse, dense": lambda f: edit(
         f, products={"bert.pooler.dense.weight": "fast"}
     ),
     'scores must be "random" or "magnitude"': lambda f: edit(f, scores="best"),
