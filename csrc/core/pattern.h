@@ -30,13 +30,14 @@ struct Pattern {
   int64_t rows, columns, entries;
 };
 
+// Whether the pointers (rows + 1) ascend from 0 to the number of entries.
+inline bool rises(const int32_t* ptr, int64_t rows, int64_t entries) {
+  return ptr[0] == 0 && ptr[rows] == entries && std::is_sorted(ptr, ptr + rows + 1);
+}
+
 // Whether a pattern has these numbers of rows and columns, and its pointers ascend from 0 to the number of entries.
 inline bool has_rows(const Pattern& pattern, int64_t rows, int64_t columns) {
-  if (pattern.rows != rows || pattern.columns != columns || pattern.ptr[0] != 0 || pattern.ptr[rows] != pattern.entries)
-    return false;
-  for (int64_t row = 0; row < rows; ++row)
-    if (pattern.ptr[row] > pattern.ptr[row + 1]) return false;
-  return true;
+  return pattern.rows == rows && pattern.columns == columns && rises(pattern.ptr, rows, pattern.entries);
 }
 
 }  // namespace exssnet

@@ -1,6 +1,6 @@
 // Compiles the header EXSSNET_BODY once per instruction set. EXSSNET_PICK (see dispatch.h) chooses one of them. The
-// body may use kVectorBytes, the width of a register; Vector, a full register; and kVectors, the number of sums that
-// fit into registers. A file has one body.
+// body may use kVectorBytes, the width of a register; Vector, a full register; Line; and kVectors, the number of sums
+// that fit into registers. A file has one body.
 
 namespace baseline {
 constexpr int kVectorBytes = 16, kVectors = 8;

@@ -1,14 +1,13 @@
 #include "cpu/sliced.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/parallel.h"
+#include "cpu/few_columns.h"
 #include "cpu/scratch.h"
 
 #if EXSSNET_X86
@@ -52,11 +51,8 @@ void as_lines(const S* x, int64_t columns, int64_t samples, int64_t x_column, in
 }
 
 bool fits(const Sliced& m) {
-  const int64_t slices = m.slices();
-  if (m.ptr[0] != 0 || m.ptr[slices] != m.lines) return false;
-  for (int64_t s = 0; s < slices; ++s)
-    if (m.ptr[s] > m.ptr[s + 1]) return false;
-  return std::all_of(m.row, m.row + m.rows, [&](int32_t row) { return 0 <= row && row < m.rows; });
+  return rises(m.ptr, m.slices(), m.lines) &&
+         std::all_of(m.row, m.row + m.rows, [&](int32_t row) { return 0 <= row && row < m.rows; });
 }
 
 // The product with `samples` samples, at most `width`, of x (columns + 1, width). Their results are in y (rows, batch).
@@ -89,26 +85,21 @@ bool sliced_forward(const Sliced& m, const float* bias, int64_t batch, const S* 
                     S* y) {
   if (!fits(m)) return false;
   thread_local std::vector<std::byte> kept;
-  std::atomic<bool> good = true;
+  const int64_t parts = std::clamp<int64_t>(m.lines / kGrain, 1, max_threads());
   for (int64_t first = 0; first < batch; first += kMost) {
-    const int64_t samples = std::min(kMost, batch - first);
-    const int64_t width = samples == 1 ? 1 : samples <= 4 ? 4 : samples <= 8 ? 8 : 16;
+    const int64_t samples = std::min(kMost, batch - first), width = line_width(samples);
     float* const lines = room_in<float>(kept, std::max<int64_t>((m.columns + 1) * width, 1 << 16));
     as_lines(x + first * x_sample, m.columns, samples, x_column, x_sample, width, lines);
     const auto multiply_part = width == 1   ? multiply<1, S>
                                : width == 4 ? multiply<4, S>
                                : width == 8 ? multiply<8, S>
                                             : multiply<16, S>;
-    const int64_t parts = std::clamp<int64_t>(m.lines / kGrain, 1, max_threads());
-    const auto slice_of = [&](int64_t part) {  // parts have nearly equal numbers of lines
-      return part == parts ? m.slices()
-                           : std::lower_bound(m.ptr, m.ptr + m.slices(), m.lines * part / parts) - m.ptr;
-    };
-    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-      if (!multiply_part(m, slice_of(begin), slice_of(end), lines, bias, samples, batch, y + first)) good = false;
+    const bool good = in_parts(m.ptr, m.slices(), parts, [&](int64_t, int64_t begin, int64_t end) {
+      return multiply_part(m, begin, end, lines, bias, samples, batch, y + first);
     });
+    if (!good) return false;
   }
-  return good;
+  return true;
 }
 
 template bool sliced_forward(const Sliced&, const float*, int64_t, const float*, int64_t, int64_t, float*);

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/floats.h"
+#include "core/pattern.h"
 
 namespace exssnet::cpu {
 

@@ -2,23 +2,12 @@
 
 #include "cpu/layout_body.h"
 
-// A line of `width` samples: vectors that are as long as it, or as the registers.
-template <int width>
-struct Samples {
-  static constexpr int lanes = width < Vector<float>::lanes ? width : Vector<float>::lanes, vectors = width / lanes;
-  typedef float V __attribute__((vector_size(lanes * sizeof(float)), aligned(4), may_alias));
-
-  static V load(const float* from) { return *reinterpret_cast<const V*>(from); }
-  static void store(V v, float* to) { *reinterpret_cast<V*>(to) = v; }
-};
-
 // x[col[i]] for as many i as a register has lanes.
 template <class T>
 typename Vector<T>::type gather(const T* x, const uint16_t* col) {
 #if EXSSNET_X86
   if constexpr (kVectorBytes == 64) {
-    __mmask16 all = 0xffff;
-    asm("" : "+Yk"(all));  // GCC would else leave out the zeros, and each gather would wait for the one before it
+    const __mmask16 all = 0xffff;
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col));
     const __m512i index = _mm512_maskz_cvtepu16_epi32(all, narrow);
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all, index, x, 4);
@@ -97,7 +86,7 @@ void add_lines(const uint16_t* col, const W* value, int64_t lines, const float* 
     }
 #endif
   } else {
-    using L = Samples<width>;
+    using L = Line<float, width>;
     using V = typename L::V;
     constexpr int vectors = L::vectors, rows = kVectors / vectors;
     for (int row = 0; row < kSlice; row += rows) {

@@ -1,6 +1,5 @@
 #include "cpu/sparse_few.h"
 
-#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
@@ -8,6 +7,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/few_columns.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -62,27 +62,8 @@ const T* padded(const S* from, int64_t lines, int64_t columns, int64_t width, T*
   return to;
 }
 
-// The length of the lines for this number of columns.
-int64_t line_width(int64_t columns) { return columns == 1 ? 1 : columns <= 4 ? 4 : columns <= 8 ? 8 : 16; }
-
 int64_t parts_of(const Pattern& pattern) {
   return std::max<int64_t>(1, std::min(max_threads(), pattern.entries / kGrain));
-}
-
-// Calls body(part, begin, end) on `parts` ranges of rows with nearly equal numbers of entries. Returns whether all did.
-template <class Body>
-bool in_parts(const Pattern& pattern, int64_t parts, const Body& body) {
-  std::atomic<bool> good = true;
-  parallel_for(parts, 1, [&](int64_t first, int64_t last) {
-    const auto row_of = [&](int64_t part) {
-      const int32_t* const end = pattern.ptr + pattern.rows;
-      return part == parts ? pattern.rows
-                           : std::lower_bound(pattern.ptr, end, pattern.entries * part / parts) - pattern.ptr;
-    };
-    for (int64_t part = first; part < last; ++part)
-      if (!body(part, row_of(part), row_of(part + 1))) good = false;
-  });
-  return good;
 }
 
 }  // namespace
@@ -95,7 +76,7 @@ bool few_forward(const Convolution& c, const Pattern& pattern, const Values<T>& 
   const auto multiply = EXSSNET_PICK(few_loops<T, S>)(width).multiply;
   const int64_t copied = in_place<T, S>(columns, width) ? 0 : c.in_channels * width;
   const T* const lines = padded(x, c.in_channels, columns, width, scratch<T>(copied));
-  return in_parts(pattern, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
+  return in_parts(pattern.ptr, pattern.rows, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
     return multiply(pattern, values, epilogue, begin, end, lines, columns, y);
   });
 }
@@ -110,7 +91,7 @@ bool few_input_gradient(const Convolution& c, const Pattern& pattern, const Valu
   T* const sums = scratch<T>(parts * size + copied);
   const auto spread = EXSSNET_PICK(few_loops<T, S>)(width).spread;
   const T* const lines = padded(grad, c.out_channels, columns, width, sums + parts * size);
-  const bool good = in_parts(pattern, parts, [&](int64_t part, int64_t begin, int64_t end) {
+  const bool good = in_parts(pattern.ptr, pattern.rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
     T* const of_part = sums + part * size;
     std::fill_n(of_part, size, T(0));
     return spread(pattern, values, begin, end, lines, of_part);
@@ -134,7 +115,7 @@ bool few_value_gradient(const Convolution& c, const Pattern& pattern, int64_t fr
   T* const room = scratch<T>(copied);
   const T* const lines = padded(x, c.in_channels, columns, width, room);
   const T* const grads = padded(grad, c.out_channels, columns, width, room + c.in_channels * width);
-  return in_parts(pattern, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
+  return in_parts(pattern.ptr, pattern.rows, parts_of(pattern), [&](int64_t, int64_t begin, int64_t end) {
     return sample(pattern, free_count, count, begin, end, lines, grads, grad_values);
   });
 }

@@ -2,24 +2,6 @@
 
 #include "cpu/sparse_rows_body.h"
 
-// A line of `width` elements: vectors that are as long as it, or as the registers.
-template <class T, int width>
-struct Line {
-  static constexpr int lanes = width < Vector<T>::lanes ? width : Vector<T>::lanes, vectors = width / lanes;
-  typedef T V __attribute__((vector_size(lanes * sizeof(T)), aligned(alignof(T)), may_alias));
-
-  static V load(const T* from) { return *reinterpret_cast<const V*>(from); }
-  static void store(V v, T* to) { *reinterpret_cast<V*>(to) = v; }
-};
-template <class T>
-struct Line<T, 1> {
-  static constexpr int lanes = 1, vectors = 1;
-  using V = T;
-
-  static T load(const T* from) { return *from; }
-  static void store(T v, T* to) { *to = v; }
-};
-
 // Whether the loops gather with masks, 8 floats at a time: 16 are no faster, and leave more lanes idle.
 template <class T>
 constexpr bool gathers_with_masks = EXSSNET_X86 && kVectorBytes == 64 && sizeof(T) == sizeof(float);

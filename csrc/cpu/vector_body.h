@@ -1,4 +1,4 @@
-// The vector type of an instruction set, for the bodies of cpu/each_isa.h. bfloat16 in memory is float in registers.
+// The vector types of an instruction set, for the bodies of cpu/each_isa.h. bfloat16 in memory is float in registers.
 
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
@@ -89,4 +89,22 @@ struct Vector {
 #endif
       std::memcpy(to, &v, sizeof v);
   }
+};
+
+// A line of `width` elements: vectors that are as long as it, or as the registers.
+template <class T, int width>
+struct Line {
+  static constexpr int lanes = width < Vector<T>::lanes ? width : Vector<T>::lanes, vectors = width / lanes;
+  typedef T V __attribute__((vector_size(lanes * sizeof(T)), aligned(alignof(T)), may_alias));
+
+  static V load(const T* from) { return *reinterpret_cast<const V*>(from); }
+  static void store(V v, T* to) { *reinterpret_cast<V*>(to) = v; }
+};
+template <class T>
+struct Line<T, 1> {
+  static constexpr int lanes = 1, vectors = 1;
+  using V = T;
+
+  static T load(const T* from) { return *from; }
+  static void store(T v, T* to) { *to = v; }
 };

@@ -18,8 +18,9 @@ Tensor sliced_linear(const Tensor& x, const Tensor& ptr, const Tensor& row, cons
   const auto is = [](const Tensor& t, ScalarType dtype, int64_t dims) {
     return t.scalar_type() == dtype && t.dim() == dims && t.is_contiguous() && t.is_cpu();
   };
-  const bool narrow = values.scalar_type() == ScalarType::BFloat16;
-  check(x.dim() == 2 && x.size(1) < 65535 && x.is_cpu(), kWho, "x (B, I) on a CPU with fewer than 65,535 features");
+  const bool half = x.scalar_type() == ScalarType::BFloat16, narrow = values.scalar_type() == ScalarType::BFloat16;
+  check(x.dim() == 2 && x.size(1) < 65535 && x.is_cpu() && (half || x.scalar_type() == ScalarType::Float), kWho,
+        "x (B, I) on a CPU with fewer than 65,535 features, float32 or bfloat16");
   check(is(ptr, ScalarType::Int, 1) && is(row, ScalarType::Int, 1) && is(col, ScalarType::UInt16, 2) &&
             is(values, narrow ? ScalarType::BFloat16 : ScalarType::Float, 2) && col.size(1) == cpu::kSlice &&
             same_shape(col, values),
@@ -29,16 +30,13 @@ Tensor sliced_linear(const Tensor& x, const Tensor& ptr, const Tensor& row, cons
                       x.size(1), col.size(0)};
   check(ptr.numel() == m.slices() + 1, kWho, "a pointer for every 16 rows, and one more");
   check(!bias || (bias->dim() == 1 && bias->numel() == m.rows), kWho, "a bias for every output");
-  const bool half = stored_dtype(x) == ScalarType::BFloat16;
-  const Tensor from = half ? x : to_dtype(x, ScalarType::Float);
-  const Tensor added = bias ? row_major(to_dtype(*bias, ScalarType::Float)) : from;
+  const Tensor added = bias ? row_major(to_dtype(*bias, ScalarType::Float)) : x;
   const float* const b = bias ? data<float>(added) : nullptr;
   const Ints shape{x.size(0), m.rows};
-  const ScalarType dtype = half ? ScalarType::BFloat16 : ScalarType::Float;
-  Tensor y = shape[0] == 1 ? torch::stable::new_empty(x, shape, dtype) : new_batch_last(x, shape, dtype);
-  check(half ? multiply<BFloat16>(m, b, from, y) : multiply<float>(m, b, from, y), kWho,
+  Tensor y = shape[0] == 1 ? torch::stable::new_empty(x, shape) : new_batch_last(x, shape, x.scalar_type());
+  check(half ? multiply<BFloat16>(m, b, x, y) : multiply<float>(m, b, x, y), kWho,
         "pointers that rise from 0 to the number of lines, and rows and columns in range");
-  return to_dtype(y, x.scalar_type());
+  return y;
 }
 
 }  // namespace

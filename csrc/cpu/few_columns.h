@@ -1,0 +1,30 @@
+// Shared by the products of a sparse matrix with few columns: the length of their lines, and the work of each thread.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "cpu/parallel.h"
+
+namespace exssnet::cpu {
+
+// The length of the lines for at most 16 columns.
+inline int64_t line_width(int64_t columns) { return columns == 1 ? 1 : columns <= 4 ? 4 : columns <= 8 ? 8 : 16; }
+
+// Calls body(part, begin, end) on `parts` ranges of rows with nearly equal numbers of entries. ptr (rows + 1) has the
+// first entry of each row, and the number of entries. Returns whether all did.
+template <class Body>
+bool in_parts(const int32_t* ptr, int64_t rows, int64_t parts, const Body& body) {
+  std::atomic<bool> good = true;
+  parallel_for(parts, 1, [&](int64_t first, int64_t last) {
+    const auto row_of = [&](int64_t part) {
+      return part == parts ? rows : std::lower_bound(ptr, ptr + rows, ptr[rows] * part / parts) - ptr;
+    };
+    for (int64_t part = first; part < last; ++part)
+      if (!body(part, row_of(part), row_of(part + 1))) good = false;
+  });
+  return good;
+}
+
+}  // namespace exssnet::cpu
