@@ -65,8 +65,7 @@ def rebuilt(path: str | Path) -> tuple[Phases, list[int]]:
             raise ValueError(f"its network cannot be built: {shown(error)}") from error
         model = convert(MODELS[name](torch.Size(shape), classes), include=list(meta.k))
         for layer_name, layer in supermask_layers(model):
-            layer.k = meta.k[layer_name]
-            layer.kept.fill_(layer.k)
+            layer.keep(meta.k[layer_name])
     scores = [entry.dtype for key, entry in entries.items() if key.startswith("scores/")]
     phases = Phases(model, container.DTYPES[scores[0]] if scores else None)
     format.load(phases, path)

@@ -96,11 +96,10 @@ def converted(folder: Path, model: nn.Module | None) -> tuple[nn.Module, str, li
         for name, layer in _masked(plain).items():
             if not 0 <= told.k.get(name, -1) <= layer.dense_weight.numel():
                 raise ValueError(f"it keeps {told.k.get(name)} of {layer.dense_weight.numel()} weights of {name}")
-            layer.k, layer.threshold = told.k[name], told.thresholds.get(name)
             if (products := told.products.get(name)) not in PRODUCTS:
                 raise ValueError(f"its products of {name} are {shown(products)}, not one of {', '.join(PRODUCTS)}")
-            layer.products = products
-            layer.kept.fill_(layer.k)
+            layer.keep(told.k[name])
+            layer.products, layer.threshold = products, told.thresholds.get(name)
     except ValueError as error:
         raise ValueError(f"from_pretrained: {shown(folder / DESCRIPTION)}: {shown(error, 500)}") from error
     return plain, told.scores, [_file(folder, task) for task in range(told.tasks)]

@@ -207,6 +207,11 @@ class SupermaskLayer(nn.Module):
         tensors = (self.dense_weight, self.scores, self.free_values, self.frozen_values)
         return [(id(t), t.data_ptr(), t._version) for t in tensors if t is not None]
 
+    def keep(self, k: int) -> None:
+        """Let masks that are selected from now on keep k weights."""
+        self.k = k
+        self.kept.fill_(k)
+
     @property
     def density(self) -> float:
         """Share of the weights that a mask keeps, in [0, 1]."""

@@ -250,12 +250,12 @@ class Fixed(Mode):
         return y
 
     def weight(self, layer: Layer) -> Tensor:
-        where = None
-        if layer._buffers["row_ptr"] is None:
+        if not _has_pattern(layer):
             free, mask, free_mask = _free_values(layer), self.mask(layer), self._free_mask(layer)
             frozen: Any = layer._buffers["frozen_values"]
             weight = torch.zeros_like(mask, dtype=frozen.dtype).masked_scatter(mask & ~free_mask, frozen)
             return weight if free is None else weight.masked_scatter(free_mask, free)
+        where = None
         if not symbolic() and self._pattern(layer)[0].slot.numel() < layer.dense_weight.numel():
             where = self._once_a_pattern(layer, "where", lambda p: kept_weights(p, layer.dense_weight.shape))
         return masked_weight(*self.values(layer), layer.dense_weight.shape, where)
@@ -337,7 +337,7 @@ class Fixed(Mode):
 
     def _make(self, layer: Layer, form: Form) -> WrittenWeight:
         (free, frozen, pattern), shape = self.values(layer), layer.dense_weight.shape
-        if layer._buffers["row_ptr"] is None:
+        if not _has_pattern(layer):
             weight, place = self.weight(layer), self._free_mask(layer).reshape(-1).nonzero().squeeze(1)
         else:  # on the meta device, the number of non-zeros is unknown
             kept = kept_weights(pattern, shape)
@@ -371,7 +371,7 @@ class Fixed(Mode):
 
     def _fuses(self, layer: Layer, x: Tensor, padding: Any) -> bool:
         """Whether dense products mask the weight while they read it."""
-        return layer._buffers["row_ptr"] is not None and bool(layer._fused(x, padding))
+        return _has_pattern(layer) and bool(layer._fused(x, padding))
 
     def _bitmap_values(self, layer: Layer) -> tuple[Tensor, Tensor, BitmapPattern]:
         """Free values, frozen values and the bitmap: the arguments of the bitmap products."""
@@ -382,7 +382,7 @@ class Fixed(Mode):
     def _pattern(self, layer: Layer) -> tuple[SparsePattern, dict[Hashable, Any]]:
         """The pattern, and by name what was computed from it. Moving the layer replaces both."""
         buffers = layer._buffers
-        source = buffers["packed_mask"] if buffers["row_ptr"] is None else buffers["row_ptr"]
+        source = buffers["row_ptr"] if _has_pattern(layer) else buffers["packed_mask"]
         known = None if symbolic() or self._source is not source else self._derived
         if known is None:
             taps = math.prod(layer.dense_weight.shape[2:])
@@ -403,6 +403,11 @@ class Fixed(Mode):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_derived": None, "_source": None, "_memory": None}
+
+
+def _has_pattern(layer: Layer) -> bool:
+    """Whether a layer with a fixed mask has a pattern, see `SupermaskLayer.needs_pattern`."""
+    return layer._buffers["row_ptr"] is not None
 
 
 def _free_values(layer: Layer) -> Tensor | None:

@@ -66,13 +66,18 @@ def differentiable(
             return tuple(grads)
 
     def apply(*args: Any) -> Any:
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if _watched():
             return Boundary.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():  # without a gradient, the Function does no more
             return forward_op(*args)
 
     bind_gradient(name, Boundary)
     return chosen(forward_op, apply, plain)
+
+
+def _watched() -> bool:
+    """Whether autograd, forward-mode derivatives or a tracer may have to see an operator."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
 
 
 def chosen(operator: Callable[..., Any], apply: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +135,7 @@ def refuse_derivative(name: str, why: str) -> Callable[..., Any]:
     _library.impl(name, refuse, "Autograd")
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling() or _watched():
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():  # saves a trip into Python
             return op(*args)

@@ -21,6 +21,20 @@ def learner(method: str = "exssnet", mask: PhaseOptions | None = None, weight: P
     return Learner(small_net(), method, mask=mask, weight=weight, **options)  # type: ignore[arg-type]
 
 
+def learn(phases: Phases, inputs: Tensor) -> int:
+    """One task: two steps of each phase on inputs without labels."""
+    phases.start_task()
+    for phase in ("mask", "weight"):
+        if phase == "weight":
+            phases.start_weight_phase()
+        optimizer = phases.optimizer(torch.optim.AdamW, lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            phases.model.train()(inputs).float().square().mean().backward()
+            optimizer.step()
+    return phases.finish_task()
+
+
 def bare_net() -> nn.Module:
     """A converted network in which nothing but masks, weights and statistics changes."""
     model = small_net()

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from learning import learn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from zoo import Kinds
@@ -22,20 +23,6 @@ def tied() -> nn.Module:
     return model
 
 
-def learn(phases: Phases) -> int:
-    """One task, a few steps of each phase."""
-    phases.start_task()
-    for phase in ("mask", "weight"):
-        if phase == "weight":
-            phases.start_weight_phase()
-        optimizer = phases.optimizer(torch.optim.AdamW, lr=0.01)
-        for _ in range(2):
-            optimizer.zero_grad()
-            phases.model.train()(TOKENS).float().square().mean().backward()
-            optimizer.step()
-    return phases.finish_task()
-
-
 def answer(phases: Phases, task: int) -> Tensor:
     with phases.using(task) as model, evaluation(model):
         out: Tensor = model(TOKENS)
@@ -45,9 +32,9 @@ def answer(phases: Phases, task: int) -> Tensor:
 def test_tied_tensors_have_one_mask_and_stay_tied() -> None:
     phases = Phases(convert(tied(), 0.5))
     assert set(phases.layers) == {"0.weight", "1", "2"}
-    learn(phases)
+    learn(phases, TOKENS)
     before = answer(phases, 0)
-    learn(phases)
+    learn(phases, TOKENS)
     assert torch.equal(answer(phases, 0), before)
     plain = phases.fold(0)
     assert plain[3].weight is plain[0].weight
@@ -68,7 +55,7 @@ def test_tied_tensors_can_be_excluded_but_only_together() -> None:
 
 def test_task_inference_mixes_tied_tensors_as_one() -> None:
     phases = Phases(convert(tied(), 0.5))
-    tasks = [learn(phases), learn(phases)]
+    tasks = [learn(phases, TOKENS), learn(phases, TOKENS)]
     inference = TaskInference(phases)
     assert [len(places) for places in inference._places.values()] == [2, 1, 1]
     assert inference.infer(TOKENS) in tasks
@@ -78,9 +65,9 @@ def test_task_inference_mixes_tied_tensors_as_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_nothing_is_forgotten_in_another_dtype(dtype: torch.dtype) -> None:
     phases = Phases(convert(Kinds().to(dtype), 0.5))
-    learn(phases)
+    learn(phases, TOKENS)
     before = answer(phases, 0)
-    learn(phases)
+    learn(phases, TOKENS)
     assert torch.equal(answer(phases, 0), before)
     assert before.dtype == dtype
     assert not torch.equal(answer(phases, 1), before)
@@ -88,7 +75,7 @@ def test_nothing_is_forgotten_in_another_dtype(dtype: torch.dtype) -> None:
 
 def test_copies_and_pickles_are_independent_and_answer_alike() -> None:
     phases = Phases(convert(Kinds(), 0.5))
-    learn(phases)
+    learn(phases, TOKENS)
     for other in (copy.deepcopy(phases.model), pickle.loads(pickle.dumps(phases.model))):
         with evaluation(other):
             assert torch.equal(other(TOKENS), answer(phases, 0))
@@ -111,7 +98,7 @@ def test_a_host_takes_plain_weights_before_the_first_task_alone() -> None:
     phases, plain = Phases(convert(Kinds(), 0.5)), Kinds()
     phases.model.load_state_dict(plain.state_dict())
     assert torch.equal(phases.layers["rnn.weight_hh_l1"].dense_weight, plain.rnn.weight_hh_l1)
-    learn(phases)
+    learn(phases, TOKENS)
     before = answer(phases, 0)
     for module, state in (
         (phases.model, phases.model.state_dict() | {"rnn.weight_hh_l1": plain.rnn.weight_hh_l1}),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from learning import learn
 from networks import SmallNet, images, small_net
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,16 +31,7 @@ class Reader(nn.Module):
 def _trained(model: nn.Module, inputs: Tensor, tasks: int = 2) -> Phases:
     phases = Phases(model)
     for _ in range(tasks):
-        phases.start_task()
-        for phase in ("mask", "weight"):
-            if phase == "weight":
-                phases.start_weight_phase()
-            optimizer = phases.optimizer(torch.optim.AdamW, lr=0.01)
-            for _ in range(2):
-                optimizer.zero_grad()
-                model(inputs).square().sum().backward()
-                optimizer.step()
-        phases.finish_task()
+        learn(phases, inputs)
     return phases
 
 
