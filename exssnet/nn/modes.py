@@ -266,8 +266,9 @@ class Fixed(Mode):
     def _sliced(self, layer: Layer) -> SlicedWeight:
         """The frozen values for inference with few samples."""
         frozen = layer._buffers["frozen_values"]
+        key = "sliced", frozen.dtype  # what is cached keeps its tensors, and so its dtype
         ptr, row, col, values = self.once(
-            layer, "sliced", lambda: sliced_weight(frozen, self._pattern(layer)[0])[:-1], (frozen,)
+            layer, key, lambda: sliced_weight(frozen, self._pattern(layer)[0])[:-1], (frozen,)
         )
         return SlicedWeight(ptr, row, col, values, layer.in_features)
 

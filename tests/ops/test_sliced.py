@@ -273,6 +273,14 @@ class TestLayer:
             made.frozen_values.mul_(2)
             torch.testing.assert_close(made(x), F.linear(x, made.weight, made.bias))
 
+    def test_a_layer_that_changes_its_dtype_has_slices_of_that_dtype(self) -> None:
+        made, x = self.fixed(), torch.randn(1, 65)
+        with torch.no_grad():
+            made.bfloat16()(x.bfloat16())
+            made.float()
+            made.frozen_values.copy_(torch.randn(len(made.frozen_values)))
+            torch.testing.assert_close(made(x), F.linear(x, made.weight, made.bias))
+
     @pytest.mark.parametrize("batch", [1, 17])
     def test_other_features_and_dtypes_are_refused(self, batch: int) -> None:
         with torch.no_grad():
