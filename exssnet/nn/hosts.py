@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .layers import SupermaskLayer
 from .modes import Form
-from .selector import Generated, forwards, own_class
+from .selector import Generated, forwards, in_backward, own_class
 
 
 class SupermaskWeight(SupermaskLayer):
@@ -35,8 +35,11 @@ class SupermaskWeight(SupermaskLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The masked tensor. In a forward pass of the model, all accesses share what was computed for the pass."""
-        if not forwards():
+        """The masked tensor. In a forward pass of the model, all accesses share what was computed for the pass.
+
+        A checkpoint recomputes such a pass in the backward pass.
+        """
+        if not (forwards() or in_backward()):
             return SupermaskLayer.weight.fget(self)  # type: ignore[attr-defined, no-any-return]
         self._check_read()
         weight: Tensor = self._mode._dense_weight(self, self.dense_weight)

@@ -8,6 +8,7 @@ import torch
 from learning import learn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from zoo import Kinds
 
 from exssnet import Phases, convert, summary
@@ -27,6 +28,35 @@ def answer(phases: Phases, task: int) -> Tensor:
     with phases.using(task) as model, evaluation(model):
         out: Tensor = model(TOKENS)
     return out
+
+
+class Checkpointed(nn.Module):
+    """Attention and a recurrent layer, which a checkpoint may compute again in the backward pass."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.again, self.table, self.head = again, nn.Embedding(20, 8), nn.Linear(6, 3)
+        self.layers = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), nn.GRU(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x)
+        x = checkpoint(self.layers, x, use_reentrant=False)[0] if self.again else self.layers(x)[0]
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_a_checkpoint_recomputes_the_masked_tensors() -> None:
+    models = [convert(Checkpointed(again), 0.4) for again in (False, True)]
+    phases = [Phases(model, seed=1) for model in models]
+    for phase in ("mask", "weight"):
+        for each in phases:
+            each.start_task() if phase == "mask" else each.start_weight_phase()
+            each.model(TOKENS).square().mean().backward()
+        plain, recomputed = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in models)
+        assert len(plain) > 10
+        assert plain.keys() == recomputed.keys()
+        assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
 def test_tied_tensors_have_one_mask_and_stay_tied() -> None:
