@@ -47,7 +47,9 @@ def test_sliced_products_are_exact(
 ) -> None:
     weight, mask = layer(rows, width, density, of_values)
     x, bias = integers(batch, width).to(dtype), integers(rows).to(of_values)
-    sliced = ops.sliced_weight(weight[mask], ops.sparse_pattern(mask))
+    free = mask & (torch.rand(mask.shape) < 0.5)
+    values = torch.cat([weight[free], weight[mask & ~free]])
+    sliced = ops.sliced_weight(values, ops.sparse_pattern(mask, free))
     exact = F.linear(x.double(), (weight * mask).double(), bias.double()).to(dtype)
     results = {
         "rows": ops.sliced_linear(x, sliced, bias),
@@ -108,7 +110,9 @@ def test_infinities_and_nan_reach_the_rows_that_keep_their_column_alone() -> Non
     mask = torch.ones(20, 3, dtype=torch.bool)
     mask[::2, 0] = False  # shorter rows of the same slices
     sliced = ops.sliced_weight(torch.ones(int(mask.sum())), ops.sparse_pattern(mask))
+    wide = ops.sliced_weight(torch.ones(9), ops.sparse_pattern(torch.ones(1, 9, dtype=torch.bool)))
     for value in (torch.inf, torch.nan):
+        ops.sliced_linear(torch.full((1, 9), value), wide)  # its input stays in the thread's memory
         y = ops.sliced_linear(torch.tensor([[value, 1.0, 1.0]]), sliced)[0]
         expected = torch.where(mask[:, 0], torch.tensor(value), torch.tensor(2.0))
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
